@@ -1,0 +1,22 @@
+"""Parameters of every stage: one pydantic model per block, the only place for defaults, units and cross-checks."""
+
+from qvl_pipeline.config.batching import BatchingConfig
+from qvl_pipeline.config.evaluate import EvaluateConfig
+from qvl_pipeline.config.ingest import DatasetSource, DigitsDemoConfig, IngestConfig
+from qvl_pipeline.config.model import ModelConfig
+from qvl_pipeline.config.sample import SampleConfig
+from qvl_pipeline.config.train import FSDPConfig, TrainConfig
+from qvl_pipeline.config.validate import ValidateConfig
+
+__all__ = [
+    "BatchingConfig",
+    "DatasetSource",
+    "DigitsDemoConfig",
+    "EvaluateConfig",
+    "FSDPConfig",
+    "IngestConfig",
+    "ModelConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "ValidateConfig",
+]

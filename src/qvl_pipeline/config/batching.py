@@ -1,0 +1,58 @@
+"""Parameters of the pack plan: which samples share a pack, and which packs form an optimizer step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from qvl_pipeline.config.base import Block
+
+
+class BatchingConfig(Block):
+    """The declared batches. They are the same on any number of ranks; ranks only share them out.
+
+    Attributes:
+        dataset_type: `vision` is map-style: `num_train_epochs` passes over the data. The guide's iterable types run for
+            `max_steps` steps, however many passes that takes.
+        packing: Several samples per pack; otherwise each pack is one sample.
+        packing_strategy: `best_fit` is best-fit-decreasing over the whole epoch, `first_fit` keeps the shuffled order.
+        packing_length: Token budget of one pack.
+        packing_vit_patches: Vision patch budget of one pack; `None` sets none.
+        filter_overlong: Leave out samples longer than `packing_length` (each is listed); `false` refuses them.
+        per_device_train_batch_size: Packs in one micro-batch of one rank.
+        gradient_accumulation_steps: Micro-batches of one rank per optimizer step, at `data_parallel_size` ranks.
+        data_parallel_size: Data-parallel ranks the global batch is declared for. On another number of ranks the global
+            batch stays, and the number of micro-batches changes.
+        num_train_epochs: Passes over the training samples.
+        max_steps: Optimizer steps; overrides `num_train_epochs` when positive.
+        group_by_length: Without packing, batch samples of similar length. Packs are of equal length already.
+        seed: Seed of the order of samples.
+    """
+
+    dataset_type: Literal["vision", "vision_iterable", "qwen3_vl", "qwen3_vl_iterable"] = "vision"
+    packing: bool = True
+    packing_strategy: Literal["best_fit", "first_fit"] = "best_fit"
+    packing_length: int = Field(default=16_384, ge=16)
+    packing_vit_patches: int | None = Field(default=None, ge=4)
+    filter_overlong: bool = True
+    per_device_train_batch_size: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    data_parallel_size: int = Field(default=1, ge=1)
+    num_train_epochs: int = Field(default=1, ge=1)
+    max_steps: int = Field(default=-1, ge=-1)
+    group_by_length: bool = False
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _iterable_needs_steps(self) -> BatchingConfig:
+        if self.dataset_type.endswith("iterable") and self.max_steps < 1:
+            raise ValueError(f"dataset_type '{self.dataset_type}' has no length: set max_steps to the steps to train")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: nothing would be trained; give a positive number, or -1 for epochs")
+        return self
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of one optimizer step over all ranks: the global batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_parallel_size

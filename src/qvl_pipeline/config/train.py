@@ -1,0 +1,103 @@
+"""Parameters of the `train` stage: optimisation, parallelism, checkpoints, tracking."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qvl_pipeline.config.base import Block
+
+Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
+
+
+class FSDPConfig(Block):
+    """How FSDP2 shards the model.
+
+    Attributes:
+        transformer_layer_cls_to_wrap: Class names of the layers that are sharded one by one; empty takes the family's
+            decoder layers and vision blocks. A name that no module has is an error.
+        reshard_after_forward: Free a layer's gathered parameters after its forward: less memory, more communication.
+    """
+
+    transformer_layer_cls_to_wrap: list[str] = Field(default_factory=list)
+    reshard_after_forward: bool = True
+
+
+class TrainConfig(Block):
+    """Parameters of training; names and meanings are those of transformers' `TrainingArguments`.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW decay of matrices; norms, biases and other vectors never decay.
+        adam_beta1: Decay of the first moment.
+        adam_beta2: Decay of the second moment.
+        adam_epsilon: Added to the denominator.
+        max_grad_norm: Gradient norm clipped to; 0 does not clip.
+        lr_scheduler_type: Name known to `transformers.get_scheduler`.
+        warmup_ratio: Share of the steps spent warming up.
+        warmup_steps: Steps spent warming up; overrides `warmup_ratio` when positive.
+        bf16: Compute in bfloat16; weights and optimizer state stay float32.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        freeze_modules: Parts that stay bit-unchanged: `visual`, `merger`, `deepstack`, `llm`, `embed`, `head`, or a
+            glob over parameter names. One that matches nothing is an error.
+        use_liger_kernel: Fused Liger kernels on CUDA; on a CPU it is said that they are not used.
+        use_rmpad: Packs without padding. The padded reference path is not offered here.
+        fsdp2: Shard with FSDP2, the only strategy.
+        fsdp_config: How FSDP2 shards.
+        sp_ulysses_degree: Ulysses sequence-parallel degree.
+        nproc_per_node: Processes of this node; `auto` is one per GPU, and without GPUs `batching.data_parallel_size`.
+        logging_steps: Steps between two rows of metrics.
+        save_steps: Steps between two checkpoints; 0 saves only at the end.
+        save_total_limit: Checkpoints kept.
+        resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan.
+        report_to: Trackers that receive the metrics.
+        eval_strategy: Only `no`: the `evaluate` stage follows training.
+        dataloader_num_workers: Loader processes of each rank; 0 loads in the training process.
+        seed: Seed of everything random in training.
+    """
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    freeze_modules: list[str] = Field(default_factory=list)
+    use_liger_kernel: bool = False
+    use_rmpad: Literal[True] = True
+    fsdp2: Literal[True] = True
+    fsdp_config: FSDPConfig = FSDPConfig()
+    sp_ulysses_degree: Literal[1] = 1
+    nproc_per_node: int | Literal["auto"] = "auto"
+    logging_steps: int = Field(default=1, ge=1)
+    save_steps: int = Field(default=0, ge=0)
+    save_total_limit: int = Field(default=1, ge=1)
+    resume_from_checkpoint: Literal["auto", "none"] = "auto"
+    report_to: list[Tracker] = Field(default_factory=lambda: ["mlflow"])
+    eval_strategy: Literal["no"] = "no"
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    seed: int = 42
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("nproc_per_node")
+    @classmethod
+    def _at_least_one_process(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 1:
+            raise ValueError("nproc_per_node must be 'auto' or at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _none_stands_alone(self) -> TrainConfig:
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"report_to: 'none' excludes every other tracker, but got {self.report_to}")
+        return self

@@ -1,0 +1,5 @@
+"""Kedro datasets for the file kinds that kedro-datasets has no dataset for."""
+
+from qvl_pipeline.datasets.written import FileDataset, FolderDataset
+
+__all__ = ["FileDataset", "FolderDataset"]

@@ -1,0 +1,46 @@
+"""What a model family has to say for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Everything about a family that the engine must know.
+
+    Attributes:
+        name: Name in `model.processor_type`.
+        decoder_layer: Class name of a decoder layer; FSDP2 shards each.
+        vision_block: Class name of a vision block; FSDP2 shards each.
+        groups: `(group, name prefix)` in order of precedence; each parameter belongs to the first prefix it starts with.
+        vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
+        decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
+        tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
+    """
+
+    name: str
+    decoder_layer: str
+    vision_block: str
+    groups: tuple[tuple[str, str], ...]
+    vision_forward: VisionForward
+    decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
+    tokens_per_second: Callable[[Any], float | None]
+
+    def group_of(self, parameter_name: str) -> str:
+        """Name the group a parameter belongs to.
+
+        Raises:
+            ValueError: The parameter has no group: the family does not describe this model.
+        """
+        for group, prefix in self.groups:
+            if parameter_name.startswith(prefix):
+                return group
+        raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")

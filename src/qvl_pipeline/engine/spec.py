@@ -1,0 +1,146 @@
+"""What one training run does: the frozen form of `train_spec.json`, shared by the train stage and the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Where the run writes and how often.
+
+    Attributes:
+        output_dir: Folder of `metrics.jsonl`, `checkpoints/`, `errors/` and `result.json`.
+        logging_steps: Steps between two rows of metrics.
+        save_steps: Steps between two checkpoints; 0 keeps none but the one at the end.
+        save_total_limit: Checkpoints kept.
+        resume: Continue the newest complete checkpoint in `output_dir`.
+        seed: Seed of everything random in training.
+    """
+
+    output_dir: str
+    logging_steps: int
+    save_steps: int
+    save_total_limit: int
+    resume: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model is trained.
+
+    Attributes:
+        path: Folder or hub id for `from_pretrained`.
+        processor: Folder or hub id of the processor that is exported along.
+        family: Name of a module in `engine.families`.
+        attn_implementation: Attention kernel or `auto`.
+        freeze_modules: Short names or globs of parts that stay as they are.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        use_liger_kernel: Use Liger's fused kernels where they run.
+    """
+
+    path: str
+    processor: str
+    family: str
+    attn_implementation: str
+    freeze_modules: tuple[str, ...]
+    gradient_checkpointing: bool
+    use_liger_kernel: bool
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What it is trained on.
+
+    Attributes:
+        tokenized: Arrow file of `tokenized_samples`.
+        pack_plan: Parquet file of `pack_plan`.
+        video_frames: Folder of the frame store.
+        packs_per_micro_batch: Packs of one forward pass of one rank.
+        epochs: Passes over the data that the plan makes.
+        num_workers: Loader processes of each rank.
+    """
+
+    tokenized: str
+    pack_plan: str
+    video_frames: str
+    packs_per_micro_batch: int
+    epochs: float
+    num_workers: int
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW and its schedule; names as in transformers' `TrainingArguments`."""
+
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    lr_scheduler_type: str
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
+class ParallelSpec:
+    """How the model is sharded.
+
+    Attributes:
+        wrap: Class names that FSDP2 shards one by one; empty takes the family's.
+        reshard_after_forward: Free gathered parameters after a layer's forward.
+        bf16: Compute in bfloat16.
+    """
+
+    wrap: tuple[str, ...]
+    reshard_after_forward: bool
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Where the trained model goes, as a plain transformers folder."""
+
+    output_dir: str
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """A whole training run."""
+
+    run: RunSpec
+    model: ModelSpec
+    data: DataSpec
+    optim: OptimSpec
+    parallel: ParallelSpec
+    export: ExportSpec
+
+    def save(self, path: Path) -> None:
+        """Write the spec as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainSpec:
+        """Read the spec.
+
+        Raises:
+            ValueError: A group or key is missing or unknown.
+        """
+        values = json.loads(path.read_text())
+        groups = {field.name: globals()[field.type] for field in dataclasses.fields(cls)}
+        if unknown := set(values) ^ set(groups):
+            raise ValueError(f"{path}: the groups must be exactly {sorted(groups)}, differing: {sorted(unknown)}")
+        return cls(**{name: _read_group(path, name, group, values[name]) for name, group in groups.items()})
+
+
+def _read_group(path: Path, name: str, group: type, values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(group)}
+    if differing := known ^ set(values):
+        raise ValueError(f"{path}: keys of '{name}' are unknown or missing: {sorted(differing)}")
+    return group(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

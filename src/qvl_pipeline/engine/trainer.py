@@ -1,0 +1,204 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qvl_pipeline.engine import checkpoints
+from qvl_pipeline.engine.attention import use_packed_attention
+from qvl_pipeline.engine.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.export import export
+from qvl_pipeline.engine.families import FAMILIES
+from qvl_pipeline.engine.feed import Step, load_batches, read_plan, share_out
+from qvl_pipeline.engine.freezing import freeze
+from qvl_pipeline.engine.kernels import use_liger_kernels
+from qvl_pipeline.engine.metrics import MetricsWindow, keep_rows_until
+from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizer
+from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.sharding import shard, start_process_group
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.loading import PatchLoader
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not a number; the optimizer step was not taken."""
+
+
+class Trainer:
+    """One rank of a training run. `step` and `sample_ids` say where it is, for the error report."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        """Join the process group, then load and shard the model."""
+        self.spec = spec
+        self.step = 0
+        self.sample_ids: list[str] = []
+        self.mesh, self.device = start_process_group()
+        self.leads = dist.get_rank() == 0
+        torch.manual_seed(spec.run.seed)
+        processor = AutoProcessor.from_pretrained(spec.model.processor)
+        self.model, self.facts = _load_model(spec, processor, self.device)
+        self.facts["wrapped"] = shard(self.model, self.mesh, spec.parallel)
+        self.builder = _make_builder(spec, self.model, processor)
+        self.optimizer = make_optimizer(self.model, spec.optim)
+
+    def run(self) -> None:
+        """Train to the end of the plan, then export."""
+        spec, output_dir = self.spec, Path(self.spec.run.output_dir)
+        plan = read_plan(Path(spec.data.pack_plan))
+        steps = share_out(plan, dist.get_rank(), dist.get_world_size(), spec.data.packs_per_micro_batch)
+        self.schedule = learning_rate_schedule(spec.optim, len(steps))
+        done = self._resume(output_dir)
+        batches = load_batches(
+            steps[done:],
+            Path(spec.data.tokenized),
+            self.builder,
+            num_workers=spec.data.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        started = time.perf_counter()
+        final_loss = self._train(steps[done:], len(steps), batches, output_dir)
+        if done < len(steps):
+            checkpoints.save(output_dir / "checkpoints", len(steps), self.model, self.optimizer, spec.run.save_total_limit)
+        export(self.model, spec)
+        if self.leads:
+            self._write_result(output_dir, steps, done, final_loss, time.perf_counter() - started)
+        dist.barrier()
+
+    def _train(self, steps: list[Step], max_steps: int, batches: Iterator[Batch], output_dir: Path) -> float | None:
+        run = self.spec.run
+        window = MetricsWindow(self.builder.sources, self.device)
+        row: dict[str, Any] = {}
+        for step in steps:
+            self.step = step.number
+            learning_rate = self.schedule(step.number)
+            waited_s, grad_norm = self._train_step(step, learning_rate, batches, window)
+            window.add_step(step.tokens, waited_s)
+            if step.number % run.logging_steps == 0 or step.number == max_steps:
+                row = {
+                    "step": step.number,
+                    "max_steps": max_steps,
+                    "epoch": self.spec.data.epochs * step.number / max_steps,
+                    "learning_rate": learning_rate,
+                    "grad_norm": float(grad_norm),
+                    **window.row(),
+                }
+                if self.leads:
+                    _append(output_dir / "metrics.jsonl", row)
+            if run.save_steps and step.number % run.save_steps == 0 and step.number < max_steps:
+                folder = output_dir / "checkpoints"
+                checkpoints.save(folder, step.number, self.model, self.optimizer, run.save_total_limit)
+        return row.get("loss")
+
+    def _train_step(
+        self, step: Step, learning_rate: float, batches: Iterator[Batch], window: MetricsWindow
+    ) -> tuple[float, torch.Tensor]:
+        """Take one optimizer step; return the seconds spent waiting for data and the gradient norm."""
+        waited_s = 0.0
+        for number, _ in enumerate(step.micro_batches, start=1):
+            asked = time.perf_counter()
+            batch = next(batches).to(self.device)
+            waited_s += time.perf_counter() - asked
+            self.sample_ids = batch.sample_ids
+            # Gradients are exchanged once a step, after its last micro-batch.
+            self.model.set_requires_gradient_sync(number == len(step.micro_batches))
+            losses = self.model(batch)
+            (losses.sum() / step.supervised_tokens).backward()
+            window.add_losses(losses, batch.target_source)
+        grad_norm = self._clip()
+        if not torch.isfinite(grad_norm):
+            raise NonFiniteError(
+                f"the gradient norm of step {step.number} is {float(grad_norm)}; the step was not taken, and the last "
+                "checkpoint is intact: lower learning_rate, or look at the samples named here"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return waited_s, grad_norm
+
+    def _clip(self) -> torch.Tensor:
+        limit = self.spec.optim.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _resume(self, output_dir: Path) -> int:
+        """Load the newest checkpoint, if wanted and there; return the steps already done."""
+        found = checkpoints.completed(output_dir / "checkpoints") if self.spec.run.resume else []
+        done, path = found[-1] if found else (0, None)
+        if path:
+            checkpoints.load(path, self.model, self.optimizer)
+            logger.info("resumed from %s", path)
+        if self.leads:
+            keep_rows_until(output_dir / "metrics.jsonl", done)
+        dist.barrier()
+        return done
+
+    def _write_result(
+        self, output_dir: Path, steps: list[Step], done: int, final_loss: float | None, train_time_s: float
+    ) -> None:
+        tokens = sum(step.tokens for step in steps[done:])
+        result = {
+            "steps": len(steps),
+            "resumed_from_step": done,
+            "tokens": sum(step.tokens for step in steps),
+            "supervised_tokens": sum(step.supervised_tokens for step in steps),
+            "final_loss": final_loss,
+            "train_time_s": train_time_s,
+            "tokens_per_second": tokens / train_time_s,
+            "world_size": dist.get_world_size(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            **self.facts,
+        }
+        (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:
+    family = FAMILIES[spec.model.family]
+    hf = AutoModelForImageTextToText.from_pretrained(spec.model.path, dtype=torch.float32)
+    hf.train()
+    facts: dict[str, Any] = {
+        "attention": use_packed_attention(hf, spec.model.attn_implementation, device),
+        "frozen": freeze(hf, family, spec.model.freeze_modules),
+        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+        "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
+        "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
+    }
+    if spec.model.gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    image_processor = processor.image_processor
+    return PackedVLM(hf, family, list(image_processor.image_mean), list(image_processor.image_std)), facts
+
+
+def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any) -> BatchBuilder:
+    config, image_processor = model.hf.config, processor.image_processor
+    patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
+    sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"]
+    return BatchBuilder(
+        loader=PatchLoader(
+            patch_size=patch_size,
+            temporal_patch_size=temporal_patch_size,
+            merge_size=image_processor.merge_size,
+            frame_store=Path(spec.data.video_frames),
+        ),
+        patch_values=3 * temporal_patch_size * patch_size**2,
+        placeholder_ids=(config.image_token_id, config.video_token_id),
+        tokens_per_second=model.family.tokens_per_second(config),
+        sources=tuple(sorted(set(sources.to_pylist()))),
+    )
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,1 @@
+"""Stage `train`: execute the pack plan with torchrun and export the model."""

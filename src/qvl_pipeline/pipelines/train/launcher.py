@@ -1,0 +1,130 @@
+"""Starting torchrun, and seeing that it ends: on success, on a failed rank, on Ctrl-C and on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qvl_pipeline.errors import UserError
+
+_POLL_S = 0.2
+_GRACE_S = 10.0
+
+
+class RankFailedError(UserError):
+    """A training process failed; the message is one readable block with the first failed rank's error."""
+
+
+class TrainingInterruptedError(KeyboardInterrupt):
+    """Training was stopped by SIGINT or SIGTERM."""
+
+
+def launch(spec_path: Path, output_dir: Path, nproc_per_node: int, on_poll: Callable[[], None]) -> None:
+    """Run the engine under torchrun until it ends.
+
+    The processes form a process group of their own, which is ended with this function however it is left, so that no
+    GPU stays busy behind a run that is gone.
+
+    Args:
+        spec_path: The `train_spec.json`.
+        output_dir: Folder of `errors/`; the engine's own output goes to `engine.log` there.
+        nproc_per_node: Processes to start.
+        on_poll: Called a few times a second, and once after the end.
+
+    Raises:
+        RankFailedError: A process failed.
+        TrainingInterruptedError: SIGINT or SIGTERM came.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
+    command += ["-m", "qvl_pipeline.engine", str(spec_path)]
+    log_path = output_dir / "engine.log"
+    with log_path.open("wb") as log, _interruptible():
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(nproc_per_node), start_new_session=True
+        )
+        try:
+            while process.poll() is None:
+                on_poll()
+                try:
+                    process.wait(_POLL_S)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            _end_group(process)
+    on_poll()
+    if process.returncode:
+        raise RankFailedError(_describe_failure(output_dir, log_path, process.returncode))
+
+
+def _environment(nproc_per_node: int) -> dict[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc_per_node)
+    defaults = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), "NCCL_BLOCKING_WAIT": "0"}
+    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into an exception, so that cleaning up and tracking see them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signal handlers can be set in the main thread only
+        return
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise TrainingInterruptedError(f"training stopped by {signal.Signals(number).name}")
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of the process group: politely, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+        if number == signal.SIGTERM and not _group_lives(process.pid):
+            break
+    process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
+    """One block: the rank that failed first, where it was, and the last frames of its traceback."""
+    reports: list[dict[str, Any]] = [json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")]
+    if not reports:
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
+        return f"training ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
+    first = min(reports, key=lambda report: report["time"])
+    samples = ", ".join(first["sample_ids"][:5]) + (", …" if len(first["sample_ids"]) > 5 else "")
+    frames = "\n".join(f"    {line}" for line in first["traceback"].rstrip().splitlines()[-8:])
+    return (
+        f"training failed on rank {first['rank']} at step {first['step']}: {first['type']}: {first['message']}\n"
+        f"  samples in that micro-batch: {samples or 'none yet'}\n"
+        f"  where:\n{frames}\n"
+        f"  full log: {log_path}"
+    )

@@ -1,0 +1,120 @@
+"""Nodes of the `train` stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.data.plan import plan_fingerprint, source_weights
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.pipelines.train.launcher import launch
+from qvl_pipeline.pipelines.train.progress import training_progress
+from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
+from qvl_pipeline.tracking.lineage import git_commit
+from qvl_pipeline.tracking.sinks import make_sinks
+
+
+def train(
+    base_model: Path,
+    tokenized_samples: Path,
+    pack_plan: pd.DataFrame,
+    plan_summary: dict[str, Any],
+    video_frames: Path,
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    ingest: IngestConfig,
+) -> tuple[Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
+    """Execute the pack plan on this machine's GPUs, or on its CPU when there are none.
+
+    The engine works in `<model folder>/scratch/<fingerprint>`; a run of the very same model, plan and parameters that
+    was cut off continues there from its newest checkpoint.
+
+    Returns:
+        A writer of the trained model's folder, the logged steps, and the result.
+
+    Raises:
+        UserError: The plan was made for other parameters.
+        RankFailedError: A training process failed.
+    """
+    _check_plan(tokenized_samples, plan_summary, batching, ingest)
+    output_dir = base_model.parent / "scratch" / run_fingerprint(model, train, plan_summary)
+    _prepare(output_dir, resume=train.resume_from_checkpoint == "auto")
+    plan_path = output_dir / "pack_plan.parquet"
+    pack_plan.to_parquet(plan_path, index=False)
+    spec_path = output_dir / "train_spec.json"
+    make_spec(
+        base_model=base_model,
+        tokenized_samples=tokenized_samples,
+        pack_plan=plan_path,
+        video_frames=video_frames,
+        plan_summary=plan_summary,
+        model=model,
+        batching=batching,
+        train=train,
+        output_dir=output_dir,
+    ).save(spec_path)
+    metrics_path = output_dir / "metrics.jsonl"
+    _run(spec_path, metrics_path, train, batching, plan_summary["steps"])
+    rows = pd.read_json(metrics_path, lines=True).drop(columns="loss_by_source")
+    active = mlflow.active_run()
+    result = json.loads((output_dir / "result.json").read_text()) | {
+        "plan_fingerprint": plan_summary["fingerprint"],
+        "git_commit": git_commit(),
+        "mlflow_run_id": active.info.run_id if active else None,
+    }
+    return lambda folder: _publish(output_dir / "export", folder), rows, result
+
+
+def _check_plan(tokenized: Path, plan_summary: dict[str, Any], batching: BatchingConfig, ingest: IngestConfig) -> None:
+    if plan_fingerprint(tokenized, batching, source_weights(ingest)) != plan_summary["fingerprint"]:
+        raise UserError(
+            "the pack plan was made for other data or other `batching` parameters than this run's: "
+            "run `kedro run --pipelines tokenize` (with the same --env) to make it anew"
+        )
+
+
+def _prepare(output_dir: Path, *, resume: bool) -> None:
+    """Make the scratch folder; a finished run, or one that must not be resumed, starts afresh."""
+    if not resume or (output_dir / "result.json").exists():
+        shutil.rmtree(output_dir, ignore_errors=True)
+    shutil.rmtree(output_dir / "errors", ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _run(spec_path: Path, metrics_path: Path, train: TrainConfig, batching: BatchingConfig, steps: int) -> None:
+    sinks = make_sinks(train.report_to, metrics_path, run_name=spec_path.parents[2].name)
+    nproc_per_node = _processes(train, batching)
+    print(f"train: {steps} steps on {nproc_per_node} processes; log: {spec_path.with_name('engine.log')}", flush=True)
+    with training_progress(metrics_path, steps) as update:
+
+        def poll() -> None:
+            update()
+            for sink in sinks:
+                sink.poll()
+
+        try:
+            launch(spec_path, spec_path.parent, nproc_per_node, poll)
+        finally:
+            for sink in sinks:
+                sink.close()
+
+
+def _processes(train: TrainConfig, batching: BatchingConfig) -> int:
+    """Processes to start here: as many as asked for, else one a GPU, else the declared data-parallel size."""
+    if train.nproc_per_node != "auto":
+        return int(train.nproc_per_node)
+    import torch
+
+    return torch.cuda.device_count() or batching.data_parallel_size
+
+
+def _publish(export: Path, folder: Path) -> None:
+    shutil.copytree(export, folder)

@@ -1,0 +1,31 @@
+"""Wiring of the `train` stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Node, Pipeline
+
+from qvl_pipeline.pipelines.train.nodes import train
+
+
+def create_pipeline() -> Pipeline:
+    """Create the pipeline: plan and base model in, trained model out."""
+    return Pipeline(
+        [
+            Node(
+                train,
+                inputs=[
+                    "base_model",
+                    "tokenized_samples",
+                    "pack_plan",
+                    "plan_summary",
+                    "video_frames",
+                    "params:model",
+                    "params:batching",
+                    "params:train",
+                    "params:ingest",
+                ],
+                outputs=["trained_model", "training_metrics", "train_result"],
+                name="train",
+            )
+        ]
+    )

@@ -1,0 +1,102 @@
+"""From parameters and catalog entries to the engine's `train_spec.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from qvl_pipeline.engine.spec import TrainSpec
+
+# Parameters that change what is shown, not what is computed: a run may be resumed under other values of these.
+_DOES_NOT_CHANGE_TRAINING = ("logging_steps", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
+                             "nproc_per_node", "resume_from_checkpoint")
+
+
+def run_fingerprint(model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any]) -> str:
+    """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints."""
+    training = {key: value for key, value in train.model_dump().items() if key not in _DOES_NOT_CHANGE_TRAINING}
+    content = {"model": model.model_dump(), "train": training, "plan": plan_summary["fingerprint"]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_spec(
+    *,
+    base_model: Path,
+    tokenized_samples: Path,
+    pack_plan: Path,
+    video_frames: Path,
+    plan_summary: dict[str, Any],
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    output_dir: Path,
+) -> TrainSpec:
+    """Make the engine's spec.
+
+    Args:
+        base_model: Folder with `manifest.json`.
+        tokenized_samples: Arrow file.
+        pack_plan: Parquet file.
+        video_frames: Folder of the frame store.
+        plan_summary: Facts of the plan.
+        model: Parameters of the model.
+        batching: Parameters of the plan.
+        train: Parameters of training.
+        output_dir: Scratch folder of this very run.
+
+    Returns:
+        The spec, with absolute paths.
+    """
+    from qvl_pipeline.engine import spec
+
+    manifest = json.loads((base_model / "manifest.json").read_text())
+    path = str(base_model.resolve()) if manifest["path"] == "." else manifest["path"]
+    return spec.TrainSpec(
+        run=spec.RunSpec(
+            output_dir=str(output_dir.resolve()),
+            logging_steps=train.logging_steps,
+            save_steps=train.save_steps,
+            save_total_limit=train.save_total_limit,
+            resume=train.resume_from_checkpoint == "auto",
+            seed=train.seed,
+        ),
+        model=spec.ModelSpec(
+            path=path,
+            processor=model.processor_name or path,
+            family=manifest["family"],
+            attn_implementation=model.attn_implementation,
+            freeze_modules=tuple(train.freeze_modules),
+            gradient_checkpointing=train.gradient_checkpointing,
+            use_liger_kernel=train.use_liger_kernel,
+        ),
+        data=spec.DataSpec(
+            tokenized=str(tokenized_samples.resolve()),
+            pack_plan=str(pack_plan.resolve()),
+            video_frames=str(video_frames.resolve()),
+            packs_per_micro_batch=batching.per_device_train_batch_size,
+            epochs=float(plan_summary["epochs"]),
+            num_workers=train.dataloader_num_workers,
+        ),
+        optim=spec.OptimSpec(
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_epsilon=train.adam_epsilon,
+            max_grad_norm=train.max_grad_norm,
+            lr_scheduler_type=train.lr_scheduler_type,
+            warmup_steps=train.warmup_steps or math.ceil(train.warmup_ratio * plan_summary["steps"]),
+        ),
+        parallel=spec.ParallelSpec(
+            wrap=tuple(train.fsdp_config.transformer_layer_cls_to_wrap),
+            reshard_after_forward=train.fsdp_config.reshard_after_forward,
+            bf16=train.bf16,
+        ),
+        export=spec.ExportSpec(output_dir=str((output_dir / "export").resolve())),
+    )
