@@ -17,7 +17,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train.launcher import launch
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
-from qvl_pipeline.tracking.lineage import git_commit
+from qvl_pipeline.tracking.lineage import git_tags
 from qvl_pipeline.tracking.sinks import make_sinks
 
 
@@ -67,7 +67,7 @@ def train(
     active = mlflow.active_run()
     result = json.loads((output_dir / "result.json").read_text()) | {
         "plan_fingerprint": plan_summary["fingerprint"],
-        "git_commit": git_commit(),
+        "git_commit": git_tags(Path.cwd()).get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
     return lambda folder: _publish(output_dir / "export", folder), rows, result

@@ -1,0 +1,129 @@
+"""Whole trainings under torchrun on gloo: ranks, resuming, freezing, export and failure (invariants 3-6, 10 and 12)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qvl_pipeline.engine.spec import TrainSpec
+from tests.engine.training import changed, make_training, torchrun, trained
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]) -> Callable[[str], TrainSpec]:
+    """A training of each family that has run on two ranks, with a checkpoint after each of its three steps."""
+    made: dict[str, TrainSpec] = {}
+
+    def training(family: str) -> TrainSpec:
+        if family not in made:
+            base = make_training(tmp_path_factory.mktemp("training"), tiny_folders(family), family)
+            run = {"save_steps": 1, "save_total_limit": 3}
+            made[family] = changed(base, Path(base.run.output_dir), run=run)
+            trained(made[family], nproc=2)
+        return made[family]
+
+    return training
+
+
+def losses(training: TrainSpec) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(training: TrainSpec) -> dict[str, torch.Tensor]:
+    return load_file(Path(training.export.output_dir) / "model.safetensors")
+
+
+def assert_same_training(actual: TrainSpec, expected: TrainSpec) -> None:
+    assert losses(actual) == pytest.approx(losses(expected), rel=1e-5)
+    expected_weights = weights(expected)
+    for name, weight in weights(actual).items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("nproc", [1, 4])
+def test_same_batches_on_any_number_of_ranks(
+    family: str, nproc: int, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    # With 4 ranks, some hold text only while others hold an image or a video; with 3 packs in the last step of 1 rank's
+    # view nothing changes, because the global batch is the plan's.
+    expected = trainings(family)
+    actual = changed(expected, tmp_path, run={"save_steps": 0})
+    trained(actual, nproc)
+    assert_same_training(actual, expected)
+
+
+def test_packs_concatenated_into_one_micro_batch_train_the_same(
+    trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings("qwen3_vl")
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, data={"packs_per_micro_batch": 3, "num_workers": 1})
+    trained(actual, nproc=1)
+    assert_same_training(actual, expected)
+
+
+@pytest.mark.parametrize(("killed_after", "nproc"), [(1, 2), (2, 1)])
+def test_resumed_equals_uninterrupted_on_any_number_of_ranks(
+    killed_after: int, nproc: int, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings("qwen3_vl")
+    actual = changed(expected, tmp_path / "run", run={"save_steps": 0})
+    shutil.copytree(expected.run.output_dir, actual.run.output_dir)
+    for path in (Path(actual.run.output_dir) / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > killed_after:
+            (path / "COMPLETE").unlink()  # as if the run had been killed while it wrote this one
+    shutil.rmtree(actual.export.output_dir)
+    trained(actual, nproc)
+    result = json.loads((Path(actual.run.output_dir) / "result.json").read_text())
+    assert result["resumed_from_step"] == killed_after
+    assert_same_training(actual, expected)
+
+
+def test_export_is_the_last_checkpoint_under_names_that_transformers_knows(
+    family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    training = trainings(family)
+    folder = Path(training.export.output_dir)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    AutoProcessor.from_pretrained(folder)
+    assert model.generation_config.eos_token_id is not None
+    assert model.config._attn_implementation != "qvl_flash_varlen"
+    dcp_to_torch_save(Path(training.run.output_dir) / "checkpoints" / "checkpoint-3", tmp_path / "full.pt")
+    checkpoint = torch.load(tmp_path / "full.pt", weights_only=False)["model"]
+    exported = model.state_dict()
+    for name, weight in checkpoint.items():
+        torch.testing.assert_close(exported[name.removeprefix("hf.")], weight, rtol=0, atol=0)
+    base = AutoModelForImageTextToText.from_pretrained(training.model.path).state_dict()
+    assert all(not torch.equal(weight, base[name]) for name, weight in exported.items() if weight.ndim == 2)
+
+
+def test_frozen_parts_stay_bit_unchanged_under_weight_decay(
+    family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    training = changed(trainings(family), tmp_path, run={"save_steps": 0}, model={"freeze_modules": ("visual",)})
+    trained(training, nproc=2)
+    base = load_file(Path(training.model.path) / "model.safetensors")
+    for name, weight in weights(training).items():
+        assert torch.equal(weight, base[name]) == ("visual" in name), name
+
+
+def test_failed_rank_names_its_sample_and_ends_the_job(trainings: Callable[[str], TrainSpec], tmp_path: Path) -> None:
+    good = trainings("qwen3_vl")
+    folder = tmp_path / "data"
+    bad = make_training(folder, Path(good.model.path), "qwen3_vl")
+    (folder / "4.png").write_bytes(b"no longer an image")
+    done = torchrun(bad, nproc=2)
+    assert done.returncode != 0
+    report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
+    assert report["step"] == 2
+    assert "4.png" in report["message"]
+    assert not (Path(bad.run.output_dir) / "result.json").exists()

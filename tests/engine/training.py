@@ -1,0 +1,169 @@
+"""A small training on disk: model, images, clips, tokenized samples, plan and spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from PIL import Image
+from transformers import AutoConfig
+
+from qvl_pipeline.engine import spec
+from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip, encode_frame
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("sample_id", "source", "split", "kind", "task", "answer")),
+        ("input_ids", pa.list_(pa.int32())),
+        ("label_spans", pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))),
+        *((name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "prompt_length")),
+        (
+            "media",
+            pa.list_(
+                pa.struct(
+                    [("type", pa.string()), ("key", pa.string())]
+                    + [(name, pa.int32()) for name in ("grid_t", "grid_h", "grid_w")]
+                    + [("seconds_per_grid", pa.float64())]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def make_training(
+    folder: Path, model: Path, family: str, kinds: Sequence[str] = ("text", "image", "video") * 4, packs_per_step: int = 4
+) -> spec.TrainSpec:
+    """Write a training of one pack a sample, `packs_per_step` packs a step, in the order of `kinds`."""
+    config = AutoConfig.from_pretrained(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FrameStoreWriter(folder / "video_frames") as frames:
+        samples = [_sample(folder, frames, config, family, kind, number) for number, kind in enumerate(kinds)]
+    table = pa.Table.from_pylist(samples, schema=SCHEMA)
+    with pa.ipc.new_file(str(folder / "tokenized.arrow"), SCHEMA) as writer:
+        writer.write_table(table)
+    plan = [
+        {
+            "step": number // packs_per_step + 1,
+            "pack": number % packs_per_step,
+            "sample_rows": [number],
+            "tokens": sample["length"],
+            "vit_patches": sample["vit_patches"],
+            "supervised_tokens": sample["supervised_tokens"],
+        }
+        for number, sample in enumerate(samples)
+    ]
+    pd.DataFrame(plan).to_parquet(folder / "pack_plan.parquet", index=False)
+    output_dir = folder / "run"
+    return spec.TrainSpec(
+        run=spec.RunSpec(
+            output_dir=str(output_dir), logging_steps=1, save_steps=0, save_total_limit=2, resume=True, seed=0
+        ),
+        model=spec.ModelSpec(
+            path=str(model),
+            processor=str(model),
+            family=family,
+            attn_implementation="auto",
+            freeze_modules=(),
+            gradient_checkpointing=False,
+            use_liger_kernel=False,
+        ),
+        data=spec.DataSpec(
+            tokenized=str(folder / "tokenized.arrow"),
+            pack_plan=str(folder / "pack_plan.parquet"),
+            video_frames=str(folder / "video_frames"),
+            packs_per_micro_batch=1,
+            epochs=1.0,
+            num_workers=0,
+        ),
+        optim=spec.OptimSpec(
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            adam_beta1=0.9,
+            adam_beta2=0.99,
+            # Adam divides by the root of the second moment: without a floor, rounding of near-zero gradients of
+            # different rank counts would be blown up to full steps.
+            adam_epsilon=1e-4,
+            max_grad_norm=1.0,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+        ),
+        parallel=spec.ParallelSpec(wrap=(), reshard_after_forward=True, bf16=False),
+        export=spec.ExportSpec(output_dir=str(output_dir / "export")),
+    )
+
+
+def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, kind: str, number: int) -> dict[str, Any]:
+    rng = np.random.default_rng(number)
+    side = config.vision_config.patch_size * 4
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    media, prompt = [], [40 + number]
+    if kind == "image":
+        key = str(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(key)
+        media, prompt = [_medium("image", key, 1, 0.0)], [start, *[config.image_token_id] * 4, end, *prompt]
+    if kind == "video":
+        clip = rng.integers(0, 256, (4, 3, side, side), dtype=np.uint8)
+        key = f"{number}.mp4"
+        encoded = [encode_frame(frame, "png", 95) for frame in clip]
+        seconds = [0.0, 0.5, 1.0, 1.5]
+        frames.add(StoredClip(key, None, None, side, side, 2.0, "png", [0, 1, 2, 3], seconds, encoded))
+        blocks = [[start, *[config.video_token_id] * 4, end]] * 2
+        if family == "qwen2_5_vl":
+            blocks = [[start, *[config.video_token_id] * 8, end]]
+        media, prompt = [_medium("video", key, 2, 1.0)], [*sum(blocks, []), *prompt]
+    answer = rng.integers(50, 500, size=2 + number % 5).tolist()
+    ids = [*prompt, *answer, 60]
+    return {
+        "sample_id": f"{'ab'[number % 2]}/{number}",
+        "source": "ab"[number % 2],
+        "split": "train",
+        "kind": kind,
+        "task": "exact_match",
+        "answer": "",
+        "input_ids": ids,
+        "label_spans": [{"start": len(prompt), "end": len(prompt) + len(answer)}],
+        "length": len(ids),
+        "supervised_tokens": len(answer),
+        "vit_patches": sum(m["grid_t"] * m["grid_h"] * m["grid_w"] for m in media),
+        "prompt_length": len(prompt),
+        "media": media,
+    }
+
+
+def _medium(kind: str, key: str, frames: int, seconds: float) -> dict[str, Any]:
+    return {"type": kind, "key": key, "grid_t": frames, "grid_h": 4, "grid_w": 4, "seconds_per_grid": seconds}
+
+
+def changed(base: spec.TrainSpec, output_dir: Path, **groups: dict[str, Any]) -> spec.TrainSpec:
+    """Return a spec with values replaced, and its own output folder."""
+    groups.setdefault("run", {})["output_dir"] = str(output_dir)
+    groups["export"] = {"output_dir": str(output_dir / "export")}
+    return dataclasses.replace(
+        base, **{name: dataclasses.replace(getattr(base, name), **values) for name, values in groups.items()}
+    )
+
+
+def torchrun(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run the engine and wait for it; a hang ends in a TimeoutExpired."""
+    folder = Path(training.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    training.save(folder / "train_spec.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command += ["-m", "qvl_pipeline.engine", str(folder / "train_spec.json")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def trained(training: spec.TrainSpec, nproc: int) -> list[dict[str, Any]]:
+    """Run the engine, which must succeed, and return its rows of metrics."""
+    done = torchrun(training, nproc)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
