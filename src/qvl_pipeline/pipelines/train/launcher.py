@@ -1,38 +1,34 @@
-"""Starting torchrun, and seeing that it ends: on success, on a failed rank, on Ctrl-C and on SIGTERM."""
+"""Starting torchrun, and seeing that it ends: on success, on a failed rank, on Ctrl-C, SIGTERM and SIGKILL."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from qvl_pipeline.errors import UserError
 
 _POLL_S = 0.2
-_GRACE_S = 10.0
+# torchrun itself gives its ranks 30 s to end.
+_GRACE_S = 40.0
 
 
 class RankFailedError(UserError):
     """A training process failed; the message is one readable block with the first failed rank's error."""
 
 
-class TrainingInterruptedError(KeyboardInterrupt):
-    """Training was stopped by SIGINT or SIGTERM."""
-
-
 def launch(spec_path: Path, output_dir: Path, nproc_per_node: int, on_poll: Callable[[], None]) -> None:
     """Run the engine under torchrun until it ends.
 
-    The processes form a process group of their own, which is ended with this function however it is left, so that no
-    GPU stays busy behind a run that is gone.
+    The processes form a process group of their own, which is ended with this function however it is left (Ctrl-C and
+    SIGTERM arrive as exceptions), so that no GPU stays busy behind a run that is gone.
 
     Args:
         spec_path: The `train_spec.json`.
@@ -42,24 +38,28 @@ def launch(spec_path: Path, output_dir: Path, nproc_per_node: int, on_poll: Call
 
     Raises:
         RankFailedError: A process failed.
-        TrainingInterruptedError: SIGINT or SIGTERM came.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
     command += ["-m", "qvl_pipeline.engine", str(spec_path)]
     log_path = output_dir / "engine.log"
-    with log_path.open("wb") as log, _interruptible():
+    with log_path.open("wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(nproc_per_node), start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(nproc_per_node),
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
-        try:
-            while process.poll() is None:
-                on_poll()
-                try:
-                    process.wait(_POLL_S)
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            _end_group(process)
+    try:
+        while process.poll() is None:
+            on_poll()
+            try:
+                process.wait(_POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        _end_group(process)
     on_poll()
     if process.returncode:
         raise RankFailedError(_describe_failure(output_dir, log_path, process.returncode))
@@ -71,43 +71,27 @@ def _environment(nproc_per_node: int) -> dict[str, str]:
     return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an exception, so that cleaning up and tracking see them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers can be set in the main thread only
-        return
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise TrainingInterruptedError(f"training stopped by {signal.Signals(number).name}")
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _end_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent dies, even by SIGKILL: torchrun then ends its ranks."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End what is left of the process group: politely, then not."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            continue
-        if number == signal.SIGTERM and not _group_lives(process.pid):
-            break
+        deadline = time.monotonic() + _GRACE_S
+        while _signal_group(process, number) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            number = 0  # only look whether someone is left
     process.wait()
 
 
-def _group_lives(group: int) -> bool:
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal to the group; say whether it has any process left."""
+    process.poll()  # a zombie still counts as a member of its group
     try:
-        os.killpg(group, 0)
+        os.killpg(process.pid, number)
     except ProcessLookupError:
         return False
     return True

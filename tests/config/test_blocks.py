@@ -1,0 +1,69 @@
+"""Parameters blocks refuse what they cannot honour, in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from qvl_pipeline import config
+from qvl_pipeline.config.base import Block
+
+BLOCKS = [getattr(config, name) for name in config.__all__]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_unknown_key_is_an_error(block: type[Block]) -> None:
+    with pytest.raises(ValidationError, match="unknown key 'no_such_key'"):
+        block.model_validate({"no_such_key": 1})
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_every_parameter_is_documented(block: type[Block]) -> None:
+    documentation = block.__doc__ or ""
+    for name in block.model_fields:
+        assert f"\n        {name}: " in documentation, f"{block.__name__}.{name} is missing in the docstring"
+
+
+def test_misspelt_key_names_the_nearest() -> None:
+    with pytest.raises(ValidationError, match="unknown key 'learning_rat': did you mean 'learning_rate'"):
+        config.TrainConfig.model_validate({"learning_rat": 1e-4})
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "sentence"),
+    [
+        (config.BatchingConfig, {"dataset_type": "qwen3_vl_iterable"}, "set max_steps"),
+        (config.BatchingConfig, {"max_steps": 0}, "nothing would be trained"),
+        (config.SampleConfig, {"video_max_pixels": 50176}, "lower video_min_pixels with it"),
+        (config.SampleConfig, {"video_min_frames": 9, "video_max_frames": 8}, "lower video_min_frames"),
+        (
+            config.ModelConfig,
+            {"processor_type": "qwen3_vl", "image_min_pixels": 9, "image_max_pixels": 8},
+            "above image_max_pixels",
+        ),
+        (config.ModelConfig, {"processor_type": "qwen3_vl", "processor_name": "x"}, "needs load_from_pretrained_path"),
+        (config.TrainConfig, {"report_to": ["none", "mlflow"]}, "'none' excludes"),
+        (config.TrainConfig, {"nproc_per_node": 0}, "at least 1"),
+        (config.TrainConfig, {"sp_ulysses_degree": 2}, "Input should be 1"),
+        (config.TrainConfig, {"eval_strategy": "steps"}, "Input should be 'no'"),
+        (config.TrainConfig, {"lr_scheduler_type": "cosin"}, "Input should be"),
+        (config.IngestConfig, {"datasets": []}, "at least 1 item"),
+        (
+            config.IngestConfig,
+            {"datasets": [{"name": "a", "path": "x", "data_type": "json"}] * 2},
+            "the name 'a' is used twice",
+        ),
+    ],
+)
+def test_illegal_value_has_a_sentence(block: type[Block], values: dict, sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        block.model_validate(values)
+
+
+def test_global_batch_is_declared() -> None:
+    batching = config.BatchingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3, data_parallel_size=4)
+    assert batching.packs_per_step == 24
+
+
+def test_one_tracker_may_be_given_as_a_string() -> None:
+    assert config.TrainConfig(report_to="wandb").report_to == ["wandb"]

@@ -1,0 +1,175 @@
+"""The train stage around the engine: fingerprints, the launcher, what a failure looks like, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.pipelines.train.launcher import RankFailedError, launch
+from qvl_pipeline.pipelines.train.nodes import _processes
+from qvl_pipeline.pipelines.train.progress import training_progress
+from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
+from tests.engine.training import changed, make_training
+
+MODEL = ModelConfig(processor_type="qwen3_vl")
+SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc"}
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    folder = tmp_path_factory.mktemp("launcher")
+    build_tiny_model(folder / "model", family="qwen3_vl", seed=0, corpus=["which digit?"])
+    base = make_training(folder, folder / "model", "qwen3_vl", kinds=("text", "image") * 1000, packs_per_step=2)
+    Path(base.run.output_dir).mkdir()
+    return base
+
+
+def start(spec: TrainSpec) -> tuple[Path, Path]:
+    output_dir = Path(spec.run.output_dir)
+    output_dir.mkdir(exist_ok=True)
+    spec.save(output_dir / "train_spec.json")
+    return output_dir / "train_spec.json", output_dir
+
+
+class TestFingerprint:
+    def test_what_only_changes_the_view_keeps_the_checkpoints(self) -> None:
+        first = run_fingerprint(MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY)
+        assert run_fingerprint(MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY) == first
+
+    @pytest.mark.parametrize(
+        ("model", "train", "plan"),
+        [
+            (MODEL, TrainConfig(learning_rate=3e-5), SUMMARY),
+            (MODEL.model_copy(update={"tiny_seed": 1}), TrainConfig(), SUMMARY),
+            (MODEL, TrainConfig(), SUMMARY | {"fingerprint": "abd"}),
+        ],
+    )
+    def test_what_changes_the_training_does_not_share_checkpoints(
+        self, model: ModelConfig, train: TrainConfig, plan: dict
+    ) -> None:
+        assert run_fingerprint(model, train, plan) != run_fingerprint(MODEL, TrainConfig(), SUMMARY)
+
+
+class TestSpec:
+    def spec(self, folder: Path, manifest: dict, model: ModelConfig, train: TrainConfig) -> TrainSpec:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return make_spec(
+            base_model=folder,
+            tokenized_samples=Path("tokenized.arrow"),
+            pack_plan=Path("plan.parquet"),
+            video_frames=Path("frames"),
+            plan_summary=SUMMARY,
+            model=model,
+            batching=BatchingConfig(per_device_train_batch_size=3),
+            train=train,
+            output_dir=folder / "run",
+        )
+
+    def test_tiny_model_lies_in_the_folder_itself(self, tmp_path: Path) -> None:
+        spec = self.spec(tmp_path, {"path": ".", "family": "qwen3_vl"}, MODEL, TrainConfig(warmup_ratio=0.1))
+        assert spec.model.path == spec.model.processor == str(tmp_path)
+        assert spec.optim.warmup_steps == 4
+        assert spec.data.packs_per_micro_batch == 3
+
+    def test_hub_model_is_passed_on_by_name(self, tmp_path: Path) -> None:
+        model = ModelConfig(
+            processor_type="qwen2_5_vl", load_from_pretrained_path="org/model", processor_name="org/processor"
+        )
+        manifest = {"path": "org/model", "family": "qwen2_5_vl"}
+        spec = self.spec(tmp_path, manifest, model, TrainConfig(warmup_ratio=0.1, warmup_steps=7))
+        assert (spec.model.path, spec.model.processor) == ("org/model", "org/processor")
+        assert spec.optim.warmup_steps == 7
+
+
+def test_processes_without_gpus_are_the_declared_data_parallel_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    batching = BatchingConfig(data_parallel_size=3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert _processes(TrainConfig(), batching) == 3
+    assert _processes(TrainConfig(nproc_per_node=5), batching) == 5
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert _processes(TrainConfig(), batching) == 8
+
+
+def test_progress_prints_a_line_every_tenth_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with training_progress(path, max_steps=20) as update:
+        update()
+        for step in range(1, 21):
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": 1 / step, "tokens_per_second": 1234.5}) + "\n")
+            update()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[-1] == "train: step 20/20, loss 0.0500, 1,234 tokens/s"
+
+
+class TestFailure:
+    def test_rank_that_fails_is_shown_in_one_block(self, training: TrainSpec, tmp_path: Path) -> None:
+        folder = Path(training.data.tokenized).parent
+        spec = changed(training, tmp_path / "run")
+        image = folder / "3.png"
+        good = image.read_bytes()
+        image.write_bytes(b"broken")
+        try:
+            with pytest.raises(RankFailedError) as caught:
+                launch(*start(spec), nproc_per_node=2, on_poll=lambda: None)
+        finally:
+            image.write_bytes(good)
+        message = str(caught.value)
+        assert message.startswith("training failed on rank 1 at step 2: UserError: image ")
+        assert "3.png" in message
+        assert "engine.log" in message
+
+    def test_engine_that_cannot_even_start_shows_the_end_of_its_log(self, tmp_path: Path) -> None:
+        with pytest.raises(RankFailedError, match="no error report") as caught:
+            launch(tmp_path / "missing.json", tmp_path, nproc_per_node=1, on_poll=lambda: None)
+        assert "missing.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_when_the_parent_is_ended(number: signal.Signals, training: TrainSpec, tmp_path: Path) -> None:
+    spec_path, output_dir = start(changed(training, tmp_path / "run"))
+    code = f"""
+from pathlib import Path
+from qvl_pipeline.pipelines.train.launcher import launch
+launch(Path({str(spec_path)!r}), Path({str(output_dir)!r}), 2, lambda: None)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    _wait_until(lambda: (output_dir / "metrics.jsonl").exists(), 120)
+    assert _processes_of(spec_path)
+    os.kill(parent.pid, number)
+    assert parent.wait(60) != 0
+    _wait_until(lambda: not _processes_of(spec_path), 60)
+    assert len(pd.read_json(output_dir / "metrics.jsonl", lines=True)) < 1000
+
+
+def _wait_until(condition, timeout_s: float) -> None:  # noqa: ANN001
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+def _processes_of(spec_path: Path) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if "qvl_pipeline.engine\0" in command and str(spec_path) in command:
+            found.append(command)
+    return found
