@@ -91,6 +91,7 @@ def test_export_is_the_last_checkpoint_under_names_that_transformers_knows(
 ) -> None:
     training = trainings(family)
     folder = Path(training.export.output_dir)
+    assert weights(training).keys() == load_file(Path(training.model.path) / "model.safetensors").keys()
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

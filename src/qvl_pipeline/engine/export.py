@@ -29,6 +29,9 @@ def export(model: PackedVLM, spec: TrainSpec) -> None:
     with torch.device("meta"):
         twin = type(model.hf)(config)
     weights = {name.removeprefix("hf."): tensor for name, tensor in state.items()}
+    for tied in twin.all_tied_weights_keys:
+        # Gathering made two tensors of the one; a file with both would be larger, and could come apart when edited.
+        weights.pop(tied)
     twin.save_pretrained(folder, state_dict=weights)
     GenerationConfig.from_pretrained(spec.model.path).save_pretrained(folder)
     AutoProcessor.from_pretrained(spec.model.processor).save_pretrained(folder)

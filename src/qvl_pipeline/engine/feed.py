@@ -54,7 +54,7 @@ def read_plan(path: Path) -> list[list[Pack]]:
     Raises:
         ValueError: The plan has no packs, or its steps are not numbered 1, 2, 3, …
     """
-    rows = pq.read_table(path).to_pylist()
+    rows = pq.ParquetFile(path).read().to_pylist()  # `read_table` would import pandas where it is installed
     steps: list[list[Pack]] = []
     for row in rows:
         if row["step"] == len(steps) + 1:
