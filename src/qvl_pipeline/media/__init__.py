@@ -1,0 +1,1 @@
+"""Images and video: probing, sampling rules, decoding, frame store, patches."""

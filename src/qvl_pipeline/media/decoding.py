@@ -1,0 +1,250 @@
+"""Decoding chosen frames of a clip, with the times at which the source shows them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import av
+import numpy as np
+
+from qvl_pipeline.errors import UserError
+
+Backend = Literal["pyav", "torchcodec"]
+
+# A seek restarts the decoder and costs about as much as decoding this many frames.
+SEEK_COST_FRAMES = 12
+# Their packets include frames that are never shown ("alternate reference"), so frames must be decoded to be counted.
+HIDDEN_FRAME_CODECS = frozenset({"vp8"})
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """Every frame of a clip in the order of presentation.
+
+    Attributes:
+        pts: Presentation time of each frame in units of the stream's time base, strictly ascending int64 `[N]`.
+        seconds: The same in seconds of the clip, float64 `[N]`.
+        fps: Mean frame rate.
+        keyframes: Frame numbers at which decoding can start, ascending.
+        keyframe_dts: Decoding time of each of them, where the demuxer must seek to.
+    """
+
+    pts: np.ndarray
+    seconds: np.ndarray
+    fps: float
+    keyframes: list[int]
+    keyframe_dts: list[int]
+
+
+class _SeekFailed(Exception):
+    """The demuxer did not land on the keyframe that was asked for."""
+
+
+def read_frame_table(path: str) -> FrameTable:
+    """List the frames of a clip from its packets, without decoding a picture.
+
+    Args:
+        path: Video file.
+
+    Returns:
+        The frame table of the first video stream.
+
+    Raises:
+        UserError: The file cannot be read, or holds no video.
+    """
+    try:
+        with av.open(path) as container:
+            stream = _video_stream(container, path)
+            packets = [
+                (packet.pts, packet.dts, packet.is_keyframe)
+                for packet in container.demux(stream)
+                if packet.size and not packet.is_discard
+            ]
+            if stream.codec_context.name in HIDDEN_FRAME_CODECS or any(pts is None for pts, _, _ in packets):
+                return _frame_table(container, stream, [(pts, pts, False) for pts in _decoded_pts(path)])
+            return _frame_table(container, stream, packets)
+    except av.FFmpegError as error:
+        raise UserError(f"video '{path}' cannot be read ({error}); run the pipeline 'validate'") from error
+
+
+def decode_frames(
+    path: str, table: FrameTable, indices: Sequence[int], backend: Backend = "pyav"
+) -> Iterator[np.ndarray]:
+    """Decode chosen frames one by one; no more than one of them is held here at a time.
+
+    Args:
+        path: Video file.
+        table: Its frame table.
+        indices: Frame numbers, ascending; a frame may be asked for several times.
+        backend: Decoder to use.
+
+    Yields:
+        RGB frames, uint8 `[H, W, 3]`, upright.
+
+    Raises:
+        UserError: A frame cannot be decoded, or the decoder cannot be loaded.
+    """
+    if backend == "torchcodec":
+        yield from _decode_torchcodec(path, table, indices)
+        return
+    done = 0
+    try:
+        for frame in _decode_pyav(path, table, indices, seeking=True):
+            yield frame
+            done += 1
+    except _SeekFailed:
+        yield from _decode_pyav(path, table, indices[done:], seeking=False)
+    except av.FFmpegError as error:
+        raise UserError(f"video '{path}' cannot be decoded ({error}); run the pipeline 'validate'") from error
+
+
+def choose_backend(asked: str) -> Backend:
+    """Choose the decoder.
+
+    Args:
+        asked: `pyav`, `torchcodec`, or `qwen_vl_utils`, which takes torchcodec when it loads and PyAV otherwise.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        UserError: torchcodec was asked for and cannot be loaded.
+    """
+    if asked == "pyav":
+        return "pyav"
+    try:
+        import torchcodec.decoders  # noqa: F401
+    # It raises RuntimeError when it finds no FFmpeg libraries that it can load.
+    except (ImportError, RuntimeError, OSError) as error:
+        if asked == "qwen_vl_utils":
+            return "pyav"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"video_backend is torchcodec, but it cannot be loaded ({reason}): pip install 'qvl-pipeline[torchcodec]' "
+            "and FFmpeg, or set video_backend: pyav"
+        ) from error
+    return "torchcodec"
+
+
+def _video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
+    if not container.streams.video:
+        raise UserError(f"video '{path}' holds no video stream; run the pipeline 'validate'")
+    return container.streams.video[0]
+
+
+def _frame_table(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: list[tuple[int, int | None, bool]]
+) -> FrameTable:
+    """Sort packets (pts, dts, is keyframe) into the order of presentation."""
+    # Frames shown before the first keyframe refer to pictures that were cut away: no decoder returns them.
+    first = min((pts for pts, _, is_key in packets if is_key), default=None)
+    shown = (packet for packet in packets if first is None or packet[0] >= first)
+    frames = {pts: (dts, is_key) for pts, dts, is_key in sorted(shown, key=lambda packet: packet[0])}
+    if not frames:
+        raise UserError(f"video '{container.name}' holds no frames; run the pipeline 'validate'")
+    pts = np.array(list(frames), dtype=np.int64)
+    base = stream.time_base
+    # Formats of broadcasting (MPEG-TS, MPEG-PS) start their clock anywhere; all others start it at zero.
+    starts_anywhere = bool(container.format.flags & av.format.Flags.ts_discont.value)
+    origin = int(Fraction(container.start_time or 0, av.time_base) / base) if starts_anywhere else 0
+    seconds = (pts - origin) * base.numerator / base.denominator
+    keyframes = [(number, dts) for number, (dts, is_key) in enumerate(frames.values()) if is_key and dts is not None]
+    return FrameTable(
+        pts=pts,
+        seconds=seconds,
+        fps=_mean_fps(stream, seconds),
+        keyframes=[number for number, _ in keyframes],
+        keyframe_dts=[dts for _, dts in keyframes],
+    )
+
+
+def _mean_fps(stream: av.VideoStream, seconds: np.ndarray) -> float:
+    """The declared mean rate where the frames keep to it within 1 %, else the measured one."""
+    declared = float(stream.average_rate or 0)
+    if len(seconds) < 2:
+        return declared or 1.0
+    measured = (len(seconds) - 1) / (seconds[-1] - seconds[0])
+    return declared if abs(declared / measured - 1) < 0.01 else float(measured)
+
+
+def _decoded_pts(path: str) -> list[int]:
+    """Presentation times by decoding everything, for files whose packets do not tell."""
+    with av.open(path) as container:
+        return [_pts(frame) for frame in container.decode(container.streams.video[0])]
+
+
+def _pts(frame: av.VideoFrame) -> int:
+    pts = frame.pts if frame.pts is not None else frame.dts
+    if pts is None:
+        raise UserError("a video without any timestamps cannot be sampled: remux it, e.g. with ffmpeg -fflags +genpts")
+    return pts
+
+
+def _decode_pyav(path: str, table: FrameTable, indices: Sequence[int], *, seeking: bool) -> Iterator[np.ndarray]:
+    """Decode in one pass, skipping ahead by keyframe where that saves more frames than a seek costs."""
+    with av.open(path) as container:
+        stream = _video_stream(container, path)
+        decoded = container.decode(stream)
+        picture, position = None, -1  # the frame last yielded, and its number
+        for index in indices:
+            if index != position or picture is None:
+                nearest = bisect_right(table.keyframes, index) - 1
+                if seeking and nearest >= 0 and table.keyframes[nearest] - position > SEEK_COST_FRAMES:
+                    container.seek(table.keyframe_dts[nearest], stream=stream)
+                    decoded = _from_keyframe(container, stream, int(table.pts[table.keyframes[nearest]]))
+                picture = _upright(_advance(decoded, path, table, index))
+                position = index
+            yield picture
+
+
+def _from_keyframe(container: av.container.InputContainer, stream: av.VideoStream, pts: int) -> Iterator[av.VideoFrame]:
+    """Decode from the keyframe at `pts` on; what precedes it may lack its references."""
+    started = False
+    for frame in container.decode(stream):
+        if not started and _pts(frame) > pts:
+            raise _SeekFailed
+        started = started or _pts(frame) == pts
+        if started:
+            yield frame
+    if not started:
+        raise _SeekFailed
+
+
+def _advance(decoded: Iterator[av.VideoFrame], path: str, table: FrameTable, index: int) -> av.VideoFrame:
+    wanted = int(table.pts[index])
+    for frame in decoded:
+        if _pts(frame) == wanted:
+            return frame
+        if _pts(frame) > wanted:
+            break
+    raise UserError(
+        f"video '{path}': frame {index} at second {table.seconds[index]:.3f} cannot be decoded; the file is damaged "
+        "there: repair it or leave it out"
+    )
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB `[H, W, 3]` with the display rotation applied."""
+    picture = frame.to_ndarray(format="rgb24")
+    # FFmpeg's angle is that by which the stored picture must be turned counterclockwise.
+    return np.ascontiguousarray(np.rot90(picture, k=round(frame.rotation / 90)))
+
+
+def _decode_torchcodec(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, dimension_order="NHWC", seek_mode="exact")
+    first_second = decoder.get_frame_at(0).pts_seconds
+    for index in indices:
+        frame = decoder.get_frame_at(index)
+        found, expected = frame.pts_seconds - first_second, table.seconds[index] - table.seconds[0]
+        if abs(found - expected) > 1e-3:
+            raise UserError(
+                f"video '{path}': torchcodec has frame {index} {found:.3f} s after the first one, but its packets say "
+                f"{expected:.3f} s: set video_backend: pyav"
+            )
+        yield frame.data.numpy()

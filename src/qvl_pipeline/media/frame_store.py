@@ -1,0 +1,242 @@
+"""The frames of every clip as the model sees them, with their seconds: written once, read memory-mapped."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from qvl_pipeline.errors import UserError
+
+SHARD_BYTES = 1 << 30
+FRAME_SCHEMA = pa.schema([("frame", pa.binary()), ("second", pa.float64()), ("index", pa.int64())])
+INDEX_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("path", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("shard", pa.string()),
+        ("batch", pa.int32()),
+        ("n_frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("source_fps", pa.float64()),
+        ("encoding", pa.string()),
+        ("frame_indices", pa.list_(pa.int64())),
+        ("seconds", pa.list_(pa.float64())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """The sampled frames of one clip.
+
+    Attributes:
+        path: Source file.
+        start: First second that may be sampled, or `None`.
+        end: Last second that may be sampled, or `None`.
+        height: Height of the frames in pixels.
+        width: Width of the frames in pixels.
+        source_fps: Frames per second of the source.
+        encoding: How the frames are encoded.
+        frame_indices: Number of each frame in the source.
+        seconds: Presentation time of each frame in the source.
+        frames: The encoded frames.
+    """
+
+    path: str
+    start: float | None
+    end: float | None
+    height: int
+    width: int
+    source_fps: float
+    encoding: str
+    frame_indices: list[int]
+    seconds: list[float]
+    frames: list[bytes]
+
+
+def clip_id(path: str, start: float | None, end: float | None) -> str:
+    """Name of a clip: `path`, or `path#start-end` for a part of it, an open end being empty."""
+    if start is None and end is None:
+        return path
+    return f"{path}#{'' if start is None else float(start)}-{'' if end is None else float(end)}"
+
+
+def encode_frame(frame: np.ndarray, encoding: str, jpeg_quality: int) -> bytes:
+    """Encode one frame.
+
+    Args:
+        frame: Uint8 `[3, H, W]`.
+        encoding: `raw` or `png`, both lossless, or `jpeg`.
+        jpeg_quality: Quality of `jpeg`, 1 to 100.
+
+    Returns:
+        The encoded bytes; `raw` is the memory of the contiguous frame.
+    """
+    if encoding == "raw":
+        return frame.tobytes()
+    buffer = io.BytesIO()
+    # Level 1: level 6 takes four times as long to write and saves little on photographs.
+    options = {"png": {"compress_level": 1}, "jpeg": {"quality": jpeg_quality}}[encoding]
+    Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(buffer, format=encoding, **options)
+    return buffer.getvalue()
+
+
+class FrameStoreWriter:
+    """Writes a frame store: Arrow IPC shards with one record batch per clip, and `index.parquet` at the end."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Start a store.
+
+        Args:
+            folder: Folder to write into; made when missing.
+            shard_bytes: A shard that has grown to this size is closed.
+        """
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._shard_bytes = shard_bytes
+        self._rows: list[dict[str, Any]] = []
+        self._shards = 0
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._batches = self._bytes = 0
+
+    def __enter__(self) -> Self:
+        """Enter the context, at whose end the store is complete."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the shard; write the index unless an error left the store incomplete."""
+        self._close_shard()
+        if error is None:
+            pq.write_table(
+                pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA),
+                self._folder / "index.parquet",
+            )
+
+    def add(self, clip: StoredClip) -> None:
+        """Append one clip."""
+        if self._writer is None:
+            self._shard = f"frames-{self._shards:05d}.arrow"
+            self._writer = pa.ipc.new_file(str(self._folder / self._shard), FRAME_SCHEMA)
+            self._shards += 1
+        columns = {
+            "frame": clip.frames,
+            "second": clip.seconds,
+            "index": clip.frame_indices,
+        }
+        batch = pa.record_batch(columns, schema=FRAME_SCHEMA)
+        self._writer.write_batch(batch)
+        self._rows.append(
+            {
+                "clip_id": clip_id(clip.path, clip.start, clip.end),
+                "shard": self._shard,
+                "batch": self._batches,
+                "n_frames": len(clip.frames),
+            }
+            | {field.name: getattr(clip, field.name) for field in INDEX_SCHEMA if hasattr(clip, field.name)}
+        )
+        self._batches += 1
+        self._bytes += batch.nbytes
+        if self._bytes >= self._shard_bytes:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+        self._batches = self._bytes = 0
+
+
+class FrameStore:
+    """Reads a frame store. Shards are memory-mapped when first needed; objects can be pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index.
+
+        Args:
+            folder: Folder written by the `sample` stage.
+
+        Raises:
+            UserError: The folder holds no finished store.
+        """
+        self.folder = Path(folder)
+        path = self.folder / "index.parquet"
+        if not path.exists():
+            raise UserError(f"{path} is missing: run the pipeline 'sample', which writes the frames of every clip")
+        # Not `read_table`, which imports pandas where it is installed; training processes do without.
+        self._index = pq.ParquetFile(path).read()
+        self._rows = {name: row for row, name in enumerate(self._index.column("clip_id").to_pylist())}
+        self._shards: dict[str, pa.RecordBatchFileReader] = {}
+
+    def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
+        """Pickle as the folder."""
+        return FrameStore, (self.folder,)
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        """Clip ids, in the order in which they were written."""
+        return iter(self._rows)
+
+    def info(self, clip: str) -> dict[str, Any]:
+        """Look up one clip.
+
+        Args:
+            clip: Clip id.
+
+        Returns:
+            Its row of `index.parquet`.
+
+        Raises:
+            UserError: The store has no such clip.
+        """
+        if clip not in self._rows:
+            raise UserError(f"{self.folder} holds no frames of '{clip}': run the pipeline 'sample' again")
+        return self._index.slice(self._rows[clip], 1).to_pylist()[0]
+
+    def frames(self, clip: str) -> np.ndarray:
+        """Read the frames of one clip.
+
+        Args:
+            clip: Clip id.
+
+        Returns:
+            Uint8 `[T, 3, H, W]`. With the encoding `raw` a read-only view of the memory map, at no cost.
+
+        Raises:
+            UserError: The store has no such clip.
+        """
+        info = self.info(clip)
+        frames = self._shard(info["shard"]).get_batch(info["batch"]).column("frame")
+        if info["encoding"] == "raw":
+            offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)
+            pixels = np.frombuffer(frames.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+            return pixels.reshape(info["n_frames"], 3, info["height"], info["width"])
+        decoded = np.empty((info["n_frames"], 3, info["height"], info["width"]), dtype=np.uint8)
+        for number, frame in enumerate(frames):
+            with Image.open(pa.BufferReader(frame.as_buffer())) as image:
+                decoded[number] = np.asarray(image).transpose(2, 0, 1)
+        return decoded
+
+    def _shard(self, name: str) -> pa.RecordBatchFileReader:
+        if name not in self._shards:
+            self._shards[name] = pa.ipc.open_file(pa.memory_map(str(self.folder / name)))
+        return self._shards[name]

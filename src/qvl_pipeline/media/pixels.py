@@ -1,0 +1,122 @@
+"""Pictures to patches, exactly as the Qwen-VL image and video processors of transformers make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+
+def open_image(path: Path) -> np.ndarray:
+    """Open an image the way it is meant to be seen: upright, and over white where it is transparent.
+
+    Same as transformers' `load_image` (EXIF orientation) and `convert_to_rgb` (white ground).
+
+    Args:
+        path: Image file.
+
+    Returns:
+        RGB picture, uint8 `[3, H, W]`.
+
+    Raises:
+        OSError: The file is missing or is no image.
+    """
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.has_transparency_data:
+            ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(ground, image.convert("RGBA"))
+        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize as transformers does: torchvision's bicubic with antialiasing, on uint8.
+
+    Args:
+        picture: One or more pictures, contiguous uint8 `[..., C, H, W]`.
+        height: Wanted height in pixels.
+        width: Wanted width in pixels.
+
+    Returns:
+        Uint8 `[..., C, height, width]`; the picture itself when it has that size already.
+    """
+    if picture.shape[-2:] == (height, width):
+        return picture
+    resized = tvf.resize(
+        torch.from_numpy(picture),
+        [height, width],
+        InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    return resized.numpy()
+
+
+def patchify(
+    frames: np.ndarray,
+    out: np.ndarray,
+    *,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+) -> None:
+    """Cut frames into patches, in the order in which the vision tower merges them.
+
+    Patches run over (time, merged row, merged column, row within, column within); the values of a patch over (channel,
+    time, row, column). An image is a clip of one frame. Missing frames of the last temporal patch repeat the last one.
+
+    Args:
+        frames: Uint8 `[T, C, H, W]`, H and W multiples of `patch_size * merge_size`.
+        out: Where to write, contiguous uint8 `[patches, C * temporal_patch_size * patch_size**2]`.
+        patch_size: Side of a patch in pixels.
+        temporal_patch_size: Frames in a patch.
+        merge_size: Side of a merged token in patches.
+    """
+    missing = -len(frames) % temporal_patch_size
+    if missing:
+        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+    count, channels, height, width = frames.shape
+    rows, columns = (
+        height // (patch_size * merge_size),
+        width // (patch_size * merge_size),
+    )
+    time = count // temporal_patch_size
+    pixels = frames.reshape(
+        (
+            time,
+            temporal_patch_size,
+            channels,
+            rows,
+            merge_size,
+            patch_size,
+            columns,
+            merge_size,
+            patch_size,
+        )
+    ).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    out.reshape(pixels.shape)[...] = pixels
+
+
+def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Normalise patches, on whatever device they are.
+
+    The arithmetic is that of transformers' `rescale_and_normalize`: mean and deviation are scaled to 0..255, so that
+    bytes need no rescaling of their own.
+
+    Args:
+        patches: Uint8 `[N, C * values]`, channel first within a patch.
+        mean: Mean of each channel, of pixels in 0..1.
+        std: Deviation of each channel.
+
+    Returns:
+        Float32 `[N, C * values]`.
+    """
+    channels = patches.to(torch.float32).view(len(patches), len(mean), -1)
+    scaled_mean, scaled_std = (
+        torch.tensor(values, device=patches.device).view(-1, 1) * 255.0 for values in (mean, std)
+    )
+    return channels.sub_(scaled_mean).div_(scaled_std).view(patches.shape)

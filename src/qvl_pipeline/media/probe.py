@@ -1,0 +1,114 @@
+"""What a media file really is, found by opening and decoding it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+from PIL import Image, ImageOps
+
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Facts about a file; `None` is what could not be found out.
+
+    Attributes:
+        missing: Why there is no such file.
+        failure: Why it cannot be decoded.
+        content_hash: Sha256 of its bytes.
+        width: Width of the upright picture in pixels.
+        height: Height of the upright picture in pixels.
+        n_frames: Frames of a clip, 1 for an image.
+        fps: Mean frame rate of a clip.
+        duration_s: Seconds from the first frame of a clip to the end of its last.
+        codec: Codec of a clip, file format of an image.
+    """
+
+    missing: str | None = None
+    failure: str | None = None
+    content_hash: str | None = None
+    width: int | None = None
+    height: int | None = None
+    n_frames: int | None = None
+    fps: float | None = None
+    duration_s: float | None = None
+    codec: str | None = None
+
+
+def probe_media(path: str, kind: str, max_pixels: int) -> Probe:
+    """Open a file and decode it: an image whole, of a clip the first and the last frame.
+
+    Args:
+        path: File to probe.
+        kind: `image` or `video`.
+        max_pixels: A picture with more pixels than this is not decoded; only its size is reported.
+
+    Returns:
+        What was found. No file makes this raise.
+    """
+    file = Path(path)
+    try:
+        if not file.is_file():
+            return Probe(missing="is not a file" if file.exists() else "does not exist")
+        if file.stat().st_size == 0:
+            return Probe(failure="is empty (0 bytes)")
+        with file.open("rb") as opened:
+            content_hash = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return Probe(failure=_reason(error))
+    probe = _probe_image if kind == "image" else _probe_video
+    try:
+        return replace(probe(path, max_pixels), content_hash=content_hash)
+    # Decoders raise whatever their parser stumbles over (SyntaxError, struct.error, IndexError, …): the file is bad.
+    except Exception as error:
+        return Probe(failure=_reason(error), content_hash=content_hash)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        # Written for the stages that read media later; what they advise is to validate.
+        error = error.__cause__ or UserError(str(error).partition("; run the pipeline")[0])
+    return getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+
+
+def _probe_image(path: str, max_pixels: int) -> Probe:
+    # Pillow's own limit is a warning first, an exception at twice the size; ours is a parameter.
+    Image.MAX_IMAGE_PIXELS = None
+    with Image.open(path) as image:
+        facts = Probe(width=image.width, height=image.height, n_frames=1, codec=(image.format or "").lower())
+        if image.width * image.height > max_pixels:
+            return facts
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        return replace(facts, width=image.width, height=image.height)
+
+
+def _probe_video(path: str, max_pixels: int) -> Probe:
+    with av.open(path) as container:
+        if not container.streams.video:
+            return Probe(failure="holds no video stream")
+        stream = container.streams.video[0]
+        facts = Probe(width=stream.width, height=stream.height, codec=stream.codec_context.name)
+        if stream.width * stream.height > max_pixels:
+            return facts
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        if all(packet.pts is None and packet.dts is None for packet in packets):
+            return facts
+    table = read_frame_table(path)
+    n_frames = len(table.seconds)
+    # Both are decoded; of the two only the last is kept.
+    (last,) = deque(decode_frames(path, table, [0, n_frames - 1]), maxlen=1)
+    return replace(
+        facts,
+        height=last.shape[0],
+        width=last.shape[1],
+        n_frames=n_frames,
+        fps=table.fps,
+        duration_s=float(table.seconds[-1] - table.seconds[0] + 1 / table.fps),
+    )
