@@ -52,7 +52,7 @@ def make_training(
         writer.write_table(table)
     plan = [
         {
-            "step": number // packs_per_step + 1,
+            "step": number // packs_per_step,
             "pack": number % packs_per_step,
             "sample_rows": [number],
             "tokens": sample["length"],

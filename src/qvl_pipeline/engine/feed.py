@@ -52,15 +52,15 @@ def read_plan(path: Path) -> list[list[Pack]]:
     """Read a pack plan: the packs of each step, in order.
 
     Raises:
-        ValueError: The plan has no packs, or its steps are not numbered 1, 2, 3, …
+        ValueError: The plan has no packs, or its steps are not numbered 0, 1, 2, …
     """
     rows = pq.ParquetFile(path).read().to_pylist()  # `read_table` would import pandas where it is installed
     steps: list[list[Pack]] = []
     for row in rows:
-        if row["step"] == len(steps) + 1:
+        if row["step"] == len(steps):
             steps.append([])
-        if row["step"] != len(steps):
-            raise ValueError(f"{path}: step {row['step']} follows step {len(steps)}")
+        if row["step"] != len(steps) - 1:
+            raise ValueError(f"{path}: step {row['step']} follows step {len(steps) - 1}")
         columns = ("tokens", "vit_patches", "supervised_tokens")
         steps[-1].append(Pack(tuple(row["sample_rows"]), *(row[name] for name in columns)))
     if not steps:

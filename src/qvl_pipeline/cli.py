@@ -1,0 +1,59 @@
+"""`kedro run`, with errors that people can read: one sentence instead of a traceback when it is theirs to mend."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+from kedro.framework.cli.project import run as kedro_run
+from kedro.framework.project import pipelines
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from qvl_pipeline.errors import UserError
+
+# What a person can mend: data, parameters or the environment; and configuration files that cannot be read.
+MENDABLE = (UserError, YAMLError, OmegaConfBaseException)
+
+cli = click.Group(name="qvl_pipeline", help="Commands of this project.")
+
+
+def _run(**options: Any) -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, _leave)
+    if options["pipeline"] and not options["pipelines"]:
+        # The older spelling. Kedro warns that it will go; this project keeps it.
+        options["pipelines"], options["pipeline"] = [options["pipeline"]], None
+    try:
+        _check_names(options["pipelines"])
+        return kedro_run.callback(**options)
+    except Exception as error:
+        if cause := _mendable(error):
+            raise click.ClickException(str(cause)) from error
+        raise
+
+
+def _leave(signum: int, _frame: FrameType | None) -> NoReturn:
+    """Turn SIGTERM into an exception, so that every `finally` on the way out runs: children end, files are closed."""
+    raise SystemExit(128 + signum)
+
+
+def _check_names(names: list[str]) -> None:
+    for name in names:
+        if name not in pipelines:
+            nearest = difflib.get_close_matches(name, pipelines, n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"the pipelines are {', '.join(pipelines)}"
+            raise UserError(f"there is no pipeline '{name}': {hint}")
+
+
+def _mendable(error: BaseException | None) -> BaseException | None:
+    """Return the mendable error that `error` is or was caused by: Kedro wraps what a dataset raises while saving."""
+    while error is not None and not isinstance(error, MENDABLE):
+        error = error.__cause__
+    return error
+
+
+run = click.Command("run", params=kedro_run.params, callback=_run, help=kedro_run.help)
+cli.add_command(run)

@@ -1,0 +1,102 @@
+"""Conversations as text, with the parts of it that the assistant says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import ProcessorMixin
+
+from qvl_pipeline.errors import UserError
+
+END_OF_TURN = "<|im_end|>"
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text.
+
+    Attributes:
+        name: What to call it in an error: the sample id.
+        text: The rendered chat template.
+        answers: Half-open character ranges of the assistant turns: content and end token.
+    """
+
+    name: str
+    text: str
+    answers: list[tuple[int, int]]
+
+
+def render_chats(
+    processor: ProcessorMixin, conversations: Sequence[Conversation], names: Sequence[str]
+) -> list[RenderedChat]:
+    """Render conversations and find their assistant turns.
+
+    A turn is found by rendering the conversation up to it: what follows "everything before, and the generation prompt"
+    is the answer. The words of the text play no part, so a user may write "assistant", or the very tokens that open a
+    turn.
+
+    Args:
+        processor: Processor with the chat template.
+        conversations: Messages of each conversation.
+        names: Their sample ids.
+
+    Returns:
+        The rendered conversations.
+
+    Raises:
+        UserError: The template refuses a conversation, or renders its beginning in another way than the whole, or the
+            conversation has no assistant turn. The message names the sample.
+    """
+    turns = [
+        (owner, number)
+        for owner, chat in enumerate(conversations)
+        for number, message in enumerate(chat)
+        if message["role"] == "assistant"
+    ]
+    texts = _render(processor, conversations, names)
+    before = [conversations[owner][:number] for owner, number in turns]
+    prompts = _render(processor, before, [names[owner] for owner, _ in turns], generate=True)
+    inner = [(owner, number) for owner, number in turns if number + 1 < len(conversations[owner])]
+    answered = [conversations[owner][: number + 1] for owner, number in inner]
+    beginnings = dict(zip(inner, _render(processor, answered, [names[owner] for owner, _ in inner]), strict=True))
+    chats = [RenderedChat(name, text, []) for name, text in zip(names, texts, strict=True)]
+    for (owner, number), prompt in zip(turns, prompts, strict=True):
+        beginning = beginnings.get((owner, number), texts[owner])
+        chats[owner].answers.append(_answer_range(chats[owner], prompt, beginning))
+    for chat in chats:
+        if not chat.answers:
+            raise UserError(f"sample '{chat.name}' has no assistant turn: there is nothing in it to train on")
+    return chats
+
+
+def _answer_range(chat: RenderedChat, prompt: str, answered: str) -> tuple[int, int]:
+    """Characters of one answer, given the text up to it and the text up to its end."""
+    if not (chat.text.startswith(answered) and answered.startswith(prompt)):
+        raise UserError(
+            f"sample '{chat.name}': the chat template renders the beginning of the conversation in another way than "
+            "the whole, so the tokens to train on cannot be found; use a template that does not rewrite earlier turns"
+        )
+    end = answered.rfind(END_OF_TURN, len(prompt))
+    if end < 0:
+        raise UserError(f"sample '{chat.name}': the chat template does not close the assistant's turn by {END_OF_TURN}")
+    return len(prompt), end + len(END_OF_TURN)
+
+
+def _render(
+    processor: ProcessorMixin, conversations: Sequence[Conversation], names: Sequence[str], *, generate: bool = False
+) -> list[str]:
+    if not conversations:
+        return []
+    try:
+        return processor.apply_chat_template(list(conversations), add_generation_prompt=generate)
+    except TemplateError as error:
+        if len(conversations) == 1:
+            raise UserError(f"sample '{names[0]}': the chat template refuses it: {error}") from error
+    # One of many was refused; alone, it is refused by name.
+    pairs = zip(conversations, names, strict=True)
+    return [text for chat, name in pairs for text in _render(processor, [chat], [name], generate=generate)]

@@ -1,0 +1,79 @@
+"""Paths as tables hold them: the same on every machine, and inside the folder they were given for."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from pathlib import Path
+
+from qvl_pipeline.data.rejection import RejectedRowError, quote
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+# qwen_vl_utils names local files this way, without percent-encoding.
+_FILE_SCHEME = "file://"
+
+
+def project_path(path: Path) -> str:
+    """Write a path as tables hold it: POSIX, relative to the project root (the working directory) when inside of it."""
+    return _normal(path).removeprefix(f"{Path.cwd()}/")
+
+
+class MediaFolder:
+    """The folder of a source, which its media must stay inside.
+
+    Works on strings: a `Path` for each step would take as long as all the rest of reading a row.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take `folder`, relative to the project root or absolute."""
+        self._folder = _normal(folder)
+        self._real = _real(self._folder)
+        self._root = f"{Path.cwd()}/"
+        self._inside: dict[str, bool] = {}  # by folder
+
+    def locate(self, reference: str) -> str:
+        """Find where a medium must be. Whether it is there is not checked.
+
+        Args:
+            reference: What a row names: a path from the folder on, an absolute path, or `file://` and one of these.
+
+        Returns:
+            Path as tables hold it.
+
+        Raises:
+            RejectedRowError: The reference is a URL (`url_not_allowed`), no usable path (`unknown_format`), or leaves
+                the folder, also through a symbolic link (`path_outside_data_folder`).
+        """
+        reference = reference.removeprefix(_FILE_SCHEME)
+        if found := _URL.match(reference):
+            kind = "embedded data" if found[0].lower() == "data:" else "a URL"
+            raise RejectedRowError("url_not_allowed", f"{quote(reference)} is {kind}: save it as a file and name that")
+        if "\0" in reference:
+            raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: it holds a NUL")
+        path = os.path.normpath(reference if reference.startswith("/") else f"{self._folder}/{reference}")
+        try:
+            inside = self._holds_file(path)
+        except OSError as error:  # a name longer than the file system allows
+            raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: {error.strerror}") from error
+        if not inside:
+            folder = self._folder.removeprefix(self._root)
+            raise RejectedRowError("path_outside_data_folder", f"{quote(reference)} is outside of '{folder}'")
+        return path.removeprefix(self._root)
+
+    def _holds_file(self, path: str) -> bool:
+        if Path(path).is_symlink():
+            return _real(path).is_relative_to(self._real)
+        folder = path.rpartition("/")[0] or "/"
+        if folder not in self._inside:
+            self._inside[folder] = _real(folder).is_relative_to(self._real)
+        return self._inside[folder]
+
+
+def _real(path: str) -> Path:
+    """Follow all links. `Path.resolve` would do, but on a circle of links it raises before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
+def _normal(path: Path) -> str:
+    """Make a path absolute and take out `.` and `..`, without following links."""
+    return os.path.normpath(path.absolute())

@@ -1,0 +1,189 @@
+"""The pack plan: what training will do, step by step, decided before it starts and the same on any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qvl_pipeline.config import BatchingConfig, IngestConfig
+from qvl_pipeline.data.packing import Pack, best_fit, first_fit, one_each
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+
+# Changed whenever the same inputs would give another plan.
+PLAN_VERSION = 1
+# Work of the vision tower on one patch, in tokens of the language model: its parameters are about a tenth of an 8B
+# model's, so a patch costs about a tenth of a token.
+PATCH_COST = 0.1
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The train split as arrays `[N]`, over-long samples left out."""
+
+    rows: np.ndarray
+    sources: np.ndarray
+    tokens: np.ndarray
+    patches: np.ndarray
+    supervised: np.ndarray
+
+
+def make_plan(
+    tokenized_path: Path, batching: BatchingConfig, weights: Mapping[str, float]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Plan every optimizer step of a training run.
+
+    Samples are drawn by the weight of their source, packed epoch by epoch, and the packs dealt out to steps in random
+    order. Epochs follow each other without a seam, so only the last step of the run can be smaller than the others.
+
+    Args:
+        tokenized_path: File of `tokenized_samples`.
+        batching: Parameters of the plan.
+        weights: How often each sample of a source is seen per epoch; see `DatasetSource.weight`.
+
+    Returns:
+        The tables `pack_plan` and `plan_summary` of the contract. `samples` counts the different samples that are
+        trained on; `epochs` is the number of passes over them, a fraction when `max_steps` ends inside of one.
+
+    Raises:
+        UserError: There is nothing to train on, a source is not declared any more, or samples are longer than a pack
+            while `filter_overlong` is false.
+    """
+    samples, overlong = _train_samples(TokenizedSamples(tokenized_path), batching)
+    undeclared = sorted(set(samples.sources.tolist()) - set(weights))
+    if undeclared:
+        raise UserError(f"source '{undeclared[0]}' is not declared in ingest.datasets any more: run 'ingest' and on")
+    per_epoch = sum(weights[source] for source in samples.sources)
+    packs = _run_packs(samples, batching, weights) if per_epoch >= 1 else []
+    if not packs:
+        raise UserError("the weights of the sources leave no sample to train on: raise ingest.datasets[].weight")
+    plan = _plan_table(packs, samples, batching.packs_per_step)
+    drawn = np.concatenate(plan["sample_rows"].tolist())
+    tokens = int(plan["tokens"].sum())
+    return plan, {
+        "steps": int(plan["step"].iloc[-1]) + 1,
+        "packs": len(plan),
+        "samples": len(np.unique(drawn)),
+        "tokens": tokens,
+        "supervised_tokens": int(plan["supervised_tokens"].sum()),
+        "fill": tokens / (len(plan) * batching.packing_length),
+        "epochs": len(drawn) / per_epoch,
+        "packing_length": batching.packing_length,
+        "fingerprint": plan_fingerprint(tokenized_path, batching, weights),
+        "overlong": overlong,
+    }
+
+
+def source_weights(ingest: IngestConfig) -> dict[str, float]:
+    """Weight of every declared source, by name."""
+    return {source.name: source.weight for source in ingest.datasets}
+
+
+def plan_fingerprint(tokenized_path: Path, batching: BatchingConfig, weights: Mapping[str, float]) -> str:
+    """Fingerprint of everything a plan depends on.
+
+    Args:
+        tokenized_path: File of `tokenized_samples`; its content counts, not its place.
+        batching: Parameters of the plan.
+        weights: Weight of each source.
+
+    Returns:
+        Hexadecimal SHA-256.
+    """
+    with Path(tokenized_path).open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = {"version": PLAN_VERSION, "batching": batching.model_dump(mode="json"), "weights": dict(weights)}
+    return hashlib.sha256((content + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def _train_samples(tokenized: TokenizedSamples, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
+    """The samples to train on, and the ids of those that are too long for a pack."""
+    table = tokenized.columns(
+        ["sample_id", "source", "split", "length", "vit_patches", "supervised_tokens"]
+    ).to_pandas()
+    train = table[table["split"] == "train"]
+    if train.empty:
+        raise UserError("there is no sample of the split 'train': nothing would be trained")
+    too_long = train["length"] > batching.packing_length
+    if batching.packing_vit_patches is not None:
+        too_long |= train["vit_patches"] > batching.packing_vit_patches
+    overlong = train.loc[too_long, "sample_id"].tolist()
+    if overlong and not batching.filter_overlong:
+        raise UserError(
+            f"{len(overlong)} samples do not fit into a pack (packing_length {batching.packing_length}, "
+            f"packing_vit_patches {batching.packing_vit_patches}), the first is '{overlong[0]}': raise the budget, or "
+            "set filter_overlong: true to leave them out"
+        )
+    kept = train[~too_long]
+    if kept.empty:
+        raise UserError(
+            f"all {len(train)} training samples are longer than packing_length ({batching.packing_length}) or "
+            f"packing_vit_patches ({batching.packing_vit_patches}): raise the budget"
+        )
+    columns = (kept[name].to_numpy() for name in ("source", "length", "vit_patches", "supervised_tokens"))
+    return _Samples(kept.index.to_numpy(), *columns), overlong
+
+
+def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str, float]) -> list[Pack]:
+    """The packs of the whole run in training order, as positions in `samples`."""
+    limit = batching.max_steps * batching.packs_per_step if batching.max_steps > 0 else None
+    packs: list[Pack] = []
+    epoch = 0
+    while epoch < batching.num_train_epochs if limit is None else len(packs) < limit:
+        drawn = _draw(samples.sources, weights, epoch, batching.seed)
+        packs += [drawn[pack] for pack in _pack(samples.tokens[drawn], samples.patches[drawn], batching, epoch)]
+        epoch += 1
+    return packs[:limit]
+
+
+def _draw(sources: np.ndarray, weights: Mapping[str, float], epoch: int, seed: int) -> np.ndarray:
+    """Positions of the samples of one epoch, each source by its weight.
+
+    A source is an endless repetition of one shuffled order, of which each epoch takes the next `weight * N` samples: an
+    integer weight repeats every sample so often, and a fraction reaches every sample in turn.
+    """
+    drawn = []
+    for source in sorted(set(sources.tolist())):
+        positions = np.flatnonzero(sources == source)
+        key = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8])
+        order = np.random.default_rng([seed, key]).permutation(positions)
+        per_epoch = weights[source] * len(order)
+        drawn.append(order[np.arange(round(epoch * per_epoch), round((epoch + 1) * per_epoch)) % len(order)])
+    return np.concatenate(drawn)
+
+
+def _pack(tokens: np.ndarray, patches: np.ndarray, batching: BatchingConfig, epoch: int) -> list[Pack]:
+    """Pack the samples of one epoch; the order of the packs is random."""
+    rng = np.random.default_rng([batching.seed, epoch])
+    if not batching.packing:
+        return one_each(tokens, group_by_length=batching.group_by_length, group=batching.packs_per_step, rng=rng)
+    packing = {"best_fit": best_fit, "first_fit": first_fit}[batching.packing_strategy]
+    packs = packing(
+        tokens, patches, max_tokens=batching.packing_length, max_patches=batching.packing_vit_patches, rng=rng
+    )
+    # Packing leaves its packs in order of sample length, or fuller ones first: training must not see that order.
+    return [packs[number] for number in rng.permutation(len(packs))]
+
+
+def _plan_table(packs: list[np.ndarray], samples: _Samples, packs_per_step: int) -> pd.DataFrame:
+    """Number the packs; within a step the heavy ones come first, so that packs taken side by side weigh the same."""
+    table = pd.DataFrame(
+        {
+            "step": np.arange(len(packs), dtype=np.int32) // packs_per_step,
+            "sample_rows": [samples.rows[pack].astype(np.int32) for pack in packs],
+            "tokens": [samples.tokens[pack].sum(dtype=np.int64) for pack in packs],
+            "vit_patches": [samples.patches[pack].sum(dtype=np.int64) for pack in packs],
+            "supervised_tokens": [samples.supervised[pack].sum(dtype=np.int64) for pack in packs],
+        }
+    )
+    load = table["tokens"] + PATCH_COST * table["vit_patches"]
+    table = table.iloc[np.lexsort([-load, table["step"]])].reset_index(drop=True)
+    table.insert(1, "pack", table.groupby("step").cumcount().astype(np.int32))
+    return table

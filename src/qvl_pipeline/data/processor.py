@@ -1,0 +1,91 @@
+"""The model's processor, set up as the parameters say, and checked against what was counted without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, ProcessorMixin
+
+from qvl_pipeline.config import ModelConfig
+from qvl_pipeline.data.chat import render_chats
+from qvl_pipeline.data.tokenization import Medium, encode_chats, video_metadata
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.pixels import open_image
+
+
+def load_processor(base_model: Path, model: ModelConfig) -> ProcessorMixin:
+    """Load the processor of a base model and give it the image limits of the parameters.
+
+    Args:
+        base_model: Folder with the `manifest.json` of the contract.
+        model: Parameters of the model.
+
+    Returns:
+        The processor.
+
+    Raises:
+        UserError: It cannot be found, or does not fit the model family.
+    """
+    manifest = json.loads((base_model / "manifest.json").read_text(encoding="utf-8"))
+    name = manifest.get("processor") or manifest["path"]
+    try:
+        processor = AutoProcessor.from_pretrained(base_model if name == "." else name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the processor '{name}' cannot be loaded: {error}") from error
+    images, videos = processor.image_processor, processor.video_processor
+    if (images.patch_size, videos.patch_size) != (model.patch_size, model.patch_size):
+        raise UserError(
+            f"the processor '{name}' cuts images into patches of {images.patch_size} pixels and videos into patches of "
+            f"{videos.patch_size}, but processor_type {model.processor_type} needs {model.patch_size}"
+        )
+    if (images.image_mean, images.image_std) != (videos.image_mean, videos.image_std):
+        raise UserError(
+            f"the processor '{name}' normalises images and videos differently, but both go through the vision tower in "
+            "one call: give image_processor and video_processor the same image_mean and image_std"
+        )
+    images.size = {"shortest_edge": model.image_min_pixels, "longest_edge": model.image_max_pixels}
+    return processor
+
+
+def check_token_counts(processor: ProcessorMixin, media: Sequence[Medium], store: FrameStore) -> None:
+    """Let the real processor handle real media, and compare its tokens and patches with what was counted.
+
+    Args:
+        processor: The model's processor.
+        media: One image, one clip, or both.
+        store: Sampled clips.
+
+    Raises:
+        UserError: It gives other token ids or another number of patches.
+    """
+    question = {"role": "user", "content": [{"type": medium["type"]} for medium in media]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
+    chats = render_chats(processor, [[question, answer]], ["<check of the token counts>"])
+    [counted] = encode_chats(processor, chats, [media])
+    images = [Image.fromarray(open_image(m["key"]).transpose(1, 2, 0)) for m in media if m["type"] == "image"]
+    clips = [medium for medium in media if medium["type"] == "video"]
+    real = processor(
+        text=[chats[0].text],
+        images=images or None,
+        videos=[torch.tensor(store.frames(clip["key"])) for clip in clips] or None,
+        videos_kwargs={
+            # Stored frames are sampled and resized already.
+            "do_sample_frames": False,
+            "do_resize": False,
+            "video_metadata": [video_metadata(clip["seconds"]) for clip in clips],
+        },
+    )
+    patches = sum(len(real[name]) for name in ("pixel_values", "pixel_values_videos") if name in real)
+    planned = sum(medium["grid_t"] * medium["grid_h"] * medium["grid_w"] for medium in media)
+    if real["input_ids"][0] != counted.input_ids.tolist() or patches != planned:
+        names = ", ".join(f"'{medium['key']}'" for medium in media)
+        raise UserError(
+            f"the processor makes {len(real['input_ids'][0])} tokens and {patches} patches of {names}, but "
+            f"{len(counted.input_ids)} tokens and {planned} patches were counted: media or processor have changed "
+            "since 'validate' and 'sample' ran; run both again, and report this if it stays"
+        )

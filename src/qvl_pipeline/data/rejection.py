@@ -1,0 +1,40 @@
+"""Why a row could not be read: the rules of the table `rejects`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+REJECT_RULES = {
+    "unreadable_row": "The row is not JSON, or not an object.",
+    "unknown_format": "The row holds no conversation in a form that is known, or one of its values has the wrong type.",
+    "path_outside_data_folder": "A media path leaves the folder of its source, also by way of a symbolic link.",
+    "url_not_allowed": "A medium is a URL. Media are files; nothing is fetched.",
+}
+
+_TYPE_NAMES = {bool: "a boolean", int: "a number", float: "a number", str: "a text", bytes: "bytes", list: "a list"}
+_LONGEST_QUOTE = 80
+
+
+class RejectedRowError(Exception):
+    """A row cannot be read.
+
+    Attributes:
+        rule: Name of the rule, a key of `REJECT_RULES`.
+        detail: What is wrong with the row, without naming the row.
+    """
+
+    def __init__(self, rule: str, detail: str) -> None:
+        """Reject a row under `rule`, for the reason `detail`."""
+        super().__init__(rule, detail)
+        self.rule = rule
+        self.detail = detail
+
+
+def type_name(value: Any) -> str:
+    """Name the JSON type of a value, with its article."""
+    return "null" if value is None else _TYPE_NAMES.get(type(value), "an object")
+
+
+def quote(text: str) -> str:
+    """Quote a text for a message; a long one (a picture in base64, say) is cut short."""
+    return f"'{text}'" if len(text) <= _LONGEST_QUOTE else f"'{text[:_LONGEST_QUOTE]}…' ({len(text)} characters)"

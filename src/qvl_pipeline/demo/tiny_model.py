@@ -1,0 +1,153 @@
+"""Tiny Qwen-VL models of about two million parameters, with every mechanism of the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from qvl_pipeline.demo.tokenizer import VOCAB_SIZE, train_tokenizer
+
+HIDDEN_SIZE = 128
+MAX_VIDEO_FRAMES = 16
+
+TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    # About 1/sqrt(hidden size). Qwen's 0.02 is meant for widths in the thousands; a narrow model starts slowly with it.
+    "initializer_range": 0.08,
+}
+VISION = {
+    "depth": 4,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_heads": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": HIDDEN_SIZE,
+    "initializer_range": 0.08,
+}
+# Learned position table of 8 x 8, DeepStack features from two blocks, M-RoPE with interleaved axes.
+QWEN3_VL = {
+    "text_config": TEXT
+    | {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": VISION | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]},
+}
+# Windows of 28 pixels (2 x 2 patches) inside images of at least 56; only the blocks named see the whole image.
+QWEN2_5_VL = {
+    "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
+    "vision_config": VISION
+    | {"patch_size": 14, "window_size": 28, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2},
+}
+
+
+def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[str]) -> None:
+    """Build an untrained model of one family and write it as a normal Hugging Face folder.
+
+    The folder loads with plain `AutoProcessor.from_pretrained` and `AutoModelForImageTextToText.from_pretrained`. The
+    same arguments give the same bytes, and the global random state is left as it was.
+
+    Args:
+        folder: Folder to write into; made when missing.
+        family: `qwen3_vl` or `qwen2_5_vl`.
+        seed: Seed of the weights.
+        corpus: Texts the tokenizer is trained on.
+
+    Raises:
+        ValueError: `family` is not one of the two.
+    """
+    builders = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
+    if family not in builders:
+        raise ValueError(f"family '{family}': there are tiny models of {' and '.join(sorted(builders))} only")
+    tokenizer = train_tokenizer(corpus)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model, processor = builders[family](tokenizer)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    unit = 32  # pixels of one merged token's side
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            patch_size=16, size=_pixel_limits(unit), image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer=tokenizer,
+        # This processor limits the pixels of the whole clip, not of a frame.
+        video_processor=Qwen3VLVideoProcessor(
+            size=_pixel_limits(unit, frames=MAX_VIDEO_FRAMES),
+            min_frames=2,
+            max_frames=MAX_VIDEO_FRAMES,
+            cap_pixels_per_frame=False,
+        ),
+        chat_template=tokenizer.chat_template,
+    )
+    config = Qwen3VLConfig(**QWEN3_VL, **_token_ids(tokenizer), tie_word_embeddings=True)
+    return Qwen3VLForConditionalGeneration(config), processor
+
+
+def _qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    unit = 28
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=14, size=_pixel_limits(unit)),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(
+            size=_pixel_limits(unit),
+            min_frames=2,
+            max_frames=MAX_VIDEO_FRAMES,
+            do_sample_frames=True,
+            fps=2,
+            cap_pixels_per_frame=False,
+        ),
+        chat_template=tokenizer.chat_template,
+    )
+    config = Qwen2_5_VLConfig(**QWEN2_5_VL, **_token_ids(tokenizer), tie_word_embeddings=True)
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def _pixel_limits(unit: int, frames: int = 1) -> dict[str, int]:
+    """Between 2 x 2 and 8 x 8 merged tokens of `unit` pixels a side, for each frame."""
+    return {"shortest_edge": (2 * unit) ** 2, "longest_edge": (8 * unit) ** 2 * frames}
+
+
+def _token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)}

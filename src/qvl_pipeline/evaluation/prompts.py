@@ -1,0 +1,112 @@
+"""Prompts of tokenized samples as left-padded batches for `model.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.media.mrope import mrope_positions
+from qvl_pipeline.media.pixels import normalize_patches
+
+
+@dataclass(frozen=True)
+class PromptCollator:
+    """Turns samples into the inputs of one `model.generate` call.
+
+    Attributes:
+        processor: Processor of the model: padding token, and mean and deviation of pixels.
+        config: Configuration of the model: placeholder ids, and the speed of time in M-RoPE.
+        loader: Loads the patches of images and clips.
+    """
+
+    processor: ProcessorMixin
+    config: PreTrainedConfig
+    loader: PatchLoader
+
+    @classmethod
+    def create(cls, processor: ProcessorMixin, config: PreTrainedConfig, video_frames: Path) -> PromptCollator:
+        """Set up a collator for one model.
+
+        Args:
+            processor: Processor of the model.
+            config: Configuration of the model.
+            video_frames: Folder of the frame store.
+        """
+        vision = config.vision_config
+        loader = PatchLoader(
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+            frame_store=video_frames,
+        )
+        return cls(processor, config, loader)
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate the prompts: the tokens before the last answer, and the media among them.
+
+        Args:
+            samples: Rows of `tokenized_samples`.
+
+        Returns:
+            `input_ids` and `attention_mask` `[B, T]`, padded on the left to the longest prompt, `position_ids`
+            `[4, B, T]`, and where the batch has such media `pixel_values` `[patches, values]` with `image_grid_thw`
+            `[images, 3]`, and `pixel_values_videos` with `video_grid_thw`.
+        """
+        prompts = [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
+        media = [self._media_before_answer(sample, ids) for sample, ids in zip(samples, prompts, strict=True)]
+        return self._text_inputs(prompts, media) | self._media_inputs([item for items in media for item in items])
+
+    @property
+    def _placeholder_ids(self) -> tuple[int, int]:
+        return self.config.image_token_id, self.config.video_token_id
+
+    def _media_before_answer(self, sample: Mapping[str, Any], prompt: np.ndarray) -> list[Mapping[str, Any]]:
+        """Leave out media of turns that come after the last answer."""
+        placeholders = np.isin(prompt, self._placeholder_ids).sum()
+        merged = self.config.vision_config.spatial_merge_size**2
+        ends = np.cumsum([_patches(item) // merged for item in sample["media"]])
+        return [item for item, end in zip(sample["media"], ends, strict=True) if end <= placeholders]
+
+    def _text_inputs(
+        self, prompts: Sequence[np.ndarray], media: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> dict[str, torch.Tensor]:
+        shape = (len(prompts), max(len(ids) for ids in prompts))
+        input_ids = np.full(shape, self.processor.tokenizer.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        position_ids = np.zeros((4, *shape), dtype=np.int64)
+        for row, (ids, items) in enumerate(zip(prompts, media, strict=True)):
+            input_ids[row, -len(ids) :] = ids
+            attention_mask[row, -len(ids) :] = 1
+            # Given, as those of `generate` differ from the trained ones after a Qwen2.5-VL clip: see `media.mrope`.
+            position_ids[:, row, -len(ids) :] = mrope_positions(
+                ids,
+                items,
+                placeholder_ids=self._placeholder_ids,
+                tokens_per_second=getattr(self.config.vision_config, "tokens_per_second", None),
+            )
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _media_inputs(self, media: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        inputs = {}
+        for kind, pixels, grid, normaliser in (
+            ("image", "pixel_values", "image_grid_thw", self.processor.image_processor),
+            ("video", "pixel_values_videos", "video_grid_thw", self.processor.video_processor),
+        ):
+            items = [item for item in media if item["type"] == kind]
+            if items:
+                patches = self.loader.load(items)
+                inputs[pixels] = normalize_patches(patches, normaliser.image_mean, normaliser.image_std)
+                inputs[grid] = torch.tensor([[item["grid_t"], item["grid_h"], item["grid_w"]] for item in items])
+        return inputs
+
+
+def _patches(item: Mapping[str, Any]) -> int:
+    return item["grid_t"] * item["grid_h"] * item["grid_w"]

@@ -1,0 +1,33 @@
+"""The question of a prompt as a person reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_PATCHES = r"<\|vision_start\|>(?:<\|{kind}_pad\|>)+<\|vision_end\|>"
+_IMAGE = re.compile(_PATCHES.format(kind="image"))
+# Qwen2.5-VL writes one block a clip. Qwen3-VL writes one block a temporal patch, each after its time, and since
+# transformers 5.12 all of them inside the template's own pair of markers (vllm-project/vllm#46817).
+_VIDEO = _PATCHES.format(kind="video")
+_TIMED_VIDEO = rf"(?:<[\d.]+ seconds>{_VIDEO})+"
+_CLIP = re.compile(rf"<\|vision_start\|>{_TIMED_VIDEO}<\|vision_end\|>|{_TIMED_VIDEO}|{_VIDEO}")
+
+
+def last_question(tokenizer: PreTrainedTokenizerBase, sample: Mapping[str, Any]) -> str:
+    """Decode the last user turn before the answer.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        sample: Row of `tokenized_samples`, in ChatML.
+
+    Returns:
+        The text of the turn, each image as `[image]` and each clip as `[video]`; without a user turn, the first turn.
+    """
+    prompt = sample["input_ids"][: sample["prompt_length"]]
+    text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    turn = text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+    return _CLIP.sub("[video] ", _IMAGE.sub("[image] ", turn)).strip()

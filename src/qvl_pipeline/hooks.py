@@ -1,0 +1,115 @@
+"""Checks that refuse a run which cannot work before anything has started, and a line for every node of one that can."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
+
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.parameters import check_parameters
+from qvl_pipeline.pipeline_registry import STAGES
+
+logger = logging.getLogger(__name__)
+
+
+class EarlyChecks:
+    """Checks the profile and the parameters of a session, and the inputs of a pipeline."""
+
+    @hook_impl(tryfirst=True)
+    def after_context_created(self, context: KedroContext) -> None:
+        """Refuse an unknown profile, and parameters that no stage could use.
+
+        Raises:
+            UserError: `conf/` has no such profile, or a parameters block is wrong; also one of a later stage.
+        """
+        loader = context.config_loader
+        conf = Path(loader.conf_source)
+        profile = conf / (context.env or loader.default_run_env)
+        _check_profile(profile)
+        check_parameters(loader["parameters"], loader.runtime_params or {}, [profile, conf / loader.base_env])
+
+    @hook_impl
+    def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
+        """Remember where every entry is, for messages."""
+        self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
+
+    @hook_impl(tryfirst=True)
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Refuse a pipeline whose inputs are not there yet.
+
+        Raises:
+            UserError: Names every missing input, the pipeline that makes it, and the command to run first.
+        """
+        missing = _missing(pipeline, catalog)
+        if not missing:
+            return
+        root = Path(run_params["project_path"])
+        lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
+        raise UserError("\n".join(["inputs do not exist yet:", *lines, _advice(missing, catalog, run_params["env"])]))
+
+
+class Progress:
+    """Says which node of how many starts, and how long all of them took."""
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        """Number the nodes."""
+        self._names = [node.name for node in pipeline.nodes]
+        self._started = time.perf_counter()
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """Say what starts."""
+        logger.info("[%d/%d] %s", self._names.index(node.name) + 1, len(self._names), node.name)
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """Say that all is done."""
+        logger.info("done in %.0f s", time.perf_counter() - self._started)
+
+
+def _check_profile(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    profiles = sorted(path.parent.name for path in folder.parent.glob("*/globals.yml"))
+    nearest = difflib.get_close_matches(folder.name, profiles, n=1)
+    hint = f"did you mean '{nearest[0]}'? " if nearest else ""
+    raise UserError(f"there is no profile '{folder.name}'; {hint}The profiles in conf/ are {', '.join(profiles)}")
+
+
+def _missing(pipeline: Pipeline, catalog: DataCatalog) -> list[str]:
+    """Return the inputs of `pipeline` that were never written, sorted."""
+    inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
+    return sorted(name for name in inputs if not catalog.exists(name))
+
+
+def _advice(missing: list[str], catalog: DataCatalog, env: str | None) -> str:
+    """Return the command that makes `missing`, with the inputs that it needs in turn."""
+    makers = {output: stage for stage in STAGES for output in pipelines[stage].all_outputs()}
+    if unmade := [name for name in missing if name not in makers]:
+        return f"No pipeline makes {', '.join(unmade)}: put it there."
+    needed: set[str] = set()
+    todo = list(missing)
+    while todo:
+        stage = makers.get(todo.pop())
+        if stage is not None and stage not in needed:
+            needed.add(stage)
+            todo += _missing(pipelines[stage], catalog)
+    names = ",".join(stage for stage in STAGES if stage in needed)
+    return f"Run `kedro run --pipelines {names}{f' --env {env}' if env else ''}` first."
+
+
+def _shown(path: str | None, root: Path) -> str:
+    if not path:
+        return "in memory only"
+    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path

@@ -1,0 +1,118 @@
+"""Nodes of the `evaluate` stage. What imports torch is imported in the nodes: other stages need not wait for it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qvl_pipeline.config import EvaluateConfig, ModelConfig
+from qvl_pipeline.data.progress import progress_bar
+from qvl_pipeline.evaluation.metrics import average_scores, check_scorable
+from qvl_pipeline.evaluation.predictions import eval_samples, prediction_table
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+
+FAMILY_NAMES = {"qwen3_vl": "Qwen3-VL", "qwen2_5_vl": "Qwen2.5-VL"}
+
+
+def generate(
+    base_model: Path,
+    trained_model: Path,
+    tokenized_samples: Path,
+    video_frames: Path,
+    model: ModelConfig,
+    evaluate: EvaluateConfig,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Let the base and the trained model answer the eval split, and score both.
+
+    Args:
+        base_model: Folder with the manifest of the base model.
+        trained_model: Folder of the trained model and its processor.
+        tokenized_samples: Arrow file of the samples.
+        video_frames: Folder of the frame store.
+        model: Parameters of the model.
+        evaluate: Parameters of the stage.
+
+    Returns:
+        The predictions, one row for every evaluated sample, and the metrics. Without `compare_base` the base model's
+        columns are null and the metrics have the key `trained` only.
+
+    Raises:
+        UserError: There is nothing to evaluate, or a sample has a task without a metric.
+    """
+    from transformers import AutoProcessor
+
+    from qvl_pipeline.evaluation.generation import base_model_path, generate_answers
+    from qvl_pipeline.evaluation.questions import last_question
+
+    samples = TokenizedSamples(tokenized_samples)
+    chosen = eval_samples(samples, evaluate.max_samples)
+    check_scorable(chosen)
+    rows = chosen.index.tolist()
+    processor = AutoProcessor.from_pretrained(trained_model)
+    paths = {"base": base_model_path(base_model)} if evaluate.compare_base else {}
+    answers = {}
+    with progress_bar() as bar:
+        for name, path in {**paths, "trained": str(trained_model)}.items():
+            answers[name] = generate_answers(
+                path,
+                processor,
+                samples,
+                rows,
+                video_frames,
+                evaluate,
+                attn_implementation=model.attn_implementation,
+                on_batch=partial(bar.advance, bar.add_task(f"Answers of the {name} model", total=len(rows))),
+            )
+    questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
+    table = prediction_table(chosen, questions, answers)
+    return table, {name: average_scores(table["kind"], table["task"], table[f"{name}_correct"]) for name in answers}
+
+
+def write_report(
+    metrics: dict[str, Any],
+    predictions: pd.DataFrame,
+    training_metrics: pd.DataFrame,
+    train_result: dict[str, Any],
+    plan_summary: dict[str, Any],
+    validation_report: dict[str, Any],
+    tokenized_samples: Path,
+    video_frames: Path,
+    model: ModelConfig,
+    evaluate: EvaluateConfig,
+) -> str:
+    """Write the report page.
+
+    Args:
+        metrics: Metrics of the evaluated models.
+        predictions: Predictions of the evaluated models.
+        training_metrics: One row for every logged step.
+        train_result: What training ended with.
+        plan_summary: What the plan amounts to.
+        validation_report: Counts of rows and of broken rules.
+        tokenized_samples: Arrow file of the samples, for their media.
+        video_frames: Folder of the frame store.
+        model: Parameters of the model.
+        evaluate: Parameters of the stage.
+
+    Returns:
+        HTML.
+    """
+    from qvl_pipeline.tracking.report import render_report
+    from qvl_pipeline.tracking.thumbnails import MediaThumbnails
+
+    name = FAMILY_NAMES[model.processor_type]
+    origin = model.load_from_pretrained_path or f"a tiny {name} with random weights (seed {model.tiny_seed})"
+    return render_report(
+        title=evaluate.report_title or name,
+        subtitle=f"{name}, trained from {origin}",
+        metrics=metrics,
+        predictions=predictions,
+        training_metrics=training_metrics,
+        train_result=train_result,
+        plan_summary=plan_summary,
+        validation_report=validation_report,
+        media=MediaThumbnails(TokenizedSamples(tokenized_samples), video_frames),
+    )

@@ -1,0 +1,45 @@
+"""Wiring of the `evaluate` stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Node, Pipeline
+
+from qvl_pipeline.pipelines.evaluate.nodes import generate, write_report
+
+
+def create_pipeline() -> Pipeline:
+    """Create the pipeline: models and tokenized samples in, predictions, metrics and report out."""
+    return Pipeline(
+        [
+            Node(
+                generate,
+                inputs=[
+                    "base_model",
+                    "trained_model",
+                    "tokenized_samples",
+                    "video_frames",
+                    "params:model",
+                    "params:evaluate",
+                ],
+                outputs=["predictions", "metrics"],
+                name="generate",
+            ),
+            Node(
+                write_report,
+                inputs=[
+                    "metrics",
+                    "predictions",
+                    "training_metrics",
+                    "train_result",
+                    "plan_summary",
+                    "validation_report",
+                    "tokenized_samples",
+                    "video_frames",
+                    "params:model",
+                    "params:evaluate",
+                ],
+                outputs="report",
+                name="write_report",
+            ),
+        ]
+    )

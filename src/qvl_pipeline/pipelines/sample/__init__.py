@@ -1,0 +1,1 @@
+"""Stage `sample`: decode every clip once, and keep the frames the model sees."""

@@ -1,0 +1,157 @@
+"""Nodes of the `tokenize` stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pandas as pd
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
+from qvl_pipeline.data.progress import progress_bar
+from qvl_pipeline.errors import UserError
+
+
+def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Callable[[Path], None]:
+    """Build the tiny model, or point to the pretrained one.
+
+    Args:
+        valid_samples: Samples whose training texts the tiny model's tokenizer is made for.
+        model: Parameters of the model.
+
+    Returns:
+        A writer of the folder `base_model`.
+
+    Raises:
+        UserError: The pretrained model cannot be found, or is of another family.
+    """
+    manifest = {"path": ".", "family": model.processor_type}
+    if model.load_from_pretrained_path is None:
+        train = valid_samples.loc[valid_samples["split"] == "train", "messages"]
+        return partial(_write_tiny_model, manifest=manifest, seed=model.tiny_seed, corpus=list(_texts(train)))
+    name = model.load_from_pretrained_path
+    _check_family(name, model.processor_type)
+    pointer = manifest | {"path": name, "processor": model.processor_name or name}
+    return partial(_write_manifest, manifest=pointer)
+
+
+def tokenize(
+    valid_samples: pd.DataFrame, media_index: pd.DataFrame, video_frames: Path, base_model: Path, model: ModelConfig
+) -> Callable[[Path], None]:
+    """Tokenise every sample, of the eval split too.
+
+    Args:
+        valid_samples: Samples that passed validation.
+        media_index: Every media file as probed; sizes of images come from here.
+        video_frames: Frame store of the sampled clips.
+        base_model: Folder with the manifest of the model.
+        model: Parameters of the model.
+
+    Returns:
+        A writer of `tokenized_samples`.
+
+    Raises:
+        UserError: The processor does not fit the model, or counts other tokens than we do.
+    """
+    from qvl_pipeline.data.processor import check_token_counts, load_processor
+    from qvl_pipeline.data.tokenization import MediaGrids, tokenize_samples
+    from qvl_pipeline.media.frame_store import FrameStore
+
+    processor, store = load_processor(base_model, model), FrameStore(video_frames)
+    grids = MediaGrids(processor, media_index, store)
+    first_of_type: dict[str, Any] = {}
+    for items in valid_samples["media"]:
+        for item in items:
+            first_of_type.setdefault(item["type"], item)
+    check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store)
+    batches = tokenize_samples(valid_samples, grids, processor)
+    return partial(_write_tokenized, batches=batches, total=len(valid_samples))
+
+
+def plan(
+    tokenized_samples: Path, batching: BatchingConfig, ingest: IngestConfig
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Plan every optimizer step, and print what the plan comes to.
+
+    Args:
+        tokenized_samples: File of the tokenized samples.
+        batching: Parameters of the plan.
+        ingest: Declared sources with their weights.
+
+    Returns:
+        The tables `pack_plan` and `plan_summary`.
+
+    Raises:
+        UserError: There is nothing to train on, or a sample is over-long and may not be left out.
+    """
+    from qvl_pipeline.data.plan import make_plan, source_weights
+
+    pack_plan, summary = make_plan(tokenized_samples, batching, source_weights(ingest))
+    _print_summary(summary, batching)
+    return pack_plan, summary
+
+
+def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int) -> None:
+    from qvl_pipeline.data.tokenization import SCHEMA
+
+    with progress_bar() as bar, pa.ipc.new_file(str(path), SCHEMA) as writer:
+        task = bar.add_task("Samples", total=total)
+        for batch in batches:
+            writer.write_batch(batch)
+            bar.advance(task, batch.num_rows)
+
+
+def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
+    overlong = summary["overlong"]
+    rows = {
+        "samples": f"{summary['samples']:,} x {summary['epochs']:.3g} epochs",
+        "packs": f"{summary['packs']:,} of {batching.packing_length:,} tokens, {summary['fill']:.1%} full",
+        "optimizer steps": f"{summary['steps']:,} of {batching.packs_per_step:,} packs",
+        "tokens": f"{summary['tokens']:,}",
+        "supervised": f"{summary['supervised_tokens']:,} ({summary['supervised_tokens'] / summary['tokens']:.1%})",
+        "over-long": f"{len(overlong):,} left out" + (f", the first is {overlong[0]}" if overlong else ""),
+    }
+    table = Table("pack plan", "", show_header=True)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _texts(messages: pd.Series) -> Iterator[str]:
+    for conversation in messages:
+        for message in orjson.loads(conversation):
+            yield from (item["text"] for item in message["content"] if item["type"] == "text")
+
+
+def _check_family(name: str, family: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.load_from_pretrained_path '{name}' is neither a model folder nor a hub id that can be read here: "
+            f"{reason}"
+        ) from error
+    if config.model_type != family:
+        raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")
+
+
+def _write_tiny_model(folder: Path, *, manifest: dict[str, str], seed: int, corpus: list[str]) -> None:
+    from qvl_pipeline.demo.tiny_model import build_tiny_model
+
+    build_tiny_model(folder, family=manifest["family"], seed=seed, corpus=corpus)
+    _write_manifest(folder, manifest=manifest)
+
+
+def _write_manifest(folder: Path, *, manifest: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

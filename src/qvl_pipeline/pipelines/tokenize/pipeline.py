@@ -1,0 +1,33 @@
+"""Wiring of the `tokenize` stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Node, Pipeline
+
+from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, tokenize
+
+
+def create_pipeline() -> Pipeline:
+    """Create the pipeline: valid samples in; base model, token ids and pack plan out."""
+    return Pipeline(
+        [
+            Node(
+                prepare_base_model,
+                inputs=["valid_samples", "params:model"],
+                outputs="base_model",
+                name="prepare_base_model",
+            ),
+            Node(
+                tokenize,
+                inputs=["valid_samples", "media_index", "video_frames", "base_model", "params:model"],
+                outputs="tokenized_samples",
+                name="tokenize",
+            ),
+            Node(
+                plan,
+                inputs=["tokenized_samples", "params:batching", "params:ingest"],
+                outputs=["pack_plan", "plan_summary"],
+                name="plan",
+            ),
+        ]
+    )

@@ -1,0 +1,21 @@
+"""Wiring of the `validate` stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Node, Pipeline
+
+from qvl_pipeline.pipelines.validate.nodes import validate_rows
+
+
+def create_pipeline() -> Pipeline:
+    """Create the pipeline: samples in, valid samples, quarantine, media index and report out."""
+    return Pipeline(
+        [
+            Node(
+                validate_rows,
+                inputs=["samples", "rejects", "params:validate"],
+                outputs=["valid_samples", "quarantine", "media_index", "validation_report"],
+                name="validate",
+            )
+        ]
+    )

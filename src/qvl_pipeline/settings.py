@@ -1,0 +1,37 @@
+"""Kedro's settings of this project: hooks, configuration loading, telemetry off."""
+
+from __future__ import annotations
+
+import os
+
+from qvl_pipeline.hooks import EarlyChecks, Progress
+from qvl_pipeline.resolvers import project_path, tracking_uri
+from qvl_pipeline.tracking.mlflow_hook import MlflowHook
+
+# Read by MLflow, Daft and huggingface_hub when they are imported. Kedro reads `.telemetry`, DVC its own config.
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # The tables that MLflow makes in a new database are nobody's news.
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # A tracking server that is down is not waited for; by default, every call to it takes four minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+
+HOOKS = (EarlyChecks(), Progress(), MlflowHook())
+
+# Installed beside our hook, kedro-mlflow would record every run twice. The name is the distribution's, underscore and
+# all: "kedro-mlflow" disables nothing.
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro_mlflow",)
+
+CONFIG_LOADER_ARGS = {
+    "base_env": "base",
+    "default_run_env": "local",
+    "config_patterns": {"mlflow": ["mlflow.yml"]},
+    # A profile names only what it changes; Kedro's default replaces whole blocks.
+    "merge_strategy": {"parameters": "soft", "globals": "soft", "mlflow": "soft"},
+    "custom_resolvers": {"qvl.project_path": project_path, "qvl.tracking_uri": tracking_uri},
+}

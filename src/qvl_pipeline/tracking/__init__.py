@@ -1,0 +1,1 @@
+"""What is kept about a run for people: experiment tracking and the report."""

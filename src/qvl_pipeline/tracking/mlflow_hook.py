@@ -1,0 +1,178 @@
+"""Records every `kedro run` as one MLflow run: parameters, lineage, metrics, artifacts, and how it ended.
+
+It stands in for kedro-mlflow, whose command-line plugin imports MLflow at every `kedro` command: three times as slow.
+Here MLflow is imported when a run starts, after everything that can be checked without it has been checked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from pydantic import BaseModel, ValidationError
+
+from qvl_pipeline.config.base import Block
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.lineage import dvc_tags, git_tags, without_secrets
+
+if TYPE_CHECKING:
+    from qvl_pipeline.tracking.mlflow_run import MlflowRun
+
+logger = logging.getLogger(__name__)
+
+# The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
+TRAIN_RESULT = "train_result"
+
+
+class MlflowConfig(Block):
+    """`mlflow.yml`.
+
+    Attributes:
+        tracking_uri: Database or server that records runs.
+        artifact_location: Folder of artifacts, when `tracking_uri` is a local database.
+        experiment: Experiment of every run.
+        run_name: Name of the run.
+    """
+
+    tracking_uri: str
+    artifact_location: str
+    experiment: str
+    run_name: str
+
+
+class MlflowHook:
+    """Starts, fills and ends the MLflow run of a session.
+
+    Catalog entries say in `metadata.mlflow` what is recorded once they are saved: `metrics` (the numbers of a JSON
+    file), `artifact` (the file), `input` (the run's data, though the run itself wrote it) and `tags` (tag name to key
+    of a JSON file).
+    """
+
+    def __init__(self) -> None:
+        """Start without a run."""
+        self._run: MlflowRun | None = None
+        self._training_run: str | None = None
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Read `mlflow.yml`.
+
+        Raises:
+            UserError: A key of it is unknown or missing.
+        """
+        self._context = context
+        try:
+            self._config = MlflowConfig.model_validate(context.config_loader["mlflow"])
+        except ValidationError as error:
+            problem = error.errors()[0]
+            text = problem["msg"].removeprefix("Value error, ")
+            raise UserError(f"mlflow.yml: {'.'.join(map(str, problem['loc']))} {text}") from error
+
+    @hook_impl
+    def after_catalog_created(self, conf_catalog: dict[str, Any], parameters: dict[str, Any]) -> None:
+        """Remember where entries are, what to record of them, and the parameters."""
+        self._paths = {name: Path(entry["filepath"]) for name, entry in conf_catalog.items() if "filepath" in entry}
+        self._wanted = {name: (entry.get("metadata") or {}).get("mlflow", {}) for name, entry in conf_catalog.items()}
+        self._parameters = {name: _plain(value) for name, value in parameters["parameters"].items()}
+
+    @hook_impl(trylast=True)
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Start the run and record what is known of it: parameters, tags, input data.
+
+        Raises:
+            UserError: The tracking server or database cannot be used.
+        """
+        from qvl_pipeline.tracking.mlflow_run import start_run
+
+        # An interrupt (Ctrl-C, SIGTERM) passes no hook: what is still open at exit, or when the next session of a
+        # notebook starts, was killed. Registered after MLflow's own exit handler, ours is called before it.
+        self._finish("KILLED")
+        atexit.register(self._finish, "KILLED")
+        config = self._config
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, config.run_name)
+        if TRAIN_RESULT in pipeline.inputs():
+            self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
+        names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
+        with _going_on("the parameters and tags of this run"):
+            self._run.set_tags(self._tags(names, pipeline, catalog))
+            self._run.log_yaml(self._parameters, "parameters.yml")
+            self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
+            for name in sorted(pipeline.inputs() & self._paths.keys()):
+                self._run.log_input(name, self._paths[name], context="+".join(names))
+        logger.info("MLflow run %s (%s)", config.run_name, self._run.id)
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Record what the entry's `metadata.mlflow` names."""
+        wanted = self._wanted.get(dataset_name)
+        if self._run is None or not wanted:
+            return
+        with _going_on(f"'{dataset_name}'"):
+            if wanted.get("tags"):
+                self._run.set_tags({tag: data[key] for tag, key in wanted["tags"].items()})
+            if wanted.get("input"):
+                self._run.log_input(dataset_name, self._paths[dataset_name], context="raw data")
+            if wanted.get("artifact"):
+                self._run.log_artifact(self._paths[dataset_name])
+            if wanted.get("metrics"):
+                self._run.log_metrics(data)
+                if self._training_run:
+                    self._run.log_metrics(data, run_id=self._training_run)
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """End the run as finished."""
+        self._finish("FINISHED")
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """End the run as failed."""
+        self._finish("FAILED")
+
+    def _finish(self, status: str) -> None:
+        run, self._run, self._training_run = self._run, None, None
+        if run is not None:
+            with _going_on(f"the end of this run ({status})"):
+                run.finish(status)
+
+    def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
+        tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}
+        tags |= git_tags(self._context.project_path) | dvc_tags()
+        for name, wanted in self._wanted.items():
+            if wanted.get("tags") and name not in pipeline.all_outputs() and catalog.exists(name):
+                content = catalog.load(name)
+                tags |= {tag: content[key] for tag, key in wanted["tags"].items()}
+        if self._training_run:
+            # MLflow then shows this run below that of the training.
+            tags["mlflow.parentRunId"] = self._training_run
+        return tags
+
+
+@contextlib.contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """Let a failure to record `what` be a warning: work that took hours is not lost to a tracking server."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow does not have %s: %s", what, without_secrets(str(error)))
+
+
+def _blocks(pipeline: Pipeline) -> list[str]:
+    """Return the parameters blocks that `pipeline` reads, sorted."""
+    names = (name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:"))
+    return sorted({name.split(".")[0] for name in names})
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -1,0 +1,214 @@
+"""The evaluation report: one self-contained HTML page, the same bytes for the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from qvl_pipeline.tracking.plots import WIDTH, loss_curve
+from qvl_pipeline.tracking.thumbnails import Thumbnail
+
+EXAMPLES_EACH = 2
+METRIC = "exact_match"
+OVERALL = "overall"
+
+
+class Share(NamedTuple):
+    """Share of right answers among `n`, with the bounds of its 95 % interval."""
+
+    rate: float
+    n: int
+    low: float
+    high: float
+
+
+def render_report(
+    *,
+    title: str,
+    subtitle: str,
+    metrics: dict[str, Any],
+    predictions: pd.DataFrame,
+    training_metrics: pd.DataFrame,
+    train_result: dict[str, Any],
+    plan_summary: dict[str, Any],
+    validation_report: dict[str, Any],
+    media: Callable[[str], list[list[Thumbnail]]],
+) -> str:
+    """Write the page.
+
+    It makes no request to anywhere, follows the reader's light or dark setting, and shows text of the data escaped.
+
+    Args:
+        title: Heading.
+        subtitle: One line below the heading.
+        metrics: `trained` and, when the base model was evaluated, `base`: `{kind: {exact_match, n}}` with `overall`.
+        predictions: One row for every evaluated sample.
+        training_metrics: One row for every logged step.
+        train_result: What training ended with.
+        plan_summary: Steps, packs, tokens and fill of the plan.
+        validation_report: Counts of rows, and of every rule that was broken.
+        media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
+
+    Returns:
+        HTML.
+    """
+    kinds = _kind_rows(metrics)
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        title=title,
+        subtitle=subtitle,
+        compared="base" in metrics,
+        tiles=_tiles(kinds[-1], train_result),
+        kinds=kinds,
+        curve=loss_curve(training_metrics),
+        plot_width=WIDTH,
+        training=_training_facts(train_result, plan_summary, training_metrics),
+        counts=validation_report["counts"],
+        rules=_broken_rules(validation_report["rules"]),
+        examples=_examples(predictions, media),
+        examples_each=EXAMPLES_EACH,
+        provenance=_provenance(train_result, plan_summary),
+    )
+
+
+def wilson_interval(rate: float, n: int) -> tuple[float, float]:
+    """Give the 95 % score interval of a binomial share (Wilson 1927, J. Am. Stat. Assoc. 22, 209-212).
+
+    Unlike the normal approximation it stays inside 0 to 1, and has a width at 0 % and 100 %.
+
+    Args:
+        rate: Observed share.
+        n: Number of trials, at least 1.
+
+    Returns:
+        Lower and upper bound.
+    """
+    z = 1.959964  # 97.5 % quantile of the normal distribution
+    centre = rate + z**2 / (2 * n)
+    half_width = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(count=_count, percent=_percent)
+    return environment
+
+
+def _kind_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for every sample kind, and the mean over all samples last."""
+    trained, base = metrics["trained"], metrics.get("base")
+    rows = []
+    for kind in [*sorted(set(trained) - {OVERALL}), OVERALL]:
+        row = {"kind": "all samples" if kind == OVERALL else kind, "trained": _share(trained[kind]), "base": None}
+        if base:
+            row["base"] = _share(base[kind])
+            row["gain"] = _points(row["trained"].rate - row["base"].rate)
+        rows.append(row)
+    return rows
+
+
+def _share(entry: dict[str, Any]) -> Share:
+    return Share(entry[METRIC], entry["n"], *wilson_interval(entry[METRIC], entry["n"]))
+
+
+def _tiles(overall: dict[str, Any], train_result: dict[str, Any]) -> list[dict[str, str]]:
+    trained, base = overall["trained"], overall["base"]
+    tiles = [_accuracy_tile("trained", "Trained model", trained)]
+    if base:
+        tiles.append(_accuracy_tile("base", "Base model", base))
+        tiles.append({"role": "gain", "name": "Gain", "value": overall["gain"], "detail": "percentage points"})
+    steps, ranks = train_result["steps"], train_result["world_size"]
+    tiles.append(
+        {
+            "role": "time",
+            "name": "Training time",
+            "value": _duration(train_result["train_time_s"]),
+            "detail": f"{_count(steps)} steps on {ranks} {'rank' if ranks == 1 else 'ranks'}, {train_result['device']}",
+        }
+    )
+    return tiles
+
+
+def _accuracy_tile(role: str, name: str, share: Share) -> dict[str, str]:
+    right = round(share.rate * share.n)
+    return {
+        "role": role,
+        "name": name,
+        "value": _percent(share.rate),
+        "detail": f"{_count(right)} of {_count(share.n)} exact matches",
+    }
+
+
+def _training_facts(
+    result: dict[str, Any], plan: dict[str, Any], training_metrics: pd.DataFrame
+) -> list[tuple[str, str]]:
+    facts = [
+        ("Optimizer steps", _count(result["steps"])),
+        ("Passes over the data", f"{plan['epochs']:g}"),
+        ("Samples in the plan", _count(plan["samples"])),
+        ("Packs", _count(plan["packs"])),
+        ("Pack length, tokens", _count(plan["packing_length"])),
+        ("Packs filled to", _percent(plan["fill"])),
+        ("Over-long samples left out", _count(len(plan["overlong"]))),
+        ("Tokens", _count(result["tokens"])),
+        ("Tokens trained on", _count(result["supervised_tokens"])),
+        ("Tokens per second", _count(result["tokens_per_second"])),
+        ("Final loss", f"{result['final_loss']:.4g}"),
+    ]
+    if len(training_metrics):
+        facts.append(("Waiting for data", _percent(training_metrics["data_wait_share"].mean())))
+        facts.append(("Peak memory, GiB", f"{training_metrics['peak_memory_gib'].max():.2f}"))
+    return facts
+
+
+def _broken_rules(rules: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(((rule, n) for rule, n in rules.items() if n), key=lambda item: (-item[1], item[0]))
+
+
+def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbnail]]]) -> list[dict[str, Any]]:
+    """The first right and the first wrong answers of every kind, with their pictures."""
+    groups = []
+    for kind, rows in predictions.groupby("kind", sort=True):
+        correct = rows["trained_correct"].astype(bool)
+        shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
+        examples = [{**row, "media": media(row["sample_id"])} for row in shown.to_dict("records")]
+        groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})
+    return groups
+
+
+def _provenance(result: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = {
+        "Git commit": result.get("git_commit"),
+        "Plan fingerprint": result.get("plan_fingerprint") or plan.get("fingerprint"),
+        "MLflow run": result.get("mlflow_run_id"),
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((i for i, (value, _) in enumerate(parts) if value), 2)
+    return "\N{NO-BREAK SPACE}".join(f"{value} {unit}" for value, unit in parts[first : first + 2])

@@ -1,0 +1,269 @@
+"""Every row of every source ends up in `samples` or `rejects`, in order, with the columns of the contract."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qvl_pipeline.config import IngestConfig
+from qvl_pipeline.data.ingest import assign_split, derive_kind, ingest_sources
+from qvl_pipeline.data.messages import Media
+from qvl_pipeline.data.raw import list_files
+from qvl_pipeline.data.rejection import REJECT_RULES
+from qvl_pipeline.data.tables import REJECTS, SAMPLES
+
+Tables = tuple[pa.Table, pa.Table]
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _row(question: str = "Which?", *images: str, **columns: Any) -> dict[str, Any]:
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "This."}]}
+    return {"messages": [{"role": "user", "content": content}, answer], **columns}
+
+
+def _write(name: str, rows: list[Any]) -> dict[str, str]:
+    """Write rows as the kind of file that the suffix says, and declare it as a source."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        lines = [row if isinstance(row, bytes) else orjson.dumps(row) for row in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    else:
+        path.write_bytes(orjson.dumps(rows))
+    return {"name": path.stem, "path": name, "data_folder": "media", "data_type": path.suffix[1:]}
+
+
+def _ingest(*sources: dict[str, Any], **options: Any) -> Tables:
+    config = IngestConfig(datasets=list(sources), **options)
+    return ingest_sources(config, list_files(config))
+
+
+def test_a_sample_has_the_columns_of_the_contract() -> None:
+    clip = {"type": "video", "video": "b.mp4", "video_start": 1, "video_end": 2}
+    row = _row("Which?", "a.png", id=7, kind="riddle", split="eval", task="f1", answer="Both.", tags=["x"])
+    row["messages"][0]["content"].insert(0, clip)
+    samples, rejects = _ingest(_write("a.jsonl", [row]))
+    assert samples.schema == SAMPLES
+    assert (rejects.schema, rejects.num_rows) == (REJECTS, 0)
+    assert samples.to_pylist() == [
+        {
+            "sample_id": "a/0",
+            "source": "a",
+            "row": 0,
+            "split": "eval",
+            "kind": "riddle",
+            "task": "f1",
+            "answer": "Both.",
+            "messages": '[{"role":"user","content":'
+            '[{"type":"video"},{"type":"image"},{"type":"text","text":"Which?"}]},'
+            '{"role":"assistant","content":[{"type":"text","text":"This."}]}]',
+            "media": [
+                {"type": "video", "path": "media/b.mp4", "start": 1.0, "end": 2.0},
+                {"type": "image", "path": "media/a.png", "start": None, "end": None},
+            ],
+            "metadata": '{"id":7,"tags":["x"]}',
+        }
+    ]
+
+
+def test_a_row_with_messages_alone_gets_defaults() -> None:
+    samples, _ = _ingest(_write("a.jsonl", [_row()]))
+    columns = ("split", "kind", "task", "answer", "media", "metadata")
+    assert samples.select(columns).to_pylist() == [
+        dict(zip(columns, ("train", "text", "exact_match", "This.", [], "{}"), strict=True))
+    ]
+
+
+def test_default_answer_is_the_text_of_the_last_assistant_turn() -> None:
+    turns = _row()["messages"] + _row()["messages"]
+    turns[3] = {"role": "assistant", "content": [{"type": "text", "text": "No, "}, {"type": "text", "text": "that."}]}
+    only_user = {"messages": turns[:1]}
+    samples, _ = _ingest(_write("a.jsonl", [{"messages": turns}, only_user, _row(answer=5), _row(answer="")]))
+    assert samples["answer"].to_pylist() == ["No, that.", "", "5", ""]
+
+
+REJECTED = {
+    b"{": ("unreadable_row", "row 0: it is not JSON ("),
+    b'{"messages": NaN}': ("unreadable_row", "row 0: it is not JSON ("),
+    b'{"text": "\xff"}': ("unreadable_row", "row 0: it is not JSON ("),
+    b"": ("unreadable_row", "row 0: the line is empty"),
+    b"  ": ("unreadable_row", "row 0: the line is empty"),
+    b"null": ("unreadable_row", "row 0: it is null, not an object"),
+    b"[1]": ("unreadable_row", "row 0: it is a list, not an object"),
+    b"{}": ("unknown_format", "row 0: it has neither 'messages' nor 'conversations'"),
+    orjson.dumps(_row(split="test")): ("unknown_format", "row 0: its split is 'test'; known are train and eval"),
+    orjson.dumps(_row(kind=["a"])): ("unknown_format", "row 0: 'kind' is a list, not a text"),
+    orjson.dumps(_row(answer=["a", "b"])): ("unknown_format", "row 0: 'answer' is a list, not a text"),
+    orjson.dumps(_row(task=True)): ("unknown_format", "row 0: 'task' is a boolean, not a text"),
+    orjson.dumps(_row("Which?", "../a.png")): (
+        "path_outside_data_folder",
+        "row 0: '../a.png' is outside of 'media'",
+    ),
+    orjson.dumps(_row("Which?", "/etc/passwd")): ("path_outside_data_folder", "row 0: '/etc/passwd' is outside"),
+    orjson.dumps(_row("Which?", "https://example.org/a.png")): ("url_not_allowed", "a.png' is a URL"),
+    orjson.dumps(_row("Which?", "data:image/png;base64,AAAA")): ("url_not_allowed", "AAAA' is embedded data"),
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), REJECTED.items())
+def test_what_cannot_be_read_is_a_named_row(line: bytes, expected: tuple[str, str]) -> None:
+    samples, rejects = _ingest(_write("a.jsonl", [line, _row()]))
+    (reject,) = rejects.to_pylist()
+    assert (reject["source"], reject["row"], reject["rule"]) == ("a", 0, expected[0])
+    assert expected[1] in reject["detail"]
+    assert samples["sample_id"].to_pylist() == ["a/1"]
+
+
+def test_every_reject_rule_is_tested() -> None:
+    assert {rule for rule, _ in REJECTED.values()} == set(REJECT_RULES)
+
+
+def test_link_out_of_the_folder_is_rejected() -> None:
+    source = _write("a.jsonl", [_row("Which?", "inside.png"), _row("Which?", "link.png")])
+    Path("media").mkdir()
+    Path("media/link.png").symlink_to(Path("a.jsonl").absolute())
+    samples, rejects = _ingest(source)
+    assert samples["sample_id"].to_pylist() == ["a/0"]
+    assert rejects["rule"].to_pylist() == ["path_outside_data_folder"]
+
+
+def test_rows_of_a_json_list_that_are_no_objects_are_rejected() -> None:
+    _, rejects = _ingest(_write("a.json", [_row(), "hello", None]))
+    assert rejects["detail"].to_pylist() == [
+        "row 1: it is a text, not an object",
+        "row 2: it is null, not an object",
+    ]
+
+
+def test_all_file_types_give_the_same_samples() -> None:
+    rows = [_row("Which?", "a.png", id=1), _row("What?", id=2)]
+    first, *others = (_ingest(_write(f"a.{kind}", rows))[0] for kind in ("parquet", "json", "jsonl"))
+    assert first.num_rows == 2
+    assert all(first.equals(other) for other in others)
+
+
+def test_parquet_with_messages_as_json_text() -> None:
+    row = _row("Which?", "a.png")
+    as_text = {"messages": orjson.dumps(row["messages"]).decode()}
+    assert _ingest(_write("a.parquet", [as_text]))[0].equals(_ingest(_write("a.jsonl", [row]))[0])
+
+
+def test_folder_of_parquet_files_whose_columns_differ() -> None:
+    _write("shards/1.parquet", [_row(id=1), _row(id=2)])
+    _write("shards/2.parquet", [{"messages": orjson.dumps(_row()["messages"]).decode(), "note": "text"}])
+    _write("shards/10.parquet", [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}])
+    samples, _ = _ingest({"name": "s", "path": "shards", "data_type": "parquet"})
+    assert samples["sample_id"].to_pylist() == ["s/0", "s/1", "s/2", "s/3"]
+    assert samples["answer"].to_pylist() == ["This.", "This.", "Ho", "This."]  # 1, 10, 2
+    assert samples["metadata"].to_pylist() == ['{"id":1}', '{"id":2}', "{}", '{"note":"text"}']
+
+
+def test_metadata_holds_what_json_has_no_form_for() -> None:
+    row = _row(
+        when=datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC),
+        price=decimal.Decimal("1.50"),
+        blob=b"\xff\x00",
+        nested={"b": 1, "a": None},
+    )
+    samples, _ = _ingest(_write("a.parquet", [row]))
+    assert orjson.loads(samples["metadata"][0].as_py()) == {
+        "when": "2020-01-02T00:00:00+00:00",
+        "price": "1.50",
+        "blob": "2 bytes",
+        "nested": {"a": None, "b": 1},
+    }
+
+
+def test_sources_and_rows_keep_their_order() -> None:
+    sources = [_write("b.jsonl", [_row(), b"{", _row()]), _write("a.json", [_row(), {}])]
+    samples, rejects = _ingest(*sources)
+    assert samples["sample_id"].to_pylist() == ["b/0", "b/2", "a/0"]
+    assert [(row["source"], row["row"]) for row in rejects.to_pylist()] == [("b", 1), ("a", 1)]
+
+
+def test_many_rows_keep_their_numbers() -> None:
+    rows = [_row(f"Question {number}?") if number % 7 else b"{" for number in range(20_000)]
+    samples, rejects = _ingest(_write("a.jsonl", rows))
+    assert sorted(samples["row"].to_pylist() + rejects["row"].to_pylist()) == list(range(20_000))
+    questions = [orjson.loads(text)[0]["content"][0]["text"] for text in samples["messages"].to_pylist()]
+    assert questions == [f"Question {number}?" for number in samples["row"].to_pylist()]
+
+
+def test_no_rows_at_all() -> None:
+    samples, rejects = _ingest(_write("a.jsonl", []))
+    assert (samples.schema, samples.num_rows, rejects.num_rows) == (SAMPLES, 0, 0)
+
+
+def test_split_is_that_of_the_source_then_of_the_row() -> None:
+    rows = [_row(split="train"), _row(split="eval"), _row()]
+    samples, _ = _ingest({**_write("a.jsonl", rows), "split": "eval"}, _write("b.jsonl", rows))
+    assert samples["split"].to_pylist() == ["eval", "eval", "eval", "train", "eval", "train"]
+
+
+def test_split_by_hash_keeps_to_the_fraction_and_to_its_rows() -> None:
+    source = _write("a.jsonl", [_row() for _ in range(2000)])
+    splits = _ingest(source, eval_fraction=0.25)[0]["split"].to_pylist()
+    assert abs(splits.count("eval") / 2000 - 0.25) < 0.03
+    assert _ingest(source, eval_fraction=0.25, seed=1)[0]["split"].to_pylist() != splits
+    # More rows change nothing for those that were there, and a larger fraction only adds to the eval split.
+    longer = _write("longer/a.jsonl", [_row() for _ in range(2500)])
+    assert _ingest(longer, eval_fraction=0.25)[0]["split"].to_pylist()[:2000] == splits
+    larger = _ingest(source, eval_fraction=0.5)[0]["split"].to_pylist()
+    assert all(new == "eval" for new, old in zip(larger, splits, strict=True) if old == "eval")
+
+
+def test_rows_about_one_picture_share_a_split() -> None:
+    samples, _ = _ingest(_write("a.jsonl", [_row(f"{n}?", f"{n % 50}.png") for n in range(500)]), eval_fraction=0.5)
+    split_of: dict[str, set[str]] = {}
+    for sample in samples.to_pylist():
+        split_of.setdefault(sample["media"][0]["path"], set()).add(sample["split"])
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert len(set.union(*split_of.values())) == 2
+
+
+def test_assigned_split_never_changes() -> None:
+    config = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}], eval_fraction=0.5)
+    splits = "".join(assign_split(f"a/{row}", config)[0] for row in range(16))
+    assert splits == "ttteteettteetttt"
+
+
+@pytest.mark.parametrize(
+    ("images", "videos", "kind"),
+    [
+        (0, 0, "text"),
+        (1, 0, "single_image"),
+        (2, 0, "two_images"),
+        (3, 0, "multi_image"),
+        (0, 1, "video"),
+        (0, 2, "two_videos"),
+        (0, 3, "multi_video"),
+        (1, 1, "image_and_video"),
+        (2, 3, "image_and_video"),
+    ],
+)
+def test_kind_by_media(images: int, videos: int, kind: str) -> None:
+    assert derive_kind([Media("image", "a.png")] * images + [Media("video", "a.mp4")] * videos) == kind
+
+
+def test_two_runs_give_the_same_bytes() -> None:
+    rows = [_row(f"{number}?", "a.png", b=1, a=2) for number in range(5000)]
+    sources = [_write("a.parquet", rows), _write("b.jsonl", [b"{", *rows])]
+    for run in ("1", "2"):
+        for table, name in zip(_ingest(*sources, eval_fraction=0.3), ("samples", "rejects"), strict=True):
+            pq.write_table(table, f"{name}{run}")
+    for name in ("samples", "rejects"):
+        assert Path(f"{name}1").read_bytes() == Path(f"{name}2").read_bytes()

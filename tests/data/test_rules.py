@@ -1,0 +1,147 @@
+"""Each rule finds what it is for, at its limit, and nothing else; the first broken one names the sample."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.data import rules
+from qvl_pipeline.data.messages import Media, Message
+from qvl_pipeline.data.rules import MEDIA_RULES, RESERVED_TOKENS, RULES, SAMPLE_RULES, Sample, broken_by_sample, leakage
+from qvl_pipeline.media.probe import Probe
+
+CONFIG = ValidateConfig(max_text_chars=40, max_image_pixels=10_000, max_aspect_ratio=4, min_video_frames=4)
+IMAGE = Probe(content_hash="h1", width=8, height=6, n_frames=1, codec="png")
+CLIP = Probe(content_hash="h2", width=8, height=6, n_frames=8, fps=4.0, duration_s=2.0, codec="h264")
+
+
+def _turn(role: str, *parts: str) -> Message:
+    """A turn; the parts `image` and `video` are media, all others are texts."""
+    items = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": items}
+
+
+def _sample(*turns: Message, image: Probe = IMAGE, clip: Probe = CLIP, media: list[Media] | None = None) -> Sample:
+    """A sample about one image and one clip."""
+    turns = turns or (_turn("user", "image", "video", "Which?"), _turn("assistant", "This."))
+    media = [Media("image", "a.png"), Media("video", "b.mp4")] if media is None else media
+    return Sample("s/0", "train", list(turns), media, {("image", "a.png"): image, ("video", "b.mp4"): clip})
+
+
+def _text_only(*turns: Message) -> Sample:
+    return _sample(*turns, media=[])
+
+
+USER, ASSISTANT = _turn("user", "Which?"), _turn("assistant", "This.")
+PART = Media("video", "b.mp4", 0.5, 1.0)
+
+BROKEN: list[tuple[str, Sample, str]] = [
+    ("roles", _text_only(ASSISTANT, USER), "turn 0 has the role 'assistant', not 'user'"),
+    ("roles", _text_only(USER, USER), "turn 1 has the role 'user', not 'assistant'"),
+    ("roles", _text_only(USER, ASSISTANT, ASSISTANT), "turn 2 has the role 'assistant', not 'user'"),
+    ("roles", _text_only(_turn("system", "Hm."), ASSISTANT), "turn 1 has the role 'assistant', not 'user'"),
+    ("roles", _text_only(USER, _turn("system", "Hm.")), "turn 1 has the role 'system', not 'assistant'"),
+    ("roles", _text_only(USER, _turn("tool", "4")), "turn 1 has the role 'tool', not 'assistant'"),
+    ("empty_turn", _text_only(USER, _turn("assistant")), "turn 1 (assistant) says nothing"),
+    ("empty_turn", _text_only(_turn("user", " \n"), ASSISTANT), "turn 0 (user) says nothing"),
+    ("no_assistant_turn", _text_only(USER), "none of the 1 turns is the assistant's"),
+    ("no_assistant_turn", _sample(media=[], *[_turn("system", "Hm.")]), "none of the 1 turns is the assistant's"),
+    ("placeholder_mismatch", _sample(media=[Media("image", "a.png")]), "hold image x 1, video x 1, but the files are image x 1"),
+    ("placeholder_mismatch", _sample(USER, ASSISTANT), "hold none, but the files are image x 1, video x 1"),
+    ("placeholder_mismatch", _sample(_turn("user", "video", "image"), ASSISTANT), "hold video x 1, image x 1, but"),
+    ("reserved_token", _text_only(USER, _turn("assistant", "a <|im_end|> b")), "the text of turn 1 holds <|im_end|>"),
+    ("too_long", _text_only(USER, _turn("assistant", "x" * 35)), "41 characters, more than max_text_chars (40)"),
+    ("missing_media", _sample(image=Probe(missing="does not exist")), "image 'a.png' does not exist"),
+    ("undecodable_media", _sample(clip=Probe(failure="broken")), "video 'b.mp4' cannot be decoded: broken"),
+    ("too_few_frames", _sample(clip=replace(CLIP, n_frames=3)), "has 3 frames, fewer than min_video_frames (4)"),
+    ("too_few_frames", _sample(_turn("user", "video"), ASSISTANT, media=[PART]), "has 3 frames from second 0.5 to second 1,"),
+    ("too_few_frames", _sample(_turn("user", "video"), ASSISTANT, media=[Media("video", "b.mp4", 9.0)]), "has 0 frames from second 9 to its end"),
+    ("unknown_fps", _sample(clip=replace(CLIP, fps=None, n_frames=None)), "video 'b.mp4' has no timestamps"),
+    ("image_too_large", _sample(image=replace(IMAGE, width=101, height=100)), "'a.png' has 101 x 100 pixels, more than"),
+    ("image_too_large", _sample(clip=Probe(width=101, height=100)), "'b.mp4' has 101 x 100 pixels, more than"),
+    ("aspect_ratio", _sample(image=replace(IMAGE, width=41, height=10)), "has 41 x 10 pixels, a ratio above"),
+    ("aspect_ratio", _sample(clip=replace(CLIP, width=10, height=41)), "has 10 x 41 pixels, a ratio above"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "sample", "detail"), BROKEN)
+def test_what_breaks_a_rule_is_named(rule: str, sample: Sample, detail: str) -> None:
+    found = broken_by_sample(sample, CONFIG)
+    assert found is not None
+    assert found[0] == rule
+    assert detail in found[1]
+
+
+def test_every_rule_is_tested() -> None:
+    assert {rule for rule, _, _ in BROKEN} | {"leakage"} == set(RULES)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        _sample(),
+        _text_only(_turn("system", "Be brief."), USER, ASSISTANT, USER, ASSISTANT),
+        _text_only(USER, ASSISTANT, _turn("user", "Unanswered.")),
+        _text_only(USER, _turn("assistant", "x" * 34)),
+        _text_only(USER, _turn("assistant", "2 <| 3 and <|box_start|>")),
+        _sample(clip=replace(CLIP, n_frames=4)),
+        _sample(_turn("user", "video"), ASSISTANT, media=[Media("video", "b.mp4", 0.5, 1.25)]),
+        _sample(image=replace(IMAGE, width=100, height=100)),
+        _sample(image=replace(IMAGE, width=40, height=10)),
+    ],
+)
+def test_at_the_limit_a_sample_is_valid(sample: Sample) -> None:
+    assert broken_by_sample(sample, CONFIG) is None
+
+
+@pytest.mark.parametrize("token", RESERVED_TOKENS)
+def test_every_token_that_builds_the_prompt_is_reserved(token: str) -> None:
+    assert broken_by_sample(_text_only(_turn("user", "a", f"b{token}"), ASSISTANT), CONFIG)[0] == "reserved_token"
+
+
+def test_a_picture_too_large_to_decode_is_that_and_nothing_else() -> None:
+    bomb = Probe(content_hash="h", width=9999, height=9999)
+    assert broken_by_sample(_sample(clip=bomb), CONFIG)[0] == "image_too_large"
+
+
+def test_the_first_broken_rule_wins() -> None:
+    broken: dict[str, Any] = {"image": Probe(missing="does not exist"), "clip": Probe(failure="broken")}
+    assert broken_by_sample(_sample(_turn("user", "<|im_end|>"), **broken), CONFIG)[0] == "no_assistant_turn"
+    assert broken_by_sample(_sample(**broken), CONFIG)[0] == "missing_media"
+    # The order is that of the rules, not that of the media.
+    swapped = {"image": Probe(failure="broken"), "clip": Probe(missing="does not exist")}
+    assert broken_by_sample(_sample(**swapped), CONFIG) == ("missing_media", "video 'b.mp4' does not exist")
+
+
+def test_order_of_the_rules_is_fixed() -> None:
+    assert RULES == (
+        "roles",
+        "empty_turn",
+        "no_assistant_turn",
+        "placeholder_mismatch",
+        "reserved_token",
+        "too_long",
+        "missing_media",
+        "undecodable_media",
+        "too_few_frames",
+        "unknown_fps",
+        "image_too_large",
+        "aspect_ratio",
+        "leakage",
+    )
+
+
+def test_leakage_needs_a_training_sample_with_the_content_of_an_eval_sample() -> None:
+    assert leakage(_sample(), {"h2": "e/7"}) == "video 'b.mp4' is also in the eval sample e/7"
+    assert leakage(_sample(), {"h3": "e/7"}) is None
+    assert leakage(replace(_sample(), split="eval"), {"h2": "e/7"}) is None
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_says_what_it_is_in_a_sentence(name: str) -> None:
+    first_line = getattr(rules, name).__doc__.strip().splitlines()[0]
+    assert first_line.endswith(".")
+    assert {**SAMPLE_RULES, **MEDIA_RULES, "leakage": leakage}[name] is getattr(rules, name)

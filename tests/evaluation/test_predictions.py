@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qvl_pipeline.evaluation.predictions import eval_samples, prediction_table
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from tests.evaluation.world import write_tokenized
+
+COLUMNS = ["sample_id", "source", "kind", "task", "question", "expected"]
+ANSWER_COLUMNS = ["base_answer", "trained_answer", "base_correct", "trained_correct"]
+
+
+@pytest.fixture
+def tokenized(tmp_path: Path) -> TokenizedSamples:
+    """Twenty samples, every other one in the eval split."""
+    empty = {"source": "made", "kind": "text", "task": "exact_match", "label_spans": [], "media": []}
+    counts = {"length": 2, "supervised_tokens": 0, "vit_patches": 0, "prompt_length": 1}
+    rows = [
+        {"sample_id": f"made/{n}", "split": ("train", "eval")[n % 2], "answer": str(n), "input_ids": [1, 2]}
+        | empty
+        | counts
+        for n in range(20)
+    ]
+    write_tokenized(tmp_path / "tokenized.arrow", rows)
+    return TokenizedSamples(tmp_path / "tokenized.arrow")
+
+
+def test_the_eval_split_alone_is_evaluated(tokenized: TokenizedSamples) -> None:
+    chosen = eval_samples(tokenized, None)
+    assert chosen.index.tolist() == list(range(1, 20, 2))
+    assert chosen["expected"].tolist() == [str(row) for row in range(1, 20, 2)]
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"),
+    [(1, [1]), (2, [1, 19]), (4, [1, 7, 13, 19]), (10, list(range(1, 20, 2))), (99, list(range(1, 20, 2)))],
+)
+def test_fewer_samples_are_spread_over_the_split(tokenized: TokenizedSamples, most: int, rows: list[int]) -> None:
+    assert eval_samples(tokenized, most).index.tolist() == rows
+
+
+def test_every_answer_is_scored_against_its_own_sample(tokenized: TokenizedSamples) -> None:
+    chosen = eval_samples(tokenized, 3)
+    table = prediction_table(chosen, ["q1", "q2", "q3"], {"base": ["1", "1", "1"], "trained": ["1", " 9 ", "19"]})
+    assert list(table.columns) == COLUMNS + ANSWER_COLUMNS
+    assert table["question"].tolist() == ["q1", "q2", "q3"]
+    assert table["base_correct"].tolist() == [True, False, False]
+    assert table["trained_correct"].tolist() == [True, True, True]
+
+
+def test_a_model_that_was_not_evaluated_is_null_and_typed(tokenized: TokenizedSamples, tmp_path: Path) -> None:
+    table = prediction_table(eval_samples(tokenized, 2), ["q", "q"], {"trained": ["1", ""]})
+    table.to_parquet(tmp_path / "predictions.parquet")
+    read = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert list(read.columns) == COLUMNS + ANSWER_COLUMNS
+    assert read[["base_answer", "base_correct"]].isna().all(axis=None)
+    assert read["base_correct"].dtype == "boolean"
+    assert read["trained_correct"].tolist() == [True, False]

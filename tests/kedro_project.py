@@ -1,0 +1,80 @@
+"""A Kedro project in a temporary folder: the real configuration and package, with nodes that are done at once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from kedro.framework.project import pipelines
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+from kedro.pipeline import Node, Pipeline
+
+from qvl_pipeline.config import EvaluateConfig, ModelConfig, TrainConfig
+from qvl_pipeline.pipeline_registry import STAGES
+
+REPOSITORY = Path(__file__).parents[1]
+METRICS = {
+    "base": {"video": {"exact_match": 0.1, "n": 3}},
+    "trained": {"video": {"exact_match": 0.9, "n": 3}, "kind?": {"exact_match": 1}},
+}
+
+
+def make_project(folder: Path) -> Path:
+    """Create the project; its package is the installed one."""
+    (folder / "src").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    shutil.copy(REPOSITORY / ".telemetry", folder)
+    shutil.copytree(REPOSITORY / "conf", folder / "conf", ignore=shutil.ignore_patterns("local"))
+    (folder / "conf" / "local").mkdir()
+    return folder
+
+
+def use_quick_nodes(folder: Path) -> None:
+    """Set Kedro up for the project, with the pipelines of this module."""
+    bootstrap_project(folder)
+    pipelines.configure(__name__)
+
+
+def run(folder: Path, *names: str, env: str | None = None, params: dict[str, Any] | None = None) -> None:
+    """Run pipelines of the project in a session, as `kedro run` does."""
+    with KedroSession.create(project_path=folder, env=env, runtime_params=params) as session:
+        session.run(pipeline_names=list(names))
+
+
+def register_pipelines() -> dict[str, Pipeline]:
+    """Return pipelines of the real names, with two nodes to fail or to wait in by parameter."""
+    nodes = {
+        "ingest": Node(lambda: {"fingerprint": "data-1"}, None, "raw_manifest", name="ingest"),
+        "tokenize": Node(_tokenize, "raw_manifest", ["plan_summary", "base_model"], name="tokenize"),
+        "train": Node(_train, ["base_model", "plan_summary", "params:train"], "train_result", name="train"),
+        "evaluate": Node(
+            _evaluate, ["train_result", "params:model", "params:evaluate"], ["metrics", "predictions"], name="evaluate"
+        ),
+    }
+    stages = {stage: Pipeline([nodes[stage]] if stage in nodes else []) for stage in STAGES}
+    return {**stages, "__default__": sum(stages.values(), start=Pipeline([]))}
+
+
+def _tokenize(raw_manifest: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+
+    return {"fingerprint": f"plan of {raw_manifest['fingerprint']}"}, write
+
+
+def _train(base_model: Path, plan_summary: dict[str, Any], train: TrainConfig) -> dict[str, Any]:
+    import mlflow
+
+    if train.seed < 0:
+        raise ZeroDivisionError("a bug")
+    return {"mlflow_run_id": mlflow.active_run().info.run_id}
+
+
+def _evaluate(
+    train_result: dict[str, Any], model: ModelConfig, evaluate: EvaluateConfig
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    return METRICS, pd.DataFrame({"sample_id": ["a/0"]})

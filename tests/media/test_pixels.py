@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+
+from qvl_pipeline.media.pixels import normalize_patches, open_image, patchify, resize
+
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+HALF = [0.5, 0.5, 0.5]
+FAMILIES = {
+    "qwen3_vl": (16, HALF, HALF, Qwen3VLVideoProcessor),
+    "qwen2_5_vl": (14, CLIP_MEAN, CLIP_STD, Qwen2VLVideoProcessor),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def pixels() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def to_patches(frames: np.ndarray, patch_size: int) -> torch.Tensor:
+    height, width = frames.shape[2:]
+    count = -(-len(frames) // 2) * (height // patch_size) * (width // patch_size)
+    patches = np.empty((count, 3 * 2 * patch_size**2), dtype=np.uint8)
+    patchify(frames, patches, patch_size=patch_size, temporal_patch_size=2, merge_size=2)
+    return torch.from_numpy(patches)
+
+
+@pytest.mark.parametrize("size", [(97, 140), (64, 64), (300, 41), (1200, 900)])
+def test_an_image_becomes_the_pixel_values_of_the_image_processor(
+    family: tuple, pixels: np.random.Generator, size: tuple[int, int]
+) -> None:
+    patch_size, mean, std, _ = family
+    image = pixels.integers(0, 256, size=(*size, 3), dtype=np.uint8)
+    processor = Qwen2VLImageProcessor(patch_size=patch_size, image_mean=mean, image_std=std)
+    expected = processor(Image.fromarray(image), return_tensors="pt")
+    _, height, width = (expected["image_grid_thw"][0] * patch_size).tolist()
+    resized = resize(np.ascontiguousarray(image.transpose(2, 0, 1)), height, width)
+    values = normalize_patches(to_patches(resized[None], patch_size), mean, std)
+    assert torch.equal(values, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 5, 8])
+def test_a_clip_becomes_the_pixel_values_of_the_video_processor(
+    family: tuple, pixels: np.random.Generator, n_frames: int
+) -> None:
+    patch_size, mean, std, video_processor = family
+    frames = pixels.integers(0, 256, size=(n_frames, 3, 83, 130), dtype=np.uint8)
+    limits = {"shortest_edge": 1, "longest_edge": 64 * 64 * max(2, n_frames)}
+    processor = video_processor(
+        patch_size=patch_size, image_mean=mean, image_std=std, size=limits, cap_pixels_per_frame=False
+    )
+    # Qwen3-VL refuses to resize a clip of one frame.
+    options = {"do_sample_frames": False, "do_resize": n_frames > 1}
+    if n_frames == 1:
+        frames = resize(frames, 4 * patch_size, 6 * patch_size)
+    expected = processor([torch.from_numpy(frames)], return_tensors="pt", **options)
+    _, height, width = (expected["video_grid_thw"][0] * patch_size).tolist()
+    values = normalize_patches(to_patches(resize(frames, height, width), patch_size), mean, std)
+    assert torch.equal(values, expected["pixel_values_videos"])
+
+
+def test_one_frame_and_all_frames_are_resized_alike(pixels: np.random.Generator) -> None:
+    frames = pixels.integers(0, 256, size=(3, 3, 83, 130), dtype=np.uint8)
+    one_by_one = np.stack([resize(frame, 56, 84) for frame in frames])
+    np.testing.assert_array_equal(one_by_one, resize(frames, 56, 84))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_every_colour_mode_opens_as_the_image_processor_sees_it(
+    tmp_path: Path, pixels: np.random.Generator, mode: str
+) -> None:
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    rgba = Image.fromarray(pixels.integers(0, 256, size=(32, 48, 4), dtype=np.uint8), "RGBA")
+    rgba.convert("RGB").convert(mode).save(path) if mode not in ("RGBA", "LA") else rgba.convert(mode).save(path)
+    processor = Qwen2VLImageProcessor()
+    with Image.open(path) as image:
+        expected = processor.process_image(image, do_convert_rgb=True)
+    np.testing.assert_array_equal(open_image(path), expected.numpy())
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((0, 0), 1)
+    image.save(tmp_path / "image.png", transparency=0)
+    picture = open_image(tmp_path / "image.png")
+    assert picture[:, 0, 0].tolist() == [200, 100, 50]
+    assert picture[:, 4, 4].tolist() == [255, 255, 255]
+
+
+def test_an_image_is_turned_upright(tmp_path: Path, pixels: np.random.Generator) -> None:
+    picture = pixels.integers(0, 256, size=(20, 30, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held with its top to the right
+    Image.fromarray(picture).save(tmp_path / "image.png", exif=exif)
+    np.testing.assert_array_equal(open_image(tmp_path / "image.png"), np.rot90(picture, k=-1).transpose(2, 0, 1))
+
+
+def test_normalising_leaves_the_patches_as_they_are() -> None:
+    patches = torch.full((2, 24), 255, dtype=torch.uint8)
+    values = normalize_patches(patches, HALF, HALF)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, torch.ones(2, 24))
+    assert torch.equal(patches, torch.full((2, 24), 255, dtype=torch.uint8))
+
+
+def test_patches_of_a_small_image_cost_less_than_half_a_millisecond(
+    tmp_path: Path, pixels: np.random.Generator
+) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels.integers(0, 256, size=(64, 64, 3), dtype=np.uint8)).save(path)
+    rounds = []
+    for _ in range(5):
+        start = time.process_time()
+        for _ in range(50):
+            to_patches(resize(open_image(path), 56, 56)[None], 14)
+        rounds.append((time.process_time() - start) / 50)
+    assert min(rounds) < 0.5e-3

@@ -1,0 +1,119 @@
+"""Probing: facts about whole files, and a reason for each broken one."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qvl_pipeline.media.probe import Probe, probe_media
+from tests.media.files import cut, write_image, write_png_bomb, write_video
+
+MAX_PIXELS = 100_000
+
+
+def _probe(path: Path, kind: str) -> Probe:
+    return probe_media(str(path), kind, MAX_PIXELS)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_facts_of_an_image(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", width=8, height=6)
+    assert _probe(path, "image") == Probe(content_hash=_sha256(path), width=8, height=6, n_frames=1, codec="png")
+
+
+def test_facts_of_a_clip(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=9, width=32, height=16, fps=4)
+    assert _probe(path, "video") == Probe(
+        content_hash=_sha256(path), width=32, height=16, n_frames=9, fps=4.0, duration_s=2.25, codec="h264"
+    )
+
+
+def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    path = write_image(tmp_path / "a.jpg", width=8, height=6, exif=exif)
+    probe = _probe(path, "image")
+    assert (probe.width, probe.height) == (6, 8)
+
+
+def test_missing(tmp_path: Path) -> None:
+    assert _probe(tmp_path / "a.png", "image") == Probe(missing="does not exist")
+    assert _probe(tmp_path, "video") == Probe(missing="is not a file")
+
+
+def test_file_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = write_image(tmp_path / "a.png")
+    monkeypatch.setattr(Path, "open", refuse)
+    assert _probe(path, "image") == Probe(failure="Permission denied")
+
+
+def _garbage(path: Path) -> Path:
+    path.write_bytes(b"not a media file\n" * 100)
+    return path
+
+
+def _empty(path: Path) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "reason"),
+    [
+        ("image", lambda folder: _empty(folder / "a.png"), "is empty (0 bytes)"),
+        ("video", lambda folder: _empty(folder / "a.mp4"), "is empty (0 bytes)"),
+        ("image", lambda folder: _garbage(folder / "a.png"), "cannot identify image file"),
+        ("video", lambda folder: _garbage(folder / "a.mp4"), "Invalid data found"),
+        ("image", lambda folder: cut(write_image(folder / "a.png", 64, 64), 0.5), "truncated"),
+        ("image", lambda folder: cut(write_image(folder / "a.jpg", 64, 64), 0.5), "truncated"),
+        ("video", lambda folder: cut(write_video(folder / "a.mp4"), 0.5), "Invalid data found"),
+        # Header first: the file opens, and only decoding shows that the end is not there.
+        ("video", lambda folder: cut(write_video(folder / "a.mp4", movflags="faststart"), 0.9), "Invalid data found"),
+        ("image", lambda folder: write_video(folder / "a.png.mp4"), "cannot identify image file"),
+    ],
+)
+def test_undecodable(tmp_path: Path, kind: str, make, reason: str) -> None:
+    probe = _probe(make(tmp_path), kind)
+    assert reason in probe.failure
+    assert probe.missing is None
+
+
+def test_broken_file_keeps_its_hash(tmp_path: Path) -> None:
+    path = _garbage(tmp_path / "a.mp4")
+    assert _probe(path, "video").content_hash == _sha256(path)
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(
+        b"RIFF\x44\x00\x00\x00WAVEfmt \x10\x00\x00\x00\x01\x00\x01\x00\x40\x1f\x00\x00\x80\x3e\x00\x00\x02\x00\x10\x00"
+        b"data\x20\x00\x00\x00" + bytes(32)
+    )
+    assert _probe(path, "video").failure == "holds no video stream"
+
+
+def test_a_bomb_is_not_decoded(tmp_path: Path) -> None:
+    path = write_png_bomb(tmp_path / "a.png", side=100_000)
+    assert _probe(path, "image") == Probe(
+        content_hash=_sha256(path), width=100_000, height=100_000, n_frames=1, codec="png"
+    )
+
+
+def test_frames_too_large_are_not_decoded(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=2, width=400, height=300)
+    probe = _probe(path, "video")
+    assert (probe.width, probe.height, probe.n_frames, probe.failure) == (400, 300, None, None)
+
+
+def test_clip_without_timestamps_has_no_frame_rate(tmp_path: Path) -> None:
+    probe = _probe(write_video(tmp_path / "a.h264"), "video")
+    assert (probe.fps, probe.n_frames, probe.failure) == (None, None, None)

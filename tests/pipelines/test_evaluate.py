@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+
+from qvl_pipeline.config import EvaluateConfig, ModelConfig
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.pipelines.evaluate.nodes import generate
+from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
+from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
+
+KINDS = ["text", "single_image", "video"]
+CATALOG = Path(__file__).parents[2] / "conf" / "base" / "catalog.yml"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    world = build_world(folder, "qwen3_vl", KINDS)
+    (world.model_folder / "manifest.json").write_text('{"path": ".", "family": "qwen3_vl"}')
+    world.teach(folder / "trained", [0, 1])
+    return world
+
+
+@pytest.fixture(scope="module")
+def inputs(world: World) -> dict[str, Any]:
+    step = {"step": 1, "loss": 3.5, "learning_rate": 1e-3, "data_wait_share": 0.01, "peak_memory_gib": 0.5}
+    return {
+        "base_model": world.model_folder,
+        "trained_model": world.model_folder.parent / "trained",
+        "tokenized_samples": world.tokenized,
+        "video_frames": world.video_frames,
+        "training_metrics": pd.DataFrame([step, {**step, "step": 2, "loss": 1.5}]),
+        "train_result": {
+            "steps": 2,
+            "tokens": 1000,
+            "supervised_tokens": 20,
+            "train_time_s": 3.0,
+            "tokens_per_second": 333.3,
+            "final_loss": 1.5,
+            "world_size": 2,
+            "device": "cpu",
+            "plan_fingerprint": "f1nger",
+            "git_commit": "c0mmit",
+            "mlflow_run_id": "r0n",
+        },
+        "plan_summary": {
+            "steps": 2,
+            "packs": 4,
+            "samples": 8,
+            "tokens": 1000,
+            "supervised_tokens": 20,
+            "fill": 0.9,
+            "epochs": 1,
+            "packing_length": 256,
+            "fingerprint": "f1nger",
+            "overlong": [],
+        },
+        "validation_report": {
+            "counts": {"ingested": 12, "valid": 10, "quarantined": 1, "rejected": 1},
+            "rules": {"missing_media": 1, "not_json": 1},
+        },
+        "params:model": ModelConfig(processor_type="qwen3_vl"),
+        "params:evaluate": EvaluateConfig(batch_size=2, max_new_tokens=4, report_title="tiny & <new>"),
+    }
+
+
+def test_both_models_are_scored_and_reported(inputs: dict[str, Any]) -> None:
+    predictions, metrics = generate(*(inputs[name] for name in create_pipeline().nodes[0].inputs))
+    assert predictions["expected"].tolist() == list(ANSWERS[:3])
+    assert predictions["trained_answer"].tolist()[:2] == list(ANSWERS[:2])
+    assert metrics["trained"]["text"] == {"exact_match": 1.0, "n": 1}
+    assert metrics["trained"]["overall"]["n"] == metrics["base"]["overall"]["n"] == 3
+    assert metrics["trained"]["overall"]["exact_match"] > metrics["base"]["overall"]["exact_match"]
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+def test_the_pipeline_runs_on_the_entries_of_the_catalog(inputs: dict[str, Any]) -> None:
+    pipeline = create_pipeline()
+    entries = set(yaml.safe_load(CATALOG.read_text()))
+    named = {name for name in pipeline.datasets() if not name.startswith("params:")}
+    assert named <= entries
+    assert pipeline.inputs() == set(inputs)
+    assert pipeline.all_outputs() == {"predictions", "metrics", "report"}
+
+
+def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
+    catalog = DataCatalog({name: MemoryDataset(value, copy_mode="assign") for name, value in inputs.items()})
+    report = SequentialRunner().run(create_pipeline(), catalog)["report"].load()
+    assert "tiny &amp; &lt;new&gt;" in report
+    for fact in ("c0mmit", "f1nger", "r0n", "missing_media", "single_image", "[video] Which digit came second?"):
+        assert fact in report
+    assert report.count("<img") == 1 + 4  # the image, and four frames of the clip
+
+
+def test_the_base_model_can_be_left_out(inputs: dict[str, Any]) -> None:
+    evaluate = inputs["params:evaluate"].model_copy(update={"compare_base": False, "max_samples": 1})
+    catalog_inputs = {**inputs, "params:evaluate": evaluate}
+    predictions, metrics = generate(*(catalog_inputs[name] for name in create_pipeline().nodes[0].inputs))
+    assert set(metrics) == {"trained"}
+    assert predictions["base_answer"].isna().all()
+    assert len(predictions) == 1
+
+
+def test_an_empty_eval_split_is_said_before_any_model_is_loaded(inputs: dict[str, Any], tmp_path: Path) -> None:
+    write_tokenized(tmp_path / "tokenized.arrow", [])
+    given = {**inputs, "tokenized_samples": tmp_path / "tokenized.arrow", "trained_model": tmp_path / "nothing"}
+    with pytest.raises(UserError, match="eval split is empty"):
+        generate(*(given[name] for name in create_pipeline().nodes[0].inputs))

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from kedro.framework.project import pipelines
+from kedro.pipeline import Node, Pipeline
+
+import tests.kedro_project
+from qvl_pipeline import cli
+from qvl_pipeline.errors import UserError
+from tests.kedro_project import REPOSITORY, make_project, register_pipelines
+
+
+@pytest.fixture(autouse=True)
+def _same_handler_afterwards() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def kedro_run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.run, arguments)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
+    """Make `node` the whole of `ingest`."""
+    monkeypatch.setattr(
+        tests.kedro_project, "register_pipelines", lambda: {**register_pipelines(), "ingest": Pipeline([node])}
+    )
+    pipelines.configure("tests.kedro_project")
+
+
+@pytest.mark.parametrize("option", ["--pipeline", "-p", "--pipelines"])
+def test_every_spelling_of_the_pipeline_option_works_without_a_warning(
+    project: Path, option: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert kedro_run(option, "ingest").exit_code == 0
+    assert (project / "data/01_raw/digits.manifest.json").exists()
+    assert [
+        warning for warning in recwarn if "deprecated" in str(warning.message) and "--pipeline" in str(warning.message)
+    ] == []
+
+
+def test_several_pipelines_run_as_one(project: Path) -> None:
+    assert kedro_run("--pipelines", "tokenize,ingest").exit_code == 0
+    assert (project / "data/08_reporting/base/plan_summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--pipelines", "train"], "inputs do not exist yet:\n  base_model (data/06_models/base/base)"),
+        (["--pipelines", "trian"], "there is no pipeline 'trian': did you mean 'train'?"),
+        (["--pipelines", "xyz"], "there is no pipeline 'xyz': the pipelines are ingest, validate, sample,"),
+        (["--env", "nope"], "there is no profile 'nope'; The profiles in conf/ are base, qwen2_5_vl_7b"),
+        (["--params", "train.learning_rat=1"], "unknown key 'learning_rat': did you mean 'learning_rate'? (--params)"),
+    ],
+)
+def test_what_a_person_can_mend_is_an_error_without_a_traceback(
+    project: Path, arguments: list[str], error: str
+) -> None:
+    result = kedro_run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert error in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_configuration_file_that_cannot_be_read_is_named(project: Path) -> None:
+    (project / "conf/base/parameters_train.yml").write_text("train: [\n")
+    result = kedro_run()
+    assert result.exit_code == 1
+    assert "parameters_train.yml" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_error_of_a_node_for_people_is_shown_as_it_is(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise UserError("the plan is stale: run tokenize")
+
+    use(monkeypatch, Node(refuse, None, "raw_manifest"))
+    assert kedro_run("--pipelines", "ingest").output.endswith("Error: the plan is stale: run tokenize\n")
+
+
+def test_an_error_while_saving_is_shown_without_what_kedro_wraps_around_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path) -> None:
+        raise UserError("the disk is full")
+
+    use(monkeypatch, Node(lambda: write, None, "base_model"))
+    assert kedro_run("--pipelines", "ingest").output.endswith("Error: the disk is full\n")
+
+
+def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Node(lambda: 1 / 0, None, "raw_manifest"))
+    result = kedro_run("--pipelines", "ingest")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_the_real_command_says_what_to_run_first(tmp_path: Path) -> None:
+    """`kedro run` itself, with the real pipelines: it finds our command, and no other output disturbs."""
+    folder = make_project(tmp_path / "project")
+    done = subprocess.run(
+        [sys.executable, "-m", "kedro", "run", "--pipeline", "train"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["Error: inputs do not exist yet:", "  base_model (data/06_models/base/base)"]
+    assert lines[-1] == "Run `kedro run --pipelines ingest,validate,sample,tokenize` first."
+    assert not (folder / "mlflow.db").exists()

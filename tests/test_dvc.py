@@ -1,0 +1,157 @@
+"""dvc.yaml is written by hand; here it is compared with the pipelines, the catalog, the parameters and the imports."""
+
+from __future__ import annotations
+
+import shlex
+from functools import cache
+from pathlib import Path
+
+import grimp
+import pytest
+import yaml
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from kedro.config import OmegaConfigLoader
+
+from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
+from qvl_pipeline.settings import CONFIG_LOADER_ARGS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "qvl_pipeline"
+# Decide how a run is recorded or refused, not what a stage writes.
+GLUE = {"errors", "tracking.lineage", "tracking.mlflow_run", "tracking.sinks"}
+# Started by `train` in processes of its own, not imported.
+STARTED = {"train": ["engine"]}
+
+
+@cache
+def stages() -> dict[str, PipelineStage]:
+    return {stage.name: stage for stage in Repo(str(ROOT)).index.stages if isinstance(stage, PipelineStage)}
+
+
+NAMES = sorted(stages())
+
+
+def pipeline_and_env(name: str) -> tuple[str, str]:
+    command = shlex.split(stages()[name].cmd)
+    assert command[:3] == ["kedro", "run", "--pipelines"]
+    assert command[4] == "--env"
+    return command[3], command[5]
+
+
+def paths(names: set[str], env: str) -> set[str]:
+    """Return the files of catalog entries."""
+    catalog = OmegaConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["catalog"]
+    return {catalog[name]["filepath"] for name in names if not name.startswith("params:")}
+
+
+def blocks(pipeline: str) -> set[str]:
+    inputs = register_pipelines()[pipeline].inputs()
+    return {name.removeprefix("params:") for name in inputs if name.startswith("params:")}
+
+
+@cache
+def import_graph() -> grimp.ImportGraph:
+    return grimp.build_graph(PACKAGE, cache_dir=None)
+
+
+@cache
+def imported(pipeline: str) -> set[str]:
+    """Return the modules that decide what a stage writes, relative to the package."""
+    graph = import_graph()
+    roots = [f"{PACKAGE}.{room}" for room in (f"pipelines.{pipeline}", *STARTED.get(pipeline, []))]
+    modules = {module for root in roots for module in graph.find_upstream_modules(root, as_package=True)}
+    modules |= {module for root in roots for module in [root, *graph.find_descendants(root)]}
+    relative = {module.removeprefix(f"{PACKAGE}.") for module in modules}
+    # The package `config` holds the models of all blocks; a stage depends on those it reads.
+    config = {"config.base"} | {f"config.{block}" for block in blocks(pipeline)}
+    return {
+        module
+        for module in relative - GLUE
+        if module_file(module).name != "__init__.py" and (not module.startswith("config.") or module in config)
+    }
+
+
+def module_file(module: str) -> Path:
+    path = ROOT / "src" / PACKAGE / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def code_dependencies(name: str) -> list[Path]:
+    return [ROOT / dep.def_path for dep in stages()[name].deps if dep.def_path.startswith("src/")]
+
+
+def test_there_is_a_stage_for_every_pipeline_of_every_dataset_and_profile() -> None:
+    declared = yaml.safe_load((ROOT / "params.yaml").read_text())
+    expected = [f"{stage}@{dataset}" for stage in STAGES[:2] for dataset in declared["datasets"]]
+    expected += [f"{stage}@{profile}" for stage in STAGES[2:] for profile in declared["profiles"]]
+    assert sorted(expected) == NAMES
+    assert list(declared["profiles"]) == ["base"], "a bare `dvc repro` runs on any machine"
+
+
+def test_the_declared_datasets_are_those_of_the_profiles() -> None:
+    declared = yaml.safe_load((ROOT / "params.yaml").read_text())
+    pairs = [(dataset, of["env"]) for dataset, of in declared["datasets"].items()]
+    pairs += [(dataset, profile) for profile, dataset in declared["profiles"].items()]
+    for dataset, profile in pairs:
+        assert yaml.safe_load((ROOT / f"conf/{profile}/globals.yml").read_text())["dataset"] == dataset
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_runs_the_pipeline_of_its_name(name: str) -> None:
+    pipeline, env = pipeline_and_env(name)
+    stage, member = name.split("@")
+    assert pipeline == stage
+    declared = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert env == (declared["datasets"][member]["env"] if member in declared["datasets"] else member)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_dependencies(name: str) -> None:
+    pipeline, env = pipeline_and_env(name)
+    data = {dep.def_path for dep in stages()[name].deps if dep.def_path.startswith("data/")}
+    assert data == paths(register_pipelines()[pipeline].inputs(), env)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_outputs(name: str) -> None:
+    pipeline, env = pipeline_and_env(name)
+    assert {out.def_path for out in stages()[name].outs} == paths(register_pipelines()[pipeline].all_outputs(), env)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_the_pipeline_reads(name: str) -> None:
+    pipeline, env = pipeline_and_env(name)
+    expected = {
+        f"conf/{folder}/{path.name}"
+        for path in (ROOT / "conf" / "base").glob("parameters_*.yml")
+        for folder in ("base", env)
+        if blocks(pipeline) & yaml.safe_load(path.read_text()).keys()
+    }
+    assert {params.def_path for params in stages()[name].params} == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_that_a_stage_imports_is_a_dependency(name: str) -> None:
+    pipeline, _ = pipeline_and_env(name)
+    folders = code_dependencies(name)
+    missing = {
+        module_file(module).relative_to(ROOT).as_posix()
+        for module in imported(pipeline)
+        if not any(module_file(module).is_relative_to(folder) for folder in folders)
+    }
+    assert missing == set(), "add to dvc.yaml"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_that_a_stage_does_not_import_is_none(name: str) -> None:
+    pipeline, _ = pipeline_and_env(name)
+    used = {module_file(module) for module in imported(pipeline)}
+    idle = [folder for folder in code_dependencies(name) if not any(file.is_relative_to(folder) for file in used)]
+    assert idle == []
+
+
+def test_metrics_and_plots_are_declared() -> None:
+    evaluate, train = stages()["evaluate@base"], stages()["train@base"]
+    assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/base/metrics.json"]
+    assert [out.def_path for out in train.outs if out.plot] == ["data/08_reporting/base/training_metrics.csv"]

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kedro.io import DataCatalog, MemoryDataset
+
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.hooks import EarlyChecks
+from tests.kedro_project import register_pipelines, run
+
+
+def refusal(project: Path, *names: str, **options: Any) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        run(project, *names, **options)
+    return str(caught.value).splitlines()
+
+
+def test_missing_inputs_are_named_with_their_place_and_the_command_that_makes_them(project: Path) -> None:
+    assert refusal(project, "train") == [
+        "inputs do not exist yet:",
+        "  base_model (data/06_models/base/base)",
+        "  plan_summary (data/08_reporting/base/plan_summary.json)",
+        "Run `kedro run --pipelines ingest,tokenize` first.",
+    ]
+
+
+def test_only_what_is_missing_is_to_be_run_and_with_the_same_profile(project: Path) -> None:
+    run(project, "ingest", env="tiny_qwen2_5_vl")
+    assert refusal(project, "train", env="tiny_qwen2_5_vl")[-1] == (
+        "Run `kedro run --pipelines tokenize --env tiny_qwen2_5_vl` first."
+    )
+
+
+def test_a_chain_that_makes_its_own_inputs_runs(project: Path) -> None:
+    run(project, "ingest", "tokenize", "train")
+    assert (project / "data/08_reporting/base/train_result.json").exists()
+
+
+def test_an_input_that_no_pipeline_makes_is_yours_to_provide(project: Path) -> None:
+    from kedro.pipeline import Node, Pipeline
+
+    checks = EarlyChecks()
+    checks.after_catalog_created({"own_data": {"filepath": "/elsewhere/own.parquet"}})
+    pipeline = Pipeline([Node(lambda data: data, "own_data", "copy")])
+    catalog = DataCatalog({"own_data": MemoryDataset()})
+    with pytest.raises(UserError, match=r"own_data \(/elsewhere/own.parquet\)\nNo pipeline makes own_data"):
+        checks.before_pipeline_run({"project_path": str(project), "env": None}, pipeline, catalog)
+
+
+def test_an_unknown_profile_names_the_nearest_and_all_of_them(project: Path) -> None:
+    (line,) = refusal(project, env="tiny_qwen2_5")
+    assert line.startswith("there is no profile 'tiny_qwen2_5'; did you mean 'tiny_qwen2_5_vl'?")
+    assert "base, qwen2_5_vl_7b, qwen3_vl_8b, tiny_qwen2_5_vl" in line
+
+
+def test_a_wrong_parameter_of_a_later_stage_stops_an_early_one(project: Path) -> None:
+    lines = refusal(project, "ingest", params={"train": {"learning_rate": -1}})
+    assert lines[1] == "  train.learning_rate: Input should be greater than 0, got -1 (--params)"
+    assert not (project / "data").exists()
+
+
+def test_every_node_is_counted(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "qvl_pipeline.hooks")
+    run(project)
+    names = [node.name for node in register_pipelines()["__default__"].nodes]
+    said = [message for name, _, message in caplog.record_tuples if name == "qvl_pipeline.hooks"]
+    assert said[:-1] == [f"[{i}/4] {name}" for i, name in enumerate(names, start=1)]
+    assert said[-1].startswith("done in ")

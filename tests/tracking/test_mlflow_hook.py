@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvl_pipeline.config import ModelConfig, TrainConfig
+from qvl_pipeline.errors import UserError
+from tests.kedro_project import METRICS, REPOSITORY, make_project, run
+
+
+def recorded() -> list[Any]:
+    """Return all runs, the oldest first."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("qvl_pipeline")
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]) if experiment else []
+
+
+def artifact(run_id: str, name: str) -> Path:
+    import mlflow
+
+    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+
+
+def test_a_kedro_run_is_one_finished_run_named_after_the_profile(project: Path) -> None:
+    before = len(recorded())
+    run(project, env="tiny_qwen2_5_vl")
+    (new,) = recorded()[before:]
+    assert (new.info.run_name, new.info.status) == ("tiny_qwen2_5_vl", "FINISHED")
+    assert {tag: new.data.tags[tag] for tag in ("profile", "dataset", "pipelines")} == {
+        "profile": "tiny_qwen2_5_vl",
+        "dataset": "digits",
+        "pipelines": "__default__",
+    }
+
+
+def test_parameters_are_flat_with_defaults_and_only_of_the_blocks_in_use(project: Path) -> None:
+    run(project, params={"train": {"learning_rate": 0.5}, "evaluate": {"max_samples": 7}})
+    params = recorded()[-1].data.params
+    expected = {
+        f"{block}.{key}"
+        for block, model in (("train", TrainConfig), ("model", ModelConfig))
+        for key in model.model_fields
+    }
+    expected = expected - {"train.fsdp_config"} | {
+        "train.fsdp_config.reshard_after_forward",
+        "train.fsdp_config.transformer_layer_cls_to_wrap",
+    }
+    assert expected <= params.keys()
+    assert {key.split(".")[0] for key in params} == {"train", "model", "evaluate"}
+    assert params["train.learning_rate"] == "0.5"
+    assert params["train.report_to"] == '["mlflow"]'
+    assert params["evaluate.max_samples"] == "7"
+
+
+def test_the_merged_parameters_of_all_blocks_are_an_artifact(project: Path) -> None:
+    run(project, "ingest", params={"train": {"learning_rate": 0.5}})
+    parameters = yaml.safe_load(artifact(recorded()[-1].info.run_id, "parameters.yml").read_text())
+    assert parameters["train"]["learning_rate"] == 0.5
+    assert set(parameters) == {"ingest", "validate", "sample", "model", "batching", "train", "evaluate"}
+
+
+def test_a_value_too_long_for_mlflow_is_cut_and_named(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    modules = [f"a-module-name-{i}" for i in range(1000)]
+    run(project, params={"train": {"freeze_modules": modules}})
+    data, run_id = recorded()[-1].data, recorded()[-1].info.run_id
+    assert len(data.params["train.freeze_modules"]) == 6000
+    assert data.tags["parameters_cut"] == "train.freeze_modules"
+    assert "only the start of train.freeze_modules" in caplog.text
+    assert yaml.safe_load(artifact(run_id, "parameters.yml").read_text())["train"]["freeze_modules"] == modules
+
+
+def test_metrics_artifacts_tags_and_data_of_saved_entries_are_recorded(project: Path) -> None:
+    run(project)
+    new = recorded()[-1]
+    assert new.data.metrics == {
+        "base/video/exact_match": 0.1,
+        "base/video/n": 3,
+        "trained/video/exact_match": 0.9,
+        "trained/video/n": 3,
+        "trained/kind_/exact_match": 1,
+    }
+    assert json.loads(artifact(new.info.run_id, "metrics.json").read_text()) == METRICS
+    for name in ("predictions.parquet", "plan_summary.json", "train_result.json"):
+        assert artifact(new.info.run_id, name).stat().st_size > 0
+    assert (new.data.tags["data_fingerprint"], new.data.tags["plan_fingerprint"]) == ("data-1", "plan of data-1")
+    assert [used.dataset.name for used in new.inputs.dataset_inputs] == ["raw_manifest"]
+
+
+def test_a_stage_alone_records_its_inputs_and_the_fingerprints_of_what_is_there(project: Path) -> None:
+    run(project, "ingest", "tokenize")
+    run(project, "train")
+    new = recorded()[-1]
+    used = {entry.dataset.name: entry.dataset for entry in new.inputs.dataset_inputs}
+    assert set(used) == {"base_model", "plan_summary"}
+    assert used["base_model"].digest.startswith("sha:")
+    assert json.loads(used["base_model"].source) == {"uri": str(project / "data/06_models/base/base")}
+    assert (new.data.tags["data_fingerprint"], new.data.tags["plan_fingerprint"]) == ("data-1", "plan of data-1")
+    assert new.data.tags["pipelines"] == "train"
+
+
+def test_pipelines_are_named_in_the_order_of_the_stages(project: Path) -> None:
+    run(project, "tokenize", "ingest")
+    assert recorded()[-1].data.tags["pipelines"] == "ingest+tokenize"
+
+
+def test_an_evaluation_writes_its_metrics_into_the_run_of_the_training_too(project: Path) -> None:
+    run(project, "ingest", "tokenize", "train")
+    training = recorded()[-1]
+    run(project, "evaluate")
+    evaluation = recorded()[-1]
+    assert evaluation.info.run_id != training.info.run_id
+    assert evaluation.data.tags["mlflow.parentRunId"] == training.info.run_id
+    import mlflow
+
+    training = mlflow.MlflowClient().get_run(training.info.run_id)
+    assert training.data.metrics["trained/video/exact_match"] == 0.9
+    assert training.info.status == "FINISHED"
+
+
+def test_metrics_for_a_training_run_that_is_gone_are_a_warning(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(project, "ingest", "tokenize", "train")
+    result = project / "data/08_reporting/base/train_result.json"
+    result.write_text(json.dumps({"mlflow_run_id": "0" * 32}))
+    run(project, "evaluate")
+    assert "MLflow does not have 'metrics'" in caplog.text
+    assert recorded()[-1].info.status == "FINISHED"
+    assert recorded()[-1].data.metrics["trained/video/exact_match"] == 0.9
+
+
+def test_a_failed_run_is_failed_and_the_next_one_is_its_own(project: Path) -> None:
+    run(project, "ingest", "tokenize")
+    with pytest.raises(ZeroDivisionError):
+        run(project, "train", params={"train": {"seed": -1}})
+    failed = recorded()[-1]
+    assert failed.info.status == "FAILED"
+    run(project, "train")
+    assert recorded()[-1].info.run_id != failed.info.run_id
+    assert recorded()[-1].info.status == "FINISHED"
+
+
+def test_a_run_that_cannot_start_is_not_recorded(project: Path) -> None:
+    before = len(recorded())
+    with pytest.raises(UserError, match="base_model"):
+        run(project, "train")
+    with pytest.raises(UserError, match="learning_rat"):
+        run(project, params={"train": {"learning_rat": 1}})
+    assert len(recorded()) == before
+
+
+def test_an_inherited_run_is_not_continued(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(project, "ingest")
+    first = recorded()[-1].info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", first)
+    run(project, "ingest")
+    assert recorded()[-1].info.run_id != first
+
+
+def test_dvc_and_git_are_tags(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_STAGE", "ingest@digits")
+    monkeypatch.setenv("DVC_EXP_NAME", "wider")
+    run(project, "ingest")
+    tags = recorded()[-1].data.tags
+    assert (tags["dvc_stage"], tags["dvc_experiment"]) == ("ingest@digits", "wider")
+    assert "mlflow.source.git.commit" not in tags, "the project is in no git repository"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "conf", "pyproject.toml"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "all"], check=True)
+    run(project, "ingest")
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    tags = recorded()[-1].data.tags
+    assert (tags["mlflow.source.git.commit"], tags["git_dirty"]) == (commit, "false")
+
+
+def test_secrets_are_not_recorded(project: Path) -> None:
+    source = {"name": "a", "path": "https://me:pass@host/a.parquet", "data_type": "parquet"}
+    run(project, params={"ingest": {"datasets": [source]}})
+    written = artifact(recorded()[-1].info.run_id, "parameters.yml").read_text()
+    assert "https://***@host/a.parquet" in written
+    assert "pass@" not in written
+
+
+def test_an_unknown_key_of_mlflow_yml_is_refused(project: Path) -> None:
+    (project / "conf/local/mlflow.yml").write_text("experimnt: x\n")
+    with pytest.raises(UserError, match=r"mlflow.yml: .*did you mean 'experiment'"):
+        run(project, "ingest")
+
+
+def test_a_tracking_server_that_cannot_be_used_is_said_before_a_node_runs_and_without_its_password(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"MLflow at http://\*\*\*@127.0.0.1:9 cannot record this run") as caught:
+        run(project, "ingest")
+    assert "secret" not in str(caught.value)
+    assert not (project / "data").exists()
+
+
+def test_a_large_file_stays_out_of_mlflow(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("qvl_pipeline.tracking.mlflow_run.MAX_ARTIFACT_BYTES", 10)
+    run(project, "ingest", "tokenize")
+    assert "plan_summary.json (0 MiB) is not copied into MLflow" in caplog.text
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from kedro.framework.project import pipelines
+from kedro.framework.startup import bootstrap_project
+from kedro.pipeline import Node, Pipeline
+import tests.kedro_project as quick
+from qvl_pipeline.cli import run
+
+def wait():
+    import time
+    print("waiting", flush=True)
+    time.sleep(60)
+
+bootstrap_project(Path.cwd())
+quick.register_pipelines = lambda: {"ingest": Pipeline([Node(wait, None, "raw_manifest", name="wait")])}
+pipelines.configure("tests.kedro_project")
+run(["--pipelines", "ingest"])
+"""
+
+
+@pytest.mark.parametrize(("name", "returncode"), [("SIGTERM", 143), ("SIGINT", 1)])
+def test_an_interrupted_run_is_killed(project: Path, name: str, returncode: int) -> None:
+    import signal
+
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == returncode
+    assert "Traceback" not in errors
+    assert recorded()[-1].info.status == "KILLED"
+
+
+def test_without_a_server_the_database_is_in_the_project(tmp_path: Path) -> None:
+    folder = make_project(tmp_path / "with spaces")
+    (folder / "notebooks").mkdir()
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    script = (
+        "from pathlib import Path; import tests.kedro_project as quick; folder = Path.cwd().parent;"
+        "quick.use_quick_nodes(folder); quick.run(folder)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=folder / "notebooks", env=environment, check=True)
+    assert (folder / "mlflow.db").stat().st_size > 0
+    assert len(list((folder / "mlartifacts").rglob("metrics.json"))) == 1
+    assert list((folder / "notebooks").iterdir()) == []
