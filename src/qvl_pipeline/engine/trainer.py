@@ -177,8 +177,16 @@ def _load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[
     }
     if spec.model.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    image_processor = processor.image_processor
-    return PackedVLM(hf, family, list(image_processor.image_mean), list(image_processor.image_std)), facts
+    return PackedVLM(hf, family, *_normalization(processor)), facts
+
+
+def _normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Channel means and deviations, which images and clips share: both go through the tower in one call."""
+    image, video = processor.image_processor, processor.video_processor
+    mean, std = list(image.image_mean), list(image.image_std)
+    if (mean, std) != (list(video.image_mean), list(video.image_std)):
+        raise ValueError("the processor normalises images and videos differently, which no Qwen-VL model does")
+    return mean, std
 
 
 def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any) -> BatchBuilder:
