@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -101,7 +102,9 @@ def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
     """One block: the rank that failed first, where it was, and the last frames of its traceback."""
     reports: list[dict[str, Any]] = [json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")]
     if not reports:
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
+        # What torchrun appends about the failed process says less than the process itself did.
+        lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
+        tail = "\n".join(f"    {line}" for line in list(lines)[-15:])
         return f"training ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
     first = min(reports, key=lambda report: report["time"])
     samples = ", ".join(first["sample_ids"][:5]) + (", …" if len(first["sample_ids"]) > 5 else "")
@@ -112,3 +115,7 @@ def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
         f"  where:\n{frames}\n"
         f"  full log: {log_path}"
     )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
