@@ -18,7 +18,7 @@ from qvl_pipeline.pipeline_registry import STAGES
 REPOSITORY = Path(__file__).parents[1]
 METRICS = {
     "base": {"video": {"exact_match": 0.1, "n": 3}},
-    "trained": {"video": {"exact_match": 0.9, "n": 3}, "kind?": {"exact_match": 1}},
+    "trained": {"video": {"exact_match": 0.9, "n": 3}, "kind?": {"exact_match": 1}, "": {"exact_match": 0}},
 }
 
 

@@ -18,8 +18,8 @@ from qvl_pipeline.settings import CONFIG_LOADER_ARGS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "qvl_pipeline"
-# Decide how a run is recorded or refused, not what a stage writes.
-GLUE = {"errors", "tracking.lineage", "tracking.mlflow_run", "tracking.sinks"}
+# Decide what is shown, recorded or refused, not what a stage writes.
+GLUE = {"data.progress", "errors", "tracking.lineage", "tracking.mlflow_run", "tracking.sinks"}
 # Started by `train` in processes of its own, not imported.
 STARTED = {"train": ["engine"]}
 
@@ -147,8 +147,19 @@ def test_code_that_a_stage_imports_is_a_dependency(name: str) -> None:
 def test_code_that_a_stage_does_not_import_is_none(name: str) -> None:
     pipeline, _ = pipeline_and_env(name)
     used = {module_file(module) for module in imported(pipeline)}
-    idle = [folder for folder in code_dependencies(name) if not any(file.is_relative_to(folder) for file in used)]
-    assert idle == []
+    code = [path for path in code_dependencies(name) if path.is_dir() or path.suffix == ".py"]
+    assert [path for path in code if not any(file.is_relative_to(path) for file in used)] == []
+
+
+def test_files_that_code_reads_are_dependencies_of_a_stage() -> None:
+    """Templates; imports do not tell whose they are."""
+    folders = [folder for name in NAMES for folder in code_dependencies(name) if folder.is_file()]
+    others = [
+        path
+        for path in (ROOT / "src").rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"} and ".egg-info" not in str(path)
+    ]
+    assert [path for path in others if path not in folders] == []
 
 
 def test_metrics_and_plots_are_declared() -> None:

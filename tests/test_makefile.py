@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 class Folder:
-    """A copy of what `make` reads, in a path with a space, and the calls made so far."""
+    """A copy of what `make` reads, and the calls made so far. There are spaces in all paths."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / "my clone"
         self.path.mkdir()
-        self.commands = path / "commands"
+        self.commands = path / "some commands"
         self.commands.mkdir()
         self.log = path / "calls"
         for name in ("Makefile", "requirements.lock", "pyproject.toml"):

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something in the data, the parameters or the environment is wrong; the message says what, where and what to do."""
+    """Something in the data, the parameters or the environment is wrong; the message says what, where, what to do."""

@@ -36,7 +36,7 @@ def _text_only(*turns: Message) -> Sample:
 
 
 USER, ASSISTANT = _turn("user", "Which?"), _turn("assistant", "This.")
-PART = Media("video", "b.mp4", 0.5, 1.0)
+PART, LATE = Media("video", "b.mp4", 0.5, 1.0), Media("video", "b.mp4", 9.0)
 
 BROKEN: list[tuple[str, Sample, str]] = [
     ("roles", _text_only(ASSISTANT, USER), "turn 0 has the role 'assistant', not 'user'"),
@@ -48,19 +48,19 @@ BROKEN: list[tuple[str, Sample, str]] = [
     ("empty_turn", _text_only(USER, _turn("assistant")), "turn 1 (assistant) says nothing"),
     ("empty_turn", _text_only(_turn("user", " \n"), ASSISTANT), "turn 0 (user) says nothing"),
     ("no_assistant_turn", _text_only(USER), "none of the 1 turns is the assistant's"),
-    ("no_assistant_turn", _sample(media=[], *[_turn("system", "Hm.")]), "none of the 1 turns is the assistant's"),
-    ("placeholder_mismatch", _sample(media=[Media("image", "a.png")]), "hold image x 1, video x 1, but the files are image x 1"),
-    ("placeholder_mismatch", _sample(USER, ASSISTANT), "hold none, but the files are image x 1, video x 1"),
-    ("placeholder_mismatch", _sample(_turn("user", "video", "image"), ASSISTANT), "hold video x 1, image x 1, but"),
+    ("no_assistant_turn", _text_only(_turn("system", "Hm.")), "none of the 1 turns is the assistant's"),
+    ("placeholder_mismatch", _sample(media=[Media("image", "a.png")]), "1 x video, but the files are 1 x image"),
+    ("placeholder_mismatch", _sample(USER, ASSISTANT), "hold none, but the files are 1 x image, 1 x video"),
+    ("placeholder_mismatch", _sample(_turn("user", "video", "image"), ASSISTANT), "hold 1 x video, 1 x image, but"),
     ("reserved_token", _text_only(USER, _turn("assistant", "a <|im_end|> b")), "the text of turn 1 holds <|im_end|>"),
     ("too_long", _text_only(USER, _turn("assistant", "x" * 35)), "41 characters, more than max_text_chars (40)"),
     ("missing_media", _sample(image=Probe(missing="does not exist")), "image 'a.png' does not exist"),
     ("undecodable_media", _sample(clip=Probe(failure="broken")), "video 'b.mp4' cannot be decoded: broken"),
     ("too_few_frames", _sample(clip=replace(CLIP, n_frames=3)), "has 3 frames, fewer than min_video_frames (4)"),
-    ("too_few_frames", _sample(_turn("user", "video"), ASSISTANT, media=[PART]), "has 3 frames from second 0.5 to second 1,"),
-    ("too_few_frames", _sample(_turn("user", "video"), ASSISTANT, media=[Media("video", "b.mp4", 9.0)]), "has 0 frames from second 9 to its end"),
+    ("too_few_frames", _sample(_turn("user", "video"), ASSISTANT, media=[PART]), "3 frames from second 0.5 to"),
+    ("too_few_frames", _sample(_turn("user", "video"), ASSISTANT, media=[LATE]), "0 frames from second 9 to its end"),
     ("unknown_fps", _sample(clip=replace(CLIP, fps=None, n_frames=None)), "video 'b.mp4' has no timestamps"),
-    ("image_too_large", _sample(image=replace(IMAGE, width=101, height=100)), "'a.png' has 101 x 100 pixels, more than"),
+    ("image_too_large", _sample(image=replace(IMAGE, width=101, height=100)), "a.png' has 101 x 100 pixels, more"),
     ("image_too_large", _sample(clip=Probe(width=101, height=100)), "'b.mp4' has 101 x 100 pixels, more than"),
     ("aspect_ratio", _sample(image=replace(IMAGE, width=41, height=10)), "has 41 x 10 pixels, a ratio above"),
     ("aspect_ratio", _sample(clip=replace(CLIP, width=10, height=41)), "has 10 x 41 pixels, a ratio above"),

@@ -18,7 +18,9 @@ from tests.engine.training import changed, make_training, torchrun, trained
 
 
 @pytest.fixture(scope="session")
-def trainings(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]) -> Callable[[str], TrainSpec]:
+def trainings(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]
+) -> Callable[[str], TrainSpec]:
     """A training of each family that has run on two ranks, with a checkpoint after each of its three steps."""
     made: dict[str, TrainSpec] = {}
 
@@ -34,7 +36,9 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[
 
 
 def losses(training: TrainSpec) -> list[float]:
-    return [json.loads(line)["loss"] for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def weights(training: TrainSpec) -> dict[str, torch.Tensor]:
@@ -45,7 +49,9 @@ def assert_same_training(actual: TrainSpec, expected: TrainSpec) -> None:
     assert losses(actual) == pytest.approx(losses(expected), rel=1e-5)
     expected_weights = weights(expected)
     for name, weight in weights(actual).items():
-        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weight, expected_weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("nproc", [1, 4])

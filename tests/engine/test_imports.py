@@ -27,7 +27,11 @@ def test_engine_process_imports_nothing_of_the_pipeline(tmp_path: Path, tiny_fol
     training.save(tmp_path / "spec.json")
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "spec.json")], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "spec.json")],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -23,7 +23,10 @@ def reference_loss(model: PreTrainedModel, sample: dict[str, Any], builder: Batc
     inputs: dict[str, Any] = {
         "mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     }
-    for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+    for kind, pixels, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
         media = [item for item in sample["media"] if item["type"] == kind]
         if media:
             inputs[pixels] = normalize_patches(builder.loader.load(media), [0.5] * 3, [0.5] * 3)
@@ -108,5 +111,5 @@ def test_media_that_do_not_fit_their_placeholders_are_named(
     builder: BatchBuilder, samples: dict[str, dict[str, Any]]
 ) -> None:
     sample = samples["image"] | {"media": samples["two_images"]["media"]}
-    with pytest.raises(ValueError, match="sample 'image'.*placeholders"):
+    with pytest.raises(ValueError, match=r"sample 'image'.*placeholders"):
         builder.build([sample], vision=True)

@@ -43,7 +43,9 @@ class TestSharingOut:
                 assert sorted(seen) == sorted(row for pack in packs for row in pack.sample_rows)
 
     def test_all_ranks_call_the_vision_tower_in_the_same_micro_batches(self) -> None:
-        plan = [[Pack((0,), 5, 0, 2), Pack((1,), 5, 16, 2), Pack((2,), 5, 0, 2), Pack((3,), 5, 0, 2), Pack((4,), 5, 4, 2)]]
+        plan = [
+            [Pack((0,), 5, 0, 2), Pack((1,), 5, 16, 2), Pack((2,), 5, 0, 2), Pack((3,), 5, 0, 2), Pack((4,), 5, 4, 2)]
+        ]
         ranks = [share_out(plan, rank, 2, packs_per_micro_batch=1)[0] for rank in range(2)]
         pattern = [[micro_batch.vision for micro_batch in step.micro_batches] for step in ranks]
         assert pattern == [[True, False, True], [True, False, True]]
@@ -121,7 +123,12 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
-    for name, complete in (("checkpoint-20", True), ("checkpoint-3", True), ("checkpoint-30", False), ("checkpoint-x", True)):
+    for name, complete in (
+        ("checkpoint-20", True),
+        ("checkpoint-3", True),
+        ("checkpoint-30", False),
+        ("checkpoint-x", True),
+    ):
         (tmp_path / name).mkdir()
         if complete:
             (tmp_path / name / "COMPLETE").touch()
@@ -136,12 +143,12 @@ def test_resumed_metrics_drop_rows_that_will_be_written_again(tmp_path: Path) ->
 
 
 class TestSpec:
-    def test_round_trip(self, tmp_path: Path, family: str, tiny_folders) -> None:  # noqa: ANN001
+    def test_round_trip(self, tmp_path: Path, family: str, tiny_folders) -> None:
         training = make_training(tmp_path, tiny_folders(family), family)
         training.save(tmp_path / "spec.json")
         assert TrainSpec.load(tmp_path / "spec.json") == training
 
-    def test_unknown_key_is_named(self, tmp_path: Path, tiny_folders) -> None:  # noqa: ANN001
+    def test_unknown_key_is_named(self, tmp_path: Path, tiny_folders) -> None:
         path = tmp_path / "spec.json"
         make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl").save(path)
         values = json.loads(path.read_text())

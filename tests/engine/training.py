@@ -40,7 +40,11 @@ SCHEMA = pa.schema(
 
 
 def make_training(
-    folder: Path, model: Path, family: str, kinds: Sequence[str] = ("text", "image", "video") * 4, packs_per_step: int = 4
+    folder: Path,
+    model: Path,
+    family: str,
+    kinds: Sequence[str] = ("text", "image", "video") * 4,
+    packs_per_step: int = 4,
 ) -> spec.TrainSpec:
     """Write a training of one pack a sample, `packs_per_step` packs a step, in the order of `kinds`."""
     config = AutoConfig.from_pretrained(model)
@@ -119,7 +123,7 @@ def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, ki
         blocks = [[start, *[config.video_token_id] * 4, end]] * 2
         if family == "qwen2_5_vl":
             blocks = [[start, *[config.video_token_id] * 8, end]]
-        media, prompt = [_medium("video", key, 2, 1.0)], [*sum(blocks, []), *prompt]
+        media, prompt = [_medium("video", key, 2, 1.0)], [*(token for block in blocks for token in block), *prompt]
     answer = rng.integers(50, 500, size=2 + number % 5).tolist()
     ids = [*prompt, *answer, 60]
     return {

@@ -38,7 +38,7 @@ def test_image_between_text(tokens_per_second: float | None) -> None:
 
 
 def test_qwen2_5_video_spaces_frames_by_time_and_text_follows_the_last() -> None:
-    # 3 temporal patches 1.5 s apart at 2 positions a second: 0, 3, 6. The text starts after 1 + 6, not inside the video.
+    # 3 temporal patches 1.5 s apart at 2 positions a second: 0, 3, 6. Text starts after 1 + 6, not inside the video.
     ids = [TEXT, *[VIDEO] * 6, TEXT]
     assert positions(ids, [item("video", 3, 2, 4, seconds=1.5)], 2.0)[1:] == [
         [0, 1, 1, 4, 4, 7, 7, 8],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qvl_pipeline.media.probe import probe_media
@@ -37,7 +39,7 @@ def spoilt_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SPOILT_DECODER)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.mark.usefixtures("spoilt_decoder")
@@ -66,6 +68,44 @@ def test_no_process_is_left(tmp_path: Path) -> None:
         child = worker._child
         assert child.poll() is None
     assert child.returncode is not None
+
+
+def test_child_killed_between_two_files_costs_none(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png")
+    with ProbeWorker(timeout_s=10.0, max_pixels=MAX_PIXELS) as worker:
+        first = worker.probe(str(path), "image")
+        worker._child.kill()
+        worker._child.wait()
+        assert worker.probe(str(path), "image") == first
+
+
+def test_hung_child_ends_with_its_parent(tmp_path: Path, spoilt_decoder: None) -> None:
+    """Also when the parent exits in the middle of a probe, as it does on SIGTERM."""
+    path = write_image(tmp_path / "hang.png")
+    code = f"""
+import sys, threading, time
+sys.path[:] = {sys.path!r}
+from qvl_pipeline.media.probe_worker import ProbeWorker
+worker = ProbeWorker(timeout_s=60.0, max_pixels=9)
+threading.Thread(target=worker.probe, args=({str(path)!r}, "image"), daemon=True).start()
+while worker._child is None:
+    time.sleep(0.05)
+time.sleep(1.0)
+print(worker._child.pid)
+"""
+    pid = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30).stdout
+    deadline = time.monotonic() + 5
+    while _runs(int(pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(int(pid))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be noticed does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_child_that_does_not_start_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The train stage around the engine: fingerprints, the launcher, what a failure looks like, and that nothing is left."""
+"""The train stage around the engine: fingerprints, the launcher, how a failure looks, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -156,7 +157,7 @@ launch(Path({str(spec_path)!r}), Path({str(output_dir)!r}), 2, lambda: None)
     assert len(pd.read_json(output_dir / "metrics.jsonl", lines=True)) < 1000
 
 
-def _wait_until(condition, timeout_s: float) -> None:  # noqa: ANN001
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"

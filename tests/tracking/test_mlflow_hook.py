@@ -88,6 +88,7 @@ def test_metrics_artifacts_tags_and_data_of_saved_entries_are_recorded(project: 
         "trained/video/exact_match": 0.9,
         "trained/video/n": 3,
         "trained/kind_/exact_match": 1,
+        "trained/_exact_match": 0,
     }
     assert json.loads(artifact(new.info.run_id, "metrics.json").read_text()) == METRICS
     for name in ("predictions.parquet", "plan_summary.json", "train_result.json"):
@@ -159,10 +160,12 @@ def test_a_run_that_cannot_start_is_not_recorded(project: Path) -> None:
 
 def test_an_inherited_run_is_not_continued(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(project, "ingest")
-    first = recorded()[-1].info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", first)
+    before = recorded()
+    monkeypatch.setenv("MLFLOW_RUN_ID", before[-1].info.run_id)
     run(project, "ingest")
-    assert recorded()[-1].info.run_id != first
+    assert len(recorded()) == len(before) + 1
+    assert recorded()[-2].info.end_time == before[-1].info.end_time
+    assert recorded()[-1].info.status == "FINISHED"
 
 
 def test_dvc_and_git_are_tags(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

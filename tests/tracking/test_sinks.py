@@ -14,13 +14,13 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.sinks import MetricsSink, make_sinks, training_metrics
 
 
-def row(step: int) -> dict[str, Any]:
-    return {"step": step, "loss": 1 / step, "loss_by_source": {"digits": 2.0}, "note": "text"}
+def row(step: int, note: str = "text") -> dict[str, Any]:
+    return {"step": step, "loss": 1 / step, "loss_by_source": {"digits": 2.0}, "note": note}
 
 
-def write(path: Path, steps: range, mode: str = "a") -> None:
+def write(path: Path, steps: range, mode: str = "a", note: str = "text") -> None:
     with path.open(mode) as file:
-        file.writelines(json.dumps(row(step)) + "\n" for step in steps)
+        file.writelines(json.dumps(row(step, note)) + "\n" for step in steps)
 
 
 class Tracker:
@@ -138,7 +138,7 @@ def test_a_file_cut_back_to_a_checkpoint_repeats_no_step(
     write(metrics, range(1, 6))
     poll(sink)
     write(metrics, range(1, 3), mode="w")
-    write(metrics, regrown)
+    write(metrics, regrown, note="rows of another length")
     poll(sink)
     write(metrics, range(regrown.stop, regrown.stop + 3))
     poll(sink)

@@ -198,7 +198,7 @@ def _texts(sample: Sample) -> Iterator[tuple[int, str]]:
 
 
 def _count(types: list[str]) -> str:
-    return ", ".join(f"{kind} x {len(list(run))}" for kind, run in groupby(types)) or "none"
+    return ", ".join(f"{len(list(run))} x {kind}" for kind, run in groupby(types)) or "none"
 
 
 def _pixels(probe: Probe) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +50,7 @@ class _WrittenDataset(AbstractDataset[Writer, Path]):
         try:
             data(partial)
             _remove(self._filepath)
-            os.replace(partial, self._filepath)
+            partial.replace(self._filepath)
         finally:
             _remove(partial)
 

@@ -8,17 +8,38 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 # transformers hands the vision tower's segment bounds to an attention function only if "flash" is in its name.
 ATTENTION_NAME = "qvl_flash_varlen"
 
-Kernel = Callable[..., torch.Tensor]
+Kernel = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Where the sequences of a pack lie.
+
+    Attributes:
+        cu_seqlens: Bounds `[sequences + 1]`, int32.
+        max_length: Tokens of the longest, if known without asking the device.
+    """
+
+    cu_seqlens: Tensor
+    max_length: int | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_length if self.max_length is not None else int(self.cu_seqlens.diff().max())
 
 
 def use_packed_attention(model: nn.Module, attn_implementation: str, device: torch.device) -> str:
@@ -41,19 +62,19 @@ def use_packed_attention(model: nn.Module, attn_implementation: str, device: tor
 
     def attention(
         module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         scaling: float,
-        cu_seq_lens_q: torch.Tensor,
+        cu_seq_lens_q: Tensor,
         max_length_q: int | None = None,
         is_causal: bool | None = None,
         **_: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[Tensor, None]:
         """Attend within each sequence of a pack: query `[1, H, T, D]` to output `[1, T, H, D]`."""
         causal = module.is_causal if is_causal is None else is_causal
-        return kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal), None
+        return kernel(query, key, value, Pack(cu_seq_lens_q, max_length_q), scaling, causal), None
 
     AttentionInterface.register(ATTENTION_NAME, attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
@@ -74,7 +95,9 @@ def _best_kernel(device: torch.device) -> str:
 def _require(name: str, device: torch.device) -> None:
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(name)
     if package and not _installed(package):
-        raise ValueError(f"attn_implementation '{name}' needs the package {package}, which is not installed: use 'auto'")
+        raise ValueError(
+            f"attn_implementation '{name}' needs the package {package}, which is not installed: use 'auto'"
+        )
     if name in ("flash_attention_2", "flash_attention_3", "torch_varlen") and device.type != "cuda":
         raise ValueError(f"attn_implementation '{name}' runs on CUDA only, and this is {device.type}: use 'auto'")
 
@@ -83,86 +106,80 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _longest(cu_seqlens: torch.Tensor, max_length: int | None) -> int:
-    return max_length if max_length is not None else int(cu_seqlens.diff().max())
-
-
-def _flash_attention_2(q, k, v, cu_seqlens, max_length, scaling, causal):  # noqa: ANN001, ANN202
-    from flash_attn import flash_attn_varlen_func
-
+def _flash(function: Kernel, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    longest = _longest(cu_seqlens, max_length)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=causal
-    )[None]
-
-
-def _flash_attention_3(q, k, v, cu_seqlens, max_length, scaling, causal):  # noqa: ANN001, ANN202
-    from flash_attn_interface import flash_attn_varlen_func
-
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    longest = _longest(cu_seqlens, max_length)
-    output = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=causal
-    )
+    bounds, longest = pack.cu_seqlens, pack.longest
+    output = function(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal)
     return (output[0] if isinstance(output, tuple) else output)[None]
 
 
-def _torch_varlen(q, k, v, cu_seqlens, max_length, scaling, causal):  # noqa: ANN001, ANN202
+def _flash_attention_2(*arguments: Any) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, *arguments)
+
+
+def _flash_attention_3(*arguments: Any) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, *arguments)
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    k, v = _repeat_heads(q, k, v)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    longest = _longest(cu_seqlens, max_length)
+    bounds, longest = pack.cu_seqlens, pack.longest
     # A window of (-1, 0) is causal attention: every earlier key, no later one.
     window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window)[None]
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)[None]
 
 
-def _sdpa(q, k, v, cu_seqlens, max_length, scaling, causal):  # noqa: ANN001, ANN202
-    return _by_length(q, k, v, cu_seqlens, causal, lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-    ))
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
+    options = {"is_causal": causal, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    return _by_length(q, k, v, pack, causal, partial(F.scaled_dot_product_attention, **options))
 
 
-def _eager(q, k, v, cu_seqlens, max_length, scaling, causal):  # noqa: ANN001, ANN202
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+def _eager(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = _repeat_heads(q, k, v)
         scores = (q @ k.transpose(2, 3)).float() * scaling
         if causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
 
-    return _by_length(q, k, v, cu_seqlens, causal, attend)
+    return _by_length(q, k, v, pack, causal, attend)
 
 
-def _by_length(q, k, v, cu_seqlens, causal, attend):  # noqa: ANN001, ANN202
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat key and value heads for kernels without grouped-query attention."""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
+def _by_length(q: Tensor, k: Tensor, v: Tensor, pack: Pack, causal: bool, attend: Kernel) -> Tensor:
     """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
 
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
     not matter, and its output is dropped. Others are batched only with sequences of exactly their length.
     """
-    bounds = cu_seqlens.tolist()
-    batches: dict[int, list[int]] = {}
-    for segment, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    bounds = pack.cu_seqlens.tolist()
+    batches: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(bounds):
         length = end - start
-        batches.setdefault(_rounded(length) if causal else length, []).append(segment)
+        batches.setdefault(_rounded(length) if causal else length, []).append((start, end))
     if len(batches) == 1 and not causal:
         length = next(iter(batches))
         output = attend(*(x[0].unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v)))
         return output.permute(0, 2, 1, 3).flatten(0, 1)[None]
     outputs, rows = [], []
-    total = bounds[-1]
-    for length, segments in batches.items():
-        starts = torch.tensor([bounds[s] for s in segments])
-        ends = torch.tensor([bounds[s + 1] for s in segments])
+    for length, sequences in batches.items():
+        starts, ends = torch.tensor(sequences).T
         index = starts[:, None] + torch.arange(length)
         real = index < ends[:, None]
-        gather = index.clamp(max=total - 1).flatten().to(q.device)
+        gather = index.clamp(max=bounds[-1] - 1).flatten().to(q.device)
         batch = (x[0].index_select(1, gather).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
         keep = real.flatten().nonzero()[:, 0].to(q.device)
         outputs.append(attend(*batch).permute(0, 2, 1, 3).flatten(0, 1).index_select(0, keep))

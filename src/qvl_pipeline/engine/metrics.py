@@ -44,9 +44,7 @@ class MetricsWindow:
         dist.all_reduce(sums)
         loss, count = sums.tolist()
         elapsed = time.perf_counter() - self._started
-        by_source = {
-            name: total / n for name, total, n in zip(self._sources, loss, count, strict=True) if n > 0
-        }
+        by_source = {name: total / n for name, total, n in zip(self._sources, loss, count, strict=True) if n > 0}
         row = {
             "loss": sum(loss) / sum(count),
             "tokens_per_second": self._tokens / elapsed,

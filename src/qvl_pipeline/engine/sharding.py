@@ -58,7 +58,7 @@ def shard(model: PackedVLM, mesh: DeviceMesh, spec: ParallelSpec) -> list[str]:
     options = {
         "mesh": mesh,
         "reshard_after_forward": spec.reshard_after_forward,
-        # Weights, optimizer state and gradient sums stay float32: at a learning rate of 1e-6 bfloat16 weights barely move.
+        # Weights, optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 weights barely move.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if spec.bf16 else torch.float32, reduce_dtype=torch.float32
         ),

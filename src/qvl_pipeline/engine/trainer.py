@@ -70,7 +70,9 @@ class Trainer:
         started = time.perf_counter()
         final_loss = self._train(steps[done:], len(steps), batches, output_dir)
         if done < len(steps):
-            checkpoints.save(output_dir / "checkpoints", len(steps), self.model, self.optimizer, spec.run.save_total_limit)
+            checkpoints.save(
+                output_dir / "checkpoints", len(steps), self.model, self.optimizer, spec.run.save_total_limit
+            )
         export(self.model, spec)
         if self.leads:
             self._write_result(output_dir, steps, done, final_loss, time.perf_counter() - started)

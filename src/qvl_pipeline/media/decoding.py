@@ -10,6 +10,7 @@ from typing import Literal
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from qvl_pipeline.errors import UserError
 
@@ -188,7 +189,9 @@ def _decode_pyav(path: str, table: FrameTable, indices: Sequence[int], *, seekin
     """Decode in one pass, skipping ahead by keyframe where that saves more frames than a seek costs."""
     with av.open(path) as container:
         stream = _video_stream(container, path)
+        stream.codec_context.thread_count = 1  # clips are decoded side by side, each in a thread of its own
         decoded = container.decode(stream)
+        to_rgb = VideoReformatter()  # one for all frames: setting it up costs more than converting a small frame
         picture, position = None, -1  # the frame last yielded, and its number
         for index in indices:
             if index != position or picture is None:
@@ -196,7 +199,7 @@ def _decode_pyav(path: str, table: FrameTable, indices: Sequence[int], *, seekin
                 if seeking and nearest >= 0 and table.keyframes[nearest] - position > SEEK_COST_FRAMES:
                     container.seek(table.keyframe_dts[nearest], stream=stream)
                     decoded = _from_keyframe(container, stream, int(table.pts[table.keyframes[nearest]]))
-                picture = _upright(_advance(decoded, path, table, index))
+                picture = _upright(_advance(decoded, path, table, index), to_rgb)
                 position = index
             yield picture
 
@@ -227,9 +230,9 @@ def _advance(decoded: Iterator[av.VideoFrame], path: str, table: FrameTable, ind
     )
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
+def _upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
     """RGB `[H, W, 3]` with the display rotation applied."""
-    picture = frame.to_ndarray(format="rgb24")
+    picture = to_rgb.reformat(frame, format="rgb24").to_ndarray()
     # FFmpeg's angle is that by which the stored picture must be turned counterclockwise.
     return np.ascontiguousarray(np.rot90(picture, k=round(frame.rotation / 90)))
 

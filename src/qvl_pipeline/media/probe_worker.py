@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Self
 
@@ -54,9 +54,12 @@ class ProbeWorker:
         """
         from qvl_pipeline.media.probe import Probe
 
-        child = self._child = self._child or _start()
+        if self._child is not None and self._child.poll() is not None:
+            self._end()  # killed from outside, in between: not the fault of this file
+        child = self._child or self._start()
         expired = threading.Event()
         timer = threading.Timer(self._timeout_s, lambda: (expired.set(), child.kill()))
+        timer.daemon = True
         timer.start()
         try:
             answer = _ask(child, [path, kind, self._max_pixels])
@@ -70,45 +73,53 @@ class ProbeWorker:
             return Probe(failure=f"took longer than {self._timeout_s:g} s to probe")
         return Probe(failure=f"crashed the decoder (exit status {status})")
 
+    def _start(self) -> subprocess.Popen[str]:
+        child = self._child = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            # The child finds the modules that this process finds, installed or not.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # Ctrl-C is for this process, which ends the child: also one that hangs, also when the interpreter exits.
+            start_new_session=True,
+        )
+        weakref.finalize(self, child.kill)
+        if not child.stdout.readline():
+            raise RuntimeError(f"the process that probes media does not start (exit status {self._end()})")
+        return child
+
     def _end(self) -> int | None:
         if self._child is None:
             return None
         child, self._child = self._child, None
-        with child:
+        with contextlib.suppress(BrokenPipeError), child:  # closing its input flushes what it never read
             child.kill()
         return child.returncode
 
 
-def _start() -> subprocess.Popen[str]:
-    child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    if not child.stdout.readline():
-        raise RuntimeError(f"the process that probes media does not start (exit status {child.wait()})")
-    return child
-
-
 def _ask(child: subprocess.Popen[str], request: list[str | int]) -> str:
-    """Return the child's answer, empty when it has died."""
+    """Return the child's answer, empty when it died over it."""
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(json.dumps(request) + "\n")
         child.stdin.flush()
-    return child.stdout.readline()
+    answer = child.stdout.readline()
+    return answer if answer.endswith("\n") else ""
 
 
 def _serve() -> None:
     """Answer requests until there are no more: a JSON list in, a JSON object out, each on a line."""
     from qvl_pipeline.media.probe import probe_media
 
-    # Ctrl-C reaches the whole process group; the parent says what happened.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.simplefilter("ignore")
     # What a C library prints must not end up between the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    answers = os.dup(1)
     os.dup2(2, 1)
-    print("ready", file=answers)
-    for request in sys.stdin:
-        print(json.dumps(asdict(probe_media(*json.loads(request)))), file=answers)
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        os.write(answers, b"ready\n")
+        for request in sys.stdin:
+            found = probe_media(*json.loads(request))
+            os.write(answers, json.dumps(asdict(found)).encode() + b"\n")
 
 
 if __name__ == "__main__":

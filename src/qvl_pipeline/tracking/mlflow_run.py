@@ -42,7 +42,9 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
     local = tracking_uri.startswith("sqlite:")
     try:
         experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if local else None)
-        tags = {MLFLOW_USER: getpass.getuser(), MLFLOW_SOURCE_NAME: " ".join(["kedro", *sys.argv[1:]])}
+        mlflow.set_experiment(experiment_id=experiment_id)
+        command = without_secrets(" ".join(["kedro", *sys.argv[1:]]))
+        tags = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: command}
         run_id = mlflow.MlflowClient().create_run(experiment_id, tags=tags, run_name=name).info.run_id
         # Given a run, MLflow neither continues one it finds in MLFLOW_RUN_ID nor imports IPython to look for more.
         mlflow.start_run(run_id, nested=True)
@@ -64,6 +66,13 @@ def _experiment_id(name: str, artifact_location: str | None) -> str:
         raise
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container whose user id has no name.
+        return "unknown"
+
+
 def metric_entries(values: dict[str, Any], step: int = 0) -> list[Metric]:
     """Return the numbers in nested `values` as metrics, their keys joined by `/`."""
     now_ms = int(time.time() * 1000)
@@ -72,7 +81,7 @@ def metric_entries(values: dict[str, Any], step: int = 0) -> list[Metric]:
 
 def valid_name(name: str) -> str:
     """Return `name` with every character MLflow does not take replaced by `_`, and not longer than it takes."""
-    return re.sub(r"[^\w./ -]", "_", name)[:MAX_ENTITY_KEY_LENGTH]
+    return re.sub(r"[^\w./ -]|(?<=/)/", "_", name)[:MAX_ENTITY_KEY_LENGTH]
 
 
 class MlflowRun:

@@ -20,7 +20,7 @@ class ModelFamily:
         name: Name in `model.processor_type`.
         decoder_layer: Class name of a decoder layer; FSDP2 shards each.
         vision_block: Class name of a vision block; FSDP2 shards each.
-        groups: `(group, name prefix)` in order of precedence; each parameter belongs to the first prefix it starts with.
+        groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
         vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
         decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.

@@ -100,7 +100,9 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
 
 def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
     """One block: the rank that failed first, where it was, and the last frames of its traceback."""
-    reports: list[dict[str, Any]] = [json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")]
+    reports: list[dict[str, Any]] = [
+        json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")
+    ]
     if not reports:
         # What torchrun appends about the failed process says less than the process itself did.
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))

@@ -34,7 +34,7 @@ def training_progress(metrics_path: Path, max_steps: int) -> Iterator[Callable[[
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("train", total=max_steps, loss="–", rate="–")
+        task = progress.add_task("train", total=max_steps, loss="-", rate="-")
         read = printed = 0
 
         def update() -> None:

@@ -14,8 +14,15 @@ if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
 
 # Parameters that change what is shown, not what is computed: a run may be resumed under other values of these.
-_DOES_NOT_CHANGE_TRAINING = ("logging_steps", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
-                             "nproc_per_node", "resume_from_checkpoint")
+_DOES_NOT_CHANGE_TRAINING = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "dataloader_num_workers",
+    "nproc_per_node",
+    "resume_from_checkpoint",
+)
 
 
 def run_fingerprint(model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any]) -> str:

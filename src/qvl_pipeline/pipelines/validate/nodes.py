@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -38,29 +38,22 @@ def validate_rows(
     return to_frame(outcome.valid_samples), quarantine, to_frame(outcome.media_index), outcome.report
 
 
-def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame) -> Table:
-    """Make the table that is printed: the counts, and each broken rule with an example.
+def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame) -> Group:
+    """Make the block that is printed: the counts, and each broken rule with an example.
 
     Args:
         report: Report of the validation.
         quarantine: Samples that broke a rule.
         rejects: Rows that could not be read.
     """
-    counts = report["counts"]
-    table = Table(
-        "rule",
-        "rows",
-        "for example",
-        title="ingested {ingested:,} = valid {valid:,} + quarantined {quarantined:,} + rejected {rejected:,}".format(
-            **counts
-        ),
-        title_justify="left",
-    )
+    counts = "ingested {ingested:,} = valid {valid:,} + quarantined {quarantined:,} + rejected {rejected:,}"
+    line = counts.format(**report["counts"])
     ids = rejects["source"].astype(str) + "/" + rejects["row"].astype(str)
     examples = pd.concat([rejects.assign(sample_id=ids), quarantine]).groupby("rule").first()
+    table = Table("rule", "rows", "for example")
     for rule, count in report["rules"].items():
         if count:
             example = examples.loc[rule]
             # `Text`, because a detail may hold what rich takes for markup.
             table.add_row(rule, f"{count:,}", Text(f"{example['sample_id']}: {example['detail']}"))
-    return table
+    return Group(line, table) if table.row_count else Group(line)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig
+from qvl_pipeline.data.processor import load_processor
+from qvl_pipeline.datasets import FileDataset, FolderDataset
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.decoding import read_frame_table
+from qvl_pipeline.media.frame_store import FrameStore, clip_id
+from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.pipelines.sample.pipeline import create_pipeline as create_sample
+from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model
+from qvl_pipeline.pipelines.tokenize.pipeline import create_pipeline as create_tokenize
+from tests.data.samples import samples_table, write_images
+from tests.media.clips import number_in, write_clip
+
+SECONDS = {
+    "constant": [number / 10 for number in range(60)],
+    "ntsc": [number * 1001 / 30000 for number in range(90)],
+    "variable": np.concatenate([np.arange(40) / 20, 2 + np.arange(20) / 2]).tolist(),
+}
+TIME_BASES = {"constant": Fraction(1, 10), "ntsc": Fraction(1001, 30000), "variable": Fraction(1, 1000)}
+INGEST = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "json"}])
+SAMPLE = SampleConfig(fps=3, video_min_frames=2, video_max_frames=12, video_min_pixels=1024, video_max_pixels=64 * 64)
+BATCHING = BatchingConfig(packing_length=256)
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def model(request: pytest.FixtureRequest) -> ModelConfig:
+    return ModelConfig(processor_type=request.param, image_max_pixels=100 * 100)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    for name, seconds in SECONDS.items():
+        write_clip(folder / f"{name}.mp4", seconds, time_base=TIME_BASES[name], b_frames=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def media_index(folder: Path) -> pd.DataFrame:
+    images = write_images(folder, {"a.png": (80, 120)})
+    tables = {path: read_frame_table(str(path)) for path in sorted(folder.glob("*.mp4"))}
+    clips = [
+        {"path": str(path), "type": "video", "height": 64, "width": 64, "n_frames": len(table.pts), "fps": table.fps}
+        for path, table in tables.items()
+    ]
+    return pd.concat([images, pd.DataFrame(clips)], ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def valid_samples(folder: Path) -> pd.DataFrame:
+    def clip(name: str, start: float | None = None, end: float | None = None) -> tuple:
+        return ("video", str(folder / f"{name}.mp4"), start, end)
+
+    image = ("image", str(folder / "a.png"))
+    questions = {
+        "constant": [clip("constant"), "?"],
+        "ntsc_part": [clip("ntsc", 0.4, 2.3), "?"],
+        "variable": [clip("variable"), "?"],
+        "variable_part": [clip("variable", 1.5, 8.0), "?"],
+        "two_videos": [clip("ntsc"), "and", clip("variable", 2.0, None), "?"],
+        "image_and_video": [image, clip("constant", 3.0, None), "?"],
+        "text": ["What is 3 + 4?"],
+    }
+    rows = [{"kind": kind, "messages": [("user", parts), ("assistant", "7")]} for kind, parts in questions.items()]
+    turns = [("user", [clip("variable", 0.2, None)]), ("assistant", "1"), ("user", [clip("ntsc")]), ("assistant", "2")]
+    long = [("user", "one two three " * 200), ("assistant", "7")]
+    return samples_table([*rows, {"kind": "two_turns", "messages": turns}, {"kind": "long", "messages": long}])
+
+
+@pytest.fixture(scope="module")
+def run(
+    model: ModelConfig,
+    valid_samples: pd.DataFrame,
+    media_index: pd.DataFrame,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """Both stages, run by Kedro; every catalog entry by name."""
+    folder = tmp_path_factory.mktemp("run")
+    memory = {
+        "valid_samples": valid_samples,
+        "media_index": media_index,
+        "params:sample": SAMPLE,
+        "params:model": model,
+        "params:batching": BATCHING,
+        "params:ingest": INGEST,
+    }
+    catalog = DataCatalog(
+        {name: MemoryDataset(value) for name, value in memory.items()}
+        | {name: MemoryDataset() for name in ("pack_plan", "plan_summary")}
+        | {name: FolderDataset(filepath=str(folder / name)) for name in ("video_frames", "base_model")}
+        | {"tokenized_samples": FileDataset(filepath=str(folder / "tokenized.arrow"))}
+    )
+    pipeline = create_sample() + create_tokenize()
+    SequentialRunner().run(pipeline, catalog)
+    return {name: catalog.load(name) for name in pipeline.all_outputs()}
+
+
+def frames_shown(run: dict[str, Any], sample: pd.Series) -> list[list[float]]:
+    """True seconds of the frames that the pictures of each clip of a sample show."""
+    store = FrameStore(run["video_frames"])
+    clips = [item for item in sample["media"] if item["type"] == "video"]
+    return [
+        [
+            SECONDS[Path(item["path"]).stem][number_in(frame.transpose(1, 2, 0))]
+            for frame in store.frames(clip_id(item["path"], item["start"], item["end"]))
+        ]
+        for item in clips
+    ]
+
+
+def test_qwen3_vl_reads_the_time_at_which_the_source_shows_the_frames(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame
+) -> None:
+    processor = load_processor(run["base_model"], model)
+    tokenized = TokenizedSamples(run["tokenized_samples"])
+    for index, sample in valid_samples.iterrows():
+        text = processor.tokenizer.decode(tokenized.row(index)["input_ids"])
+        read = re.findall(r"<(\d+\.\d) seconds>", text)
+        pairs = [np.reshape(shown, (-1, 2)).mean(axis=1) for shown in frames_shown(run, sample)]
+        expected = [f"{second:.1f}" for pair in pairs for second in pair]
+        assert read == (expected if model.processor_type == "qwen3_vl" else [])
+
+
+def test_qwen2_5_vl_is_told_the_interval_at_which_the_source_shows_the_frames(
+    run: dict[str, Any], valid_samples: pd.DataFrame
+) -> None:
+    tokenized = TokenizedSamples(run["tokenized_samples"])
+    clips = 0
+    for index, sample in valid_samples.iterrows():
+        media = [medium for medium in tokenized.row(index)["media"] if medium["type"] == "video"]
+        for medium, shown in zip(media, frames_shown(run, sample), strict=True):
+            true = np.reshape(shown, (-1, 2)).mean(axis=1)
+            told = true[0] + np.arange(medium["grid_t"]) * medium["seconds_per_grid"]
+            one_frame = np.diff(SECONDS[Path(medium["key"].split("#")[0]).stem]).max()
+            assert np.abs(told - true).max() <= one_frame
+            clips += 1
+    assert clips == 9
+
+
+def test_every_sample_is_a_row_whose_placeholders_and_patches_agree(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame
+) -> None:
+    tokenized = TokenizedSamples(run["tokenized_samples"])
+    processor = load_processor(run["base_model"], model)
+    loader = PatchLoader(patch_size=model.patch_size, frame_store=run["video_frames"])
+    rows = [tokenized.row(index) for index in range(len(tokenized))]
+    assert [row["sample_id"] for row in rows] == valid_samples["sample_id"].tolist()
+    for row in rows:
+        placeholders = np.isin(row["input_ids"], [processor.image_token_id, processor.video_token_id]).sum()
+        assert 4 * placeholders == row["vit_patches"] == len(loader.load(row["media"]))
+
+
+def test_the_plan_holds_whole_samples_and_lists_those_that_are_too_long(
+    run: dict[str, Any], valid_samples: pd.DataFrame
+) -> None:
+    """Nothing is truncated: a sample is in a pack with all its tokens, or on the list."""
+    lengths = TokenizedSamples(run["tokenized_samples"]).columns(["length"])["length"].to_numpy()
+    long = valid_samples.index[valid_samples["kind"] == "long"].tolist()
+    assert run["plan_summary"]["overlong"] == valid_samples.loc[long, "sample_id"].tolist()
+    assert lengths[long[0]] > 256
+    planned = np.concatenate(run["pack_plan"]["sample_rows"].tolist())
+    assert sorted([*planned, *long]) == list(range(len(valid_samples)))
+    assert run["pack_plan"]["tokens"].tolist() == [lengths[rows].sum() for rows in run["pack_plan"]["sample_rows"]]
+
+
+def test_the_tiny_model_is_a_folder_that_plain_transformers_loads(run: dict[str, Any], model: ModelConfig) -> None:
+    manifest = json.loads((run["base_model"] / "manifest.json").read_text())
+    assert manifest == {"path": ".", "family": model.processor_type}
+    loaded = AutoModelForImageTextToText.from_pretrained(run["base_model"])
+    assert loaded.config.model_type == model.processor_type
+    assert type(AutoProcessor.from_pretrained(run["base_model"])).__name__.lower().startswith("qwen")
+
+
+def test_the_tokenizer_of_the_tiny_model_sees_no_eval_text(model: ModelConfig, tmp_path: Path) -> None:
+    turns = [("user", "zebra zebra"), ("assistant", "zebra")]
+    train = {"messages": [("user", "digit"), ("assistant", "7")]}
+    for name, rows in {"with": [train, {"split": "eval", "messages": turns}], "without": [train]}.items():
+        prepare_base_model(samples_table(rows), model)(tmp_path / name)
+    assert (tmp_path / "with" / "tokenizer.json").read_bytes() == (tmp_path / "without" / "tokenizer.json").read_bytes()
+
+
+def test_a_pretrained_model_is_pointed_to(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame, tmp_path: Path
+) -> None:
+    pretrained = model.model_copy(update={"load_from_pretrained_path": str(run["base_model"])})
+    prepare_base_model(valid_samples, pretrained)(tmp_path / "base")
+    manifest = json.loads((tmp_path / "base" / "manifest.json").read_text())
+    path = str(run["base_model"])
+    assert manifest == {"path": path, "family": model.processor_type, "processor": path}
+    assert AutoConfig.from_pretrained(manifest["path"]).model_type == model.processor_type
+    assert load_processor(tmp_path / "base", pretrained).image_processor.size["longest_edge"] == 100 * 100
+
+
+def test_a_model_that_is_not_there_is_an_error(model: ModelConfig, valid_samples: pd.DataFrame) -> None:
+    missing = model.model_copy(update={"load_from_pretrained_path": "./no/such/model"})
+    with pytest.raises(UserError, match=r"'./no/such/model' is neither a model folder nor a hub id"):
+        prepare_base_model(valid_samples, missing)
+
+
+def test_a_model_of_another_family_is_an_error(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame
+) -> None:
+    other = {"qwen3_vl": "qwen2_5_vl", "qwen2_5_vl": "qwen3_vl"}[model.processor_type]
+    wrong = ModelConfig(processor_type=other, load_from_pretrained_path=str(run["base_model"]))
+    with pytest.raises(UserError, match=f"is of type {model.processor_type}, but model.processor_type is {other}"):
+        prepare_base_model(valid_samples, wrong)
+
+
+def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    plan(run["tokenized_samples"], BATCHING, INGEST)
+    printed = capsys.readouterr().out
+    summary = run["plan_summary"]
+    for text in (f"{summary['packs']} of 256 tokens", f"{summary['tokens']:,}", "1 left out, the first is source/8"):
+        assert text in printed

@@ -1,0 +1,53 @@
+"""The stage `validate`: what it prints, and when it refuses to go on."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
+from qvl_pipeline.data.validate import TooManyRejectsError
+from qvl_pipeline.pipelines.validate.nodes import validate_rows
+
+GOOD = (
+    '[{"role":"user","content":[{"type":"text","text":"a"}]},'
+    '{"role":"assistant","content":[{"type":"text","text":"b"}]}]'
+)
+BLANK = GOOD.replace('"b"', '" "')
+
+
+def _samples(*messages: str) -> pd.DataFrame:
+    rows = [
+        {"sample_id": f"s/{row}", "source": "s", "row": row, "split": "train", "messages": text, "media": []}
+        for row, text in enumerate(messages)
+    ]
+    return to_frame(SAMPLES.empty_table().from_pylist(rows, SAMPLES))
+
+
+def _rejects(*details: str) -> pd.DataFrame:
+    rows = [{"source": "s", "row": 9, "rule": "unknown_format", "detail": detail} for detail in details]
+    return to_frame(REJECTS.empty_table().from_pylist(rows, REJECTS))
+
+
+def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    rejects = _rejects("row 9: messages[0].role is null", "row 10: another")
+    tables = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, ValidateConfig(max_reject_fraction=1))
+    printed = capsys.readouterr().out
+    assert "ingested 5 = valid 1 + quarantined 2 + rejected 2" in printed
+    lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
+    assert "unknown_format 2 s/9: row 9: messages[0].role is null" in lines
+    assert "empty_turn 2 s/1: turn 1 (assistant) says nothing" in lines
+    assert "leakage" not in printed
+    assert [len(table) for table in tables[:3]] == [1, 2, 0]
+
+
+def test_large_counts_are_printed_before_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TooManyRejectsError, match=r"^2 of 3 rows \(66.7%\) .* most of them by empty_turn \(2\):"):
+        validate_rows(_samples(GOOD, BLANK, BLANK), _rejects(), ValidateConfig(max_reject_fraction=0.6))
+    assert "ingested 3 = valid 1 + quarantined 2 + rejected 0" in capsys.readouterr().out
+
+
+def test_nothing_broken_prints_the_counts_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    validate_rows(_samples(GOOD), _rejects(), ValidateConfig())
+    assert capsys.readouterr().out == "ingested 1 = valid 1 + quarantined 0 + rejected 0\n"
