@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvl_pipeline.engine.attention import _KERNELS, Pack, _require
+from qvl_pipeline.engine.attention import _KERNELS, Segments, _require
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -19,7 +19,7 @@ def test_packed_equals_separate(kernel: str, causal: bool, lengths: list[int]) -
     k, v = (torch.randn(1, 2, total, 8, requires_grad=True) for _ in range(2))
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
-    packed = _KERNELS[kernel](q, k, v, Pack(cu, None), 0.3, causal)
+    packed = _KERNELS[kernel](q, k, v, Segments(cu, None), 0.3, causal)
     parts = [
         F.scaled_dot_product_attention(
             q[:, :, s:e], k[:, :, s:e], v[:, :, s:e], is_causal=causal, scale=0.3, enable_gqa=True

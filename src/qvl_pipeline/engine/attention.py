@@ -25,7 +25,7 @@ Kernel = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Pack:
+class Segments:
     """Where the sequences of a pack lie.
 
     Attributes:
@@ -74,7 +74,7 @@ def use_packed_attention(model: nn.Module, attn_implementation: str, device: tor
     ) -> tuple[Tensor, None]:
         """Attend within each sequence of a pack: query `[1, H, T, D]` to output `[1, T, H, D]`."""
         causal = module.is_causal if is_causal is None else is_causal
-        return kernel(query, key, value, Pack(cu_seq_lens_q, max_length_q), scaling, causal), None
+        return kernel(query, key, value, Segments(cu_seq_lens_q, max_length_q), scaling, causal), None
 
     AttentionInterface.register(ATTENTION_NAME, attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
@@ -106,9 +106,11 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _flash(function: Kernel, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
+def _flash(
+    function: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool
+) -> Tensor:
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    bounds, longest = pack.cu_seqlens, pack.longest
+    bounds, longest = segments.cu_seqlens, segments.longest
     output = function(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal)
     return (output[0] if isinstance(output, tuple) else output)[None]
 
@@ -125,23 +127,23 @@ def _flash_attention_3(*arguments: Any) -> Tensor:
     return _flash(flash_attn_varlen_func, *arguments)
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     k, v = _repeat_heads(q, k, v)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    bounds, longest = pack.cu_seqlens, pack.longest
+    bounds, longest = segments.cu_seqlens, segments.longest
     # A window of (-1, 0) is causal attention: every earlier key, no later one.
     window = (-1, 0) if causal else (-1, -1)
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)[None]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     options = {"is_causal": causal, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
-    return _by_length(q, k, v, pack, causal, partial(F.scaled_dot_product_attention, **options))
+    return _by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: bool) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = _repeat_heads(q, k, v)
         scores = (q @ k.transpose(2, 3)).float() * scaling
@@ -150,7 +152,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: float, causal: 
             scores = scores.masked_fill(future, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
 
-    return _by_length(q, k, v, pack, causal, attend)
+    return _by_length(q, k, v, segments, causal, attend)
 
 
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,13 +161,13 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
-def _by_length(q: Tensor, k: Tensor, v: Tensor, pack: Pack, causal: bool, attend: Kernel) -> Tensor:
+def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
     """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
 
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
     not matter, and its output is dropped. Others are batched only with sequences of exactly their length.
     """
-    bounds = pack.cu_seqlens.tolist()
+    bounds = segments.cu_seqlens.tolist()
     batches: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(bounds):
         length = end - start
