@@ -1,0 +1,66 @@
+# `make run` on a fresh clone needs python3 (3.11 to 3.13), git and make, nothing else.
+
+PROFILE ?=
+PORT ?= 5000
+
+# uv from the machine when there is one, else a private copy in .uv/
+UV = $(shell command -v uv || echo .uv/bin/uv)
+ENVIRONMENT := .venv/.up-to-date
+
+# Recipes, DVC stages and their children find this project's commands first. Nothing reports home.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test ui viz repro clean
+
+help: ## Show this help.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup: $(ENVIRONMENT) ## Make or update .venv; the other targets do it when needed.
+
+run: $(ENVIRONMENT) ## Run all stages, from data to report. PROFILE=tiny_qwen2_5_vl for another profile.
+	@echo "==> kedro run $(if $(PROFILE),--env $(PROFILE))"
+	@kedro run $(if $(PROFILE),--env "$(PROFILE)")
+
+test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the coverage (at least 85 %).
+	@echo "==> ruff"
+	@ruff check .
+	@ruff format --check .
+	@echo "==> import rules"
+	@lint-imports
+	@echo "==> tests"
+	@coverage erase
+	@coverage run -m pytest
+	@echo "==> line coverage of src/, worker processes included"
+	@coverage combine --quiet
+	@coverage report
+
+ui: $(ENVIRONMENT) ## Compare the runs in the browser: MLflow on http://127.0.0.1:5000. PORT=5001 for another port.
+	@echo "==> http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
+	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+viz: $(ENVIRONMENT) ## Show the pipelines and the catalog in the browser.
+	@kedro viz run
+
+repro: $(ENVIRONMENT) ## Run what has changed since the last time, by DVC.
+	@dvc repro
+
+clean: ## Remove .venv and everything tools have cached. Data, models and MLflow runs stay.
+	rm -rf .venv .uv .pytest_cache .ruff_cache .import_linter_cache .grimp_cache .hypothesis .coverage* htmlcov build dist .viz
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --compile-bytecode: every process starts from it, also where Python may not write into .venv; without, a `kedro run`
+# and each training process compile their imports anew, which takes longer than importing them.
+$(ENVIRONMENT): requirements.lock pyproject.toml
+	@command -v "$(UV)" >/dev/null || { echo "==> uv is not installed: getting a private copy into .uv/"; \
+	    python3 -m venv .uv && .uv/bin/pip install --quiet uv; } || { \
+	    echo "Install uv (https://docs.astral.sh/uv) or the venv module of python3, and try again." >&2; exit 1; }
+	@test -x .venv/bin/python || "$(UV)" venv --quiet --python ">=3.11,<3.14" .venv
+	@echo "==> installing requirements.lock into .venv (several GB the first time)"
+	@"$(UV)" pip install --quiet --compile-bytecode --python .venv/bin/python --requirement requirements.lock
+	@"$(UV)" pip install --quiet --python .venv/bin/python --no-deps --editable .
+	@touch $@
