@@ -6,6 +6,7 @@ PORT ?= 5000
 # uv from the machine when there is one, else a private copy in .uv/
 UV = $(shell command -v uv || echo .uv/bin/uv)
 ENVIRONMENT := .venv/.up-to-date
+KEDRO_RUN := kedro run$(if $(PROFILE), --env $(PROFILE))
 
 # Recipes, DVC stages and their children find this project's commands first. Nothing reports home.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -17,13 +18,13 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup run test ui viz repro clean
 
 help: ## Show this help.
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: $(ENVIRONMENT) ## Make or update .venv; the other targets do it when needed.
 
 run: $(ENVIRONMENT) ## Run all stages, from data to report. PROFILE=tiny_qwen2_5_vl for another profile.
-	@echo "==> kedro run $(if $(PROFILE),--env $(PROFILE))"
-	@kedro run $(if $(PROFILE),--env "$(PROFILE)")
+	@echo "==> $(KEDRO_RUN)"
+	@$(KEDRO_RUN)
 
 test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the coverage (at least 85 %).
 	@echo "==> ruff"

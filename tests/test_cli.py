@@ -56,7 +56,10 @@ def test_several_pipelines_run_as_one(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--pipelines", "train"], "inputs do not exist yet:\n  base_model (data/06_models/base/base)"),
+        (
+            ["--pipelines", "train"],
+            "train cannot start, inputs do not exist yet:\n  base_model (data/06",
+        ),
         (["--pipelines", "trian"], "there is no pipeline 'trian': did you mean 'train'?"),
         (["--pipelines", "xyz"], "there is no pipeline 'xyz': the pipelines are ingest, validate, sample,"),
         (["--env", "nope"], "there is no profile 'nope'; The profiles in conf/ are base, qwen2_5_vl_7b"),
@@ -119,6 +122,9 @@ def test_the_real_command_says_what_to_run_first(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    assert lines[:2] == ["Error: inputs do not exist yet:", "  base_model (data/06_models/base/base)"]
+    assert lines[:2] == [
+        "Error: train cannot start, inputs do not exist yet:",
+        "  base_model (data/06_models/base/base)",
+    ]
     assert lines[-1] == "Run `kedro run --pipelines ingest,validate,sample,tokenize` first."
     assert not (folder / "mlflow.db").exists()

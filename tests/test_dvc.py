@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from kedro.config import OmegaConfigLoader
 
 from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
+from tests.kedro_project import make_project
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "qvl_pipeline"
@@ -166,3 +171,40 @@ def test_metrics_and_plots_are_declared() -> None:
     evaluate, train = stages()["evaluate@base"], stages()["train@base"]
     assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/base/metrics.json"]
     assert [out.def_path for out in train.outs if out.plot] == ["data/08_reporting/base/training_metrics.csv"]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_database: str) -> Path:
+    """A commit of this project with a small dataset."""
+    folder = make_project(tmp_path / "project")
+    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    (folder / "src" / PACKAGE).symlink_to(ROOT / "src" / PACKAGE)
+    parameters = folder / "conf" / "base" / "parameters_ingest.yml"
+    blocks = yaml.safe_load(parameters.read_text())
+    blocks["ingest"]["demo"] |= {"train_samples": 14, "eval_samples": 7}
+    parameters.write_text(yaml.safe_dump(blocks))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_database)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        git(folder, *command)
+    return folder
+
+
+def git(folder: Path, *command: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    return subprocess.run(["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def repro(folder: Path) -> str:
+    command = ["dvc", "repro", "ingest@digits"]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_second_repro_changes_nothing(repository: Path) -> None:
+    assert "Running stage 'ingest@digits'" in repro(repository)
+    lock = (repository / "dvc.lock").read_text()
+    assert "Data and pipelines are up to date." in repro(repository)
+    assert (repository / "dvc.lock").read_text() == lock
+    assert git(repository, "status", "--short") == "?? dvc.lock\n"

@@ -20,7 +20,7 @@ def refusal(project: Path, *names: str, **options: Any) -> list[str]:
 
 def test_missing_inputs_are_named_with_their_place_and_the_command_that_makes_them(project: Path) -> None:
     assert refusal(project, "train") == [
-        "inputs do not exist yet:",
+        "train cannot start, inputs do not exist yet:",
         "  base_model (data/06_models/base/base)",
         "  plan_summary (data/08_reporting/base/plan_summary.json)",
         "Run `kedro run --pipelines ingest,tokenize` first.",
@@ -47,7 +47,9 @@ def test_an_input_that_no_pipeline_makes_is_yours_to_provide(project: Path) -> N
     pipeline = Pipeline([Node(lambda data: data, "own_data", "copy")])
     catalog = DataCatalog({"own_data": MemoryDataset()})
     with pytest.raises(UserError, match=r"own_data \(/elsewhere/own.parquet\)\nNo pipeline makes own_data"):
-        checks.before_pipeline_run({"project_path": str(project), "env": None}, pipeline, catalog)
+        checks.before_pipeline_run(
+            {"project_path": str(project), "env": None, "pipeline_names": None}, pipeline, catalog
+        )
 
 
 def test_an_unknown_profile_names_the_nearest_and_all_of_them(project: Path) -> None:

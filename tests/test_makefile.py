@@ -25,7 +25,7 @@ class Folder:
         self.log = path / "calls"
         for name in ("Makefile", "requirements.lock", "pyproject.toml"):
             shutil.copy(ROOT / name, self.path)
-        for name in ("make", "sh", "sed", "expand", "mkdir", "chmod", "touch", "test", "rm", "find"):
+        for name in ("make", "sh", "awk", "mkdir", "chmod", "touch", "test", "rm", "find"):
             (self.commands / name).symlink_to(shutil.which(name))
 
     def add_command(self, name: str) -> None:

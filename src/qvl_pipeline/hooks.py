@@ -53,9 +53,11 @@ class EarlyChecks:
         missing = _missing(pipeline, catalog)
         if not missing:
             return
+        names = ", ".join(run_params["pipeline_names"] or ["the run"])
         root = Path(run_params["project_path"])
         lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
-        raise UserError("\n".join(["inputs do not exist yet:", *lines, _advice(missing, catalog, run_params["env"])]))
+        advice = _advice(missing, catalog, run_params["env"])
+        raise UserError("\n".join([f"{names} cannot start, inputs do not exist yet:", *lines, advice]))
 
 
 class Progress:

@@ -54,7 +54,7 @@ def _ingest(*sources: dict[str, Any], **options: Any) -> Tables:
 
 def test_a_sample_has_the_columns_of_the_contract() -> None:
     clip = {"type": "video", "video": "b.mp4", "video_start": 1, "video_end": 2}
-    row = _row("Which?", "a.png", id=7, kind="riddle", split="eval", task="f1", answer="Both.", tags=["x"])
+    row = _row("Which?", "a.png", tags=["x"], kind="riddle", split="eval", task="f1", answer="Both.", id=7)
     row["messages"][0]["content"].insert(0, clip)
     samples, rejects = _ingest(_write("a.jsonl", [row]))
     assert samples.schema == SAMPLES
@@ -104,6 +104,11 @@ REJECTED = {
     b"  ": ("unreadable_row", "row 0: the line is empty"),
     b"null": ("unreadable_row", "row 0: it is null, not an object"),
     b"[1]": ("unreadable_row", "row 0: it is a list, not an object"),
+    b'{"a":%s%s,"messages":[]}' % (b"[" * 500, b"]" * 500): ("unreadable_row", "row 0: it is nested too deeply ("),
+    b'{"messages":[{"from":%s1%s}]}' % (b'{"a":' * 900, b"}" * 900): (
+        "unreadable_row",
+        "row 0: it is nested too deeply (",
+    ),
     b"{}": ("unknown_format", "row 0: it has neither 'messages' nor 'conversations'"),
     orjson.dumps(_row(split="test")): ("unknown_format", "row 0: its split is 'test'; known are train and eval"),
     orjson.dumps(_row(kind=["a"])): ("unknown_format", "row 0: 'kind' is a list, not a text"),

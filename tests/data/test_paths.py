@@ -83,7 +83,7 @@ def test_urls_are_refused(project: Path, reference: str, kind: str) -> None:
         MediaFolder(Path("data")).locate(reference)
     assert caught.value.rule == "url_not_allowed"
     assert f"is {kind}: save it as a file" in caught.value.detail
-    assert len(caught.value.detail) < 200
+    assert len(caught.value.detail) < 400
 
 
 def test_circle_of_links_is_left_to_validation(project: Path) -> None:
@@ -97,4 +97,4 @@ def test_what_is_no_path_is_refused(project: Path, reference: str, reason: str) 
         MediaFolder(Path("data")).locate(reference)
     assert caught.value.rule == "unknown_format"
     assert reason in caught.value.detail
-    assert len(caught.value.detail) < 200
+    assert len(caught.value.detail) < 400

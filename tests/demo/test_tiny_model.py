@@ -61,6 +61,12 @@ def test_processor_keeps_to_small_sizes(model_folder: Path, family: str) -> None
     assert huge["pixel_values"].shape == (256, 3 * 2 * unit * unit)
 
 
+def test_images_and_videos_are_normalised_alike(model_folder: Path) -> None:
+    processor = AutoProcessor.from_pretrained(model_folder)
+    images, videos = processor.image_processor, processor.video_processor
+    assert (images.image_mean, images.image_std) == (videos.image_mean, videos.image_std)
+
+
 def test_video_is_sampled_at_two_frames_per_second(model_folder: Path) -> None:
     assert inputs_of(model_folder, ["video"])["video_grid_thw"].tolist() == [[2, 4, 4]]
 

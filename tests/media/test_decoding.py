@@ -4,9 +4,11 @@ import sys
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media import decoding
@@ -33,13 +35,7 @@ CLIPS = {
         "b_frames": 3,
         "options": {"x264-params": "open-gop=1"},
     },
-    # Its stream holds packets that are never shown.
-    "hidden.webm": {
-        "seconds": CONSTANT,
-        "time_base": Fraction(1, 10),
-        "codec": "libvpx",
-        "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"},
-    },
+    "vp8.webm": {"seconds": CONSTANT, "time_base": Fraction(1, 10), "codec": "libvpx"},
 }
 
 
@@ -70,6 +66,64 @@ def test_seeking_and_decoding_through_give_the_same_pixels(clip: tuple[str, list
     wanted = [2, 30, 31, 57]
     for index, frame in zip(wanted, decode_frames(path, table, wanted), strict=True):
         np.testing.assert_array_equal(frame, through[index])
+
+
+def hide_frame(path: Path, hidden: Path, number: int) -> None:
+    """Copy a VP8 clip, one of whose frames is decoded but no longer shown (bit 4 of its first byte, RFC 6386)."""
+    with decoding.av.open(str(path)) as source, decoding.av.open(str(hidden), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = (packet for packet in source.demux(video=0) if packet.size)
+        for position, packet in enumerate(packets):
+            data = bytearray(bytes(packet))
+            data[0] &= 0xEF if position == number else 0xFF
+            copy = decoding.av.Packet(bytes(data))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            target.mux(copy)
+
+
+def test_a_frame_that_is_never_shown_is_not_counted(tmp_path: Path) -> None:
+    shown = [number for number in range(N_FRAMES) if number != 7]
+    path = write_clip(tmp_path / "clip.webm", CONSTANT, time_base=Fraction(1, 10), codec="libvpx")
+    hide_frame(path, tmp_path / "hidden.webm", 7)
+    table = read_frame_table(str(tmp_path / "hidden.webm"))
+    np.testing.assert_allclose(table.seconds, [CONSTANT[number] for number in shown], atol=1e-9)
+    frames = decode_frames(str(tmp_path / "hidden.webm"), table, range(len(shown)))
+    assert [number_in(frame) for frame in frames] == shown
+
+
+def cut(path: Path, target: Path, from_packet: int = 0, earlier: Fraction = Fraction(0)) -> Path:
+    """Copy the packets of a clip from one of them on, presented `earlier` by so many seconds, without re-encoding."""
+    with decoding.av.open(str(path)) as source, decoding.av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for packet in packets[from_packet:]:
+            shift = round(earlier / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+            container.mux(packet)
+    return target
+
+
+def test_frames_that_an_edit_list_trims_are_not_counted(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", CONSTANT, time_base=Fraction(1, 10), b_frames=2)
+    trimmed = str(cut(path, tmp_path / "trimmed.mp4", earlier=Fraction(3, 2)))
+    table = read_frame_table(trimmed)
+    np.testing.assert_allclose(table.seconds, CONSTANT[: N_FRAMES - 15], atol=1e-9)
+    frames = decode_frames(trimmed, table, range(N_FRAMES - 15))
+    assert [number_in(frame) for frame in frames] == list(range(15, N_FRAMES))
+
+
+def test_frames_whose_references_were_cut_away_are_not_counted(tmp_path: Path) -> None:
+    """A clip cut at a keyframe of an open group: the frames shown before it refer to the group before."""
+    options = {"x264-params": "open-gop=1:keyint=12:scenecut=0:b-adapt=0"}
+    path = write_clip(tmp_path / "clip.mkv", CONSTANT, time_base=Fraction(1, 10), b_frames=3, options=options)
+    with decoding.av.open(str(path)) as container:
+        keys = [n for n, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
+    headless = str(cut(path, tmp_path / "headless.mkv", from_packet=keys[2]))
+    table = read_frame_table(headless)
+    numbers = [number_in(frame) for frame in decode_frames(headless, table, range(len(table.seconds)))]
+    assert numbers == list(range(24, N_FRAMES))
+    np.testing.assert_allclose(table.seconds, CONSTANT[24:], atol=1e-9)
 
 
 def test_mean_rate_is_the_declared_one_unless_the_frames_contradict_it(tmp_path: Path) -> None:
@@ -170,3 +224,39 @@ def test_torchcodec_is_an_error_when_it_does_not_load_and_optional_for_qwen_vl_u
         choose_backend("torchcodec")
     assert choose_backend("qwen_vl_utils") == "pyav"
     assert choose_backend("pyav") == "pyav"
+
+
+class FakeTorchcodec:
+    """torchcodec's decoder as far as it is used here; its frames come from PyAV, `late` seconds too late."""
+
+    late = 0.0
+
+    def __init__(self, path: str, *, dimension_order: str, seek_mode: str) -> None:
+        assert (dimension_order, seek_mode) == ("NHWC", "exact")
+        self._path, self._table = path, read_frame_table(path)
+
+    def get_frame_at(self, index: int) -> SimpleNamespace:
+        [picture] = decode_frames(self._path, self._table, [index])
+        second = float(self._table.seconds[index]) + (self.late if index else 0.0)
+        return SimpleNamespace(data=torch.from_numpy(picture), pts_seconds=second)
+
+
+@pytest.fixture
+def torchcodec(monkeypatch: pytest.MonkeyPatch) -> type[FakeTorchcodec]:
+    decoders = ModuleType("torchcodec.decoders")
+    decoders.VideoDecoder = FakeTorchcodec
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    return FakeTorchcodec
+
+
+def test_torchcodec_decodes_the_frames_asked_for_and_must_agree_on_their_time(
+    tmp_path: Path, torchcodec: type[FakeTorchcodec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_backend("torchcodec") == choose_backend("qwen_vl_utils") == "torchcodec"
+    path = str(write_clip(tmp_path / "clip.mp4", VARIABLE, time_base=Fraction(1, 1000)))
+    table = read_frame_table(path)
+    assert [number_in(frame) for frame in decode_frames(path, table, [3, 40], "torchcodec")] == [3, 40]
+    monkeypatch.setattr(torchcodec, "late", 0.02)
+    with pytest.raises(UserError, match=r"torchcodec has frame 40 .* set video_backend: pyav"):
+        list(decode_frames(path, table, [40], "torchcodec"))

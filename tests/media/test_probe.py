@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from qvl_pipeline.media.probe import Probe, probe_media
 from tests.media.files import cut, write_image, write_png_bomb, write_video
@@ -34,12 +34,14 @@ def test_facts_of_a_clip(tmp_path: Path) -> None:
     )
 
 
-def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_upright_image(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[ExifTags.Base.Orientation] = orientation
     path = write_image(tmp_path / "a.jpg", width=8, height=6, exif=exif)
     probe = _probe(path, "image")
-    assert (probe.width, probe.height) == (6, 8)
+    with Image.open(path) as image:
+        assert (probe.width, probe.height) == ImageOps.exif_transpose(image).size
 
 
 def test_missing(tmp_path: Path) -> None:

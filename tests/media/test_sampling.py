@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import vision_process as reference
 
@@ -73,13 +73,16 @@ def test_frames_are_spread_as_qwen_vl_utils_spreads_them(first: int, length: int
     assert sampling.spread_frames(seconds, 30.0, first, first + length - 1, count) == expected
 
 
+# More pixels than 768 tokens, and a budget that is smaller than two frames of the fewest pixels.
+@example(size=(1080, 1920), n_frames=8, patch_size=16, limits=(1000, 2_000_000), total_pixels=10**10)
+@example(size=(1080, 1920), n_frames=8, patch_size=14, limits=(200_000, 900_000), total_pixels=1000)
 @settings(max_examples=400, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
     n_frames=st.integers(1, 400).map(lambda half: 2 * half),
     patch_size=PATCH_SIZES,
     limits=st.tuples(st.integers(1, 300_000), st.integers(0, 1_000_000)),
-    total_pixels=st.integers(1, 100_000_000),
+    total_pixels=st.integers(1, 100_000_000) | st.just(10**10),
 )
 def test_the_size_of_frames_is_that_of_qwen_vl_utils(
     size: tuple[int, int], n_frames: int, patch_size: int, limits: tuple[int, int], total_pixels: int

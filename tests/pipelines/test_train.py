@@ -18,7 +18,7 @@ from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.pipelines.train.launcher import RankFailedError, launch
-from qvl_pipeline.pipelines.train.nodes import _processes
+from qvl_pipeline.pipelines.train.nodes import _prepare, _processes
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from tests.engine.training import changed, make_training
@@ -100,6 +100,42 @@ def test_processes_without_gpus_are_the_declared_data_parallel_size(monkeypatch:
     assert _processes(TrainConfig(nproc_per_node=5), batching) == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert _processes(TrainConfig(), batching) == 8
+
+
+class TestPreparing:
+    def interrupted(self, folder: Path) -> Path:
+        (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        (folder / "checkpoints" / "checkpoint-2" / "COMPLETE").touch()
+        (folder / "errors").mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+        return folder
+
+    def test_cut_off_run_keeps_its_checkpoint_and_the_rows_up_to_it(self, tmp_path: Path) -> None:
+        folder = self.interrupted(tmp_path)
+        _prepare(folder, resume=True)
+        assert (folder / "checkpoints" / "checkpoint-2" / "COMPLETE").exists()
+        assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+        assert not (folder / "errors").exists()
+
+    def test_finished_run_starts_afresh(self, tmp_path: Path) -> None:
+        folder = self.interrupted(tmp_path)
+        (folder / "result.json").touch()
+        _prepare(folder, resume=True)
+        assert list(folder.iterdir()) == []
+
+    def test_resuming_can_be_refused(self, tmp_path: Path) -> None:
+        folder = self.interrupted(tmp_path)
+        _prepare(folder, resume=False)
+        assert list(folder.iterdir()) == []
+
+
+def test_progress_survives_rows_being_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with training_progress(path, max_steps=20) as update:
+        path.write_text(json.dumps({"step": 9, "loss": 1.0, "tokens_per_second": 1.0}) + "\n")
+        update()
+        path.write_text("")
+        update()
 
 
 def test_progress_prints_a_line_every_tenth_without_a_terminal(

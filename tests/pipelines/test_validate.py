@@ -31,12 +31,12 @@ def _rejects(*details: str) -> pd.DataFrame:
 
 
 def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    rejects = _rejects("row 9: messages[0].role is null", "row 10: another")
+    rejects = _rejects("row 9: 'a[red].png' is a URL", "row 10: another")
     tables = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, ValidateConfig(max_reject_fraction=1))
     printed = capsys.readouterr().out
     assert "ingested 5 = valid 1 + quarantined 2 + rejected 2" in printed
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
-    assert "unknown_format 2 s/9: row 9: messages[0].role is null" in lines
+    assert "unknown_format 2 s/9: row 9: 'a[red].png' is a URL" in lines
     assert "empty_turn 2 s/1: turn 1 (assistant) says nothing" in lines
     assert "leakage" not in printed
     assert [len(table) for table in tables[:3]] == [1, 2, 0]

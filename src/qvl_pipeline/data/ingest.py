@@ -95,6 +95,8 @@ def _read_row(record: bytes | Row, folder: MediaFolder, source: DatasetSource, c
         return _to_sample(_parse(record), folder, source, config)
     except RejectedRowError as error:
         return {"rule": error.rule, "detail": error.detail}
+    except (RecursionError, orjson.JSONEncodeError) as error:
+        return {"rule": "unreadable_row", "detail": f"it is nested too deeply ({error})"}
 
 
 def _parse(record: bytes | Row) -> Row:

@@ -35,6 +35,9 @@ def probe_files(media: Iterable[Media], config: ValidateConfig) -> Probes:
 
     Returns:
         What was found, by (type, path) in sorted order.
+
+    Raises:
+        RuntimeError: Daft ended early, as it does on Ctrl-C, or the probing processes do not start.
     """
     files = sorted({use[:2] for use in media})
     if not files:
@@ -51,6 +54,8 @@ def probe_files(media: Iterable[Media], config: ValidateConfig) -> Probes:
     kinds, paths = zip(*files, strict=True)
     frame = daft.from_pydict({"kind": list(kinds), "path": list(paths)})
     facts = frame.select(probe(daft.col("kind"), daft.col("path"))).to_pylist()
+    if len(facts) != len(files):
+        raise RuntimeError(f"only {len(facts)} of {len(files)} media files were probed: Daft was interrupted")
     return {file: Probe(**found) for file, found in zip(files, facts, strict=True)}
 
 

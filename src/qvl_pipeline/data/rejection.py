@@ -12,7 +12,7 @@ REJECT_RULES = {
 }
 
 _TYPE_NAMES = {bool: "a boolean", int: "a number", float: "a number", str: "a text", bytes: "bytes", list: "a list"}
-_LONGEST_QUOTE = 80
+_LONGEST_QUOTE = 200
 
 
 class RejectedRowError(Exception):

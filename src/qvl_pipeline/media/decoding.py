@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -41,6 +41,15 @@ class FrameTable:
     keyframe_dts: list[int]
 
 
+class _Packet(NamedTuple):
+    """One packet: times in units of the time base, and whether its frame is a keyframe, and is shown at all."""
+
+    pts: int
+    dts: int | None
+    is_key: bool
+    is_shown: bool
+
+
 class _SeekFailed(Exception):
     """The demuxer did not land on the keyframe that was asked for."""
 
@@ -61,12 +70,12 @@ def read_frame_table(path: str) -> FrameTable:
         with av.open(path) as container:
             stream = _video_stream(container, path)
             packets = [
-                (packet.pts, packet.dts, packet.is_keyframe)
+                _Packet(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard)
                 for packet in container.demux(stream)
-                if packet.size and not packet.is_discard
+                if packet.size
             ]
-            if stream.codec_context.name in HIDDEN_FRAME_CODECS or any(pts is None for pts, _, _ in packets):
-                return _frame_table(container, stream, [(pts, pts, False) for pts in _decoded_pts(path)])
+            if stream.codec_context.name in HIDDEN_FRAME_CODECS or any(packet.pts is None for packet in packets):
+                packets = [_Packet(pts, None, is_key=False, is_shown=True) for pts in _decoded_pts(path)]
             return _frame_table(container, stream, packets)
     except av.FFmpegError as error:
         raise UserError(f"video '{path}' cannot be read ({error}); run the pipeline 'validate'") from error
@@ -137,14 +146,12 @@ def _video_stream(container: av.container.InputContainer, path: str) -> av.Video
     return container.streams.video[0]
 
 
-def _frame_table(
-    container: av.container.InputContainer, stream: av.VideoStream, packets: list[tuple[int, int | None, bool]]
-) -> FrameTable:
-    """Sort packets (pts, dts, is keyframe) into the order of presentation."""
-    # Frames shown before the first keyframe refer to pictures that were cut away: no decoder returns them.
-    first = min((pts for pts, _, is_key in packets if is_key), default=None)
-    shown = (packet for packet in packets if first is None or packet[0] >= first)
-    frames = {pts: (dts, is_key) for pts, dts, is_key in sorted(shown, key=lambda packet: packet[0])}
+def _frame_table(container: av.container.InputContainer, stream: av.VideoStream, packets: list[_Packet]) -> FrameTable:
+    """Sort packets into the order of presentation."""
+    # Frames before the first keyframe refer to pictures that were cut away: no decoder returns them.
+    first = min((packet.pts for packet in packets if packet.is_key), default=None)
+    shown = [packet for packet in packets if packet.is_shown and (first is None or packet.pts >= first)]
+    frames = {packet.pts: packet for packet in sorted(shown, key=lambda packet: packet.pts)}
     if not frames:
         raise UserError(f"video '{container.name}' holds no frames; run the pipeline 'validate'")
     pts = np.array(list(frames), dtype=np.int64)
@@ -153,7 +160,11 @@ def _frame_table(
     starts_anywhere = bool(container.format.flags & av.format.Flags.ts_discont.value)
     origin = int(Fraction(container.start_time or 0, av.time_base) / base) if starts_anywhere else 0
     seconds = (pts - origin) * base.numerator / base.denominator
-    keyframes = [(number, dts) for number, (dts, is_key) in enumerate(frames.values()) if is_key and dts is not None]
+    keyframes = [
+        (number, packet.dts)
+        for number, packet in enumerate(frames.values())
+        if packet.is_key and packet.dts is not None
+    ]
     return FrameTable(
         pts=pts,
         seconds=seconds,
@@ -208,8 +219,6 @@ def _from_keyframe(container: av.container.InputContainer, stream: av.VideoStrea
     """Decode from the keyframe at `pts` on; what precedes it may lack its references."""
     started = False
     for frame in container.decode(stream):
-        if not started and _pts(frame) > pts:
-            raise _SeekFailed
         started = started or _pts(frame) == pts
         if started:
             yield frame

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+
+# EXIF orientations that turn the picture by a quarter.
+_LYING = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,10 @@ def _probe_image(path: str, max_pixels: int) -> Probe:
         facts = Probe(width=image.width, height=image.height, n_frames=1, codec=(image.format or "").lower())
         if image.width * image.height > max_pixels:
             return facts
-        ImageOps.exif_transpose(image, in_place=True)
         image.load()
-        return replace(facts, width=image.width, height=image.height)
+        if image.getexif().get(ExifTags.Base.Orientation) in _LYING:
+            return replace(facts, width=image.height, height=image.width)
+        return facts
 
 
 def _probe_video(path: str, max_pixels: int) -> Probe:

@@ -83,10 +83,18 @@ def _check_plan(tokenized: Path, plan_summary: dict[str, Any], batching: Batchin
 
 def _prepare(output_dir: Path, *, resume: bool) -> None:
     """Make the scratch folder; a finished run, or one that must not be resumed, starts afresh."""
+    from qvl_pipeline.engine.checkpoints import completed
+    from qvl_pipeline.engine.metrics import keep_rows_until
+
     if not resume or (output_dir / "result.json").exists():
         shutil.rmtree(output_dir, ignore_errors=True)
     shutil.rmtree(output_dir / "errors", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
+    done = max((step for step, _ in completed(output_dir / "checkpoints")), default=0)
+    if done:
+        print(f"train: continuing after step {done}, the newest checkpoint of this very run", flush=True)
+    # Here and not only in the engine: trackers must not see rows that are about to be written again.
+    keep_rows_until(output_dir / "metrics.jsonl", done)
 
 
 def _run(spec_path: Path, metrics_path: Path, train: TrainConfig, batching: BatchingConfig, steps: int) -> None:

@@ -42,7 +42,7 @@ def training_progress(metrics_path: Path, max_steps: int) -> Iterator[Callable[[
             if not metrics_path.exists():
                 return
             lines = metrics_path.read_text().split("\n")[:-1]
-            if len(lines) == read:
+            if not lines or len(lines) == read:
                 return
             read = len(lines)
             row = json.loads(lines[-1])

@@ -1,0 +1,56 @@
+"""A table with exactly the columns and types of its contract, written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from kedro.io import AbstractDataset, DatasetError
+from kedro.utils import load_obj
+
+
+class TableDataset(AbstractDataset[pd.DataFrame, pd.DataFrame]):
+    """Parquet with a given Arrow schema.
+
+    Plain pandas would write a column as type `null` when no row has a value in it, and write over the old file.
+    """
+
+    def __init__(self, *, filepath: str, schema: str, metadata: dict[str, Any] | None = None) -> None:
+        """Create the dataset.
+
+        Args:
+            filepath: Path of the Parquet file.
+            schema: Dotted name of a `pyarrow.Schema`.
+            metadata: Free-form metadata, read by Kedro plugins.
+        """
+        self._filepath = Path(filepath)
+        self._schema = schema
+        self.metadata = metadata
+
+    def load(self) -> pd.DataFrame:
+        """Load the table; integers stay integers where there are nulls."""
+        if not self._exists():
+            raise DatasetError(f"{self._filepath} does not exist")
+        return pq.read_table(self._filepath).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+    def save(self, data: pd.DataFrame) -> None:
+        """Write a temporary sibling, then move it into place.
+
+        Raises:
+            DatasetError: The table has other columns than the schema, or values that do not fit their types.
+        """
+        table = pa.Table.from_pandas(data, schema=load_obj(self._schema), preserve_index=False)
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._filepath.with_name(f".{self._filepath.name}.partial")
+        # Without pandas' own metadata, which holds the versions of its libraries: the bytes are the data's alone.
+        pq.write_table(table.replace_schema_metadata(None), partial)
+        partial.replace(self._filepath)
+
+    def _exists(self) -> bool:
+        return self._filepath.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath), "schema": self._schema}
