@@ -14,6 +14,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+# Notes its call, and makes a virtual environment of commands like itself when asked for one.
+COMMAND = """
+import sys
+from pathlib import Path
+
+command, *arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    print(Path(command).name, *arguments, file=log)
+if "venv" in arguments:
+    folder = Path(arguments[-1]) / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "pip", "uv", "kedro", "mlflow", "dvc"):
+        (folder / name).write_bytes(Path(command).read_bytes())
+        (folder / name).chmod(0o755)
+"""
+
+
 class Folder:
     """A copy of what `make` reads, and the calls made so far. There are spaces in all paths."""
 
@@ -29,21 +46,12 @@ class Folder:
             (self.commands / name).symlink_to(shutil.which(name))
 
     def add_command(self, name: str) -> None:
-        """Add a command that notes its call, and makes a virtual environment of such commands when asked to."""
-        self.commands.joinpath(name).write_text(
-            f"#!{sys.executable}\n"
-            "import sys\n"
-            "from pathlib import Path\n"
-            f"called = [Path(sys.argv[0]).name, *sys.argv[1:]]\n"
-            f"with open({str(self.log)!r}, 'a') as log: log.write(' '.join(called) + '\\n')\n"
-            "if 'venv' in called:\n"
-            "    folder = Path(called[-1]) / 'bin'\n"
-            "    folder.mkdir(parents=True)\n"
-            "    for name in ('python', 'pip', 'uv', 'kedro', 'mlflow', 'dvc'):\n"
-            "        (folder / name).write_bytes(Path(__file__).read_bytes())\n"
-            "        (folder / name).chmod(0o755)\n"
-        )
-        self.commands.joinpath(name).chmod(0o755)
+        """Add a command that only notes its call."""
+        script = self.commands / "command.py"
+        script.write_text(COMMAND.format(log=str(self.log)))
+        # Not as the interpreter of the script itself: its path may have spaces.
+        (self.commands / name).write_text(f"#!/bin/sh\nexec '{sys.executable}' '{script}' \"$0\" \"$@\"\n")
+        (self.commands / name).chmod(0o755)
 
     def make(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.commands), "HOME": os.environ.get("HOME", "/"), **variables}

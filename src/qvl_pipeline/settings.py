@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from qvl_pipeline.hooks import EarlyChecks, Progress
 from qvl_pipeline.resolvers import project_path, tracking_uri
@@ -18,6 +19,9 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+if not sys.stderr.isatty():
+    # Bars of loading and saving weights; in a log file every redraw would be kept.
+    ENVIRONMENT["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 

@@ -70,6 +70,19 @@ def processor_once(base_model, model) -> ProcessorMixin:
     return load_processor(base_model, model)
 
 
+def test_a_system_turn_that_the_template_adds_is_not_an_answer(processor: ProcessorMixin) -> None:
+    """Qwen2.5-VL's template begins with "You are a helpful assistant." where there is no system turn."""
+    processor.chat_template = (
+        "{%- for message in messages -%}{%- if loop.first and message.role != 'system' -%}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{%- endif -%}"
+        "{{- '<|im_start|>' + message.role + '\n' + message.content[0].text + '<|im_end|>\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+    )
+    turns = [("user", "a"), ("assistant", "1"), ("user", "b"), ("assistant", "2")]
+    assert answers(processor, turns) == [f"1{END}", f"2{END}"]
+    assert trained_text(processor, turns) == f"1{END}2{END}"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_an_error(processor: ProcessorMixin) -> None:
     processor.chat_template = (
         "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"

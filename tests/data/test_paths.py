@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qvl_pipeline.data.paths import MediaFolder, project_path
-from qvl_pipeline.data.rejection import RejectedRowError
+from qvl_pipeline.data.rejection import RejectedRowError, quote
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_leaving_the_folder_is_refused(project: Path, way: str) -> None:
         MediaFolder(Path("data")).locate(reference)
     assert (caught.value.rule, caught.value.detail) == (
         "path_outside_data_folder",
-        f"'{reference}' is outside of 'data'",
+        f"{quote(reference)} is outside of 'data'",
     )
 
 

@@ -158,8 +158,11 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return returned
 
 
-def test_a_far_frame_costs_no_more_than_its_group_of_pictures(tmp_path: Path, decoded: list[int]) -> None:
-    path = str(write_clip(tmp_path / "clip.mp4", [n / 10 for n in range(240)], time_base=Fraction(1, 10), gop=12))
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
+def test_a_far_frame_costs_no_more_than_its_group_of_pictures(tmp_path: Path, decoded: list[int], name: str) -> None:
+    path = tmp_path / name
+    write_clip(path, [n / 10 for n in range(240)], time_base=Fraction(1, 10), gop=12, b_frames=2)
+    path = str(path)
     table = read_frame_table(path)
     list(decode_frames(path, table, [10, 239]))
     assert len(set(decoded)) <= 11 + 12
@@ -212,8 +215,35 @@ def test_a_frame_that_cannot_be_decoded_is_an_error_that_names_it(tmp_path: Path
 def test_a_file_that_is_no_video_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "broken.mp4"
     path.write_bytes(b"\0" * 1000)
-    with pytest.raises(UserError, match=r"video '.*broken.mp4' cannot be read"):
+    with pytest.raises(UserError, match=r"video '.*broken.mp4' cannot be decoded"):
         read_frame_table(str(path))
+
+
+def test_a_damaged_picture_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mkv", CONSTANT, time_base=Fraction(1, 10))
+    table = read_frame_table(str(path))
+    with decoding.av.open(str(path)) as container:
+        payload = max((bytes(packet) for packet in container.demux(video=0)), key=len)
+    path.write_bytes(path.read_bytes().replace(payload, b"\xff" * len(payload)))
+    with pytest.raises(UserError, match=r"clip.mkv'.* cannot be decoded"):
+        list(decode_frames(str(path), table, range(N_FRAMES)))
+
+
+def test_a_file_without_pictures_is_an_error(tmp_path: Path) -> None:
+    path = str(tmp_path / "sound.mka")
+    with decoding.av.open(path, "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = decoding.av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(UserError, match=r"sound.mka' holds no video stream"):
+        read_frame_table(path)
+
+
+def test_a_clip_of_one_frame_has_a_rate(tmp_path: Path) -> None:
+    path = str(write_clip(tmp_path / "clip.mp4", [0.0], time_base=Fraction(1, 10)))
+    table = read_frame_table(path)
+    assert (table.seconds.tolist(), table.fps) == ([0.0], 10.0)
 
 
 def test_torchcodec_is_an_error_when_it_does_not_load_and_optional_for_qwen_vl_utils(

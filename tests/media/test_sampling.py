@@ -141,6 +141,12 @@ def test_a_sub_clip_of_variable_rate_is_bounded_by_true_seconds() -> None:
     assert (IRREGULAR[first], IRREGULAR[last]) == (2.5, 8.0)
 
 
+def test_the_rate_within_a_part_is_that_of_the_part_when_it_varies() -> None:
+    assert sampling.rate_within(IRREGULAR, MEAN_FPS, 0, 20) == pytest.approx(10)
+    assert sampling.rate_within(IRREGULAR, MEAN_FPS, 32, 40) == pytest.approx(1)
+    assert sampling.rate_within(regular_seconds(100, 29.97), 29.97, 3, 50) == 29.97
+
+
 @pytest.mark.parametrize("count", [4, 8, 16])
 def test_frames_of_variable_rate_are_spread_over_time(count: int) -> None:
     indices = sampling.spread_frames(IRREGULAR, MEAN_FPS, 0, len(IRREGULAR) - 1, count)

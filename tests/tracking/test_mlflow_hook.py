@@ -107,6 +107,8 @@ def test_a_stage_alone_records_its_inputs_and_the_fingerprints_of_what_is_there(
     assert json.loads(used["base_model"].source) == {"uri": str(project / "data/06_models/base/base")}
     assert (new.data.tags["data_fingerprint"], new.data.tags["plan_fingerprint"]) == ("data-1", "plan of data-1")
     assert new.data.tags["pipelines"] == "train"
+    run(project, "ingest")
+    assert "plan_fingerprint" not in recorded()[-1].data.tags, "that of another run's plan"
 
 
 def test_pipelines_are_named_in_the_order_of_the_stages(project: Path) -> None:
@@ -166,6 +168,31 @@ def test_an_inherited_run_is_not_continued(project: Path, monkeypatch: pytest.Mo
     assert len(recorded()) == len(before) + 1
     assert recorded()[-2].info.end_time == before[-1].info.end_time
     assert recorded()[-1].info.status == "FINISHED"
+
+
+def test_two_first_runs_at_once_share_the_experiment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    run(project, "ingest")
+    find = MlflowClient.get_experiment_by_name
+    looked_up: list[str] = []
+
+    def look_up(self: MlflowClient, name: str) -> Any:
+        looked_up.append(name)
+        return None if len(looked_up) == 1 else find(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", look_up)
+    run(project, "ingest")
+    assert recorded()[-1].info.status == "FINISHED"
+
+
+def test_a_user_without_a_name_can_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    run(project, "ingest")
+    assert recorded()[-1].data.tags["mlflow.user"] == "unknown"
 
 
 def test_dvc_and_git_are_tags(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +261,8 @@ def wait():
     time.sleep(60)
 
 bootstrap_project(Path.cwd())
-quick.register_pipelines = lambda: {"ingest": Pipeline([Node(wait, None, "raw_manifest", name="wait")])}
+waiting = Pipeline([Node(wait, None, "raw_manifest", name="wait")])
+quick.register_pipelines = lambda: {"ingest": waiting, "__default__": waiting}
 pipelines.configure("tests.kedro_project")
 run(["--pipelines", "ingest"])
 """

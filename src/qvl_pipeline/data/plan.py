@@ -105,9 +105,8 @@ def plan_fingerprint(tokenized_path: Path, batching: BatchingConfig, weights: Ma
 
 def _train_samples(tokenized: TokenizedSamples, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
     """The samples to train on, and the ids of those that are too long for a pack."""
-    table = tokenized.columns(
-        ["sample_id", "source", "split", "length", "vit_patches", "supervised_tokens"]
-    ).to_pandas()
+    names = ["sample_id", "source", "split", "length", "vit_patches", "supervised_tokens"]
+    table = tokenized.columns(names).to_pandas()
     train = table[table["split"] == "train"]
     if train.empty:
         raise UserError("there is no sample of the split 'train': nothing would be trained")
@@ -131,10 +130,10 @@ def _train_samples(tokenized: TokenizedSamples, batching: BatchingConfig) -> tup
     return _Samples(kept.index.to_numpy(), *columns), overlong
 
 
-def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str, float]) -> list[Pack]:
+def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str, float]) -> list[np.ndarray]:
     """The packs of the whole run in training order, as positions in `samples`."""
     limit = batching.max_steps * batching.packs_per_step if batching.max_steps > 0 else None
-    packs: list[Pack] = []
+    packs: list[np.ndarray] = []
     epoch = 0
     while epoch < batching.num_train_epochs if limit is None else len(packs) < limit:
         drawn = _draw(samples.sources, weights, epoch, batching.seed)

@@ -122,14 +122,7 @@ class MediaGrids:
             max_pixels=self._images.size["longest_edge"],
         )
         grid_h, grid_w = height // self._images.patch_size, width // self._images.patch_size
-        return {
-            "type": "image",
-            "key": path,
-            "grid_t": 1,
-            "grid_h": grid_h,
-            "grid_w": grid_w,
-            "seconds_per_grid": 0.0,
-        }
+        return {"type": "image", "key": path, "grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
 
 
 def tokenize_samples(samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin) -> Iterator[pa.RecordBatch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -16,8 +17,8 @@ from qvl_pipeline.errors import UserError
 
 Backend = Literal["pyav", "torchcodec"]
 
-# A seek restarts the decoder and costs about as much as decoding this many frames.
-SEEK_COST_FRAMES = 12
+# A seek restarts the decoder; with the keyframe it costs as much as 5 to 7 frames (H.264 of 360 and 1080 lines).
+SEEK_COST_FRAMES = 8
 # Their packets include frames that are never shown ("alternate reference"), so frames must be decoded to be counted.
 HIDDEN_FRAME_CODECS = frozenset({"vp8"})
 
@@ -31,14 +32,14 @@ class FrameTable:
         seconds: The same in seconds of the clip, float64 `[N]`.
         fps: Mean frame rate.
         keyframes: Frame numbers at which decoding can start, ascending.
-        keyframe_dts: Decoding time of each of them, where the demuxer must seek to.
+        seek_times: Time to seek to for each of them, in units of the time base.
     """
 
     pts: np.ndarray
     seconds: np.ndarray
     fps: float
     keyframes: list[int]
-    keyframe_dts: list[int]
+    seek_times: list[int]
 
 
 class _Packet(NamedTuple):
@@ -66,19 +67,15 @@ def read_frame_table(path: str) -> FrameTable:
     Raises:
         UserError: The file cannot be read, or holds no video.
     """
-    try:
-        with av.open(path) as container:
-            stream = _video_stream(container, path)
-            packets = [
-                _Packet(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard)
-                for packet in container.demux(stream)
-                if packet.size
-            ]
-            if stream.codec_context.name in HIDDEN_FRAME_CODECS or any(packet.pts is None for packet in packets):
-                packets = [_Packet(pts, None, is_key=False, is_shown=True) for pts in _decoded_pts(path)]
-            return _frame_table(container, stream, packets)
-    except av.FFmpegError as error:
-        raise UserError(f"video '{path}' cannot be read ({error}); run the pipeline 'validate'") from error
+    with _open(path) as (container, stream):
+        packets = [
+            _Packet(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard)
+            for packet in container.demux(stream)
+            if packet.size
+        ]
+        if stream.codec_context.name in HIDDEN_FRAME_CODECS or any(packet.pts is None for packet in packets):
+            packets = [_Packet(pts, None, is_key=False, is_shown=True) for pts in _decoded_pts(path)]
+        return _frame_table(container, stream, packets)
 
 
 def decode_frames(
@@ -108,8 +105,6 @@ def decode_frames(
             done += 1
     except _SeekFailed:
         yield from _decode_pyav(path, table, indices[done:], seeking=False)
-    except av.FFmpegError as error:
-        raise UserError(f"video '{path}' cannot be decoded ({error}); run the pipeline 'validate'") from error
 
 
 def choose_backend(asked: str) -> Backend:
@@ -140,10 +135,18 @@ def choose_backend(asked: str) -> Backend:
     return "torchcodec"
 
 
-def _video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
-    if not container.streams.video:
-        raise UserError(f"video '{path}' holds no video stream; run the pipeline 'validate'")
-    return container.streams.video[0]
+@contextmanager
+def _open(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open a file and its first video stream; what FFmpeg cannot decode is an error that names the file."""
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise UserError(f"video '{path}' holds no video stream; run the pipeline 'validate'")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # clips are decoded side by side, each in a thread of its own
+            yield container, stream
+    except av.FFmpegError as error:
+        raise UserError(f"video '{path}' cannot be decoded ({error}); run the pipeline 'validate'") from error
 
 
 def _frame_table(container: av.container.InputContainer, stream: av.VideoStream, packets: list[_Packet]) -> FrameTable:
@@ -160,17 +163,16 @@ def _frame_table(container: av.container.InputContainer, stream: av.VideoStream,
     starts_anywhere = bool(container.format.flags & av.format.Flags.ts_discont.value)
     origin = int(Fraction(container.start_time or 0, av.time_base) / base) if starts_anywhere else 0
     seconds = (pts - origin) * base.numerator / base.denominator
-    keyframes = [
-        (number, packet.dts)
-        for number, packet in enumerate(frames.values())
-        if packet.is_key and packet.dts is not None
-    ]
+    keyframes = [(number, packet) for number, packet in enumerate(frames.values()) if packet.is_key]
+    # The same formats are searched by decoding time, all others have an index of presentation times.
     return FrameTable(
         pts=pts,
         seconds=seconds,
         fps=_mean_fps(stream, seconds),
         keyframes=[number for number, _ in keyframes],
-        keyframe_dts=[dts for _, dts in keyframes],
+        seek_times=[
+            packet.dts if starts_anywhere and packet.dts is not None else packet.pts for _, packet in keyframes
+        ],
     )
 
 
@@ -185,8 +187,8 @@ def _mean_fps(stream: av.VideoStream, seconds: np.ndarray) -> float:
 
 def _decoded_pts(path: str) -> list[int]:
     """Presentation times by decoding everything, for files whose packets do not tell."""
-    with av.open(path) as container:
-        return [_pts(frame) for frame in container.decode(container.streams.video[0])]
+    with _open(path) as (container, stream):
+        return [_pts(frame) for frame in container.decode(stream)]
 
 
 def _pts(frame: av.VideoFrame) -> int:
@@ -198,9 +200,7 @@ def _pts(frame: av.VideoFrame) -> int:
 
 def _decode_pyav(path: str, table: FrameTable, indices: Sequence[int], *, seeking: bool) -> Iterator[np.ndarray]:
     """Decode in one pass, skipping ahead by keyframe where that saves more frames than a seek costs."""
-    with av.open(path) as container:
-        stream = _video_stream(container, path)
-        stream.codec_context.thread_count = 1  # clips are decoded side by side, each in a thread of its own
+    with _open(path) as (container, stream):
         decoded = container.decode(stream)
         to_rgb = VideoReformatter()  # one for all frames: setting it up costs more than converting a small frame
         picture, position = None, -1  # the frame last yielded, and its number
@@ -208,7 +208,7 @@ def _decode_pyav(path: str, table: FrameTable, indices: Sequence[int], *, seekin
             if index != position or picture is None:
                 nearest = bisect_right(table.keyframes, index) - 1
                 if seeking and nearest >= 0 and table.keyframes[nearest] - position > SEEK_COST_FRAMES:
-                    container.seek(table.keyframe_dts[nearest], stream=stream)
+                    container.seek(table.seek_times[nearest], stream=stream)
                     decoded = _from_keyframe(container, stream, int(table.pts[table.keyframes[nearest]]))
                 picture = _upright(_advance(decoded, path, table, index), to_rgb)
                 position = index

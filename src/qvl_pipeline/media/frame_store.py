@@ -87,8 +87,8 @@ def encode_frame(frame: np.ndarray, encoding: str, jpeg_quality: int) -> bytes:
     if encoding == "raw":
         return frame.tobytes()
     buffer = io.BytesIO()
-    # Level 1: level 6 takes four times as long to write and saves little on photographs.
-    options = {"png": {"compress_level": 1}, "jpeg": {"quality": jpeg_quality}}[encoding]
+    # Level 3 takes half the time of level 6, the default, for an eighth more bytes; level 1 gains no time on frames.
+    options = {"png": {"compress_level": 3}, "jpeg": {"quality": jpeg_quality}}[encoding]
     Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(buffer, format=encoding, **options)
     return buffer.getvalue()
 
@@ -116,18 +116,12 @@ class FrameStoreWriter:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the shard; write the index unless an error left the store incomplete."""
         self._close_shard()
         if error is None:
-            pq.write_table(
-                pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA),
-                self._folder / "index.parquet",
-            )
+            pq.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
 
     def add(self, clip: StoredClip) -> None:
         """Append one clip."""
@@ -135,21 +129,17 @@ class FrameStoreWriter:
             self._shard = f"frames-{self._shards:05d}.arrow"
             self._writer = pa.ipc.new_file(str(self._folder / self._shard), FRAME_SCHEMA)
             self._shards += 1
-        columns = {
-            "frame": clip.frames,
-            "second": clip.seconds,
-            "index": clip.frame_indices,
-        }
+        columns = {"frame": clip.frames, "second": clip.seconds, "index": clip.frame_indices}
         batch = pa.record_batch(columns, schema=FRAME_SCHEMA)
         self._writer.write_batch(batch)
         self._rows.append(
-            {
+            {name: value for name, value in vars(clip).items() if name != "frames"}
+            | {
                 "clip_id": clip_id(clip.path, clip.start, clip.end),
                 "shard": self._shard,
                 "batch": self._batches,
                 "n_frames": len(clip.frames),
             }
-            | {field.name: getattr(clip, field.name) for field in INDEX_SCHEMA if hasattr(clip, field.name)}
         )
         self._batches += 1
         self._bytes += batch.nbytes

@@ -18,12 +18,7 @@ class PatchLoader:
     """Turns the `media` entries of `tokenized_samples` into patches. Objects can be pickled."""
 
     def __init__(
-        self,
-        *,
-        patch_size: int,
-        temporal_patch_size: int = 2,
-        merge_size: int = 2,
-        frame_store: Path | None,
+        self, *, patch_size: int, temporal_patch_size: int = 2, merge_size: int = 2, frame_store: Path | None
     ) -> None:
         """Set up a loader.
 
@@ -33,11 +28,7 @@ class PatchLoader:
             merge_size: Side of a merged token in patches.
             frame_store: Folder of the sampled clips; `None` when there are none.
         """
-        self._layout = {
-            "patch_size": patch_size,
-            "temporal_patch_size": temporal_patch_size,
-            "merge_size": merge_size,
-        }
+        self._layout = {"patch_size": patch_size, "temporal_patch_size": temporal_patch_size, "merge_size": merge_size}
         self._values = 3 * temporal_patch_size * patch_size**2
         self._store = None if frame_store is None else FrameStore(frame_store)
 
@@ -76,10 +67,7 @@ class PatchLoader:
             raise UserError(f"'{item['key']}' is a clip, but no frame store was given: run the pipeline 'sample'")
         frames = self._store.frames(item["key"])
         planned = (item["grid_t"], height, width)
-        stored = (
-            -(-len(frames) // self._layout["temporal_patch_size"]),
-            *frames.shape[2:],
-        )
+        stored = (-(-len(frames) // self._layout["temporal_patch_size"]), *frames.shape[2:])
         if stored != planned:
             raise UserError(
                 f"clip '{item['key']}' has (temporal patches, height, width) {stored} in the frame store, but {planned}"

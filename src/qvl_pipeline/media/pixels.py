@@ -47,22 +47,12 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if picture.shape[-2:] == (height, width):
         return picture
-    resized = tvf.resize(
-        torch.from_numpy(picture),
-        [height, width],
-        InterpolationMode.BICUBIC,
-        antialias=True,
-    )
+    resized = tvf.resize(torch.from_numpy(picture), [height, width], InterpolationMode.BICUBIC, antialias=True)
     return resized.numpy()
 
 
 def patchify(
-    frames: np.ndarray,
-    out: np.ndarray,
-    *,
-    patch_size: int,
-    temporal_patch_size: int,
-    merge_size: int,
+    frames: np.ndarray, out: np.ndarray, *, patch_size: int, temporal_patch_size: int, merge_size: int
 ) -> None:
     """Cut frames into patches, in the order in which the vision tower merges them.
 
@@ -80,24 +70,10 @@ def patchify(
     if missing:
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
     count, channels, height, width = frames.shape
-    rows, columns = (
-        height // (patch_size * merge_size),
-        width // (patch_size * merge_size),
-    )
-    time = count // temporal_patch_size
-    pixels = frames.reshape(
-        (
-            time,
-            temporal_patch_size,
-            channels,
-            rows,
-            merge_size,
-            patch_size,
-            columns,
-            merge_size,
-            patch_size,
-        )
-    ).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    side = patch_size * merge_size
+    times, rows, columns = count // temporal_patch_size, height // side, width // side
+    split = (times, temporal_patch_size, channels, rows, merge_size, patch_size, columns, merge_size, patch_size)
+    pixels = frames.reshape(split).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
     out.reshape(pixels.shape)[...] = pixels
 
 

@@ -17,14 +17,7 @@ MAX_RATIO = 200
 
 
 def smart_nframes(
-    n_frames: int,
-    source_fps: float,
-    *,
-    strategy: str,
-    fps: float,
-    frame_num: int,
-    min_frames: int,
-    max_frames: int,
+    n_frames: int, source_fps: float, *, strategy: str, fps: float, frame_num: int, min_frames: int, max_frames: int
 ) -> int:
     """Count the frames to sample (`qwen_vl_utils.smart_nframes`).
 
@@ -107,6 +100,13 @@ def spread_frames(seconds: np.ndarray, fps: float, first: int, last: int, count:
         return torch.linspace(first, last, count).round().long().tolist()
     moments = np.linspace(seconds[first], seconds[last], count)
     return (np.searchsorted(seconds, moments, side="right") - 1).tolist()
+
+
+def rate_within(seconds: np.ndarray, fps: float, first: int, last: int) -> float:
+    """Frame rate between two frames: the mean rate, unless the rate varies."""
+    if is_regular(seconds, fps):
+        return fps
+    return float((last - first) / (seconds[last] - seconds[first]))
 
 
 def is_regular(seconds: np.ndarray, fps: float) -> bool:

@@ -147,10 +147,10 @@ class MlflowHook:
     def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
         tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}
         tags |= git_tags(self._context.project_path) | dvc_tags()
-        for name, wanted in self._wanted.items():
-            if wanted.get("tags") and name not in pipeline.all_outputs() and catalog.exists(name):
+        for name in sorted(_upstream(pipeline) - pipeline.all_outputs()):
+            if (wanted := self._wanted.get(name, {}).get("tags")) and catalog.exists(name):
                 content = catalog.load(name)
-                tags |= {tag: content[key] for tag, key in wanted["tags"].items()}
+                tags |= {tag: content[key] for tag, key in wanted.items()}
         if self._training_run:
             # MLflow then shows this run below that of the training.
             tags["mlflow.parentRunId"] = self._training_run
@@ -166,6 +166,13 @@ def _going_on(what: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         logger.warning("MLflow does not have %s: %s", what, without_secrets(str(error)))
+
+
+def _upstream(pipeline: Pipeline) -> set[str]:
+    """Return what `pipeline` goes back to: its inputs, and all that they were made from."""
+    chain = pipelines["__default__"]
+    inputs = pipeline.inputs() & chain.all_outputs()
+    return chain.to_outputs(*inputs).all_outputs() if inputs else set()
 
 
 def _blocks(pipeline: Pipeline) -> list[str]:

@@ -55,7 +55,9 @@ def list_clips(valid_samples: pd.DataFrame) -> list[Clip]:
 
 
 def check_lengths(clips: Iterable[Clip], media_index: pd.DataFrame, sample: SampleConfig) -> None:
-    """Refuse clips that are too short for the parameters.
+    """Refuse files that are too short for the parameters.
+
+    Parts of files are checked when they are read: how many frames lie between two seconds only the file can tell.
 
     Args:
         clips: Clips to sample.
@@ -63,7 +65,7 @@ def check_lengths(clips: Iterable[Clip], media_index: pd.DataFrame, sample: Samp
         sample: Which frames are wanted.
 
     Raises:
-        UserError: There is such a clip; the message names the first and counts them.
+        UserError: There are such files; the message counts them and names the first.
     """
     videos = media_index.loc[media_index["type"] == "video", ["path", "n_frames", "fps"]]
     files = {path: (n_frames, fps) for path, n_frames, fps in videos.itertuples(index=False)}
@@ -71,14 +73,16 @@ def check_lengths(clips: Iterable[Clip], media_index: pd.DataFrame, sample: Samp
     for path, start, end in clips:
         if path not in files:
             raise UserError(f"video '{path}' is not in media_index: run the pipeline 'validate' again")
+        if start is not None or end is not None:
+            continue
         n_frames, fps = files[path]
         try:
-            _choose_frames(np.arange(int(n_frames)) / fps, fps, start, end, sample)
+            _count_frames(int(n_frames), fps, sample)
         except ValueError as error:
             problems.append(f"'{path}' ({error})")
     if problems:
         raise UserError(
-            f"{len(problems)} clips cannot be sampled with these parameters, the first is {problems[0]}: raise "
+            f"{len(problems)} clips are too short to be sampled like this, the first is {problems[0]}: raise "
             "validate.min_video_frames to quarantine them, or lower sample.frame_num"
         )
 
@@ -139,19 +143,25 @@ def read_clip(clip: Clip, *, sample: SampleConfig, patch_size: int, backend: str
 def _choose_frames(
     seconds: np.ndarray, fps: float, start: float | None, end: float | None, sample: SampleConfig
 ) -> list[int]:
-    from qvl_pipeline.media.sampling import frame_range, smart_nframes, spread_frames
+    from qvl_pipeline.media.sampling import frame_range, rate_within, spread_frames
 
     first, last = frame_range(seconds, fps, start, end)
-    count = smart_nframes(
-        last - first + 1,
-        fps,
+    count = _count_frames(last - first + 1, rate_within(seconds, fps, first, last), sample)
+    return spread_frames(seconds, fps, first, last, count)
+
+
+def _count_frames(n_frames: int, source_fps: float, sample: SampleConfig) -> int:
+    from qvl_pipeline.media.sampling import smart_nframes
+
+    return smart_nframes(
+        n_frames,
+        source_fps,
         strategy=sample.video_sampling_strategy,
         fps=sample.fps,
         frame_num=sample.frame_num,
         min_frames=sample.video_min_frames,
         max_frames=sample.video_max_frames,
     )
-    return spread_frames(seconds, fps, first, last, count)
 
 
 def _write_store(folder: Path, *, clips: list[Clip], read: Callable[[Clip], StoredClip]) -> None:

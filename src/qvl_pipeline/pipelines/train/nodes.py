@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
@@ -64,6 +63,8 @@ def train(
     metrics_path = output_dir / "metrics.jsonl"
     _run(spec_path, metrics_path, train, batching, plan_summary["steps"])
     rows = pd.read_json(metrics_path, lines=True).drop(columns="loss_by_source")
+    import mlflow
+
     active = mlflow.active_run()
     result = json.loads((output_dir / "result.json").read_text()) | {
         "plan_fingerprint": plan_summary["fingerprint"],
