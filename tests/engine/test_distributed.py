@@ -101,7 +101,8 @@ def test_export_is_the_last_checkpoint_under_names_that_transformers_knows(
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    AutoProcessor.from_pretrained(folder)
+    limits = dict(AutoProcessor.from_pretrained(folder).image_processor.size)
+    assert limits == {"shortest_edge": training.model.image_min_pixels, "longest_edge": training.model.image_max_pixels}
     assert model.generation_config.eos_token_id is not None
     assert model.config._attn_implementation != "qvl_flash_varlen"
     dcp_to_torch_save(Path(training.run.output_dir) / "checkpoints" / "checkpoint-3", tmp_path / "full.pt")

@@ -79,6 +79,8 @@ def make_training(
             freeze_modules=(),
             gradient_checkpointing=False,
             use_liger_kernel=False,
+            image_min_pixels=3136,
+            image_max_pixels=50176,
         ),
         data=spec.DataSpec(
             tokenized=str(folder / "tokenized.arrow"),

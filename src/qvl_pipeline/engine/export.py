@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoProcessor, GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import TrainSpec
 
 
-def export(model: PackedVLM, spec: TrainSpec) -> None:
+def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None:
     """Write the float32 weights, the processor and the generation config; called by all ranks."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
@@ -34,4 +34,4 @@ def export(model: PackedVLM, spec: TrainSpec) -> None:
         weights.pop(tied)
     twin.save_pretrained(folder, state_dict=weights)
     GenerationConfig.from_pretrained(spec.model.path).save_pretrained(folder)
-    AutoProcessor.from_pretrained(spec.model.processor).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -42,6 +42,8 @@ class ModelSpec:
         freeze_modules: Short names or globs of parts that stay as they are.
         gradient_checkpointing: Recompute activations in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
+        image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
+        image_max_pixels: Most pixels of an image.
     """
 
     path: str
@@ -51,6 +53,8 @@ class ModelSpec:
     freeze_modules: tuple[str, ...]
     gradient_checkpointing: bool
     use_liger_kernel: bool
+    image_min_pixels: int
+    image_max_pixels: int
 
 
 @dataclass(frozen=True)

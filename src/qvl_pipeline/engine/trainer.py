@@ -47,10 +47,10 @@ class Trainer:
         self.mesh, self.device = start_process_group()
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
-        processor = AutoProcessor.from_pretrained(spec.model.processor)
-        self.model, self.facts = _load_model(spec, processor, self.device)
+        self.processor = _load_processor(spec)
+        self.model, self.facts = _load_model(spec, self.processor, self.device)
         self.facts["wrapped"] = shard(self.model, self.mesh, spec.parallel)
-        self.builder = _make_builder(spec, self.model, processor)
+        self.builder = _make_builder(spec, self.model, self.processor)
         self.optimizer = make_optimizer(self.model, spec.optim)
 
     def run(self) -> None:
@@ -73,7 +73,7 @@ class Trainer:
             checkpoints.save(
                 output_dir / "checkpoints", len(steps), self.model, self.optimizer, spec.run.save_total_limit
             )
-        export(self.model, spec)
+        export(self.model, self.processor, spec)
         if self.leads:
             self._write_result(output_dir, steps, done, final_loss, time.perf_counter() - started)
         dist.barrier()
@@ -164,6 +164,14 @@ class Trainer:
             **self.facts,
         }
         (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _load_processor(spec: TrainSpec) -> Any:
+    """Load the processor with the image limits that the samples were tokenised with, which its export must have too."""
+    processor = AutoProcessor.from_pretrained(spec.model.processor)
+    limits = {"shortest_edge": spec.model.image_min_pixels, "longest_edge": spec.model.image_max_pixels}
+    processor.image_processor.size = limits
+    return processor
 
 
 def _load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:

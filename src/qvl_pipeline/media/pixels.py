@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as tvf
 def open_image(path: Path) -> np.ndarray:
     """Open an image the way it is meant to be seen: upright, and over white where it is transparent.
 
-    Same as transformers' `load_image` (EXIF orientation) and `convert_to_rgb` (white ground).
+    Same as transformers' `load_image` (EXIF orientation) and `convert_to_rgb` (white ground, as in qwen_vl_utils;
+    before release 5.21 transformers showed the colours below the transparency).
 
     Args:
         path: Image file.

@@ -115,8 +115,8 @@ def make_sinks(report_to: list[str], metrics_path: Path, run_name: str) -> list[
 
 
 def training_metrics(row: Row) -> dict[str, float]:
-    """Return the numbers of a row under the names that all trackers show (`train/loss`), without the step itself."""
-    return {f"train/{name}": value for name, value in numbers(row, "/").items() if name != "step"}
+    """Return the numbers of a row under the names that all trackers show (`train/loss`), without steps."""
+    return {f"train/{name}": value for name, value in numbers(row, "/").items() if name not in ("step", "max_steps")}
 
 
 def _mlflow_sink(metrics_path: Path, run_name: str) -> MetricsSink:

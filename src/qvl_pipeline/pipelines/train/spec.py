@@ -81,6 +81,8 @@ def make_spec(
             freeze_modules=tuple(train.freeze_modules),
             gradient_checkpointing=train.gradient_checkpointing,
             use_liger_kernel=train.use_liger_kernel,
+            image_min_pixels=model.image_min_pixels,
+            image_max_pixels=model.image_max_pixels,
         ),
         data=spec.DataSpec(
             tokenized=str(tokenized_samples.resolve()),
