@@ -60,7 +60,7 @@ clean: ## Remove .venv and everything tools have cached. Data, models and MLflow
 # and each training process compile their imports anew, which takes longer than importing them.
 $(ENVIRONMENT): requirements.lock pyproject.toml
 	@command -v "$(UV)" >/dev/null || { echo "==> uv is not installed: getting a private copy into .uv/"; \
-	    python3 -m venv .uv && .uv/bin/pip install --quiet uv; } || { \
+	    python3 -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv; } || { \
 	    echo "Install uv (https://docs.astral.sh/uv) or the venv module of python3, and try again." >&2; exit 1; }
 	@test -x .venv/bin/python || "$(UV)" venv --quiet --python ">=3.11,<3.14" .venv
 	@echo "==> installing requirements.lock into .venv (several GB the first time)"

@@ -13,6 +13,7 @@ from qvl_pipeline.tracking.mlflow_hook import MlflowHook
 ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DAFT_SHOW_QUERY_ID": "false",
     # The tables that MLflow makes in a new database are nobody's news.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     # A tracking server that is down is not waited for; by default, every call to it takes four minutes.

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.table import Table
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.progress import progress_bar
@@ -68,7 +70,22 @@ def generate(
             )
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
     table = prediction_table(chosen, questions, answers)
-    return table, {name: average_scores(table["kind"], table["task"], table[f"{name}_correct"]) for name in answers}
+    metrics = {name: average_scores(table["kind"], table["task"], table[f"{name}_correct"]) for name in answers}
+    _print_scores(metrics)
+    return table, metrics
+
+
+def _print_scores(metrics: dict[str, Any]) -> None:
+    """Print the scores of every kind, one column a model."""
+    table = Table("kind", "samples", *(f"{name} model" for name in metrics))
+    for kind, scores in next(iter(metrics.values())).items():
+        values = (model[kind] for model in metrics.values())
+        table.add_row(kind, str(scores["n"]), *(_percentages(value) for value in values))
+    Console().print(table)
+
+
+def _percentages(scores: dict[str, float]) -> str:
+    return ", ".join(f"{metric} {value:.1%}" for metric, value in scores.items() if metric != "n")
 
 
 def write_report(
