@@ -17,6 +17,7 @@ from qvl_pipeline.engine.attention import use_packed_attention
 from qvl_pipeline.engine.batch import BatchBuilder
 from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
 
 MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
 
@@ -63,6 +64,7 @@ def hf_model(family: str, tiny_folders: Callable[[str], Path]) -> PreTrainedMode
 def packed(family: str, tiny_folders: Callable[[str], Path]) -> PackedVLM:
     hf = AutoModelForImageTextToText.from_pretrained(tiny_folders(family), dtype=torch.float32)
     use_packed_attention(hf, "auto", torch.device("cpu"))
+    use_linear_patch_embedding(hf)
     return PackedVLM(hf, FAMILIES[family], MEAN, STD)
 
 

@@ -18,6 +18,7 @@ from qvl_pipeline.engine.freezing import freeze
 from qvl_pipeline.engine.loss import token_losses
 from qvl_pipeline.engine.metrics import keep_rows_until
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizer
+from qvl_pipeline.engine.patch_embedding import PatchProjection, use_linear_patch_embedding
 from qvl_pipeline.engine.spec import OptimSpec, TrainSpec
 from tests.engine.training import make_training
 
@@ -120,6 +121,21 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(chunked, whole)
     for actual, reference in zip(torch.autograd.grad(chunked.sum(), (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(actual, reference)
+
+
+class TestPatchEmbedding:
+    def test_same_result_and_parameters_as_the_convolution(self, hf_model: PreTrainedModel) -> None:
+        vision = hf_model.config.vision_config
+        patches = torch.randn(7, 3 * vision.temporal_patch_size * vision.patch_size**2)
+        names = list(hf_model.state_dict())
+        expected = hf_model.model.visual.patch_embed(patches)
+        use_linear_patch_embedding(hf_model)
+        torch.testing.assert_close(hf_model.model.visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-5)
+        assert list(hf_model.state_dict()) == names
+
+    def test_overlapping_patches_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="not a plain projection"):
+            PatchProjection(torch.nn.Conv3d(3, 8, kernel_size=4, stride=2))
 
 
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:

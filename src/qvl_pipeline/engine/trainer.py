@@ -24,6 +24,7 @@ from qvl_pipeline.engine.kernels import use_liger_kernels
 from qvl_pipeline.engine.metrics import MetricsWindow, keep_rows_until
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizer
 from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.sharding import shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -178,6 +179,7 @@ def _load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[
     family = FAMILIES[spec.model.family]
     hf = AutoModelForImageTextToText.from_pretrained(spec.model.path, dtype=torch.float32)
     hf.train()
+    use_linear_patch_embedding(hf)
     facts: dict[str, Any] = {
         "attention": use_packed_attention(hf, spec.model.attn_implementation, device),
         "frozen": freeze(hf, family, spec.model.freeze_modules),
