@@ -118,7 +118,7 @@ def test_a_machine_without_uv_gets_a_private_one(folder: Folder) -> None:
     assert folder.make("setup").returncode == 0
     assert folder.calls() == [
         "python3 -m venv .uv",
-        "pip install --quiet uv",
+        "pip install --quiet --disable-pip-version-check uv",
         "uv venv --quiet --python >=3.11,<3.14 .venv",
         *INSTALL,
     ]

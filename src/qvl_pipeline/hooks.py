@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class EarlyChecks:
         profile = conf / (context.env or loader.default_run_env)
         _check_profile(profile)
         check_parameters(loader["parameters"], loader.runtime_params or {}, [profile, conf / loader.base_env])
+        # Paths in parameters and tables start at the project root, wherever the command was started.
+        os.chdir(context.project_path)
 
     @hook_impl
     def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:

@@ -53,6 +53,10 @@ class TestSharingOut:
         assert ranks[1].micro_batches[2].sample_rows == ()
         assert {step.supervised_tokens for step in ranks} == {10}
 
+    def test_training_only_the_tower_calls_it_for_text_too(self) -> None:
+        (step,) = share_out([[Pack((0,), 5, 0, 2)]], 0, 1, packs_per_micro_batch=1, always_vision=True)
+        assert [micro_batch.vision for micro_batch in step.micro_batches] == [True]
+
     def test_plan_with_a_gap_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "plan.parquet"
         row = {"pack": 0, "sample_rows": [0], "tokens": 1, "vit_patches": 0, "supervised_tokens": 1}
@@ -153,7 +157,7 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
 
 def test_resumed_metrics_drop_rows_that_will_be_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 2, "lo')
     keep_rows_until(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 

@@ -109,6 +109,12 @@ def test_the_base_model_can_be_left_out(inputs: dict[str, Any]) -> None:
     assert len(predictions) == 1
 
 
+def test_a_model_of_another_plan_is_refused(inputs: dict[str, Any]) -> None:
+    given = {**inputs, "plan_summary": inputs["plan_summary"] | {"fingerprint": "0ther"}}
+    with pytest.raises(UserError, match=r"another pack plan.*--pipelines train"):
+        generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+
+
 def test_an_empty_eval_split_is_said_before_any_model_is_loaded(inputs: dict[str, Any], tmp_path: Path) -> None:
     write_tokenized(tmp_path / "tokenized.arrow", [])
     given = {**inputs, "tokenized_samples": tmp_path / "tokenized.arrow", "trained_model": tmp_path / "nothing"}

@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train.launcher import RankFailedError, launch
-from qvl_pipeline.pipelines.train.nodes import _prepare, _processes
+from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepare, _processes, _publish
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from tests.engine.training import changed, make_training
@@ -45,8 +46,10 @@ def start(spec: TrainSpec) -> tuple[Path, Path]:
 
 class TestFingerprint:
     def test_what_only_changes_the_view_keeps_the_checkpoints(self) -> None:
-        first = run_fingerprint(MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY)
-        assert run_fingerprint(MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY) == first
+        first = run_fingerprint(MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY, [])
+        assert (
+            run_fingerprint(MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY, []) == first
+        )
 
     @pytest.mark.parametrize(
         ("model", "train", "plan"),
@@ -59,7 +62,33 @@ class TestFingerprint:
     def test_what_changes_the_training_does_not_share_checkpoints(
         self, model: ModelConfig, train: TrainConfig, plan: dict
     ) -> None:
-        assert run_fingerprint(model, train, plan) != run_fingerprint(MODEL, TrainConfig(), SUMMARY)
+        assert run_fingerprint(model, train, plan, []) != run_fingerprint(MODEL, TrainConfig(), SUMMARY, [])
+
+    def test_other_content_of_the_same_files_does_not_share_checkpoints(self, tmp_path: Path) -> None:
+        weights = tmp_path / "weights"
+        weights.write_text("a")
+        first = run_fingerprint(MODEL, TrainConfig(), SUMMARY, [weights])
+        weights.write_text("b")
+        assert run_fingerprint(MODEL, TrainConfig(), SUMMARY, [weights]) != first
+
+
+def test_parameters_that_the_tokens_were_not_made_for_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"path": ".", "parameters": MODEL.prepared()}))
+    changed_model = MODEL.model_copy(update={"image_max_pixels": 9999})
+    ingest = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
+    with pytest.raises(UserError, match=r"model.image_max_pixels = 1003520, but this run has 9999.*sample,tokenize"):
+        _check_inputs(tmp_path, tmp_path / "t.arrow", SUMMARY, changed_model, BatchingConfig(), ingest)
+
+
+class TestPublishing:
+    def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        for part in ("export/model.safetensors", "checkpoints/checkpoint-9/COMPLETE", "metrics.jsonl", "result.json"):
+            (run / part).parent.mkdir(parents=True, exist_ok=True)
+            (run / part).touch()
+        _publish(run, tmp_path / "trained")
+        assert [path.name for path in (tmp_path / "trained").iterdir()] == ["model.safetensors"]
+        assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "PUBLISHED"}
 
 
 class TestSpec:
@@ -117,9 +146,15 @@ class TestPreparing:
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
         assert not (folder / "errors").exists()
 
-    def test_finished_run_starts_afresh(self, tmp_path: Path) -> None:
+    def test_run_that_was_not_published_is_kept_whole(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         (folder / "result.json").touch()
+        _prepare(folder, resume=True)
+        assert (folder / "result.json").exists()
+
+    def test_published_run_starts_afresh(self, tmp_path: Path) -> None:
+        folder = self.interrupted(tmp_path)
+        (folder / "PUBLISHED").touch()
         _prepare(folder, resume=True)
         assert list(folder.iterdir()) == []
 

@@ -43,6 +43,10 @@ class ModelConfig(Block):
             raise ValueError("processor_name needs load_from_pretrained_path: the tiny model has its own processor")
         return self
 
+    def prepared(self) -> dict[str, object]:
+        """Return what decides the base model and the tokens; attention is chosen anew by every stage."""
+        return self.model_dump(mode="json", exclude={"attn_implementation"})
+
     @property
     def patch_size(self) -> int:
         """Side of one vision patch in pixels."""

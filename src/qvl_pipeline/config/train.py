@@ -97,6 +97,15 @@ class TrainConfig(Block):
         return value
 
     @model_validator(mode="after")
+    def _constant_has_no_warmup(self) -> TrainConfig:
+        if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
+            raise ValueError(
+                "lr_scheduler_type 'constant' has no warmup: use 'constant_with_warmup', or set warmup_ratio and "
+                "warmup_steps to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _none_stands_alone(self) -> TrainConfig:
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"report_to: 'none' excludes every other tracker, but got {self.report_to}")

@@ -22,6 +22,6 @@ class ValidateConfig(Block):
     max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
     max_text_chars: int = Field(default=200_000, ge=1)
     max_image_pixels: int = Field(default=178_956_970, ge=1)
-    max_aspect_ratio: float = Field(default=200.0, ge=1)
-    min_video_frames: int = Field(default=2, ge=1)
+    max_aspect_ratio: float = Field(default=200.0, ge=1, le=200)
+    min_video_frames: int = Field(default=2, ge=2)
     probe_timeout_s: float = Field(default=60.0, gt=0)

@@ -15,8 +15,8 @@ Writer = Callable[[Path], Any]
 class _WrittenDataset(AbstractDataset[Writer, Path]):
     """A path on disk whose content is written by the function that a node returns.
 
-    The writer gets a temporary sibling, which replaces the old content only when the writer has returned: a run that
-    is killed leaves the previous content, never half of a new one.
+    The writer gets a temporary sibling, which takes the place of the old content when the writer has returned: a run
+    that is killed leaves old or new content, or for a moment none, but never half of one.
     """
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
@@ -45,14 +45,19 @@ class _WrittenDataset(AbstractDataset[Writer, Path]):
     def save(self, data: Writer) -> None:
         """Let `data` write a temporary sibling, then move it into place."""
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._filepath.with_name(f".{self._filepath.name}.partial")
+        partial, old = (self._filepath.with_name(f".{self._filepath.name}.{end}") for end in ("partial", "old"))
         _remove(partial)
         try:
             data(partial)
-            _remove(self._filepath)
-            partial.replace(self._filepath)
-        finally:
+        except BaseException:
             _remove(partial)
+            raise
+        # A folder cannot be replaced in one step. Between these two it is missing as a whole, never half there.
+        _remove(old)
+        if self._exists():
+            self._filepath.rename(old)
+        partial.rename(self._filepath)
+        _remove(old)
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._filepath)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import TrainSpec
@@ -33,5 +33,5 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
         # Gathering made two tensors of the one; a file with both would be larger, and could come apart when edited.
         weights.pop(tied)
     twin.save_pretrained(folder, state_dict=weights)
-    GenerationConfig.from_pretrained(spec.model.path).save_pretrained(folder)
+    model.hf.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -68,7 +68,9 @@ def read_plan(path: Path) -> list[list[Pack]]:
     return steps
 
 
-def share_out(plan: list[list[Pack]], rank: int, world_size: int, packs_per_micro_batch: int) -> list[Step]:
+def share_out(
+    plan: list[list[Pack]], rank: int, world_size: int, packs_per_micro_batch: int, *, always_vision: bool = False
+) -> list[Step]:
     """Take a rank's share of every step.
 
     Rank `r` of `R` takes packs `r, r+R, …`. All ranks run equally many micro-batches, and call the vision tower in the
@@ -79,6 +81,8 @@ def share_out(plan: list[list[Pack]], rank: int, world_size: int, packs_per_micr
         rank: Data-parallel rank.
         world_size: Data-parallel ranks.
         packs_per_micro_batch: Packs in one forward pass.
+        always_vision: Call the tower in every micro-batch: when nothing else is trained, one without it would have no
+            gradient at all.
 
     Returns:
         The steps of this rank.
@@ -89,7 +93,7 @@ def share_out(plan: list[list[Pack]], rank: int, world_size: int, packs_per_micr
         micro_batches = []
         for start in range(0, len(shares[0]), packs_per_micro_batch):
             parts = [share[start : start + packs_per_micro_batch] for share in shares]
-            vision = any(pack.vit_patches for part in parts for pack in part)
+            vision = always_vision or any(pack.vit_patches for part in parts for pack in part)
             micro_batches.append(MicroBatch(tuple(row for pack in parts[rank] for row in pack.sample_rows), vision))
         steps.append(
             Step(

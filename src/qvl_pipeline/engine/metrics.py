@@ -68,7 +68,9 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run will write again."""
+    """Drop the rows after `step`, which a resumed run will write again, and a last one that was cut off."""
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in rows))
+        *lines, _cut_off = path.read_text().split("\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        partial.replace(path)

@@ -58,7 +58,13 @@ class Trainer:
         """Train to the end of the plan, then export."""
         spec, output_dir = self.spec, Path(self.spec.run.output_dir)
         plan = read_plan(Path(spec.data.pack_plan))
-        steps = share_out(plan, dist.get_rank(), dist.get_world_size(), spec.data.packs_per_micro_batch)
+        steps = share_out(
+            plan,
+            dist.get_rank(),
+            dist.get_world_size(),
+            spec.data.packs_per_micro_batch,
+            always_vision=_trains_vision_only(self.model),
+        )
         self.schedule = learning_rate_schedule(spec.optim, len(steps))
         done = self._resume(output_dir)
         batches = load_batches(
@@ -68,28 +74,28 @@ class Trainer:
             num_workers=spec.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        started = time.perf_counter()
-        final_loss = self._train(steps[done:], len(steps), batches, output_dir)
+        self._train(steps[done:], len(steps), batches, output_dir)
         if done < len(steps):
             checkpoints.save(
                 output_dir / "checkpoints", len(steps), self.model, self.optimizer, spec.run.save_total_limit
             )
         export(self.model, self.processor, spec)
         if self.leads:
-            self._write_result(output_dir, steps, done, final_loss, time.perf_counter() - started)
+            self._write_result(output_dir, steps, done)
         dist.barrier()
 
-    def _train(self, steps: list[Step], max_steps: int, batches: Iterator[Batch], output_dir: Path) -> float | None:
+    def _train(self, steps: list[Step], max_steps: int, batches: Iterator[Batch], output_dir: Path) -> None:
         run = self.spec.run
         window = MetricsWindow(self.builder.sources, self.device)
-        row: dict[str, Any] = {}
         for step in steps:
             self.step = step.number
             learning_rate = self.schedule(step.number)
             waited_s, grad_norm = self._train_step(step, learning_rate, batches, window)
             window.add_step(step.tokens, waited_s)
-            if step.number % run.logging_steps == 0 or step.number == max_steps:
-                row = {
+            saves = bool(run.save_steps) and step.number % run.save_steps == 0 and step.number < max_steps
+            # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
+            if step.number % run.logging_steps == 0 or saves or step.number == max_steps:
+                row: dict[str, Any] = {
                     "step": step.number,
                     "max_steps": max_steps,
                     "epoch": self.spec.data.epochs * step.number / max_steps,
@@ -99,10 +105,9 @@ class Trainer:
                 }
                 if self.leads:
                     _append(output_dir / "metrics.jsonl", row)
-            if run.save_steps and step.number % run.save_steps == 0 and step.number < max_steps:
+            if saves:
                 folder = output_dir / "checkpoints"
                 checkpoints.save(folder, step.number, self.model, self.optimizer, run.save_total_limit)
-        return row.get("loss")
 
     def _train_step(
         self, step: Step, learning_rate: float, batches: Iterator[Batch], window: MetricsWindow
@@ -148,23 +153,22 @@ class Trainer:
         dist.barrier()
         return done
 
-    def _write_result(
-        self, output_dir: Path, steps: list[Step], done: int, final_loss: float | None, train_time_s: float
-    ) -> None:
-        tokens = sum(step.tokens for step in steps[done:])
+    def _write_result(self, output_dir: Path, steps: list[Step], done: int) -> None:
         result = {
             "steps": len(steps),
             "resumed_from_step": done,
             "tokens": sum(step.tokens for step in steps),
             "supervised_tokens": sum(step.supervised_tokens for step in steps),
-            "final_loss": final_loss,
-            "train_time_s": train_time_s,
-            "tokens_per_second": tokens / train_time_s,
             "world_size": dist.get_world_size(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             **self.facts,
         }
         (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _trains_vision_only(model: PackedVLM) -> bool:
+    trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
+    return trained <= {"vit", "merger", "deepstack"}
 
 
 def _load_processor(spec: TrainSpec) -> Any:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.progress import progress_bar
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import average_scores, check_scorable
 from qvl_pipeline.evaluation.predictions import eval_samples, prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -24,6 +25,8 @@ def generate(
     trained_model: Path,
     tokenized_samples: Path,
     video_frames: Path,
+    plan_summary: dict[str, Any],
+    train_result: dict[str, Any],
     model: ModelConfig,
     evaluate: EvaluateConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -34,6 +37,8 @@ def generate(
         trained_model: Folder of the trained model and its processor.
         tokenized_samples: Arrow file of the samples.
         video_frames: Folder of the frame store.
+        plan_summary: Facts of the plan that belongs to the tokenized samples.
+        train_result: What training ended with.
         model: Parameters of the model.
         evaluate: Parameters of the stage.
 
@@ -42,13 +47,19 @@ def generate(
         columns are null and the metrics have the key `trained` only.
 
     Raises:
-        UserError: There is nothing to evaluate, or a sample has a task without a metric.
+        UserError: There is nothing to evaluate, a sample has a task without a metric, or the model was trained on other
+            tokens than these.
     """
     from transformers import AutoProcessor
 
     from qvl_pipeline.evaluation.generation import base_model_path, generate_answers
     from qvl_pipeline.evaluation.questions import last_question
 
+    if train_result["plan_fingerprint"] != plan_summary["fingerprint"]:
+        raise UserError(
+            "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "
+            "run `kedro run --pipelines train` (with the same --env) first"
+        )
     samples = TokenizedSamples(tokenized_samples)
     chosen = eval_samples(samples, evaluate.max_samples)
     check_scorable(chosen)

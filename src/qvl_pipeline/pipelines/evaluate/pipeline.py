@@ -18,6 +18,8 @@ def create_pipeline() -> Pipeline:
                     "trained_model",
                     "tokenized_samples",
                     "video_frames",
+                    "plan_summary",
+                    "train_result",
                     "params:model",
                     "params:evaluate",
                 ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Callable[[Path], None]:
     """Build the tiny model, or point to the pretrained one.
@@ -32,7 +35,7 @@ def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Calla
     Raises:
         UserError: The pretrained model cannot be found, or is of another family.
     """
-    manifest = {"path": ".", "family": model.processor_type}
+    manifest: dict[str, Any] = {"path": ".", "family": model.processor_type, "parameters": model.prepared()}
     if model.load_from_pretrained_path is None:
         train = valid_samples.loc[valid_samples["split"] == "train", "messages"]
         return partial(_write_tiny_model, manifest=manifest, seed=model.tiny_seed, corpus=list(_texts(train)))
@@ -95,7 +98,19 @@ def plan(
 
     pack_plan, summary = make_plan(tokenized_samples, batching, source_weights(ingest))
     _print_summary(summary, batching)
+    _check_eval_split(tokenized_samples)
     return pack_plan, summary
+
+
+def _check_eval_split(tokenized_samples: Path) -> None:
+    """Say before training, not after it, that there will be nothing to evaluate."""
+    from qvl_pipeline.media.arrow_rows import TokenizedSamples
+
+    if "eval" not in set(TokenizedSamples(tokenized_samples).columns(["split"])["split"].to_pylist()):
+        logger.warning(
+            "no sample is in the split 'eval', so the pipeline 'evaluate' will refuse to run: give a source "
+            "'split: eval', its rows a column 'split', or set ingest.eval_fraction"
+        )
 
 
 def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int) -> None:
@@ -145,13 +160,13 @@ def _check_family(name: str, family: str) -> None:
         raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")
 
 
-def _write_tiny_model(folder: Path, *, manifest: dict[str, str], seed: int, corpus: list[str]) -> None:
+def _write_tiny_model(folder: Path, *, manifest: dict[str, Any], seed: int, corpus: list[str]) -> None:
     from qvl_pipeline.demo.tiny_model import build_tiny_model
 
     build_tiny_model(folder, family=manifest["family"], seed=seed, corpus=corpus)
     _write_manifest(folder, manifest=manifest)
 
 
-def _write_manifest(folder: Path, *, manifest: dict[str, str]) -> None:
+def _write_manifest(folder: Path, *, manifest: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,10 @@ def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
         json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")
     ]
     if not reports:
+        if killed := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace")):
+            name = signal.Signals(int(killed[1])).name
+            likely = ": most likely the machine ran out of memory" if name == "SIGKILL" else ""
+            return f"training ended because rank {killed[2]} of this node was killed by {name}{likely}; log: {log_path}"
         # What torchrun appends about the failed process says less than the process itself did.
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
         tail = "\n".join(f"    {line}" for line in list(lines)[-15:])

@@ -19,6 +19,8 @@ from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from qvl_pipeline.tracking.lineage import git_tags
 from qvl_pipeline.tracking.sinks import make_sinks
 
+PUBLISHED = "PUBLISHED"
+
 
 def train(
     base_model: Path,
@@ -43,8 +45,9 @@ def train(
         UserError: The plan was made for other parameters.
         RankFailedError: A training process failed.
     """
-    _check_plan(tokenized_samples, plan_summary, batching, ingest)
-    output_dir = base_model.parent / "scratch" / run_fingerprint(model, train, plan_summary)
+    _check_inputs(base_model, tokenized_samples, plan_summary, model, batching, ingest)
+    fingerprint = run_fingerprint(model, train, plan_summary, [base_model, video_frames])
+    output_dir = base_model.parent / "scratch" / fingerprint
     _prepare(output_dir, resume=train.resume_from_checkpoint == "auto")
     plan_path = output_dir / "pack_plan.parquet"
     pack_plan.to_parquet(plan_path, index=False)
@@ -61,20 +64,41 @@ def train(
         output_dir=output_dir,
     ).save(spec_path)
     metrics_path = output_dir / "metrics.jsonl"
-    _run(spec_path, metrics_path, train, batching, plan_summary["steps"])
+    if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
+        _run(spec_path, metrics_path, train, batching, plan_summary["steps"])
     rows = pd.read_json(metrics_path, lines=True).drop(columns="loss_by_source")
     import mlflow
 
     active = mlflow.active_run()
+    # From the rows, which are those of all legs of a training that was cut off and resumed.
+    train_time_s = float((rows["tokens"] / rows["tokens_per_second"]).sum())
     result = json.loads((output_dir / "result.json").read_text()) | {
+        "final_loss": float(rows["loss"].iloc[-1]),
+        "train_time_s": train_time_s,
+        "tokens_per_second": float(rows["tokens"].sum()) / train_time_s,
         "plan_fingerprint": plan_summary["fingerprint"],
         "git_commit": git_tags(Path.cwd()).get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
-    return lambda folder: _publish(output_dir / "export", folder), rows, result
+    return lambda folder: _publish(output_dir, folder), rows, result
 
 
-def _check_plan(tokenized: Path, plan_summary: dict[str, Any], batching: BatchingConfig, ingest: IngestConfig) -> None:
+def _check_inputs(
+    base_model: Path,
+    tokenized: Path,
+    plan_summary: dict[str, Any],
+    model: ModelConfig,
+    batching: BatchingConfig,
+    ingest: IngestConfig,
+) -> None:
+    """Refuse what was prepared for other parameters or other data than this run's."""
+    prepared = json.loads((base_model / "manifest.json").read_text())["parameters"]
+    for key, value in model.prepared().items():
+        if prepared.get(key) != value:
+            raise UserError(
+                f"base model and tokens were prepared with model.{key} = {prepared.get(key)!r}, but this run has "
+                f"{value!r}: run `kedro run --pipelines sample,tokenize` (with the same --env and --params) first"
+            )
     if plan_fingerprint(tokenized, batching, source_weights(ingest)) != plan_summary["fingerprint"]:
         raise UserError(
             "the pack plan was made for other data or other `batching` parameters than this run's: "
@@ -83,11 +107,11 @@ def _check_plan(tokenized: Path, plan_summary: dict[str, Any], batching: Batchin
 
 
 def _prepare(output_dir: Path, *, resume: bool) -> None:
-    """Make the scratch folder; a finished run, or one that must not be resumed, starts afresh."""
+    """Make the scratch folder; a published run, or one that must not be resumed, starts afresh."""
     from qvl_pipeline.engine.checkpoints import completed
     from qvl_pipeline.engine.metrics import keep_rows_until
 
-    if not resume or (output_dir / "result.json").exists():
+    if not resume or (output_dir / PUBLISHED).exists():
         shutil.rmtree(output_dir, ignore_errors=True)
     shutil.rmtree(output_dir / "errors", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -125,5 +149,9 @@ def _processes(train: TrainConfig, batching: BatchingConfig) -> int:
     return torch.cuda.device_count() or batching.data_parallel_size
 
 
-def _publish(export: Path, folder: Path) -> None:
-    shutil.copytree(export, folder)
+def _publish(output_dir: Path, folder: Path) -> None:
+    """Copy the export to its place, then drop what only an unfinished training needs: it is several times the model."""
+    shutil.copytree(output_dir / "export", folder)
+    (output_dir / PUBLISHED).touch()
+    shutil.rmtree(output_dir / "export")
+    shutil.rmtree(output_dir / "checkpoints")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.tracking.lineage import content_digest
 
 if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
@@ -25,10 +27,23 @@ _DOES_NOT_CHANGE_TRAINING = (
 )
 
 
-def run_fingerprint(model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any]) -> str:
-    """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints."""
+def run_fingerprint(
+    model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any], contents: Sequence[Path]
+) -> str:
+    """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
+
+    Args:
+        model: Parameters of the model.
+        train: Parameters of training.
+        plan_summary: Facts of the plan, which has a fingerprint of its own.
+        contents: Files and folders whose content counts: base model and frames.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     training = {key: value for key, value in train.model_dump().items() if key not in _DOES_NOT_CHANGE_TRAINING}
     content = {"model": model.model_dump(), "train": training, "plan": plan_summary["fingerprint"]}
+    content["contents"] = [content_digest(path) for path in contents]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
