@@ -174,3 +174,17 @@ def test_unknown_format_is_named(row: dict[str, Any], reason: str) -> None:
         to_conversation(row)
     assert caught.value.rule == "unknown_format"
     assert reason in caught.value.detail
+
+
+def test_system_column_is_the_first_turn() -> None:
+    row = {
+        "system": "You speak French.",
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+    }
+    assert [message["role"] for message in to_conversation(row).messages] == ["system", "user", "assistant"]
+    assert to_conversation(row).messages[0]["content"] == [{"type": "text", "text": "You speak French."}]
+
+
+def test_tools_are_refused_not_dropped() -> None:
+    with pytest.raises(RejectedRowError, match="tools"):
+        to_conversation({"tools": "[{}]", "conversations": [{"from": "human", "value": "a"}]})

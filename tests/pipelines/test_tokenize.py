@@ -181,7 +181,7 @@ def test_the_plan_holds_whole_samples_and_lists_those_that_are_too_long(
 
 def test_the_tiny_model_is_a_folder_that_plain_transformers_loads(run: dict[str, Any], model: ModelConfig) -> None:
     manifest = json.loads((run["base_model"] / "manifest.json").read_text())
-    assert manifest == {"path": ".", "family": model.processor_type}
+    assert manifest == {"path": ".", "family": model.processor_type, "parameters": model.prepared()}
     loaded = AutoModelForImageTextToText.from_pretrained(run["base_model"])
     assert loaded.config.model_type == model.processor_type
     assert type(AutoProcessor.from_pretrained(run["base_model"])).__name__.lower().startswith("qwen")
@@ -202,7 +202,7 @@ def test_a_pretrained_model_is_pointed_to(
     prepare_base_model(valid_samples, pretrained)(tmp_path / "base")
     manifest = json.loads((tmp_path / "base" / "manifest.json").read_text())
     path = str(run["base_model"])
-    assert manifest == {"path": path, "family": model.processor_type, "processor": path}
+    assert (manifest["path"], manifest["processor"], manifest["family"]) == (path, path, model.processor_type)
     assert AutoConfig.from_pretrained(manifest["path"]).model_type == model.processor_type
     assert load_processor(tmp_path / "base", pretrained).image_processor.size["longest_edge"] == 100 * 100
 

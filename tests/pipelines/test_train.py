@@ -18,7 +18,7 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, Train
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.train.launcher import RankFailedError, launch
+from qvl_pipeline.pipelines.train.launcher import RankFailedError, _describe_failure, launch
 from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepare, _processes, _publish
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
@@ -204,6 +204,15 @@ class TestFailure:
         assert message.startswith("training failed on rank 1 at step 2: UserError: image ")
         assert "3.png" in message
         assert "engine.log" in message
+
+    def test_rank_that_was_killed_is_named(self, tmp_path: Path) -> None:
+        log = tmp_path / "engine.log"
+        log.write_text(
+            "E1124 torch/distributed/elastic/api.py:984] failed (exitcode: -9) local_rank: 1 (pid: 4) of bin\n"
+        )
+        message = _describe_failure(tmp_path, log, 1)
+        assert message.startswith("training ended because rank 1 of this node was killed by SIGKILL")
+        assert "memory" in message
 
     def test_engine_that_cannot_even_start_shows_the_end_of_its_log(self, tmp_path: Path) -> None:
         with pytest.raises(RankFailedError, match="no error report") as caught:

@@ -22,7 +22,7 @@ from qvl_pipeline.data.tables import MEDIA, REJECTS, SAMPLES
 
 DEFAULT_TASK = "exact_match"
 SPLITS = ("train", "eval")
-OWN_COLUMNS = CONVERSATION_COLUMNS | {"split", "kind", "task", "answer"}
+OWN_COLUMNS = CONVERSATION_COLUMNS | {"system", "tools", "split", "kind", "task", "answer"}
 
 _BATCH_ROWS = 4096
 _KINDS = {(0, 0): "text", (1, 0): "single_image", (2, 0): "two_images", (0, 1): "video", (0, 2): "two_videos"}

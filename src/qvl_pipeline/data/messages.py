@@ -82,7 +82,7 @@ def to_conversation(row: Row) -> Conversation:
         RejectedRowError: The row is in no form that is known (`unknown_format`).
     """
     listed = {kind: _listed_media(row, kind) for kind in MEDIA_COLUMNS}
-    messages, media = [], []
+    messages, media = _system_turn(row), []
     for where, turn in _turns(row):
         role, content, marked = _open_turn(turn, where)
         items = []
@@ -99,6 +99,16 @@ def is_given(value: Any) -> bool:
     if isinstance(value, dict):
         return any(is_given(part) for part in value.values())
     return value is not None and value != []
+
+
+def _system_turn(row: Row) -> list[Row]:
+    """Return the turn that ShareGPT rows keep in a column of its own, as a list of none or one."""
+    if is_given(row.get("tools")):
+        raise _unknown("it has 'tools', which are not supported: write them into the system turn")
+    if not is_given(row.get("system")):
+        return []
+    text = _expect(str, row["system"], "'system'")
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}] if text else []
 
 
 def _turns(row: Row) -> Iterator[tuple[str, Row]]:
