@@ -27,6 +27,9 @@ setup: $(ENVIRONMENT) ## Make or update .venv; the other targets do it when need
 run: $(ENVIRONMENT) ## Run all stages, from data to report. PROFILE=tiny_qwen2_5_vl for another profile.
 	@echo "==> $(KEDRO_RUN)"
 	@$(KEDRO_RUN)
+	@echo "==> report: data/08_reporting/$(or $(PROFILE),base)/report.html"
+	@echo "==> model:  data/06_models/$(or $(PROFILE),base)/trained"
+	@echo "==> 'make ui' compares runs; 'make repro' runs only what has changed"
 
 test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the coverage (at least 85 %).
 	@echo "==> ruff"
@@ -42,7 +45,7 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 	@coverage report
 
 ui: $(ENVIRONMENT) ## Compare the runs in the browser: MLflow on http://127.0.0.1:5000. PORT=5001 for another port.
-	@echo "==> http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@echo "==> http://127.0.0.1:$(PORT)/#/experiments/1/runs (Ctrl-C ends it)"
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
 	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 

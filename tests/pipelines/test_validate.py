@@ -8,7 +8,7 @@ import pytest
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
 from qvl_pipeline.data.validate import TooManyRejectsError
-from qvl_pipeline.pipelines.validate.nodes import validate_rows
+from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows
 
 GOOD = (
     '[{"role":"user","content":[{"type":"text","text":"a"}]},'
@@ -32,19 +32,25 @@ def _rejects(*details: str) -> pd.DataFrame:
 
 def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     rejects = _rejects("row 9: 'a[red].png' is a URL", "row 10: another")
-    tables = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, ValidateConfig(max_reject_fraction=1))
+    config = ValidateConfig(max_reject_fraction=1)
+    quarantine, media_index, report = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, config)
+    valid = keep_valid(_samples(GOOD, BLANK, BLANK), quarantine, report, config)
     printed = capsys.readouterr().out
     assert "ingested 5 = valid 1 + quarantined 2 + rejected 2" in printed
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
     assert "unknown_format 2 s/9: row 9: 'a[red].png' is a URL" in lines
     assert "empty_turn 2 s/1: turn 1 (assistant) says nothing" in lines
     assert "leakage" not in printed
-    assert [len(table) for table in tables[:3]] == [1, 2, 0]
+    assert valid["sample_id"].tolist() == ["s/0"]
+    assert (len(quarantine), len(media_index)) == (2, 0)
 
 
-def test_large_counts_are_printed_before_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TooManyRejectsError, match=r"^2 of 3 rows \(66.7%\) .* most of them by empty_turn \(2\):"):
-        validate_rows(_samples(GOOD, BLANK, BLANK), _rejects(), ValidateConfig(max_reject_fraction=0.6))
+def test_what_is_wrong_is_printed_and_kept_before_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    samples, config = _samples(GOOD, BLANK, BLANK), ValidateConfig(max_reject_fraction=0.6)
+    quarantine, _, report = validate_rows(samples, _rejects(), config)
+    assert quarantine["sample_id"].tolist() == ["s/1", "s/2"]
+    with pytest.raises(TooManyRejectsError, match=r"^2 of 3 rows \(66.7%\) .* by empty_turn \(2\):.*quarantine"):
+        keep_valid(samples, quarantine, report, config)
     assert "ingested 3 = valid 1 + quarantined 2 + rejected 0" in capsys.readouterr().out
 
 

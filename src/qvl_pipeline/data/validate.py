@@ -91,7 +91,8 @@ def check_reject_fraction(report: dict[str, Any], config: ValidateConfig) -> Non
     raise TooManyRejectsError(
         f"{lost} of {ingested} rows ({lost / ingested:.1%}) are rejected or quarantined, more than the "
         f"{config.max_reject_fraction:.1%} that validate.max_reject_fraction allows; most of them by "
-        f"{', '.join(reasons)}: mend the rows, or raise the limit"
+        f"{', '.join(reasons)}: mend the rows, which are listed in quarantine.parquet (data/03_primary) and "
+        "rejects.parquet (data/02_intermediate), or raise the limit"
     )
 
 

@@ -14,7 +14,7 @@ from qvl_pipeline.config import ValidateConfig
 
 def validate_rows(
     samples: pd.DataFrame, rejects: pd.DataFrame, validate: ValidateConfig
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Apply every rule to every sample, and print what came of it.
 
     Args:
@@ -23,19 +23,38 @@ def validate_rows(
         validate: Limits.
 
     Returns:
-        The tables `valid_samples`, `quarantine` and `media_index`, and the report.
-
-    Raises:
-        TooManyRejectsError: Too much of the dataset is unusable.
+        The tables `quarantine` and `media_index`, and the report.
     """
     from qvl_pipeline.data.tables import REJECTS, SAMPLES, from_frame, to_frame
-    from qvl_pipeline.data.validate import check_reject_fraction, validate_samples
+    from qvl_pipeline.data.validate import validate_samples
 
     outcome = validate_samples(from_frame(samples, SAMPLES), from_frame(rejects, REJECTS), validate)
     quarantine = to_frame(outcome.quarantine)
     Console().print(summarize(outcome.report, quarantine, rejects))
-    check_reject_fraction(outcome.report, validate)
-    return to_frame(outcome.valid_samples), quarantine, to_frame(outcome.media_index), outcome.report
+    return quarantine, to_frame(outcome.media_index), outcome.report
+
+
+def keep_valid(
+    samples: pd.DataFrame, quarantine: pd.DataFrame, validation_report: dict[str, Any], validate: ValidateConfig
+) -> pd.DataFrame:
+    """Take the samples that broke no rule. The list of those that did is on disk by now, also when this refuses.
+
+    Args:
+        samples: Rows that could be read.
+        quarantine: Samples that broke a rule.
+        validation_report: Report of the validation.
+        validate: Limits.
+
+    Returns:
+        The table `valid_samples`.
+
+    Raises:
+        TooManyRejectsError: Too much of the dataset is unusable.
+    """
+    from qvl_pipeline.data.validate import check_reject_fraction
+
+    check_reject_fraction(validation_report, validate)
+    return samples[~samples["sample_id"].isin(quarantine["sample_id"])].reset_index(drop=True)
 
 
 def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame) -> Group:

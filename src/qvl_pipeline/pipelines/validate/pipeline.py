@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.validate.nodes import validate_rows
+from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows
 
 
 def create_pipeline() -> Pipeline:
@@ -14,8 +14,14 @@ def create_pipeline() -> Pipeline:
             Node(
                 validate_rows,
                 inputs=["samples", "rejects", "params:validate"],
-                outputs=["valid_samples", "quarantine", "media_index", "validation_report"],
+                outputs=["quarantine", "media_index", "validation_report"],
                 name="validate",
-            )
+            ),
+            Node(
+                keep_valid,
+                inputs=["samples", "quarantine", "validation_report", "params:validate"],
+                outputs="valid_samples",
+                name="keep_valid",
+            ),
         ]
     )
