@@ -17,7 +17,9 @@ from PIL import Image
 from transformers import AutoConfig
 
 from qvl_pipeline.engine import spec
+from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip, encode_frame
+from tests.engine.ranks import run_ranks
 
 SCHEMA = pa.schema(
     [
@@ -168,8 +170,10 @@ def torchrun(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
-def trained(training: spec.TrainSpec, nproc: int) -> list[dict[str, Any]]:
+def trained(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> list[dict[str, Any]]:
     """Run the engine, which must succeed, and return its rows of metrics."""
-    done = torchrun(training, nproc)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [json.loads(line) for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    folder = Path(training.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    training.save(folder / "train_spec.json")
+    run_ranks(main, nproc, folder / "train_spec.json", log_dir=folder / "logs", timeout_s=timeout_s)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -11,20 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.engine import checkpoints
-from qvl_pipeline.engine.attention import use_packed_attention
 from qvl_pipeline.engine.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.export import export
-from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.feed import Step, load_batches, read_plan, share_out
-from qvl_pipeline.engine.freezing import freeze
-from qvl_pipeline.engine.kernels import use_liger_kernels
+from qvl_pipeline.engine.loading import load_model, load_processor
 from qvl_pipeline.engine.metrics import MetricsWindow, keep_rows_until
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizer
 from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.sharding import shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -48,8 +43,8 @@ class Trainer:
         self.mesh, self.device = start_process_group()
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
-        self.processor = _load_processor(spec)
-        self.model, self.facts = _load_model(spec, self.processor, self.device)
+        self.processor = load_processor(spec)
+        self.model, self.facts = load_model(spec, self.processor, self.device)
         self.facts["wrapped"] = shard(self.model, self.mesh, spec.parallel)
         self.builder = _make_builder(spec, self.model, self.processor)
         self.optimizer = make_optimizer(self.model, spec.optim)
@@ -169,40 +164,6 @@ class Trainer:
 def _trains_vision_only(model: PackedVLM) -> bool:
     trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
     return trained <= {"vit", "merger", "deepstack"}
-
-
-def _load_processor(spec: TrainSpec) -> Any:
-    """Load the processor with the image limits that the samples were tokenised with, which its export must have too."""
-    processor = AutoProcessor.from_pretrained(spec.model.processor)
-    limits = {"shortest_edge": spec.model.image_min_pixels, "longest_edge": spec.model.image_max_pixels}
-    processor.image_processor.size = limits
-    return processor
-
-
-def _load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:
-    family = FAMILIES[spec.model.family]
-    hf = AutoModelForImageTextToText.from_pretrained(spec.model.path, dtype=torch.float32)
-    hf.train()
-    use_linear_patch_embedding(hf)
-    facts: dict[str, Any] = {
-        "attention": use_packed_attention(hf, spec.model.attn_implementation, device),
-        "frozen": freeze(hf, family, spec.model.freeze_modules),
-        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
-        "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
-        "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
-    }
-    if spec.model.gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-    return PackedVLM(hf, family, *_normalization(processor)), facts
-
-
-def _normalization(processor: Any) -> tuple[list[float], list[float]]:
-    """Channel means and deviations, which images and clips share: both go through the tower in one call."""
-    image, video = processor.image_processor, processor.video_processor
-    mean, std = list(image.image_mean), list(image.image_std)
-    if (mean, std) != (list(video.image_mean), list(video.image_std)):
-        raise ValueError("the processor normalises images and videos differently, which no Qwen-VL model does")
-    return mean, std
 
 
 def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any) -> BatchBuilder:

@@ -1,0 +1,60 @@
+"""From a spec to the model and processor that will be trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qvl_pipeline.engine.attention import use_packed_attention
+from qvl_pipeline.engine.families import FAMILIES
+from qvl_pipeline.engine.freezing import freeze
+from qvl_pipeline.engine.kernels import use_liger_kernels
+from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.spec import TrainSpec
+
+
+def load_processor(spec: TrainSpec) -> Any:
+    """Load the processor with the image limits that the samples were tokenised with, which its export must have too."""
+    processor = AutoProcessor.from_pretrained(spec.model.processor)
+    limits = {"shortest_edge": spec.model.image_min_pixels, "longest_edge": spec.model.image_max_pixels}
+    processor.image_processor.size = limits
+    return processor
+
+
+def load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:
+    """Load the model and prepare it for training on packs.
+
+    Args:
+        spec: The run.
+        processor: Its processor, for the normalisation of pixels.
+        device: Where the model will run.
+
+    Returns:
+        The model, and facts about it for `result.json`: what was frozen, which kernels are used, how many parameters.
+    """
+    family = FAMILIES[spec.model.family]
+    hf = AutoModelForImageTextToText.from_pretrained(spec.model.path, dtype=torch.float32)
+    hf.train()
+    use_linear_patch_embedding(hf)
+    facts: dict[str, Any] = {
+        "attention": use_packed_attention(hf, spec.model.attn_implementation, device),
+        "frozen": freeze(hf, family, spec.model.freeze_modules),
+        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+        "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
+        "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
+    }
+    if spec.model.gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    return PackedVLM(hf, family, *_normalization(processor)), facts
+
+
+def _normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Channel means and deviations, which images and clips share: both go through the tower in one call."""
+    image, video = processor.image_processor, processor.video_processor
+    mean, std = list(image.image_mean), list(image.image_std)
+    if (mean, std) != (list(video.image_mean), list(video.image_std)):
+        raise ValueError("the processor normalises images and videos differently, which no Qwen-VL model does")
+    return mean, std
