@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: a table for the reader, and a file with the hardware and versions it holds for."""
+"""What every benchmark leaves behind: a table to read, and a file with the hardware and versions it holds for."""
 
 from __future__ import annotations
 
@@ -46,13 +46,9 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float) and abs(value) < 1e4
-        else f"{value:,.0f}"
-        if isinstance(value, (int, float))
-        else str(value)
-    )
+    if isinstance(value, float) and abs(value) < 1e4:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 def machine() -> dict[str, Any]:
