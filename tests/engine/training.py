@@ -104,7 +104,7 @@ def make_training(
             lr_scheduler_type="cosine",
             warmup_steps=1,
         ),
-        parallel=spec.ParallelSpec(wrap=(), reshard_after_forward=True, bf16=False),
+        parallel=spec.ParallelSpec(wrap=(), reshard_after_forward=True, bf16=False, sp_ulysses_degree=1),
         export=spec.ExportSpec(output_dir=str(output_dir / "export")),
     )
 

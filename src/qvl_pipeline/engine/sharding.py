@@ -13,11 +13,18 @@ from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import ParallelSpec
 
 
-def start_process_group() -> tuple[DeviceMesh, torch.device]:
+def start_process_group(sp_ulysses_degree: int) -> tuple[DeviceMesh, torch.device]:
     """Join the job that torchrun started: NCCL where there are GPUs, gloo elsewhere.
 
+    Args:
+        sp_ulysses_degree: Neighbouring ranks that share the tokens of one micro-batch.
+
     Returns:
-        A mesh with the one dimension `dp`, and this rank's device.
+        The mesh by which batches are shared out, with the dimensions `dp` (each its own packs) and `sp` (each a part of
+        the tokens of the same packs), and this rank's device. Over which ranks the model is sharded is another matter.
+
+    Raises:
+        ValueError: The ranks cannot be divided into groups of `sp_ulysses_degree`.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -26,18 +33,24 @@ def start_process_group() -> tuple[DeviceMesh, torch.device]:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",)), device
+    groups, rest = divmod(dist.get_world_size(), sp_ulysses_degree)
+    if rest:
+        raise ValueError(
+            f"sp_ulysses_degree {sp_ulysses_degree} does not divide the number of ranks, {dist.get_world_size()}: "
+            "start a multiple of it, or lower it"
+        )
+    return init_device_mesh(device.type, (groups, sp_ulysses_degree), mesh_dim_names=("dp", "sp")), device
 
 
-def shard(model: PackedVLM, mesh: DeviceMesh, spec: ParallelSpec) -> list[str]:
-    """Shard a model in place with FSDP2: layer by layer, then the rest as the root.
+def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> list[str]:
+    """Shard a model in place over all ranks with FSDP2: layer by layer, then the rest as the root.
 
     Vision blocks are always sharded one by one too: as a part of the root they would stay gathered from the forward to
     the end of the backward pass.
 
     Args:
         model: The model, complete on every rank.
-        mesh: The data-parallel mesh.
+        device: Where it runs.
         spec: What to wrap and in which precision to compute.
 
     Returns:
@@ -56,7 +69,7 @@ def shard(model: PackedVLM, mesh: DeviceMesh, spec: ParallelSpec) -> list[str]:
                 f"its layers are {family.decoder_layer} and {family.vision_block}"
             )
     options = {
-        "mesh": mesh,
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",)),
         "reshard_after_forward": spec.reshard_after_forward,
         # Weights, optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 weights barely move.
         "mp_policy": MixedPrecisionPolicy(

@@ -100,11 +100,13 @@ class ParallelSpec:
         wrap: Class names that FSDP2 shards one by one; empty takes the family's.
         reshard_after_forward: Free gathered parameters after a layer's forward.
         bf16: Compute in bfloat16.
+        sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
     """
 
     wrap: tuple[str, ...]
     reshard_after_forward: bool
     bf16: bool
+    sp_ulysses_degree: int
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,12 @@ class Trainer:
         self.spec = spec
         self.step = 0
         self.sample_ids: list[str] = []
-        self.mesh, self.device = start_process_group()
+        self.mesh, self.device = start_process_group(spec.parallel.sp_ulysses_degree)
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
         self.processor = load_processor(spec)
         self.model, self.facts = load_model(spec, self.processor, self.device)
-        self.facts["wrapped"] = shard(self.model, self.mesh, spec.parallel)
+        self.facts["wrapped"] = shard(self.model, self.device, spec.parallel)
         self.builder = _make_builder(spec, self.model, self.processor)
         self.optimizer = make_optimizer(self.model, spec.optim)
 
@@ -55,8 +55,8 @@ class Trainer:
         plan = read_plan(Path(spec.data.pack_plan))
         steps = share_out(
             plan,
-            dist.get_rank(),
-            dist.get_world_size(),
+            self.mesh["dp"].get_local_rank(),
+            self.mesh["dp"].size(),
             spec.data.packs_per_micro_batch,
             always_vision=_trains_vision_only(self.model),
         )

@@ -121,6 +121,7 @@ def make_spec(
             wrap=tuple(train.fsdp_config.transformer_layer_cls_to_wrap),
             reshard_after_forward=train.fsdp_config.reshard_after_forward,
             bf16=train.bf16,
+            sp_ulysses_degree=train.sp_ulysses_degree,
         ),
         export=spec.ExportSpec(output_dir=str((output_dir / "export").resolve())),
     )
