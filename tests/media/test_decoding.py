@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import sys
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media import decoding
-from qvl_pipeline.media.decoding import choose_backend, decode_frames, read_frame_table
+from qvl_pipeline.media.decoding import decode_frames, read_frame_table
 from tests.media.clips import number_in, rotate_mp4, write_clip
 
 N_FRAMES = 60
@@ -229,6 +226,39 @@ def test_a_damaged_picture_is_an_error_that_names_the_file(tmp_path: Path) -> No
         list(decode_frames(str(path), table, range(N_FRAMES)))
 
 
+def test_a_picture_that_had_to_be_made_up_is_an_error(tmp_path: Path) -> None:
+    """FFmpeg fills in what a damaged slice leaves open, and decodes on; the pictures after it inherit the fault."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "clip.mkv"
+    with decoding.av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "10"})
+        stream.width = stream.height = 128
+        stream.codec_context.gop_size = 20
+        for _ in range(60):
+            picture = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+            container.mux(stream.encode(decoding.av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    table = read_frame_table(str(path))
+    whole = list(decode_frames(str(path), table, [19, 25, 45]))
+    with decoding.av.open(str(path)) as container:
+        payload = [bytes(packet) for packet in container.demux(video=0)][22]
+    noise = rng.integers(0, 256, 40, dtype=np.uint8).tobytes()
+    damaged = payload[: len(payload) // 2] + noise + payload[len(payload) // 2 + 40 :]
+    path.write_bytes(path.read_bytes().replace(payload, damaged))
+    with pytest.raises(UserError, match=r"frame 25 at second 2\.500 cannot be decoded; the file is damaged there"):
+        list(decode_frames(str(path), table, [19, 25]))
+    for frame, expected in zip(decode_frames(str(path), table, [19, 45]), whole[::2], strict=True):
+        np.testing.assert_array_equal(frame, expected)
+
+
+def test_pictures_that_nothing_refers_to_are_not_decoded(tmp_path: Path, decoded: list[int]) -> None:
+    path = str(write_clip(tmp_path / "clip.mp4", CONSTANT, time_base=Fraction(1, 10), b_frames=3, gop=60))
+    table = read_frame_table(path)
+    [frame] = decode_frames(path, table, [57])
+    assert number_in(frame) == 57
+    assert len(decoded) < 45
+
+
 def test_a_file_without_pictures_is_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "sound.mka")
     with decoding.av.open(path, "w") as container:
@@ -244,49 +274,3 @@ def test_a_clip_of_one_frame_has_a_rate(tmp_path: Path) -> None:
     path = str(write_clip(tmp_path / "clip.mp4", [0.0], time_base=Fraction(1, 10)))
     table = read_frame_table(path)
     assert (table.seconds.tolist(), table.fps) == ([0.0], 10.0)
-
-
-def test_torchcodec_is_an_error_when_it_does_not_load_and_optional_for_qwen_vl_utils(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "torchcodec", None)
-    with pytest.raises(UserError, match="video_backend is torchcodec, but it cannot be loaded"):
-        choose_backend("torchcodec")
-    assert choose_backend("qwen_vl_utils") == "pyav"
-    assert choose_backend("pyav") == "pyav"
-
-
-class FakeTorchcodec:
-    """torchcodec's decoder as far as it is used here; its frames come from PyAV, `late` seconds too late."""
-
-    late = 0.0
-
-    def __init__(self, path: str, *, dimension_order: str, seek_mode: str) -> None:
-        assert (dimension_order, seek_mode) == ("NHWC", "exact")
-        self._path, self._table = path, read_frame_table(path)
-
-    def get_frame_at(self, index: int) -> SimpleNamespace:
-        [picture] = decode_frames(self._path, self._table, [index])
-        second = float(self._table.seconds[index]) + (self.late if index else 0.0)
-        return SimpleNamespace(data=torch.from_numpy(picture), pts_seconds=second)
-
-
-@pytest.fixture
-def torchcodec(monkeypatch: pytest.MonkeyPatch) -> type[FakeTorchcodec]:
-    decoders = ModuleType("torchcodec.decoders")
-    decoders.VideoDecoder = FakeTorchcodec
-    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
-    return FakeTorchcodec
-
-
-def test_torchcodec_decodes_the_frames_asked_for_and_must_agree_on_their_time(
-    tmp_path: Path, torchcodec: type[FakeTorchcodec], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert choose_backend("torchcodec") == choose_backend("qwen_vl_utils") == "torchcodec"
-    path = str(write_clip(tmp_path / "clip.mp4", VARIABLE, time_base=Fraction(1, 1000)))
-    table = read_frame_table(path)
-    assert [number_in(frame) for frame in decode_frames(path, table, [3, 40], "torchcodec")] == [3, 40]
-    monkeypatch.setattr(torchcodec, "late", 0.02)
-    with pytest.raises(UserError, match=r"torchcodec has frame 40 .* set video_backend: pyav"):
-        list(decode_frames(path, table, [40], "torchcodec"))

@@ -13,8 +13,8 @@ class SampleConfig(Block):
     """Video sampling, by the rules of `qwen_vl_utils` 0.0.14 (`smart_nframes`, `smart_resize`).
 
     Attributes:
-        video_backend: Decoder. `pyav` seeks by keyframe; `torchcodec` is faster where it loads; `qwen_vl_utils` takes
-            torchcodec when it loads and PyAV otherwise (that library's own torchvision reader no longer exists).
+        video_backend: Decoder: `pyav`, `torchcodec` or `decord`. The rules of qwen_vl_utils hold for all of them;
+            `qwen_vl_utils` is PyAV, which decodes fastest (`benchmarks/data.py`) and is always there.
         video_sampling_strategy: `fps` samples at a rate, `frame_num` takes a fixed number of frames.
         fps: Frames sampled per second of the clip.
         frame_num: Frames per clip, for `frame_num`.
@@ -27,7 +27,7 @@ class SampleConfig(Block):
         jpeg_quality: Quality of `jpeg`, 1 to 100.
     """
 
-    video_backend: Literal["pyav", "torchcodec", "qwen_vl_utils"] = "pyav"
+    video_backend: Literal["pyav", "torchcodec", "decord", "qwen_vl_utils"] = "pyav"
     video_sampling_strategy: Literal["fps", "frame_num"] = "fps"
     fps: float = Field(default=2.0, gt=0)
     frame_num: int = Field(default=32, ge=2)

@@ -1,4 +1,4 @@
-"""Decoding chosen frames of a clip, with the times at which the source shows them."""
+"""Decoding chosen frames of a clip with PyAV, and the times at which the source shows them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -15,12 +15,13 @@ from av.video.reformatter import VideoReformatter
 
 from qvl_pipeline.errors import UserError
 
-Backend = Literal["pyav", "torchcodec"]
-
 # A seek restarts the decoder; with the keyframe it costs as much as 5 to 7 frames (H.264 of 360 and 1080 lines).
 SEEK_COST_FRAMES = 8
 # Their packets include frames that are never shown ("alternate reference"), so frames must be decoded to be counted.
 HIDDEN_FRAME_CODECS = frozenset({"vp8"})
+# No picture refers to one whose `nal_ref_idc` is 0 (H.264, 7.4.1): it need not be decoded unless it is wanted itself.
+# HEVC's sub-layer non-reference pictures have no such promise: pictures of higher sub-layers may refer to them.
+SKIPPABLE_CODECS = frozenset({"h264"})
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class _Packet(NamedTuple):
     is_shown: bool
 
 
-class _SeekFailed(Exception):
-    """The demuxer did not land on the keyframe that was asked for."""
+class _ShortcutFailed(Exception):
+    """Seeking or skipping did not lead to the frame that was asked for."""
 
 
 def read_frame_table(path: str) -> FrameTable:
@@ -78,61 +79,27 @@ def read_frame_table(path: str) -> FrameTable:
         return _frame_table(container, stream, packets)
 
 
-def decode_frames(
-    path: str, table: FrameTable, indices: Sequence[int], backend: Backend = "pyav"
-) -> Iterator[np.ndarray]:
+def decode_frames(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
     """Decode chosen frames one by one; no more than one of them is held here at a time.
 
     Args:
         path: Video file.
         table: Its frame table.
         indices: Frame numbers, ascending; a frame may be asked for several times.
-        backend: Decoder to use.
 
     Yields:
         RGB frames, uint8 `[H, W, 3]`, upright.
 
     Raises:
-        UserError: A frame cannot be decoded, or the decoder cannot be loaded.
+        UserError: A frame cannot be decoded, or only with guessed parts.
     """
-    if backend == "torchcodec":
-        yield from _decode_torchcodec(path, table, indices)
-        return
     done = 0
     try:
-        for frame in _decode_pyav(path, table, indices, seeking=True):
+        for frame in _decode(path, table, indices, shortcuts=True):
             yield frame
             done += 1
-    except _SeekFailed:
-        yield from _decode_pyav(path, table, indices[done:], seeking=False)
-
-
-def choose_backend(asked: str) -> Backend:
-    """Choose the decoder.
-
-    Args:
-        asked: `pyav`, `torchcodec`, or `qwen_vl_utils`, which takes torchcodec when it loads and PyAV otherwise.
-
-    Returns:
-        The decoder.
-
-    Raises:
-        UserError: torchcodec was asked for and cannot be loaded.
-    """
-    if asked == "pyav":
-        return "pyav"
-    try:
-        import torchcodec.decoders  # noqa: F401
-    # It raises RuntimeError when it finds no FFmpeg libraries that it can load.
-    except (ImportError, RuntimeError, OSError) as error:
-        if asked == "qwen_vl_utils":
-            return "pyav"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"video_backend is torchcodec, but it cannot be loaded ({reason}): pip install 'qvl-pipeline[torchcodec]' "
-            "and FFmpeg, or set video_backend: pyav"
-        ) from error
-    return "torchcodec"
+    except _ShortcutFailed:
+        yield from _decode(path, table, indices[done:], shortcuts=False)
 
 
 @contextmanager
@@ -198,41 +165,69 @@ def _pts(frame: av.VideoFrame) -> int:
     return pts
 
 
-def _decode_pyav(path: str, table: FrameTable, indices: Sequence[int], *, seeking: bool) -> Iterator[np.ndarray]:
-    """Decode in one pass, skipping ahead by keyframe where that saves more frames than a seek costs."""
+def _decode(path: str, table: FrameTable, indices: Sequence[int], *, shortcuts: bool) -> Iterator[np.ndarray]:
+    """Decode in one pass; the shortcuts are to skip ahead by keyframe, and pictures that nothing refers to."""
     with _open(path) as (container, stream):
-        decoded = container.decode(stream)
+        skipped = shortcuts and stream.codec_context.name in SKIPPABLE_CODECS
+        wanted = frozenset(table.pts[list(indices)].tolist()) if skipped else None
+        decoded = _pictures(container, stream, wanted)
         to_rgb = VideoReformatter()  # one for all frames: setting it up costs more than converting a small frame
         picture, position = None, -1  # the frame last yielded, and its number
         for index in indices:
             if index != position or picture is None:
                 nearest = bisect_right(table.keyframes, index) - 1
-                if seeking and nearest >= 0 and table.keyframes[nearest] - position > SEEK_COST_FRAMES:
+                # A seek restarts the decoder: that pays when it leaves out enough frames.
+                if shortcuts and nearest >= 0 and table.keyframes[nearest] - position > SEEK_COST_FRAMES:
                     container.seek(table.seek_times[nearest], stream=stream)
-                    decoded = _from_keyframe(container, stream, int(table.pts[table.keyframes[nearest]]))
-                picture = _upright(_advance(decoded, path, table, index), to_rgb)
+                    keyframe = int(table.pts[table.keyframes[nearest]])
+                    decoded = _from_keyframe(_pictures(container, stream, wanted), keyframe)
+                picture = _upright(_advance(decoded, path, table, index, shortcuts), to_rgb)
                 position = index
             yield picture
 
 
-def _from_keyframe(container: av.container.InputContainer, stream: av.VideoStream, pts: int) -> Iterator[av.VideoFrame]:
-    """Decode from the keyframe at `pts` on; what precedes it may lack its references."""
+def _pictures(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: frozenset[int] | None
+) -> Iterator[av.VideoFrame]:
+    """Decode from here on; when it is known which pictures are wanted, without the others that nothing refers to.
+
+    What FFmpeg had to make up is left out, up to the next keyframe: it would be shown as if it were the picture.
+    """
+    after_wanted = damaged = False
+    for packet in container.demux(stream):
+        if wanted is not None:
+            is_wanted = packet.pts in wanted
+            # The packet after a wanted one may hold the second field of the same picture.
+            stream.codec_context.skip_frame = "DEFAULT" if is_wanted or after_wanted else "NONREF"
+            after_wanted = is_wanted
+        for frame in packet.decode():
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+            if not damaged:
+                yield frame
+
+
+def _from_keyframe(decoded: Iterator[av.VideoFrame], pts: int) -> Iterator[av.VideoFrame]:
+    """Leave out what precedes the keyframe at `pts`: it may lack its references."""
     started = False
-    for frame in container.decode(stream):
+    for frame in decoded:
         started = started or _pts(frame) == pts
         if started:
             yield frame
     if not started:
-        raise _SeekFailed
+        raise _ShortcutFailed
 
 
-def _advance(decoded: Iterator[av.VideoFrame], path: str, table: FrameTable, index: int) -> av.VideoFrame:
+def _advance(
+    decoded: Iterator[av.VideoFrame], path: str, table: FrameTable, index: int, shortcuts: bool
+) -> av.VideoFrame:
     wanted = int(table.pts[index])
     for frame in decoded:
         if _pts(frame) == wanted:
             return frame
         if _pts(frame) > wanted:
             break
+    if shortcuts:
+        raise _ShortcutFailed
     raise UserError(
         f"video '{path}': frame {index} at second {table.seconds[index]:.3f} cannot be decoded; the file is damaged "
         "there: repair it or leave it out"
@@ -244,19 +239,3 @@ def _upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
     picture = to_rgb.reformat(frame, format="rgb24").to_ndarray()
     # FFmpeg's angle is that by which the stored picture must be turned counterclockwise.
     return np.ascontiguousarray(np.rot90(picture, k=round(frame.rotation / 90)))
-
-
-def _decode_torchcodec(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(path, dimension_order="NHWC", seek_mode="exact")
-    first_second = decoder.get_frame_at(0).pts_seconds
-    for index in indices:
-        frame = decoder.get_frame_at(index)
-        found, expected = frame.pts_seconds - first_second, table.seconds[index] - table.seconds[0]
-        if abs(found - expected) > 1e-3:
-            raise UserError(
-                f"video '{path}': torchcodec has frame {index} {found:.3f} s after the first one, but its packets say "
-                f"{expected:.3f} s: set video_backend: pyav"
-            )
-        yield frame.data.numpy()

@@ -40,7 +40,7 @@ def sample_clips(
     Raises:
         UserError: A clip is too short for the parameters, or the decoder cannot be loaded. Found before any decoding.
     """
-    from qvl_pipeline.media.decoding import choose_backend
+    from qvl_pipeline.media.backends import choose_backend
 
     clips = list_clips(valid_samples)
     check_lengths(clips, media_index, sample)
@@ -102,7 +102,8 @@ def read_clip(clip: Clip, *, sample: SampleConfig, patch_size: int, backend: str
     Raises:
         UserError: The clip cannot be sampled or decoded.
     """
-    from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+    from qvl_pipeline.media.backends import decode_with
+    from qvl_pipeline.media.decoding import read_frame_table
     from qvl_pipeline.media.frame_store import StoredClip, encode_frame
     from qvl_pipeline.media.pixels import resize
     from qvl_pipeline.media.sampling import video_size
@@ -112,7 +113,7 @@ def read_clip(clip: Clip, *, sample: SampleConfig, patch_size: int, backend: str
     frames: list[bytes] = []
     try:
         indices = _choose_frames(table.seconds, table.fps, start, end, sample)
-        for frame in decode_frames(path, table, indices, backend):
+        for frame in decode_with(backend, path, table, indices):
             if not frames:
                 height, width = video_size(
                     len(indices),
