@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from qvl_pipeline.engine import checkpoints
 from qvl_pipeline.engine.families import FAMILIES
@@ -17,21 +16,9 @@ from qvl_pipeline.engine.feed import Pack, read_plan, share_out
 from qvl_pipeline.engine.freezing import freeze
 from qvl_pipeline.engine.loss import token_losses
 from qvl_pipeline.engine.metrics import keep_rows_until
-from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizer
 from qvl_pipeline.engine.patch_embedding import PatchProjection, use_linear_patch_embedding
-from qvl_pipeline.engine.spec import OptimSpec, TrainSpec
+from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.training import make_training
-
-OPTIM = OptimSpec(
-    learning_rate=1e-3,
-    weight_decay=0.1,
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    adam_epsilon=1e-8,
-    max_grad_norm=1.0,
-    lr_scheduler_type="cosine",
-    warmup_steps=4,
-)
 
 
 class TestSharingOut:
@@ -89,29 +76,6 @@ class TestFreezing:
     def test_freezing_everything_is_refused(self, hf_model: PreTrainedModel, family: str) -> None:
         with pytest.raises(ValueError, match="nothing to train"):
             freeze(hf_model, FAMILIES[family], ["*"])
-
-
-class TestOptimization:
-    def test_vectors_do_not_decay(self, hf_model: PreTrainedModel) -> None:
-        optimizer = make_optimizer(hf_model, OPTIM)
-        for group in optimizer.param_groups:
-            assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
-
-    def test_warmup_starts_above_zero_and_ends_at_the_peak(self) -> None:
-        rate = learning_rate_schedule(OPTIM, max_steps=20)
-        assert [rate(step) for step in range(1, 5)] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
-
-    @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup"])
-    def test_after_warmup_the_schedule_is_that_of_transformers(self, name: str) -> None:
-        rate = learning_rate_schedule(dataclasses.replace(OPTIM, lr_scheduler_type=name), max_steps=20)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
-        expected = []
-        for _ in range(20):
-            expected.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        assert [rate(step) for step in range(5, 21)] == pytest.approx(expected[4:])
 
 
 def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

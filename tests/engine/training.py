@@ -79,10 +79,13 @@ def make_training(
             family=family,
             attn_implementation="auto",
             freeze_modules=(),
-            gradient_checkpointing=False,
+            gradient_checkpointing=(),
             use_liger_kernel=False,
             image_min_pixels=3136,
             image_max_pixels=50176,
+            torch_compile=False,
+            torch_compile_backend="eager",
+            torch_compile_mode="default",
         ),
         data=spec.DataSpec(
             tokenized=str(folder / "tokenized.arrow"),
@@ -93,7 +96,9 @@ def make_training(
             num_workers=0,
         ),
         optim=spec.OptimSpec(
+            optim="adamw_torch_fused",
             learning_rate=1e-2,
+            learning_rates={},
             weight_decay=0.1,
             adam_beta1=0.9,
             adam_beta2=0.99,
@@ -102,10 +107,12 @@ def make_training(
             adam_epsilon=1e-4,
             max_grad_norm=1.0,
             lr_scheduler_type="cosine",
+            lr_scheduler_kwargs={},
             warmup_steps=1,
+            ema_decay=0.0,
         ),
         parallel=spec.ParallelSpec(wrap=(), reshard_after_forward=True, bf16=False, sp_ulysses_degree=1),
-        export=spec.ExportSpec(output_dir=str(output_dir / "export")),
+        export=spec.ExportSpec(output_dir=str(output_dir / "export"), ema=False),
     )
 
 
@@ -154,7 +161,7 @@ def _medium(kind: str, key: str, frames: int, seconds: float) -> dict[str, Any]:
 def changed(base: spec.TrainSpec, output_dir: Path, **groups: dict[str, Any]) -> spec.TrainSpec:
     """Return a spec with values replaced, and its own output folder."""
     groups.setdefault("run", {})["output_dir"] = str(output_dir)
-    groups["export"] = {"output_dir": str(output_dir / "export")}
+    groups.setdefault("export", {})["output_dir"] = str(output_dir / "export")
     return dataclasses.replace(
         base, **{name: dataclasses.replace(getattr(base, name), **values) for name, values in groups.items()}
     )

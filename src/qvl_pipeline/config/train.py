@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon"]
+Part = Literal["vit", "merger", "deepstack", "visual", "llm", "embed", "head"]
 
 
 class FSDPConfig(Block):
@@ -28,17 +31,29 @@ class TrainConfig(Block):
     """Parameters of training; names and meanings are those of transformers' `TrainingArguments`.
 
     Attributes:
+        optim: `adamw_torch_fused`; `adamw_torch`, the same unfused; `adamw_8bit`, with 8-bit state (needs
+            torchao); or `muon`, Muon for the matrices of hidden layers and AdamW for embeddings, head and vectors.
         learning_rate: Peak learning rate.
-        weight_decay: AdamW decay of matrices; norms, biases and other vectors never decay.
+        learning_rates: Peak learning rate of single parts: `vit`, `merger`, `deepstack`, `visual` (these three), `llm`,
+            `embed`, `head`; the others have `learning_rate`. A part that is not there or not trained is an error.
+        weight_decay: Decay of matrices; norms, biases and other vectors never decay.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
         adam_epsilon: Added to the denominator.
         max_grad_norm: Gradient norm clipped to; 0 does not clip.
-        lr_scheduler_type: Name known to `transformers.get_scheduler`.
+        lr_scheduler_type: Name known to `transformers.get_scheduler`; not those that depend on losses.
+        lr_scheduler_kwargs: Arguments of that schedule, such as `min_lr_rate` or `num_decay_steps`.
         warmup_ratio: Share of the steps spent warming up.
         warmup_steps: Steps spent warming up; overrides `warmup_ratio` when positive.
         bf16: Compute in bfloat16; weights and optimizer state stay float32.
-        gradient_checkpointing: Recompute activations in the backward pass.
+        ema_decay: Decay of a float32 moving average of the weights, such as 0.999; 0 keeps none.
+        export_ema: Export that average instead of the last weights.
+        gradient_checkpointing: Recompute activations in the backward pass; a list `[llm]` or `[vit]` does so in that
+            tower only.
+        torch_compile: Compile each decoder layer and vision block; pays off over many steps.
+        torch_compile_backend: Backend of `torch.compile`.
+        torch_compile_mode: Mode of `torch.compile`. Modes with CUDA graphs are not there: FSDP2 gathers weights into
+            new memory each time.
         freeze_modules: Parts that stay bit-unchanged: `visual`, `merger`, `deepstack`, `llm`, `embed`, `head`, or a
             glob over parameter names. One that matches nothing is an error.
         use_liger_kernel: Fused Liger kernels on CUDA; on a CPU it is said that they are not used.
@@ -57,17 +72,25 @@ class TrainConfig(Block):
         seed: Seed of everything random in training.
     """
 
+    optim: Optimizer = "adamw_torch_fused"
     learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rates: dict[Part, PositiveFloat] = Field(default_factory=dict)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    export_ema: bool = False
+    gradient_checkpointing: bool | list[Literal["llm", "vit"]] = False
+    torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
+    torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     freeze_modules: list[str] = Field(default_factory=list)
     use_liger_kernel: bool = False
     use_rmpad: Literal[True] = True
@@ -97,13 +120,27 @@ class TrainConfig(Block):
         return value
 
     @model_validator(mode="after")
-    def _constant_has_no_warmup(self) -> TrainConfig:
+    def _schedule_is_possible(self) -> TrainConfig:
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
             raise ValueError(
                 "lr_scheduler_type 'constant' has no warmup: use 'constant_with_warmup', or set warmup_ratio and "
                 "warmup_steps to 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _exported_average_is_kept(self) -> TrainConfig:
+        if self.export_ema and not self.ema_decay:
+            raise ValueError("export_ema needs an average to export: set ema_decay, for example to 0.999")
+        return self
+
+    @property
+    def checkpointed_towers(self) -> tuple[str, ...]:
+        """Towers whose activations are recomputed."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return ("llm", "vit") if self.gradient_checkpointing else ()
+        return tuple(self.gradient_checkpointing)
 
     @model_validator(mode="after")
     def _none_stands_alone(self) -> TrainConfig:

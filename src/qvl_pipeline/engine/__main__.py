@@ -42,9 +42,10 @@ def main(spec_path: Path) -> int:
 def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Exception) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = {
-        "rank": rank,
-        "step": getattr(trainer, "step", 0),
-        "sample_ids": getattr(trainer, "sample_ids", []),
+        # An error that all ranks find together says itself where it comes from.
+        "rank": getattr(error, "rank", rank),
+        "step": getattr(error, "step", getattr(trainer, "step", 0)),
+        "sample_ids": getattr(error, "sample_ids", getattr(trainer, "sample_ids", [])),
         "type": type(error).__name__,
         "message": str(error),
         "time": time.time(),

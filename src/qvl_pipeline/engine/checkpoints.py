@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +24,15 @@ def completed(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and (path / _COMPLETE).exists())
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """Save model and optimizer after `step`, then delete all but the `keep` newest checkpoints.
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    keep: int,
+    more: dict[str, Any],
+) -> None:
+    """Save model, optimizers and `more` state after `step`, then delete all but the `keep` newest checkpoints.
 
     Called by all ranks. An older checkpoint goes only after the new one is published.
     """
@@ -32,8 +41,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    dcp.save({"model": model_state, "optimizer": optimizer_state, **more}, checkpoint_id=partial)
     dist.barrier()
     if leads:
         (partial / _COMPLETE).touch()
@@ -44,8 +53,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     dist.barrier()
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint into a model and optimizer, sharded over any number of ranks."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+def load(path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], more: dict[str, Any]) -> None:
+    """Load a checkpoint into a model, its optimizers and the tensors of `more`, sharded over any number of ranks."""
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    dcp.load({"model": model_state, "optimizer": optimizer_state, **more}, checkpoint_id=path)
+    set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)

@@ -10,7 +10,7 @@ from torch import nn
 from qvl_pipeline.engine.families import ModelFamily
 
 # The guide's `visual` is the whole vision side: encoder, merger and DeepStack mergers.
-_ALIASES = {"visual": ("vit", "merger", "deepstack")}
+ALIASES = {"visual": ("vit", "merger", "deepstack")}
 
 
 def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> dict[str, int]:
@@ -29,14 +29,14 @@ def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> di
     """
     frozen = {}
     for pattern in patterns:
-        groups = _ALIASES.get(pattern, (pattern,))
+        groups = ALIASES.get(pattern, (pattern,))
         matched = [
             parameter
             for name, parameter in model.named_parameters()
             if family.group_of(name) in groups or fnmatch.fnmatchcase(name, pattern)
         ]
         if not matched:
-            known = sorted({family.group_of(name) for name, _ in model.named_parameters()} | set(_ALIASES))
+            known = sorted({family.group_of(name) for name, _ in model.named_parameters()} | set(ALIASES))
             raise ValueError(
                 f"freeze_modules: '{pattern}' matches no parameter of {family.name}; "
                 f"use one of {', '.join(known)}, or a glob such as 'model.visual.blocks.0.*'"

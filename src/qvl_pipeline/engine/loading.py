@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.engine.attention import use_packed_attention
+from qvl_pipeline.engine.compilation import compile_blocks
 from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.freezing import freeze
 from qvl_pipeline.engine.kernels import use_liger_kernels
@@ -46,9 +49,18 @@ def load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[P
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
         "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
     }
-    if spec.model.gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(hf, spec.model.gradient_checkpointing)
+    if spec.model.torch_compile:
+        backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
+        facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
     return PackedVLM(hf, family, *_normalization(processor)), facts
+
+
+def recompute_activations(hf: nn.Module, towers: Sequence[str]) -> None:
+    """Let the blocks of some towers (`llm`, `vit`) recompute their activations in the backward pass."""
+    modules = {"llm": hf.model.language_model, "vit": hf.model.visual}
+    for tower in towers:
+        modules[tower].gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _normalization(processor: Any) -> tuple[list[float], list[float]]:

@@ -40,10 +40,13 @@ class ModelSpec:
         family: Name of a module in `engine.families`.
         attn_implementation: Attention kernel or `auto`.
         freeze_modules: Short names or globs of parts that stay as they are.
-        gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_checkpointing: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
         image_max_pixels: Most pixels of an image.
+        torch_compile: Compile decoder layers and vision blocks.
+        torch_compile_backend: Backend of `torch.compile`.
+        torch_compile_mode: Mode of `torch.compile`.
     """
 
     path: str
@@ -51,10 +54,13 @@ class ModelSpec:
     family: str
     attn_implementation: str
     freeze_modules: tuple[str, ...]
-    gradient_checkpointing: bool
+    gradient_checkpointing: tuple[str, ...]
     use_liger_kernel: bool
     image_min_pixels: int
     image_max_pixels: int
+    torch_compile: bool
+    torch_compile_backend: str
+    torch_compile_mode: str
 
 
 @dataclass(frozen=True)
@@ -80,16 +86,35 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """AdamW and its schedule; names as in transformers' `TrainingArguments`."""
+    """The optimizer and its schedule; names as in transformers' `TrainingArguments`.
 
+    Attributes:
+        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit` or `muon`.
+        learning_rate: Peak rate of what `learning_rates` does not name.
+        learning_rates: Peak rate by part of the model (`vit`, `merger`, …, or `visual`).
+        weight_decay: Decay of matrices.
+        adam_beta1: Decay of AdamW's first moment.
+        adam_beta2: Decay of AdamW's second moment.
+        adam_epsilon: Added to AdamW's denominator.
+        max_grad_norm: Gradient norm clipped to; 0 does not clip.
+        lr_scheduler_type: Name known to `transformers.get_scheduler`.
+        lr_scheduler_kwargs: Its arguments.
+        warmup_steps: Steps of warmup.
+        ema_decay: Decay of the average of the weights; 0 keeps none.
+    """
+
+    optim: str
     learning_rate: float
+    learning_rates: dict[str, float]
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
     max_grad_norm: float
     lr_scheduler_type: str
+    lr_scheduler_kwargs: dict[str, Any]
     warmup_steps: int
+    ema_decay: float
 
 
 @dataclass(frozen=True)
@@ -111,9 +136,15 @@ class ParallelSpec:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """Where the trained model goes, as a plain transformers folder."""
+    """The trained model as a plain transformers folder.
+
+    Attributes:
+        output_dir: Where it goes.
+        ema: Export the average of the weights instead of the last ones.
+    """
 
     output_dir: str
+    ema: bool
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ import torch.distributed as dist
 
 from qvl_pipeline.engine import checkpoints
 from qvl_pipeline.engine.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.ema import WeightAverage
 from qvl_pipeline.engine.export import export
 from qvl_pipeline.engine.feed import Step, load_batches, read_plan, share_out
 from qvl_pipeline.engine.loading import load_model, load_processor
 from qvl_pipeline.engine.metrics import MetricsWindow, keep_rows_until
-from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizer
+from qvl_pipeline.engine.nonfinite import FiniteWatch
+from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.sharding import shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
@@ -26,10 +28,6 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not a number; the optimizer step was not taken."""
 
 
 class Trainer:
@@ -47,7 +45,9 @@ class Trainer:
         self.model, self.facts = load_model(spec, self.processor, self.device)
         self.facts["wrapped"] = shard(self.model, self.device, spec.parallel)
         self.builder = _make_builder(spec, self.model, self.processor)
-        self.optimizer = make_optimizer(self.model, spec.optim)
+        self.optimizers = make_optimizers(self.model, spec.optim)
+        self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
+        self.finite = FiniteWatch(self.device)
 
     def run(self) -> None:
         """Train to the end of the plan, then export."""
@@ -71,9 +71,9 @@ class Trainer:
         )
         self._train(steps[done:], len(steps), batches, output_dir)
         if done < len(steps):
-            checkpoints.save(
-                output_dir / "checkpoints", len(steps), self.model, self.optimizer, spec.run.save_total_limit
-            )
+            self._save(len(steps), output_dir)
+        if spec.export.ema:
+            self.average.copy_to_weights()
         export(self.model, self.processor, spec)
         if self.leads:
             self._write_result(output_dir, steps, done)
@@ -84,29 +84,37 @@ class Trainer:
         window = MetricsWindow(self.builder.sources, self.device)
         for step in steps:
             self.step = step.number
-            learning_rate = self.schedule(step.number)
-            waited_s, grad_norm = self._train_step(step, learning_rate, batches, window)
+            learning_rates = set_learning_rates(self.optimizers, self.schedule(step.number))
+            waited_s, grad_norm = self._train_step(step, batches, window)
             window.add_step(step.tokens, waited_s)
             saves = bool(run.save_steps) and step.number % run.save_steps == 0 and step.number < max_steps
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
             if step.number % run.logging_steps == 0 or saves or step.number == max_steps:
+                self.finite.check()
                 row: dict[str, Any] = {
                     "step": step.number,
                     "max_steps": max_steps,
                     "epoch": self.spec.data.epochs * step.number / max_steps,
-                    "learning_rate": learning_rate,
+                    "learning_rate": self.spec.optim.learning_rate * self.schedule(step.number),
+                    "learning_rates": learning_rates,
                     "grad_norm": float(grad_norm),
                     **window.row(),
                 }
                 if self.leads:
                     _append(output_dir / "metrics.jsonl", row)
             if saves:
-                folder = output_dir / "checkpoints"
-                checkpoints.save(folder, step.number, self.model, self.optimizer, run.save_total_limit)
+                self._save(step.number, output_dir)
 
-    def _train_step(
-        self, step: Step, learning_rate: float, batches: Iterator[Batch], window: MetricsWindow
-    ) -> tuple[float, torch.Tensor]:
+    def _save(self, step: int, output_dir: Path) -> None:
+        self.finite.check()
+        folder, keep = output_dir / "checkpoints", self.spec.run.save_total_limit
+        checkpoints.save(folder, step, self.model, self.optimizers, keep, self._more_state())
+
+    def _more_state(self) -> dict[str, Any]:
+        """State of a checkpoint beside model and optimizers; loading it overwrites these very tensors."""
+        return {"ema": self.average.state} if self.average else {}
+
+    def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> tuple[float, torch.Tensor]:
         """Take one optimizer step; return the seconds spent waiting for data and the gradient norm."""
         waited_s = 0.0
         for number, _ in enumerate(step.micro_batches, start=1):
@@ -119,16 +127,14 @@ class Trainer:
             losses = self.model(batch)
             (losses.sum() / step.supervised_tokens).backward()
             window.add_losses(losses, batch.target_source)
+            self.finite.add_losses(step.number, batch.sample_ids, losses)
         grad_norm = self._clip()
-        if not torch.isfinite(grad_norm):
-            raise NonFiniteError(
-                f"the gradient norm of step {step.number} is {float(grad_norm)}; the step was not taken, and the last "
-                "checkpoint is intact: lower learning_rate, or look at the samples named here"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.finite.add_gradient_norm(step.number, grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update()
         return waited_s, grad_norm
 
     def _clip(self) -> torch.Tensor:
@@ -141,7 +147,7 @@ class Trainer:
         found = checkpoints.completed(output_dir / "checkpoints") if self.spec.run.resume else []
         done, path = found[-1] if found else (0, None)
         if path:
-            checkpoints.load(path, self.model, self.optimizer)
+            checkpoints.load(path, self.model, self.optimizers, self._more_state())
             logger.info("resumed from %s", path)
         if self.leads:
             keep_rows_until(output_dir / "metrics.jsonl", done)

@@ -66,7 +66,7 @@ def train(
     metrics_path = output_dir / "metrics.jsonl"
     if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
         _run(spec_path, metrics_path, train, batching, plan_summary["steps"])
-    rows = pd.read_json(metrics_path, lines=True).drop(columns="loss_by_source")
+    rows = pd.read_json(metrics_path, lines=True).drop(columns=["loss_by_source", "learning_rates"])
     import mlflow
 
     active = mlflow.active_run()

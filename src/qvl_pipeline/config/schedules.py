@@ -1,0 +1,59 @@
+"""The learning-rate schedules of `transformers.get_scheduler` and their arguments, known without importing it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+# Arguments beside warmup and training steps. A test holds this against the installed transformers.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "constant_with_warmup": (),
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles", "warmup_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+}
+# Sets of which exactly one argument must be given.
+_REQUIRED = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+_DEPEND_ON_LOSSES = ("reduce_lr_on_plateau", "greedy")
+
+
+def check_schedule(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Check that a schedule exists and takes these arguments.
+
+    Raises:
+        ValueError: It does not; the message says what to write instead.
+    """
+    if name in _DEPEND_ON_LOSSES:
+        raise ValueError(
+            f"lr_scheduler_type '{name}' depends on the losses seen so far, and here the rate is a function of the "
+            "step alone, so that a resumed run equals an uninterrupted one: use cosine_with_min_lr"
+        )
+    if name not in SCHEDULES:
+        nearest = difflib.get_close_matches(name, SCHEDULES, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known are {', '.join(SCHEDULES)}"
+        raise ValueError(f"unknown lr_scheduler_type '{name}': {hint}")
+    for key in kwargs:
+        if key not in SCHEDULES[name]:
+            known = ", ".join(SCHEDULES[name]) or "none"
+            raise ValueError(f"lr_scheduler_kwargs: '{name}' has no argument '{key}'; it takes: {known}")
+    choices = _REQUIRED.get(name, ())
+    if choices and sum(key in kwargs for key in choices) != 1:
+        raise ValueError(f"lr_scheduler_type '{name}' needs {' or '.join(choices)} in lr_scheduler_kwargs")
