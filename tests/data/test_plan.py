@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
-from qvl_pipeline.data.plan import make_plan, plan_fingerprint, source_weights
+from qvl_pipeline.data.packing import PATCH_COST, llm_cost
+from qvl_pipeline.data.plan import imbalance, make_plan, plan_fingerprint, source_weights
 from qvl_pipeline.data.tokenization import SCHEMA
 from qvl_pipeline.errors import UserError
 
@@ -70,6 +71,7 @@ def rows_of(plan: pd.DataFrame) -> list[int]:
 CONFIGS = {
     "best_fit": {},
     "first_fit": {"packing_strategy": "first_fit"},
+    "balanced": {"packing_strategy": "balanced", "packing_vit_patches": 96},
     "two_budgets": {"packing_vit_patches": 64},
     "unpacked": {"packing": False},
     "grouped": {"packing": False, "group_by_length": True},
@@ -152,7 +154,9 @@ def test_the_plan_does_not_depend_on_the_rank_count_that_a_global_batch_is_writt
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing_strategy": "first_fit"}, {"packing": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing_strategy": "first_fit"}, {"packing_strategy": "balanced"}, {"packing": False}]
+)
 def test_steps_are_not_in_order_of_sample_length(tmp_path: Path, changes: dict[str, Any]) -> None:
     lengths = np.random.default_rng(0).lognormal(3, 0.7, 2000).clip(4, 128).astype(int).tolist()
     path = write_tokenized(tmp_path / "tokenized.arrow", {"text": lengths})
@@ -162,21 +166,31 @@ def test_steps_are_not_in_order_of_sample_length(tmp_path: Path, changes: dict[s
     assert abs(np.corrcoef(lengths_by_step.index, lengths_by_step)[0, 1]) < 0.2
 
 
-def waiting(plan: pd.DataFrame, ranks: int) -> float:
-    """Time of the heaviest of the packs trained on side by side, over their mean."""
-    together = plan.groupby(["step", plan["pack"] // ranks])["tokens"]
-    return together.max().sum() / together.mean().sum()
+def work_of(plan: pd.DataFrame, table: pd.DataFrame) -> np.ndarray:
+    work = llm_cost(table["length"].to_numpy()) + PATCH_COST * table["vit_patches"].to_numpy()
+    return np.array([work[rows].sum() for rows in plan["sample_rows"]])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_that_take_packs_in_turn_have_even_loads(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("changes", [{}, {"packing_strategy": "balanced"}, {"packing": False}])
+def test_ranks_that_take_packs_in_turn_do_even_work(tmp_path: Path, ranks: int, changes: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
-    path = write_tokenized(tmp_path / "tokenized.arrow", {"text": rng.integers(10, 128, size=800).tolist()})
-    packed, _ = make_plan(path, batching(gradient_accumulation_steps=4), WEIGHTS)
-    assert waiting(packed, ranks) < 1.05
-    single, _ = make_plan(path, batching(packing=False, gradient_accumulation_steps=4), WEIGHTS)
-    shuffled = single.assign(tokens=single.groupby("step")["tokens"].transform(rng.permutation))
-    assert waiting(single, ranks) - 1 < 0.6 * (waiting(shuffled, ranks) - 1)
+    lengths = {source: rng.integers(10, 128, size=600).tolist() for source in ("text", "images")}
+    path = write_tokenized(tmp_path / "tokenized.arrow", lengths, {"images": 240})
+    table = pa.ipc.open_file(str(path)).read_pandas()
+    plan, summary = make_plan(path, batching(data_parallel_size=8, gradient_accumulation_steps=4, **changes), WEIGHTS)
+    whole = plan[plan["step"] < plan["step"].max()]
+    shuffled = whole.iloc[rng.permutation(len(whole))].sort_values("step", kind="stable")
+    ours, unsorted = (imbalance(whole, work_of(p, table), ranks) - 1 for p in (whole, shuffled))
+    assert ours < 0.6 * unsorted
+    assert summary["imbalance"]["together"] == pytest.approx(imbalance(plan, work_of(plan, table), 8))
+
+
+def test_imbalance_is_the_time_of_the_slowest_over_that_of_even_work() -> None:
+    plan = pd.DataFrame({"step": [0, 0, 0, 0, 1], "pack": [0, 1, 2, 3, 0]})
+    work = np.array([4.0, 2.0, 3.0, 3.0, 5.0])
+    assert imbalance(plan, work, ranks=1) == 1.0
+    assert imbalance(plan, work, ranks=2) == pytest.approx((4 + 3 + 5) / ((6 + 6 + 5) / 2))
 
 
 def test_kinds_are_mixed_over_steps(tokenized: Path) -> None:

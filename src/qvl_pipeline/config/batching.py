@@ -16,7 +16,9 @@ class BatchingConfig(Block):
         dataset_type: `vision` is map-style: `num_train_epochs` passes over the data. The guide's iterable types run for
             `max_steps` steps, however many passes that takes.
         packing: Several samples per pack; otherwise each pack is one sample.
-        packing_strategy: `best_fit` is best-fit-decreasing over the whole epoch, `first_fit` keeps the shuffled order.
+        packing_strategy: `best_fit` (best-fit-decreasing over the whole epoch) fills packs best. `first_fit` keeps the
+            shuffled order. `balanced` makes packs of equal work, counting attention and vision tower: ranks wait less
+            for each other, and packs are about 98 % full.
         packing_length: Token budget of one pack.
         packing_vit_patches: Vision patch budget of one pack; `None` sets none.
         filter_overlong: Leave out samples longer than `packing_length` (each is listed); `false` refuses them.
@@ -32,7 +34,7 @@ class BatchingConfig(Block):
 
     dataset_type: Literal["vision", "vision_iterable", "qwen3_vl", "qwen3_vl_iterable"] = "vision"
     packing: bool = True
-    packing_strategy: Literal["best_fit", "first_fit"] = "best_fit"
+    packing_strategy: Literal["best_fit", "first_fit", "balanced"] = "best_fit"
     packing_length: int = Field(default=16_384, ge=16)
     packing_vit_patches: int | None = Field(default=None, ge=4)
     filter_overlong: bool = True

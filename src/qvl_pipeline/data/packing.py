@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
-from heapq import heappop, heappush
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-# `best_fit` sorts by size up to this relative noise: packs then differ from epoch to epoch, at no loss of fill.
+# Samples are sorted by size up to this relative noise: packs then differ from epoch to epoch, at no loss of fill.
 SIZE_NOISE = 0.1
+# Vision patches are counted in units of this fraction of their budget, rounded up: samples of almost the same size are
+# then of the same size, and are packed together.
+PATCH_UNITS = 4096
+# How full `balanced` means its packs to be on average: the room that is left is what they are balanced with.
+BALANCED_FILL = 0.98
+# Work of the vision tower on one patch, in tokens of the language model: its parameters are about a tenth of an 8B
+# model's, so a patch costs about a tenth of a token.
+PATCH_COST = 0.1
+# Tokens at which causal attention costs as much as all matrix products of a decoder layer: with hidden size H the
+# products take 24 * H**2 FLOPs a token and attention over T tokens 2 * H * T, which is equal at 12 * H; H is 4096.
+ATTENTION_TOKENS = 49_152
 
-Pack = list[int]
+
+@dataclass(frozen=True)
+class Packs:
+    """A partition of samples.
+
+    Attributes:
+        samples: Positions of the samples, pack by pack `[N]`.
+        bounds: Where each pack begins in `samples`, and the end of the last one `[P + 1]`.
+    """
+
+    samples: np.ndarray
+    bounds: np.ndarray
+
+    @classmethod
+    def from_numbers(cls, samples: np.ndarray, numbers: np.ndarray) -> Packs:
+        """Gather samples by the number of their pack; packs are numbered without a gap, samples keep their order."""
+        order = np.argsort(numbers, kind="stable")
+        return cls(samples[order], np.concatenate([[0], np.cumsum(np.bincount(numbers))]))
+
+    def __len__(self) -> int:
+        """Number of packs."""
+        return len(self.bounds) - 1
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Iterate over the samples of each pack."""
+        return (self.samples[start:end] for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True))
+
+    def take(self, numbers: np.ndarray) -> Packs:
+        """Return the packs of the given numbers, in that order."""
+        sizes = np.diff(self.bounds)[numbers]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        shift = np.repeat(self.bounds[numbers] - bounds[:-1], sizes)
+        return Packs(self.samples[np.arange(bounds[-1]) + shift], bounds)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum a value of the samples over each pack `[P]`; integers are summed as int64."""
+        dtype = np.int64 if np.issubdtype(values.dtype, np.integer) else np.float64
+        totals = np.concatenate([np.zeros(1, dtype), np.cumsum(values[self.samples], dtype=dtype)])
+        return totals[self.bounds[1:]] - totals[self.bounds[:-1]]
+
+
+def llm_cost(lengths: np.ndarray) -> np.ndarray:
+    """Work of the language model on samples `[N]`, in tokens; attention makes it grow faster than their length."""
+    return lengths * (1 + lengths / ATTENTION_TOKENS)
 
 
 def best_fit(
     lengths: np.ndarray, patches: np.ndarray, *, max_tokens: int, max_patches: int | None, rng: np.random.Generator
-) -> list[Pack]:
+) -> Packs:
     """Pack by best-fit-decreasing: the largest samples first, each into the fullest pack that still holds it.
 
     The fullest pack is the one with the fewest tokens left; among equals, the one with the most patches left. It is
-    found in O(log max_tokens) by a binary tree over the tokens left.
+    found in O(log max_tokens) by a binary tree over the tokens left. Samples of the same size are placed in one go, and
+    packs that hold the same are filled in one go: the effort grows with the number of different sizes.
 
     Args:
         lengths: Tokens of each sample `[N]`, none above `max_tokens`.
@@ -29,29 +87,102 @@ def best_fit(
         rng: Source of the noise that makes every epoch different.
 
     Returns:
-        Packs of positions in `lengths`, each in the order in which it was filled.
+        The packs; samples are in the order in which a pack was filled.
     """
-    patch_budget = int(patches.sum()) + 1 if max_patches is None else max_patches
-    noise = rng.uniform(1 - SIZE_NOISE, 1 + SIZE_NOISE, size=len(lengths))
-    sizes = np.maximum(lengths / max_tokens, patches / patch_budget) * noise
-    packs: list[Pack] = []
-    tree = _MostPatches(max_tokens)
-    open_packs: dict[int, list[tuple[int, int]]] = defaultdict(list)  # tokens left -> heap of (-patches left, pack)
-    for sample in np.argsort(-sizes, kind="stable").tolist():
-        length, cost = int(lengths[sample]), int(patches[sample])
-        tokens_left = tree.find(length, cost)
-        if tokens_left is None:
-            tokens_left, patches_left, pack = max_tokens, patch_budget, len(packs)
-            packs.append([])
-        else:
-            negative, pack = heappop(open_packs[tokens_left])
-            patches_left = -negative
-            tree.set(tokens_left, -open_packs[tokens_left][0][0] if open_packs[tokens_left] else -1)
-        packs[pack].append(sample)
-        tokens_left -= length
-        heappush(open_packs[tokens_left], (cost - patches_left, pack))
-        tree.set(tokens_left, -open_packs[tokens_left][0][0])
-    return packs
+    if not len(lengths):
+        return Packs(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    units, budget = _patch_units(lengths, patches, max_tokens, max_patches)
+    samples, sizes, counts = _by_size(lengths, units, max_tokens, budget, rng)
+    open_packs = _OpenPacks(max_tokens, budget)
+    for (length, cost), count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        open_packs.place(length, cost, count)
+    return Packs.from_numbers(samples, open_packs.numbers())
+
+
+def _patch_units(
+    lengths: np.ndarray, patches: np.ndarray, max_tokens: int, max_patches: int | None
+) -> tuple[np.ndarray, int]:
+    """Patches of each sample and their budget in coarser units; all zero when the budget can never be reached."""
+    if max_patches is None or (patches / lengths).max() * max_tokens <= max_patches:
+        return np.zeros_like(lengths), 0
+    unit = max(1, max_patches // PATCH_UNITS)
+    budget = max_patches // unit
+    return np.minimum(-(-patches // unit), budget), budget
+
+
+def _by_size(
+    lengths: np.ndarray, units: np.ndarray, max_tokens: int, budget: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort samples by size: the samples `[N]`, their different sizes (tokens, patches) `[G, 2]` and how many of each.
+
+    Samples of one size are in random order; a size is moved up or down as a whole by the noise.
+    """
+    keys = lengths.astype(np.int64) * (budget + 1) + units
+    samples = rng.permutation(len(keys))
+    samples = samples[np.argsort(keys[samples], kind="stable")]
+    keys = keys[samples]
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(keys)) + 1])
+    counts = np.diff(starts, append=len(keys))
+    sizes = np.stack(np.divmod(keys[starts], budget + 1), axis=1)
+    noise = rng.uniform(1 - SIZE_NOISE, 1 + SIZE_NOISE, size=len(sizes))
+    largest_first = -(sizes / [max_tokens, max(1, budget)]).max(axis=1) * noise
+    # Text comes last: it also fits where no patches are left.
+    rank = np.lexsort([largest_first, sizes[:, 1] == 0])
+    return Packs(samples, np.append(starts, len(keys))).take(rank).samples, sizes[rank], counts[rank]
+
+
+class _OpenPacks:
+    """Packs by what they have left, and the record of what was put into which."""
+
+    def __init__(self, max_tokens: int, max_patches: int) -> None:
+        self._budgets = (max_tokens, max_patches)
+        self._tree = _MostPatches(max_tokens)
+        # Tokens left -> heap of (-patches left, first pack, end): ranges of packs that are filled alike.
+        self._ranges: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        self._opened = 0
+        self._first, self._packs, self._each = array("q"), array("q"), array("q")
+
+    def place(self, length: int, cost: int, count: int) -> None:
+        """Place samples of one size.
+
+        A pack that took one takes the next as well, as long as it has room: it has become the fullest that holds it.
+        """
+        while count:
+            tokens_left = self._tree.find(length, cost)
+            if tokens_left is None:
+                tokens_left, patches_left = self._budgets
+                fitting = min(tokens_left // length, patches_left // cost if cost else count, count)
+                first, packs = self._opened, count // fitting
+                self._opened += packs
+            else:
+                ranges = self._ranges[tokens_left]
+                negative, first, end = ranges[0]
+                patches_left = -negative
+                fitting = min(tokens_left // length, patches_left // cost if cost else count, count)
+                packs = min(end - first, count // fitting)
+                if packs == end - first:
+                    heappop(ranges)
+                    self._tree.set(tokens_left, -ranges[0][0] if ranges else -1)
+                else:
+                    heapreplace(ranges, (negative, first + packs, end))
+            self._first.append(first)
+            self._packs.append(packs)
+            self._each.append(fitting)
+            count -= packs * fitting
+            self._open(tokens_left - fitting * length, patches_left - fitting * cost, first, packs)
+
+    def _open(self, tokens_left: int, patches_left: int, first: int, packs: int) -> None:
+        if tokens_left:
+            ranges = self._ranges[tokens_left]
+            heappush(ranges, (-patches_left, first, first + packs))
+            self._tree.set(tokens_left, -ranges[0][0])
+
+    def numbers(self) -> np.ndarray:
+        """Pack of each sample `[N]`, in the order in which they were placed."""
+        first, packs, each = (np.asarray(values) for values in (self._first, self._packs, self._each))
+        ends = np.cumsum(packs)
+        number = np.arange(ends[-1]) + np.repeat(first - (ends - packs), packs)
+        return np.repeat(number, np.repeat(each, packs))
 
 
 class _MostPatches:
@@ -65,31 +196,38 @@ class _MostPatches:
         self._values = [-1] * (2 * self._leaves)
 
     def set(self, tokens: int, patches: int) -> None:
-        node = tokens + self._leaves
-        self._values[node] = patches
-        while node := node // 2:
-            self._values[node] = max(self._values[2 * node], self._values[2 * node + 1])
+        values, node = self._values, tokens + self._leaves
+        values[node] = patches
+        while node > 1:
+            other = values[node ^ 1]
+            patches, node = patches if patches > other else other, node // 2
+            if values[node] == patches:
+                break
+            values[node] = patches
 
     def find(self, tokens: int, patches: int) -> int | None:
         """Smallest number of tokens, at least `tokens`, left in a pack that has `patches` left."""
-        node = tokens + self._leaves
-        while self._values[node] < patches:  # climb until a node to the right has them
+        values, node = self._values, tokens + self._leaves
+        while values[node] < patches:  # climb until a node to the right has them
             while node % 2:
                 node //= 2
             if not node:
                 return None
             node += 1
         while node < self._leaves:
-            node = 2 * node if self._values[2 * node] >= patches else 2 * node + 1
+            node *= 2
+            if values[node] < patches:
+                node += 1
         return node - self._leaves
 
 
 def first_fit(
     lengths: np.ndarray, patches: np.ndarray, *, max_tokens: int, max_patches: int | None, rng: np.random.Generator
-) -> list[Pack]:
+) -> Packs:
     """Pack by first fit in shuffled order: each sample goes into the first pack that still holds it.
 
-    A binary tree over the packs, with the most room left below each node, finds that pack in O(log n).
+    Done pack by pack, which gives the same: the first pack takes, in order, every sample that still fits when its turn
+    comes, the second one does so among the others, and so on.
 
     Args:
         lengths: Tokens of each sample `[N]`, none above `max_tokens`.
@@ -99,35 +237,153 @@ def first_fit(
         rng: Source of the order.
 
     Returns:
-        Packs of positions in `lengths`, each in the order in which it was filled.
+        The packs; samples are in the order in which a pack was filled.
     """
-    leaves = 1 << max(1, (len(lengths) - 1).bit_length())
-    tokens_left = [max_tokens] * (2 * leaves)  # node i has the children 2i and 2i + 1
-    patches_left = [float("inf") if max_patches is None else max_patches] * (2 * leaves)
-
-    def find(node: int, length: int, cost: int) -> int | None:
-        if tokens_left[node] < length or patches_left[node] < cost:
-            return None
-        if node >= leaves:
-            return node
-        # A node may have room for the tokens in one child and for the patches in the other, hence the second look.
-        leaf = find(2 * node, length, cost)
-        return find(2 * node + 1, length, cost) if leaf is None else leaf
-
-    packs: list[Pack] = [[] for _ in range(len(lengths))]
-    for sample in rng.permutation(len(lengths)).tolist():
-        length, cost = int(lengths[sample]), int(patches[sample])
-        node = find(1, length, cost)
-        packs[node - leaves].append(sample)
-        tokens_left[node] -= length
-        patches_left[node] -= cost
-        while node := node // 2:
-            tokens_left[node] = max(tokens_left[2 * node], tokens_left[2 * node + 1])
-            patches_left[node] = max(patches_left[2 * node], patches_left[2 * node + 1])
-    return [pack for pack in packs if pack]
+    order = rng.permutation(len(lengths))
+    budget = int(patches.sum()) if max_patches is None else max_patches
+    waiting = _Waiting(lengths[order], patches[order], max_tokens, budget)
+    taken, bounds = array("q"), array("q", [0])
+    while len(taken) < len(order):
+        tokens_left, patches_left, position = max_tokens, budget, 0
+        while (found := waiting.take(position, tokens_left, patches_left)) is not None:
+            position, length, cost = found
+            tokens_left -= length
+            patches_left -= cost
+            taken.append(position)
+        bounds.append(len(taken))
+    return Packs(order[np.asarray(taken)], np.asarray(bounds)) if len(order) else Packs(order, np.zeros(1, np.int64))
 
 
-def one_each(lengths: np.ndarray, *, group_by_length: bool, group: int, rng: np.random.Generator) -> list[Pack]:
+class _Waiting:
+    """Samples in their order, in a binary tree that knows the least of every stretch of them.
+
+    The least of what: tokens, patches, and both together as shares of their budgets. A stretch may have its shortest
+    sample and the one of the fewest patches in two places; the sum tells, in most cases, that neither fits.
+    """
+
+    def __init__(self, lengths: np.ndarray, patches: np.ndarray, max_tokens: int, max_patches: int) -> None:
+        self._budgets = (max_tokens, max_patches)
+        self._leaves = 1 << max(1, (len(lengths) - 1).bit_length())
+        together = lengths.astype(np.int64) * max_patches + patches.astype(np.int64) * max_tokens
+        # Node i has the children 2i and 2i + 1.
+        self._least = [_tree(values, self._leaves) for values in (lengths, patches, together)]
+
+    def take(self, position: int, tokens: int, patches: int) -> tuple[int, int, int] | None:
+        """Take out the first sample from `position` on that fits; return its position, length and patches."""
+        lengths, costs, sums = self._least
+        together = tokens * self._budgets[1] + patches * self._budgets[0]
+        node = position + self._leaves
+        while True:
+            if lengths[node] <= tokens and costs[node] <= patches and sums[node] <= together:
+                if node >= self._leaves:
+                    break
+                node *= 2
+                continue
+            node += 1
+            while not node % 2:
+                node //= 2
+            if node == 1:
+                return None
+        found = node - self._leaves, lengths[node], costs[node]
+        self._remove(node)
+        return found
+
+    def _remove(self, leaf: int) -> None:
+        for values in self._least:
+            node, least = leaf, _ABSENT
+            values[leaf] = _ABSENT
+            while node > 1:
+                other = values[node ^ 1]
+                least, node = least if least < other else other, node // 2
+                if values[node] == least:
+                    break
+                values[node] = least
+
+
+_ABSENT = 2**62
+
+
+def _tree(values: np.ndarray, leaves: int) -> list[int]:
+    level = np.full(leaves, _ABSENT, dtype=np.int64)
+    level[: len(values)] = values
+    levels = [level]
+    while len(levels[-1]) > 1:
+        levels.append(levels[-1].reshape(-1, 2).min(axis=1))
+    return np.concatenate([[0], *levels[::-1]]).tolist()
+
+
+def balanced(
+    lengths: np.ndarray, patches: np.ndarray, *, max_tokens: int, max_patches: int | None, rng: np.random.Generator
+) -> Packs:
+    """Pack for equal work: the largest samples first, each into the pack with the least work that still holds it.
+
+    This is the longest-processing-time rule of scheduling. Work is that of the language model, with its quadratic
+    attention, and of the vision tower together. Packs are less full than those of `best_fit`.
+
+    Args:
+        lengths: Tokens of each sample `[N]`, none above `max_tokens`.
+        patches: Vision patches of each sample `[N]`, none above `max_patches`.
+        max_tokens: Token budget of a pack.
+        max_patches: Patch budget of a pack, or `None`.
+        rng: Source of the noise that makes every epoch different.
+
+    Returns:
+        The packs; samples are in the order in which a pack was filled.
+    """
+    budget = int(patches.sum()) + 1 if max_patches is None else max_patches
+    work = llm_cost(lengths) + PATCH_COST * patches
+    fewest = max(lengths.sum() / max_tokens, patches.sum() / budget) / BALANCED_FILL
+    packs = [(0.0, number, max_tokens, budget) for number in range(int(np.ceil(fewest)))]
+    noisy = np.maximum(lengths / max_tokens, patches / budget)
+    noisy = noisy * rng.uniform(1 - SIZE_NOISE, 1 + SIZE_NOISE, size=len(lengths))
+    placed, numbers = array("q"), array("q")
+    # Text comes last: it also fits where no patches are left.
+    for chosen in (patches > 0, patches == 0):
+        samples = np.flatnonzero(chosen)
+        samples = samples[np.argsort(-noisy[samples], kind="stable")]
+        items = zip(samples.tolist(), *(values[samples].tolist() for values in (lengths, patches, work)), strict=True)
+        packs = _place_by_work(items, packs, (max_tokens, budget), placed, numbers)
+    _, numbering = np.unique(np.asarray(numbers), return_inverse=True)
+    if not len(placed):
+        return Packs(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    return Packs.from_numbers(np.asarray(placed), numbering)
+
+
+# Work, number, tokens left, patches left.
+_Load = tuple[float, int, int, int]
+
+
+def _place_by_work(
+    items: Iterator[tuple[int, int, int, float]],
+    packs: list[_Load],
+    budgets: tuple[int, int],
+    placed: array,
+    numbers: array,
+) -> list[_Load]:
+    """Place samples (position, tokens, patches, work), all with patches or all without; return the packs after it."""
+    max_tokens, max_patches = budgets
+    heapify(packs)
+    full: list[tuple[float, _Load]] = []  # had no room for a larger sample; by how large a sample they surely hold
+    opened = len(packs)
+    for sample, length, cost, work in items:
+        size = max(length / max_tokens, cost / max_patches)
+        while full and -full[0][0] >= size:
+            heappush(packs, heappop(full)[1])
+        while packs and (packs[0][2] < length or packs[0][3] < cost):
+            pack = heappop(packs)
+            room = pack[2] / max_tokens if not cost else min(pack[2] / max_tokens, pack[3] / max_patches)
+            heappush(full, (-room, pack))
+        if not packs:
+            packs.append((0.0, opened, max_tokens, max_patches))
+            opened += 1
+        load, number, tokens_left, patches_left = packs[0]
+        heapreplace(packs, (load + work, number, tokens_left - length, patches_left - cost))
+        placed.append(sample)
+        numbers.append(number)
+    return packs + [pack for _, pack in full]
+
+
+def one_each(lengths: np.ndarray, *, group_by_length: bool, group: int, rng: np.random.Generator) -> Packs:
     """Make every sample its own pack, in shuffled order.
 
     Args:
@@ -148,4 +404,4 @@ def one_each(lengths: np.ndarray, *, group_by_length: bool, group: int, rng: np.
         # The last, smaller group stays last, so that all the others stay whole.
         whole = [groups[number] for number in rng.permutation(len(groups) - 1)]
         order = np.concatenate([*whole, groups[-1]])
-    return [[sample] for sample in order.tolist()]
+    return Packs(order, np.arange(len(order) + 1))

@@ -13,15 +13,14 @@ import numpy as np
 import pandas as pd
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
-from qvl_pipeline.data.packing import Pack, best_fit, first_fit, one_each
+from qvl_pipeline.data.packing import PATCH_COST, Packs, balanced, best_fit, first_fit, llm_cost, one_each
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 # Changed whenever the same inputs would give another plan.
-PLAN_VERSION = 1
-# Work of the vision tower on one patch, in tokens of the language model: its parameters are about a tenth of an 8B
-# model's, so a patch costs about a tenth of a token.
-PATCH_COST = 0.1
+PLAN_VERSION = 2
+
+_STRATEGIES = {"best_fit": best_fit, "first_fit": first_fit, "balanced": balanced}
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,20 @@ def make_plan(
     if undeclared:
         raise UserError(f"source '{undeclared[0]}' is not declared in ingest.datasets any more: run 'ingest' and on")
     per_epoch = sum(weights[source] for source in samples.sources)
-    packs = _run_packs(samples, batching, weights) if per_epoch >= 1 else []
+    packs = _run_packs(samples, batching, weights) if per_epoch >= 1 else None
     if not packs:
         raise UserError("the weights of the sources leave no sample to train on: raise ingest.datasets[].weight")
-    plan = _plan_table(packs, samples, batching.packs_per_step)
-    drawn = np.concatenate(plan["sample_rows"].tolist())
+    plan, work = _plan_table(packs, samples, batching.packs_per_step)
     tokens = int(plan["tokens"].sum())
     return plan, {
         "steps": int(plan["step"].iloc[-1]) + 1,
         "packs": len(plan),
-        "samples": len(np.unique(drawn)),
+        "samples": len(np.unique(packs.samples)),
         "tokens": tokens,
         "supervised_tokens": int(plan["supervised_tokens"].sum()),
         "fill": tokens / (len(plan) * batching.packing_length),
-        "epochs": len(drawn) / per_epoch,
+        "imbalance": {part: imbalance(plan, values, batching.data_parallel_size) for part, values in work.items()},
+        "epochs": len(packs.samples) / per_epoch,
         "packing_length": batching.packing_length,
         "fingerprint": plan_fingerprint(tokenized_path, batching, weights),
         "overlong": overlong,
@@ -130,16 +129,17 @@ def _train_samples(tokenized: TokenizedSamples, batching: BatchingConfig) -> tup
     return _Samples(kept.index.to_numpy(), *columns), overlong
 
 
-def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str, float]) -> list[np.ndarray]:
+def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str, float]) -> Packs:
     """The packs of the whole run in training order, as positions in `samples`."""
     limit = batching.max_steps * batching.packs_per_step if batching.max_steps > 0 else None
-    packs: list[np.ndarray] = []
-    epoch = 0
-    while epoch < batching.num_train_epochs if limit is None else len(packs) < limit:
-        drawn = _draw(samples.sources, weights, epoch, batching.seed)
-        packs += [drawn[pack] for pack in _pack(samples.tokens[drawn], samples.patches[drawn], batching, epoch)]
-        epoch += 1
-    return packs[:limit]
+    epochs: list[Packs] = []
+    while len(epochs) < batching.num_train_epochs if limit is None else sum(map(len, epochs)) < limit:
+        drawn = _draw(samples.sources, weights, len(epochs), batching.seed)
+        packs = _pack(samples.tokens[drawn], samples.patches[drawn], batching, len(epochs))
+        epochs.append(Packs(drawn[packs.samples], packs.bounds))
+    sizes = np.concatenate([np.diff(packs.bounds) for packs in epochs])[:limit]
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    return Packs(np.concatenate([packs.samples for packs in epochs])[: bounds[-1]], bounds)
 
 
 def _draw(sources: np.ndarray, weights: Mapping[str, float], epoch: int, seed: int) -> np.ndarray:
@@ -158,31 +158,58 @@ def _draw(sources: np.ndarray, weights: Mapping[str, float], epoch: int, seed: i
     return np.concatenate(drawn)
 
 
-def _pack(tokens: np.ndarray, patches: np.ndarray, batching: BatchingConfig, epoch: int) -> list[Pack]:
+def _pack(tokens: np.ndarray, patches: np.ndarray, batching: BatchingConfig, epoch: int) -> Packs:
     """Pack the samples of one epoch; the order of the packs is random."""
     rng = np.random.default_rng([batching.seed, epoch])
     if not batching.packing:
         return one_each(tokens, group_by_length=batching.group_by_length, group=batching.packs_per_step, rng=rng)
-    packing = {"best_fit": best_fit, "first_fit": first_fit}[batching.packing_strategy]
-    packs = packing(
+    packs = _STRATEGIES[batching.packing_strategy](
         tokens, patches, max_tokens=batching.packing_length, max_patches=batching.packing_vit_patches, rng=rng
     )
     # Packing leaves its packs in order of sample length, or fuller ones first: training must not see that order.
-    return [packs[number] for number in rng.permutation(len(packs))]
+    return packs.take(rng.permutation(len(packs)))
 
 
-def _plan_table(packs: list[np.ndarray], samples: _Samples, packs_per_step: int) -> pd.DataFrame:
-    """Number the packs; within a step the heavy ones come first, so that packs taken side by side weigh the same."""
+def _plan_table(packs: Packs, samples: _Samples, packs_per_step: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Number the packs, and say how much work each is.
+
+    Within a step the heavy packs come first. Ranks take packs in turn, so what they do side by side are packs next to
+    each other in this order, on any number of ranks: they weigh nearly the same.
+    """
+    step = (np.arange(len(packs)) // packs_per_step).astype(np.int32)
+    work = {
+        "language_model": packs.sums(llm_cost(samples.tokens)),
+        "vision": packs.sums(PATCH_COST * samples.patches),
+    }
+    work["together"] = work["language_model"] + work["vision"]
+    order = np.lexsort([-work["together"], step])
+    packs = packs.take(order)
+    rows = samples.rows[packs.samples].astype(np.int32)
     table = pd.DataFrame(
         {
-            "step": np.arange(len(packs), dtype=np.int32) // packs_per_step,
-            "sample_rows": [samples.rows[pack].astype(np.int32) for pack in packs],
-            "tokens": [samples.tokens[pack].sum(dtype=np.int64) for pack in packs],
-            "vit_patches": [samples.patches[pack].sum(dtype=np.int64) for pack in packs],
-            "supervised_tokens": [samples.supervised[pack].sum(dtype=np.int64) for pack in packs],
+            "step": step,
+            "pack": (np.arange(len(packs)) % packs_per_step).astype(np.int32),
+            "sample_rows": list(Packs(rows, packs.bounds)),
+            "tokens": packs.sums(samples.tokens),
+            "vit_patches": packs.sums(samples.patches),
+            "supervised_tokens": packs.sums(samples.supervised),
         }
     )
-    load = table["tokens"] + PATCH_COST * table["vit_patches"]
-    table = table.iloc[np.lexsort([-load, table["step"]])].reset_index(drop=True)
-    table.insert(1, "pack", table.groupby("step").cumcount().astype(np.int32))
-    return table
+    return table, {part: values[order] for part, values in work.items()}
+
+
+def imbalance(plan: pd.DataFrame, work: np.ndarray, ranks: int) -> float:
+    """How much longer ranks that wait for each other take than if the work were spread evenly.
+
+    Args:
+        plan: The columns `step` and `pack` of a plan.
+        work: Work of each pack `[packs]`.
+        ranks: Data-parallel ranks; they take the packs of a step in turn and wait for each other after each.
+
+    Returns:
+        Work of the heaviest pack of those done side by side over the mean of the ranks, summed over the run; 1.0 is
+        even. A rank that has no pack left in a step counts as idle.
+    """
+    turns = pd.DataFrame({"step": plan["step"], "turn": plan["pack"] // ranks, "work": work})
+    side_by_side = turns.groupby(["step", "turn"])["work"]
+    return float(side_by_side.max().sum() * ranks / max(side_by_side.sum().sum(), 1e-9))

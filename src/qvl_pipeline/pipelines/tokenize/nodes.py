@@ -129,6 +129,7 @@ def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
         "samples": f"{summary['samples']:,} x {summary['epochs']:.3g} epochs",
         "packs": f"{summary['packs']:,} of {batching.packing_length:,} tokens, {summary['fill']:.1%} full",
         "optimizer steps": f"{summary['steps']:,} of {batching.packs_per_step:,} packs",
+        "slowest rank": f"{summary['imbalance']['together'] - 1:.1%} above the mean of {batching.data_parallel_size}",
         "tokens": f"{summary['tokens']:,}",
         "supervised": f"{summary['supervised_tokens']:,} ({summary['supervised_tokens'] / summary['tokens']:.1%})",
         "over-long": f"{len(overlong):,} left out" + (f", the first is {overlong[0]}" if overlong else ""),
