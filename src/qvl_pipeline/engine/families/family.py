@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+VisionPairs = Callable[[Any, Sequence[Sequence[int]]], list[int]]
 VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
 
 
@@ -24,6 +25,8 @@ class ModelFamily:
         vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
         decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
+        vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids of (t, h, w))`:
+            the part of the FLOPs that a family's attention pattern decides.
     """
 
     name: str
@@ -33,6 +36,7 @@ class ModelFamily:
     vision_forward: VisionForward
     decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
     tokens_per_second: Callable[[Any], float | None]
+    vision_pairs: VisionPairs
 
     def group_of(self, parameter_name: str) -> str:
         """Name the group a parameter belongs to.

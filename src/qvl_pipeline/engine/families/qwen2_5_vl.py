@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,6 +15,20 @@ def _vision_forward(
     model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return model.visual(pixels, grid_thw=grid_thw, return_dict=True).pooler_output, []
+
+
+def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+    """A few blocks attend within each frame, the others within windows of merged patches, smaller at the edges."""
+    merge = config.spatial_merge_size
+    side = config.window_size // merge // config.patch_size
+
+    def squares(patches: int) -> int:
+        whole, rest = divmod(patches // merge, side)
+        return whole * side**2 + rest**2
+
+    frame = sum(t * (h * w) ** 2 for t, h, w in grids)
+    window = sum(t * merge**4 * squares(h) * squares(w) for t, h, w in grids)
+    return [frame if block in config.fullatt_block_indexes else window for block in range(config.depth)]
 
 
 FAMILY = ModelFamily(
@@ -28,4 +45,5 @@ FAMILY = ModelFamily(
     vision_forward=_vision_forward,
     decoder_kwargs=lambda mask, deepstack: {},
     tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
+    vision_pairs=_vision_pairs,
 )

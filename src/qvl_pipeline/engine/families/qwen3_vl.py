@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,6 +16,11 @@ def _vision_forward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     output = model.visual(pixels, grid_thw=grid_thw, return_dict=True)
     return output.pooler_output, list(output.deepstack_features)
+
+
+def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+    """Every block attends within each frame."""
+    return [sum(t * (h * w) ** 2 for t, h, w in grids)] * config.depth
 
 
 FAMILY = ModelFamily(
@@ -30,4 +38,5 @@ FAMILY = ModelFamily(
     vision_forward=_vision_forward,
     decoder_kwargs=lambda mask, deepstack: {"visual_pos_masks": mask, "deepstack_visual_embeds": deepstack},
     tokens_per_second=lambda config: None,
+    vision_pairs=_vision_pairs,
 )
