@@ -49,7 +49,11 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.ValidateConfig, {"min_video_frames": 1}, "greater than or equal to 2"),
         (config.TrainConfig, {"sp_ulysses_degree": 2}, "Input should be 1"),
         (config.TrainConfig, {"eval_strategy": "steps"}, "Input should be 'no'"),
-        (config.TrainConfig, {"lr_scheduler_type": "cosin"}, "unknown lr_scheduler_type 'cosin': did you mean 'cosine'"),
+        (
+            config.TrainConfig,
+            {"lr_scheduler_type": "cosin"},
+            "unknown lr_scheduler_type 'cosin': did you mean 'cosine'",
+        ),
         (config.TrainConfig, {"lr_scheduler_type": "reduce_lr_on_plateau"}, "depends on the losses"),
         (config.TrainConfig, {"lr_scheduler_kwargs": {"min_lr": 1e-6}}, "'cosine' has no argument 'min_lr'"),
         (config.TrainConfig, {"lr_scheduler_type": "cosine_with_min_lr"}, "needs min_lr or min_lr_rate"),

@@ -79,9 +79,7 @@ def test_golden_flops_of_the_tiny_model(family: str, packed: PackedVLM, builder:
     assert flops_of(packed).count(batch) == decoder + head + tower + merging
 
 
-def test_a_blank_image_is_no_work(
-    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]]
-) -> None:
+def test_a_blank_image_is_no_work(packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]]) -> None:
     alone = builder.build([samples["text"]], vision=False)
     beside_media = builder.build([samples["text"]], vision=True)
     assert flops_of(packed).count(alone) == flops_of(packed).count(beside_media)

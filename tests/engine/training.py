@@ -91,6 +91,7 @@ def make_training(
             tokenized=str(folder / "tokenized.arrow"),
             pack_plan=str(folder / "pack_plan.parquet"),
             video_frames=str(folder / "video_frames"),
+            packing_length=64,
             packs_per_micro_batch=1,
             epochs=1.0,
             num_workers=0,

@@ -38,12 +38,14 @@ class Step:
     Attributes:
         number: 1-based.
         micro_batches: The micro-batches of this rank; equally many on every rank.
+        packs: Packs over all ranks.
         tokens: Tokens over all ranks.
         supervised_tokens: Trained tokens over all ranks: the denominator of the loss.
     """
 
     number: int
     micro_batches: tuple[MicroBatch, ...]
+    packs: int
     tokens: int
     supervised_tokens: int
 
@@ -99,6 +101,7 @@ def share_out(
             Step(
                 number=number,
                 micro_batches=tuple(micro_batches),
+                packs=len(packs),
                 tokens=sum(pack.tokens for pack in packs),
                 supervised_tokens=sum(pack.supervised_tokens for pack in packs),
             )

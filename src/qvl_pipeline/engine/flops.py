@@ -1,9 +1,9 @@
 """FLOPs of the model that a training step needs, and what a device could do: the two sides of MFU.
 
 Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products of the forward and backward pass; what gradient
-checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the query-key
-pairs that see each other, so a causal sample of n tokens has n(n+1)/2. Frozen matrices have no weight gradient, and
-below the lowest trained parameter there is no activation gradient either.
+checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the
+query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2. Frozen matrices have no weight
+gradient, and below the lowest trained parameter there is no activation gradient either.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one row for every logged step, summed over ranks without waiting between logged steps."""
+"""`metrics.jsonl`: one row for every logged step, gathered from all ranks; nothing waits for a device between rows."""
 
 from __future__ import annotations
 
@@ -10,53 +10,117 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qvl_pipeline.engine.batch import Batch
+from qvl_pipeline.engine.feed import Step
+from qvl_pipeline.engine.flops import ModelFlops, peak_flops
 
-class MetricsWindow:
-    """Sums of the steps since the last row; losses stay on the device until a row is due."""
+
+class SourceLosses:
+    """Sums of token losses by source, kept on the device."""
 
     def __init__(self, sources: tuple[str, ...], device: torch.device) -> None:
-        """Start an empty window."""
+        """Start at zero."""
+        self._sources = sources
+        self.sums = torch.zeros(2, len(sources), device=device, dtype=torch.float64)
+
+    def add(self, losses: torch.Tensor, sources: torch.Tensor) -> None:
+        """Add the token losses `[S]` of one micro-batch and the number of each one's source."""
+        self.sums[0].index_add_(0, sources, losses.detach().double())
+        self.sums[1].index_add_(0, sources, torch.ones_like(losses, dtype=torch.float64))
+
+    def means(self, sums: torch.Tensor) -> tuple[float, dict[str, float], int]:
+        """Turn sums over all ranks, `[2, sources]` on the host, into mean loss, mean loss by source, and tokens."""
+        loss, count = sums.tolist()
+        by_source = {name: total / n for name, total, n in zip(self._sources, loss, count, strict=True) if n > 0}
+        return sum(loss) / sum(count), by_source, int(sum(count))
+
+
+class MetricsWindow:
+    """What happened since the last row; each rank counts its own, and a row gathers them in one exchange."""
+
+    def __init__(self, sources: tuple[str, ...], device: torch.device, flops: ModelFlops, packing_length: int) -> None:
+        """Start an empty window.
+
+        Args:
+            sources: Names of the sources, in the order of `Batch.target_source`.
+            device: This rank's device.
+            flops: FLOPs of the model.
+            packing_length: Token budget of a pack.
+        """
         self._sources = sources
         self._device = device
+        self._flops = flops
+        self._packing_length = packing_length
+        self._peak_flops = peak_flops(device)
         self._reset()
 
     def _reset(self) -> None:
-        self._loss = torch.zeros(len(self._sources), device=self._device, dtype=torch.float64)
-        self._count = torch.zeros(len(self._sources), device=self._device, dtype=torch.float64)
-        self._tokens = self._steps = 0
-        self._waited_s = 0.0
+        self.losses = SourceLosses(self._sources, self._device)
+        self._tokens = self._packs = self._steps = 0
+        self._work = self._waited_s = 0.0
         self._started = time.perf_counter()
 
-    def add_losses(self, losses: torch.Tensor, sources: torch.Tensor) -> None:
-        """Add the token losses `[S]` of one micro-batch and the source of each."""
-        self._loss.index_add_(0, sources, losses.detach().double())
-        self._count.index_add_(0, sources, torch.ones_like(losses, dtype=torch.float64))
-
-    def add_step(self, tokens: int, waited_s: float) -> None:
-        """Count a finished step: its tokens over all ranks and the seconds this rank waited for data."""
-        self._tokens += tokens
+    def add_batch(self, batch: Batch, waited_s: float) -> None:
+        """Count a micro-batch of this rank that is still in host memory, and the seconds spent waiting for it."""
+        self._work += self._flops.count(batch)
         self._waited_s += waited_s
+
+    def add_step(self, step: Step) -> None:
+        """Count a finished step, over all ranks."""
+        self._tokens += step.tokens
+        self._packs += step.packs
         self._steps += 1
 
+    def exclude(self, seconds: float) -> None:
+        """Take out of the window time that was not spent training."""
+        self._started += seconds
+
     def row(self) -> dict[str, Any]:
-        """Sum over ranks, return the window's figures and start the next one; called by all ranks."""
-        sums = torch.stack([self._loss, self._count])
-        dist.all_reduce(sums)
-        loss, count = sums.tolist()
+        """Gather from all ranks, return the window's figures and start the next one; called by all ranks.
+
+        `step_time_s` of a rank ends before it waits for the others here. With FSDP all ranks wait for each other in
+        every layer as well, so that a rank which holds up the rest shows by its data wait or by its share of the work.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         elapsed = time.perf_counter() - self._started
-        by_source = {name: total / n for name, total, n in zip(self._sources, loss, count, strict=True) if n > 0}
+        own = [elapsed, self._waited_s, self._work, _peak_memory_gib(self._device)]
+        own_tensor = torch.tensor(own, dtype=torch.float64, device=self._device)
+        everyone = _gather(torch.cat([self.losses.sums.flatten(), own_tensor]))
+        sums = everyone[:, : -len(own)].sum(0).view(2, -1)
+        loss, by_source, supervised = self.losses.means(sums)
+        times, waits, work, memory = everyone[:, -len(own) :].T.tolist()
+        elapsed, world_size = max(times), len(times)
+        flops_per_second = sum(work) / world_size / elapsed
         row = {
-            "loss": sum(loss) / sum(count),
+            "loss": loss,
             "tokens_per_second": self._tokens / elapsed,
+            "tokens_per_second_per_rank": self._tokens / elapsed / world_size,
+            "tflops_per_rank": flops_per_second / 1e12,
+            "mfu": flops_per_second / self._peak_flops if self._peak_flops else None,
             "tokens": self._tokens,
-            "supervised_tokens": int(sum(count)),
+            "supervised_tokens": supervised,
+            "supervised_share": supervised / self._tokens,
+            "pack_fill": self._tokens / (self._packs * self._packing_length),
             "step_time_s": elapsed / self._steps,
-            "data_wait_share": self._waited_s / elapsed,
-            "peak_memory_gib": _peak_memory_gib(self._device),
+            "slowest_rank": times.index(max(times)),
+            "slowest_step_time_s": max(times) / self._steps,
+            "fastest_rank": times.index(min(times)),
+            "fastest_step_time_s": min(times) / self._steps,
+            "data_wait_share": max(waits) / elapsed,
+            "work_imbalance": max(work) * world_size / sum(work),
+            "peak_memory_gib": max(memory),
             "loss_by_source": by_source,
         }
         self._reset()
         return row
+
+
+def _gather(values: torch.Tensor) -> torch.Tensor:
+    """Gather a vector `[N]` of each rank to `[ranks, N]`, on the host."""
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered).cpu()
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -65,6 +129,17 @@ def _peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the complete rows; none when there is no file yet."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def keep_rows_until(path: Path, step: int) -> None:

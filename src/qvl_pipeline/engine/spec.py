@@ -71,6 +71,7 @@ class DataSpec:
         tokenized: Arrow file of `tokenized_samples`.
         pack_plan: Parquet file of `pack_plan`.
         video_frames: Folder of the frame store.
+        packing_length: Token budget of a pack.
         packs_per_micro_batch: Packs of one forward pass of one rank.
         epochs: Passes over the data that the plan makes.
         num_workers: Loader processes of each rank.
@@ -79,6 +80,7 @@ class DataSpec:
     tokenized: str
     pack_plan: str
     video_frames: str
+    packing_length: int
     packs_per_micro_batch: int
     epochs: float
     num_workers: int

@@ -17,8 +17,9 @@ from qvl_pipeline.engine.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.ema import WeightAverage
 from qvl_pipeline.engine.export import export
 from qvl_pipeline.engine.feed import Step, load_batches, read_plan, share_out
+from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.loading import load_model, load_processor
-from qvl_pipeline.engine.metrics import MetricsWindow, keep_rows_until
+from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
 from qvl_pipeline.engine.packed_vlm import PackedVLM
@@ -43,6 +44,7 @@ class Trainer:
         torch.manual_seed(spec.run.seed)
         self.processor = load_processor(spec)
         self.model, self.facts = load_model(spec, self.processor, self.device)
+        self.flops = flops_of(self.model)
         self.facts["wrapped"] = shard(self.model, self.device, spec.parallel)
         self.builder = _make_builder(spec, self.model, self.processor)
         self.optimizers = make_optimizers(self.model, spec.optim)
@@ -81,12 +83,18 @@ class Trainer:
 
     def _train(self, steps: list[Step], max_steps: int, batches: Iterator[Batch], output_dir: Path) -> None:
         run = self.spec.run
-        window = MetricsWindow(self.builder.sources, self.device)
+        window = MetricsWindow(
+            self.builder.sources,
+            self.device,
+            self.flops,
+            packing_length=self.spec.data.packing_length,
+            sp_size=self.mesh["sp"].size(),
+        )
         for step in steps:
             self.step = step.number
             learning_rates = set_learning_rates(self.optimizers, self.schedule(step.number))
-            waited_s, grad_norm = self._train_step(step, batches, window)
-            window.add_step(step.tokens, waited_s)
+            grad_norm = self._train_step(step, batches, window)
+            window.add_step(step)
             saves = bool(run.save_steps) and step.number % run.save_steps == 0 and step.number < max_steps
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
             if step.number % run.logging_steps == 0 or saves or step.number == max_steps:
@@ -101,7 +109,7 @@ class Trainer:
                     **window.row(),
                 }
                 if self.leads:
-                    _append(output_dir / "metrics.jsonl", row)
+                    append_row(output_dir / "metrics.jsonl", row)
             if saves:
                 self._save(step.number, output_dir)
 
@@ -114,19 +122,19 @@ class Trainer:
         """State of a checkpoint beside model and optimizers; loading it overwrites these very tensors."""
         return {"ema": self.average.state} if self.average else {}
 
-    def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> tuple[float, torch.Tensor]:
-        """Take one optimizer step; return the seconds spent waiting for data and the gradient norm."""
-        waited_s = 0.0
+    def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
+        """Take one optimizer step; return the gradient norm."""
         for number, _ in enumerate(step.micro_batches, start=1):
             asked = time.perf_counter()
-            batch = next(batches).to(self.device)
-            waited_s += time.perf_counter() - asked
+            batch = next(batches)
+            window.add_batch(batch, waited_s=time.perf_counter() - asked)
+            batch = batch.to(self.device)
             self.sample_ids = batch.sample_ids
             # Gradients are exchanged once a step, after its last micro-batch.
             self.model.set_requires_gradient_sync(number == len(step.micro_batches))
             losses = self.model(batch)
             (losses.sum() / step.supervised_tokens).backward()
-            window.add_losses(losses, batch.target_source)
+            window.losses.add(losses, batch.target_source)
             self.finite.add_losses(step.number, batch.sample_ids, losses)
         grad_norm = self._clip()
         self.finite.add_gradient_norm(step.number, grad_norm)
@@ -135,7 +143,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update()
-        return waited_s, grad_norm
+        return grad_norm
 
     def _clip(self) -> torch.Tensor:
         limit = self.spec.optim.max_grad_norm or float("inf")
@@ -188,8 +196,3 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any) -> BatchBui
         tokens_per_second=model.family.tokens_per_second(config),
         sources=tuple(sorted(set(sources.to_pylist()))),
     )
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")

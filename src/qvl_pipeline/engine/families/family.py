@@ -25,7 +25,7 @@ class ModelFamily:
         vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
         decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
-        vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids of (t, h, w))`:
+        vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
     """
 

@@ -106,6 +106,7 @@ def make_spec(
             tokenized=str(tokenized_samples.resolve()),
             pack_plan=str(pack_plan.resolve()),
             video_frames=str(video_frames.resolve()),
+            packing_length=batching.packing_length,
             packs_per_micro_batch=batching.per_device_train_batch_size,
             epochs=float(plan_summary["epochs"]),
             num_workers=train.dataloader_num_workers,
