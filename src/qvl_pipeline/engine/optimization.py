@@ -104,7 +104,11 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
     rates = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            rates[group["name"]] = group["lr"] = group["peak_lr"] * factor
+            rates[group["name"]] = rate = group["peak_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers insist on it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
     return rates
 
 
