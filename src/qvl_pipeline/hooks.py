@@ -37,9 +37,9 @@ class EarlyChecks:
         conf = Path(loader.conf_source)
         profile = conf / (context.env or loader.default_run_env)
         _check_profile(profile)
-        check_parameters(loader["parameters"], loader.runtime_params or {}, [profile, conf / loader.base_env])
         # Paths in parameters and tables start at the project root, wherever the command was started.
         os.chdir(context.project_path)
+        check_parameters(loader["parameters"], loader.runtime_params or {}, [profile, conf / loader.base_env])
 
     @hook_impl
     def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:

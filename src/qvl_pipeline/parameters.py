@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from qvl_pipeline.config import (
     BatchingConfig,
+    DataEngineConfig,
     EvaluateConfig,
     IngestConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
 
 BLOCKS: dict[str, type[Block]] = {
+    "data_engine": DataEngineConfig,
     "ingest": IngestConfig,
     "validate": ValidateConfig,
     "sample": SampleConfig,

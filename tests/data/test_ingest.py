@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qvl_pipeline.config import IngestConfig
-from qvl_pipeline.data.ingest import assign_split, derive_kind, ingest_sources
+from qvl_pipeline.config import DataEngineConfig, IngestConfig
+from qvl_pipeline.data.ingest import ingest_sources
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.raw import list_files
 from qvl_pipeline.data.rejection import REJECT_RULES
+from qvl_pipeline.data.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
 
 Tables = tuple[pa.Table, pa.Table]
@@ -49,7 +50,10 @@ def _write(name: str, rows: list[Any]) -> dict[str, str]:
 
 def _ingest(*sources: dict[str, Any], **options: Any) -> Tables:
     config = IngestConfig(datasets=list(sources), **options)
-    return ingest_sources(config, list_files(config))
+    folder = Path("out")
+    folder.mkdir(exist_ok=True)
+    ingest_sources(config, list_files(config), DataEngineConfig(), folder)
+    return pq.read_table(folder / "samples.parquet"), pq.read_table(folder / "rejects.parquet")
 
 
 def test_a_sample_has_the_columns_of_the_contract() -> None:
@@ -110,6 +114,16 @@ REJECTED = {
         "row 0: it is nested too deeply (",
     ),
     b"{}": ("unknown_format", "row 0: it has neither 'messages' nor 'conversations'"),
+    b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}': (
+        "duplicated_key",
+        "row 0: an object in it has the key 'content' twice",
+    ),
+    b'{"messages": [], "a\\u003a": 1, "a\\u003a": 2}': ("duplicated_key", "the key 'a:' twice"),
+    orjson.dumps(_row(audios=["a.wav"])): ("audio_not_supported", "row 0: the row holds audio, and no supported model"),
+    orjson.dumps({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}): (
+        "audio_not_supported",
+        "row 0: messages[0].content[0] holds audio",
+    ),
     orjson.dumps(_row(split="test")): ("unknown_format", "row 0: its split is 'test'; known are train and eval"),
     orjson.dumps(_row(kind=["a"])): ("unknown_format", "row 0: 'kind' is a list, not a text"),
     orjson.dumps(_row(answer=["a", "b"])): ("unknown_format", "row 0: 'answer' is a list, not a text"),
@@ -120,7 +134,7 @@ REJECTED = {
     ),
     orjson.dumps(_row("Which?", "/etc/passwd")): ("path_outside_data_folder", "row 0: '/etc/passwd' is outside"),
     orjson.dumps(_row("Which?", "https://example.org/a.png")): ("url_not_allowed", "a.png' is a URL"),
-    orjson.dumps(_row("Which?", "data:image/png;base64,AAAA")): ("url_not_allowed", "AAAA' is embedded data"),
+    orjson.dumps(_row("Which?", "data:video/mp4;base64,AAAA")): ("embedded_media_invalid", "AAAA' is of type"),
 }
 
 

@@ -144,7 +144,7 @@ UNKNOWN_FORMATS = [
     ({"messages": [{"role": "user", "content": 3}]}, "the content of messages[0] is a number, not a list"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "has the key 'tool_calls'"),
     (_openai("hello"), "messages[0].content[0] is a text, not an object"),
-    (_openai({"type": "audio"}), "messages[0].content[0] has the type 'audio'; known are text, image_url"),
+    (_openai({"type": "document"}), "messages[0].content[0] has the type 'document'; known are text, image_url"),
     (_openai({"type": ["text"]}), "has the type ['text']"),
     (_openai({"text": "hello"}), "has the type None"),
     (_openai({"type": "text", "text": None}), "messages[0].content[0].text is null, not a text"),
@@ -162,7 +162,7 @@ UNKNOWN_FORMATS = [
     (_openai({"type": "video", "video": "a.mp4", "video_end": float("nan")}), "video_end is nan, not a second"),
     (_openai({"type": "video", "video": "a.mp4", "video_start": 2, "video_end": 2}), "ends at second 2.0, not after"),
     (_openai({"type": "video", "video": "a.mp4", "video_end": 0}), "ends at second 0.0, not after its start at 0.0"),
-    (_sharegpt("<image>", images=[{"bytes": b"x", "path": "a.png"}]), "images[0] has the key 'bytes'"),
+    (_sharegpt("<image>", images=[{"bytes": "x", "path": "a.png"}]), "images[0].bytes is a text, not bytes"),
     (_sharegpt("<image>", images=[None]), "the path of images[0] is null, not a text"),
     ({"conversations": [{"from": "human", "value": "a", "weight": 0}]}, "conversations[0] has the key 'weight'"),
 ]

@@ -38,10 +38,14 @@ def test_a_folder_stands_for_its_files_of_the_type_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("data/none.jsonl", "'data/none.jsonl' does not exist"), ("empty", r"the folder 'empty' holds no file \*.jsonl")],
+    [
+        ("data/none.jsonl", "'data/none.jsonl' does not exist"),
+        ("empty", r"the folder 'empty' holds no file \*.jsonl"),
+    ],
 )
 def test_missing_source_names_its_parameter(path: str, reason: str) -> None:
     Path("empty").mkdir()
+    Path("empty/notes.txt").touch()
     with pytest.raises(UserError, match=rf"^ingest.datasets\[1\].path: {reason}"):
         list_files(_config("data", path))
 

@@ -11,17 +11,23 @@ import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.json import JSONDataset
-from kedro_datasets.pandas import ParquetDataset
 
-from qvl_pipeline.config import IngestConfig, ValidateConfig
+from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
 from qvl_pipeline.data.raw import fingerprint, hash_folder
+from qvl_pipeline.datasets import TableDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.ingest import embedded
 from qvl_pipeline.pipelines.ingest.nodes import prepare_raw
 from qvl_pipeline.pipelines.ingest.pipeline import create_pipeline as create_ingest
 from qvl_pipeline.pipelines.validate.pipeline import create_pipeline as create_validate
 
-TABLES = ("samples", "rejects", "valid_samples", "quarantine", "media_index")
+TABLES = {
+    "samples": "SAMPLES",
+    "rejects": "REJECTS",
+    "valid_samples": "SAMPLES",
+    "quarantine": "QUARANTINE",
+    "media_index": "MEDIA_INDEX",
+}
 DIGITS = {
     "demo": {"folder": "data/digits", "seed": 3, "train_samples": 30, "eval_samples": 14},
     "datasets": [
@@ -43,10 +49,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _run(folder: Path) -> dict[str, Any]:
     """Run both stages with the digits, and return what they left on disk."""
-    entries = {name: ParquetDataset(filepath=str(folder / f"{name}.parquet")) for name in TABLES}
+    entries = {
+        name: TableDataset(filepath=str(folder / f"{name}.parquet"), schema=f"qvl_pipeline.data.tables.{schema}")
+        for name, schema in TABLES.items()
+    }
     for name in ("raw_manifest", "validation_report"):
         entries[name] = JSONDataset(filepath=str(folder / f"{name}.json"))
     entries["params:ingest"] = MemoryDataset(IngestConfig(**DIGITS))
+    entries["params:data_engine"] = MemoryDataset(DataEngineConfig())
     entries["params:validate"] = MemoryDataset(ValidateConfig(max_reject_fraction=0.5, max_text_chars=4000))
     SequentialRunner().run(create_ingest() + create_validate(), DataCatalog(entries))
     return {name: dataset.load() for name, dataset in entries.items() if not name.startswith("params:")}

@@ -1,6 +1,7 @@
 """Parameters of every stage: one pydantic model per block, the only place for defaults, units and cross-checks."""
 
 from qvl_pipeline.config.batching import BatchingConfig
+from qvl_pipeline.config.data_engine import DataEngineConfig
 from qvl_pipeline.config.evaluate import EvaluateConfig
 from qvl_pipeline.config.ingest import DatasetSource, DigitsDemoConfig, IngestConfig
 from qvl_pipeline.config.model import ModelConfig
@@ -10,6 +11,7 @@ from qvl_pipeline.config.validate import ValidateConfig
 
 __all__ = [
     "BatchingConfig",
+    "DataEngineConfig",
     "DatasetSource",
     "DigitsDemoConfig",
     "EvaluateConfig",

@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from qvl_pipeline.config.base import Block
+
+# What fsspec's file systems call their credentials. Parameters are written to MLflow, DVC and logs.
+_SECRET = re.compile(r"secret|password|passwd|token|credential|(^|_)(key|sas)$|connection_string", re.IGNORECASE)
+_URL_WITH_PASSWORD = re.compile(r"^[a-z0-9+.-]+://[^/@]*:[^/@]*@", re.IGNORECASE)
 
 
 class DatasetSource(Block):
     """One declared source of samples.
 
     Attributes:
-        name: Name of the source, the first part of every `sample_id`. Letters, digits, `_`, `-` and `.`.
-        path: File (or folder of parquet/arrow files), relative to the project root or absolute.
-        data_folder: Folder that relative media paths start from; media outside of it are refused.
-        data_type: File type of `path`.
+        name: Name of the source, the first part of every `sample_id`. Letters, digits, `_`, `-` and `.`. Default: the
+            name of the file or folder, without its endings.
+        path: File, or folder of files of the type, relative to the project root or absolute; or a URL that fsspec knows
+            (`s3://`, `gs://`, …).
+        data_folder: Folder that relative media paths start from; media outside of it are refused. May be a URL too:
+            its media are then copied into `ingest.cache_folder`.
+        data_type: File type of `path`. `json` is a list of rows, `jsonl` a row a line; these and `csv` may be
+            compressed (`.gz`, `.zst`). `arrow` is Arrow IPC, file or stream; `hf_dataset` a folder that `save_to_disk`
+            of Hugging Face datasets made.
+        format: Form of the rows. `auto` detects it row by row; a stated form rejects rows of any other.
         split: Split of every row; `None` takes the row's own `split` column, else a seeded hash with `eval_fraction`.
         weight: How often each training sample of the source is seen per epoch. A fraction takes that share of them.
+        repeat: Whole number that `weight` is multiplied with; rows are not stored more than once.
+        limit: Only the first rows, so many of the source, are read; `None` reads all.
+        storage_options: Options of the file system of the URLs, such as `endpoint_url` or `anon`. Credentials do not
+            belong here, but into the environment or the files where the library of the file system looks for them.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     path: str
     data_folder: str = ""
-    data_type: Literal["parquet", "json", "jsonl"]
+    data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset"]
+    format: Literal["auto", "openai", "sharegpt", "llava"] = "auto"
     split: Literal["train", "eval"] | None = None
     weight: float = Field(default=1.0, gt=0)
+    repeat: int = Field(default=1, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_by_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") is None and isinstance(values.get("path"), str):
+            stem = values["path"].rstrip("/").rpartition("/")[2].partition(".")[0]
+            return {**values, "name": re.sub(r"[^A-Za-z0-9_-]", "_", stem) or "source"}
+        return values
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> DatasetSource:
+        for key in _secret_keys(self.storage_options):
+            raise ValueError(
+                f"storage_options.{key} looks like a credential, and parameters are recorded: give it to the library "
+                "of the file system in the environment (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, …)"
+            )
+        for name in ("path", "data_folder"):
+            if _URL_WITH_PASSWORD.match(getattr(self, name)):
+                raise ValueError(f"{name} holds a password, and parameters are recorded: give it in the environment")
+        return self
 
 
 class DigitsDemoConfig(Block):
@@ -51,14 +92,31 @@ class IngestConfig(Block):
     Attributes:
         demo: The embedded dataset to build first; `None` when the sources are your own.
         datasets: The declared sources, in order.
+        dataset_format: How sources are declared: `yaml`, in `datasets` or in a YAML file.
+        dataset_path: YAML file with a list `datasets`, instead of the list here; relative to the project root.
         eval_fraction: Share of rows without a stated split that go to `eval`.
         seed: Seed of the hash that assigns splits.
+        cache_folder: Where files go that the stage must make itself: media that are embedded in rows (by content), and
+            copies of remote files (by URL and version). Later stages read them there.
     """
 
     demo: DigitsDemoConfig | None = None
     datasets: list[DatasetSource] = Field(min_length=1)
+    dataset_format: Literal["yaml"] = "yaml"
+    dataset_path: str | None = None
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 42
+    cache_folder: str = "data/01_raw/cache"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_dataset_path(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("dataset_path"), str):
+            return values
+        declared = _declared_in(values["dataset_path"])
+        if values.get("datasets") not in (None, declared):
+            raise ValueError("datasets and dataset_path are both set: declare the sources in one of them")
+        return {**values, "datasets": declared}
 
     @model_validator(mode="after")
     def _unique_names(self) -> IngestConfig:
@@ -67,3 +125,29 @@ class IngestConfig(Block):
         if doubled:
             raise ValueError(f"datasets: the name '{doubled[0]}' is used twice; give each source its own name")
         return self
+
+
+def _declared_in(path: str) -> list[Any]:
+    """Return the list `datasets` of a YAML file.
+
+    Raises:
+        ValueError: There is no such file, or no such list in it.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"dataset_path: '{path}' cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or content.keys() != {"datasets"} or not isinstance(content["datasets"], list):
+        raise ValueError(f"dataset_path: '{path}' must hold one key, 'datasets', with a list of sources")
+    return content["datasets"]
+
+
+def _secret_keys(options: dict[str, Any]) -> list[str]:
+    """Return the keys of options, also of those inside of others, that name a credential; `a.b` is b inside of a."""
+    found = []
+    for key, value in options.items():
+        if _SECRET.search(key):
+            found.append(key)
+        elif isinstance(value, dict):
+            found += [f"{key}.{inner}" for inner in _secret_keys(value)]
+    return found

@@ -2,169 +2,162 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import daft
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from daft.exceptions import DaftCoreException
 
-from qvl_pipeline.config import DatasetSource, IngestConfig
-from qvl_pipeline.data.messages import CONVERSATION_COLUMNS, Media, Message, Row, to_conversation
-from qvl_pipeline.data.paths import MediaFolder
-from qvl_pipeline.data.readers import map_records
-from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
-from qvl_pipeline.data.tables import MEDIA, REJECTS, SAMPLES
+from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
+from qvl_pipeline.data.paths import project_path
+from qvl_pipeline.data.progress import ingest_bar
+from qvl_pipeline.data.readers import read_slabs
+from qvl_pipeline.data.remote import copy_remote, is_url
+from qvl_pipeline.data.rows import READ_ROW, RowReader, assign_split
+from qvl_pipeline.data.runner import use_runner
+from qvl_pipeline.data.tables import REJECTS, SAMPLES
+from qvl_pipeline.errors import UserError
 
-DEFAULT_TASK = "exact_match"
-SPLITS = ("train", "eval")
-OWN_COLUMNS = CONVERSATION_COLUMNS | {"system", "tools", "split", "kind", "task", "answer"}
+# Share of the memory limit that a slab of raw rows may take: parsed, converted and written, it is many times as large.
+_SLABS_IN_LIMIT = 64
+_ROW_GROUP_ROWS = 8192
 
-_BATCH_ROWS = 4096
-_KINDS = {(0, 0): "text", (1, 0): "single_image", (2, 0): "two_images", (0, 1): "video", (0, 2): "two_videos"}
-# A row before its number is known: what a sample is made of, or why there is none.
-_READ_ROW = pa.struct(
-    [(name, pa.string()) for name in ("rule", "detail", "split", "kind", "task", "answer", "messages", "metadata")]
-    + [("media", MEDIA)]
-)
+_LOGGER = logging.getLogger(__name__)
 
 
-def ingest_sources(config: IngestConfig, files: Sequence[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
-    """Read every row of every source.
+def ingest_sources(
+    config: IngestConfig, files: Sequence[dict[str, Any]], engine: DataEngineConfig, folder: Path
+) -> None:
+    """Read every row of every source, and write `samples.parquet` and `rejects.parquet`.
+
+    The rows are in the order of the sources and of their files; each is in one of the tables. Memory depends on
+    `engine.memory_limit_gib`, not on the number of rows; the bytes written do not depend on `engine` at all.
 
     Args:
         config: Declared sources, and how splits are assigned.
         files: Files of the raw manifest: `source` and `path` of each, those of a source in order.
-
-    Returns:
-        The tables `samples` and `rejects`, in the order of the sources and of their rows. Each row is in one of them.
+        engine: Where to work, and with how much memory.
+        folder: Where to write.
 
     Raises:
         UserError: A file as a whole cannot be read.
     """
-    samples, rejects = [SAMPLES.empty_table()], [REJECTS.empty_table()]
-    for source in config.datasets:
-        rows = _number(_read_files(source, files, config), source.name)
-        samples.append(_as_samples(rows.filter(pc.is_null(rows["rule"])), config))
-        rejects.append(rows.filter(pc.is_valid(rows["rule"])).select(REJECTS.names).cast(REJECTS))
-    return pa.concat_tables(samples), pa.concat_tables(rejects)
+    use_runner(engine)
+    with ExitStack() as stack:
+        samples = stack.enter_context(_TableWriter(folder / "samples.parquet", SAMPLES))
+        rejects = stack.enter_context(_TableWriter(folder / "rejects.parquet", REJECTS))
+        bar = stack.enter_context(ingest_bar())
+        for source in config.datasets:
+            own = [file for file in files if file["source"] == source.name]
+            task = bar.add_task(source.name, total=sum(file["bytes"] for file in own), rows=0)
+            read = rejected = 0
+            for rows, done_bytes in _read_source(source, own, config, engine):
+                rows = _number(rows, source.name, read)
+                bad = rows.filter(pc.is_valid(rows["rule"]))
+                rejects.write(bad.select(REJECTS.names).cast(REJECTS))
+                samples.write(_as_samples(rows.filter(pc.is_null(rows["rule"])), source, config))
+                read, rejected = read + rows.num_rows, rejected + bad.num_rows
+                bar.update(task, completed=done_bytes, rows=read)
+            _LOGGER.info("%s: %s rows read, %s of them rejected", source.name, f"{read:,}", f"{rejected:,}")
 
 
-def _read_files(source: DatasetSource, files: Sequence[dict[str, Any]], config: IngestConfig) -> pa.Table:
-    """Read the files of a source one after the other, on all cores; rows keep their order."""
+def _read_source(
+    source: DatasetSource, files: Sequence[dict[str, Any]], config: IngestConfig, engine: DataEngineConfig
+) -> Iterator[tuple[pa.Table, float]]:
+    """Yield the rows of a source piece by piece, and how many bytes of its files are read with each."""
+    reader = RowReader(source, config)
+    slab_bytes = int(engine.memory_limit_gib * 2**30 / _SLABS_IN_LIMIT)
+    left, before = source.limit, 0
+    for file in files:
+        read_rows = _row_function(reader, file.get("split"), engine.batch_rows)
+        for slab in read_slabs(Path(file["path"]), source.data_type, slab_bytes):
+            if left == 0:
+                return
+            rows = slab.rows.slice(0, left)
+            yield _apply(read_rows, rows, engine.batch_rows, file["path"]), before + slab.done * file["bytes"]
+            left = None if left is None else left - rows.num_rows
+        before += file["bytes"]
 
-    @daft.func.batch(return_dtype=daft.DataType.from_arrow_type(_READ_ROW), unnest=True, batch_size=_BATCH_ROWS)
-    def read_rows(records: daft.Series) -> pa.Array:
-        return pa.array([_read_row(record, folder, source, config) for record in records.to_pylist()], _READ_ROW)
 
-    folder = MediaFolder(Path(source.data_folder))
-    tables = [pa.schema(_READ_ROW).empty_table()]
-    for path in (Path(file["path"]) for file in files if file["source"] == source.name):
-        tables.append(map_records(path, source.data_type, read_rows).cast(pa.schema(_READ_ROW)))
-    return pa.concat_tables(tables)
+def _row_function(reader: RowReader, split: str | None, batch_rows: int) -> Callable[..., daft.Expression]:
+    @daft.func.batch(return_dtype=daft.DataType.from_arrow_type(READ_ROW), unnest=True, batch_size=batch_rows)
+    def read_rows(records: daft.Series, problems: daft.Series) -> pa.Array:
+        pairs = zip(records.to_pylist(), problems.to_pylist(), strict=True)
+        return pa.array([reader.read(record, problem, split) for record, problem in pairs], READ_ROW)
+
+    return read_rows
 
 
-def _number(rows: pa.Table, source: str) -> pa.Table:
+def _apply(function: Callable[..., daft.Expression], rows: pa.Table, batch_rows: int, path: str) -> pa.Table:
+    """Apply the function to all rows, on all cores; they keep their order."""
+    batches = [rows.slice(start, batch_rows) for start in range(0, rows.num_rows, batch_rows)]
+    try:
+        frame = daft.from_arrow(batches)
+        table = frame.select(function(daft.col("record"), daft.col("problem"))).to_arrow()
+    except (DaftCoreException, pa.ArrowInvalid) as error:
+        raise UserError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
+    if table.num_rows != rows.num_rows:
+        raise RuntimeError(f"only {table.num_rows} of {rows.num_rows} rows of '{path}' were read: Daft was interrupted")
+    return table.cast(pa.schema(READ_ROW))
+
+
+def _number(rows: pa.Table, source: str, first: int) -> pa.Table:
     """Add `source` and `row`, and say in each detail which row it is about."""
-    numbers = pa.array(range(rows.num_rows), pa.int64())
+    numbers = pa.array(range(first, first + rows.num_rows), pa.int64())
     details = pc.binary_join_element_wise("row ", numbers.cast(pa.string()), ": ", rows["detail"], "")
     rows = rows.set_column(rows.column_names.index("detail"), "detail", details)
     return rows.append_column("row", numbers).append_column("source", pa.array([source] * rows.num_rows, pa.string()))
 
 
-def _as_samples(rows: pa.Table, config: IngestConfig) -> pa.Table:
+def _as_samples(rows: pa.Table, source: DatasetSource, config: IngestConfig) -> pa.Table:
     ids = pc.binary_join_element_wise(rows["source"], rows["row"].cast(pa.string()), "/")
     pairs = zip(rows["split"].to_pylist(), ids.to_pylist(), strict=True)
     splits = pa.array([split or assign_split(sample_id, config) for split, sample_id in pairs], pa.string())
     rows = rows.set_column(rows.column_names.index("split"), "split", splits).append_column("sample_id", ids)
-    return rows.select(SAMPLES.names).cast(SAMPLES)
+    samples = rows.select(SAMPLES.names).cast(SAMPLES)
+    return _with_copies(samples, source, config) if is_url(source.data_folder) else samples
 
 
-def assign_split(key: str, config: IngestConfig) -> str:
-    """Assign `train` or `eval` by a hash of `key`: the same for ever, whatever rows come and go around it."""
-    digest = hashlib.sha256(f"{config.seed}:{key}".encode()).digest()
-    return "eval" if int.from_bytes(digest[:8]) < config.eval_fraction * 2**64 else "train"
+def _with_copies(samples: pa.Table, source: DatasetSource, config: IngestConfig) -> pa.Table:
+    """Copy media that are behind a URL, and name the copies. One that is not there keeps its URL, for validation."""
+    urls = {use["path"] for uses in samples["media"].to_pylist() for use in uses if is_url(use["path"])}
+    copies = copy_remote(urls, source.storage_options, Path(config.cache_folder) / "remote")
+    paths = {url: project_path(copy) for url, copy in copies.items() if copy is not None}
+    media = [
+        [{**use, "path": paths.get(use["path"], use["path"])} for use in uses] for uses in samples["media"].to_pylist()
+    ]
+    return samples.set_column(SAMPLES.names.index("media"), SAMPLES.field("media"), [media])
 
 
-def _read_row(record: bytes | Row, folder: MediaFolder, source: DatasetSource, config: IngestConfig) -> dict[str, Any]:
-    try:
-        return _to_sample(_parse(record), folder, source, config)
-    except RejectedRowError as error:
-        return {"rule": error.rule, "detail": error.detail}
-    except (RecursionError, orjson.JSONEncodeError) as error:
-        return {"rule": "unreadable_row", "detail": f"it is nested too deeply ({error})"}
+class _TableWriter:
+    """Writes Parquet in row groups of a fixed size, whatever the pieces that it gets."""
 
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._file = pq.ParquetWriter(path, schema)
+        self._held = schema.empty_table()
 
-def _parse(record: bytes | Row) -> Row:
-    if isinstance(record, dict):
-        return record
-    if not record.strip():
-        raise RejectedRowError("unreadable_row", "the line is empty")
-    try:
-        row = orjson.loads(record)
-    except orjson.JSONDecodeError as error:
-        raise RejectedRowError("unreadable_row", f"it is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise RejectedRowError("unreadable_row", f"it is {type_name(row)}, not an object")
-    return row
+    def __enter__(self) -> _TableWriter:
+        return self
 
+    def write(self, table: pa.Table) -> None:
+        """Add rows."""
+        self._held = pa.concat_tables([self._held, table])
+        while self._held.num_rows >= _ROW_GROUP_ROWS:
+            self._write_group(self._held.slice(0, _ROW_GROUP_ROWS))
+            self._held = self._held.slice(_ROW_GROUP_ROWS)
 
-def _to_sample(row: Row, folder: MediaFolder, source: DatasetSource, config: IngestConfig) -> dict[str, Any]:
-    messages, found = to_conversation(row)
-    media = [use._replace(path=folder.locate(use.path)) for use in found]
-    split = source.split or _text(row, "split")
-    if split not in (*SPLITS, None):
-        raise RejectedRowError(
-            "unknown_format", f"its split is {quote(split)}; known are train and eval, or set the split of the source"
-        )
-    if split is None and media:
-        # By the first medium instead of the row, so that rows about one picture do not leak into the other split.
-        split = assign_split(media[0].path, config)
-    answer = _text(row, "answer")
-    return {
-        "split": split,
-        "kind": _text(row, "kind") or derive_kind(media),
-        "task": _text(row, "task") or DEFAULT_TASK,
-        "answer": _last_answer(messages) if answer is None else answer,
-        "messages": orjson.dumps(messages).decode(),
-        "media": [use._asdict() for use in media],
-        "metadata": _to_json({key: value for key, value in row.items() if key not in OWN_COLUMNS}),
-    }
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        if kind is None and self._held.num_rows:
+            self._write_group(self._held)
+        self._file.close()
 
-
-def derive_kind(media: Sequence[Media]) -> str:
-    """Name the kind of a sample by its media, when its row does not."""
-    count = Counter(use.type for use in media)
-    images, videos = count["image"], count["video"]
-    if images and videos:
-        return "image_and_video"
-    return _KINDS.get((images, videos)) or ("multi_image" if images else "multi_video")
-
-
-def _last_answer(messages: Sequence[Message]) -> str:
-    turns = [message["content"] for message in messages if message["role"] == "assistant"]
-    return "".join(item["text"] for item in turns[-1] if item["type"] == "text") if turns else ""
-
-
-def _text(row: Row, column: str) -> str | None:
-    """Return the text of a column, `None` when the row has none; a number counts as its text."""
-    value = row.get(column)
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise RejectedRowError("unknown_format", f"'{column}' is {type_name(value)}, not a text")
-
-
-def _to_json(columns: Row) -> str:
-    options = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
-    return orjson.dumps(columns, default=_stand_in, option=options).decode()
-
-
-def _stand_in(value: Any) -> str:
-    """What stands in JSON for a value of Parquet that JSON has no form for; of bytes only their number."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+    def _write_group(self, rows: pa.Table) -> None:
+        # In one chunk, because Parquet ends a page where a chunk ends.
+        self._file.write_table(rows.combine_chunks())

@@ -1,9 +1,9 @@
-"""The canonical form of a conversation, and how a row in OpenAI or ShareGPT form becomes one."""
+"""The canonical form of a conversation, and how a row of each known form becomes one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -15,13 +15,15 @@ Message = dict[str, Any]
 
 TURN_COLUMNS = ("messages", "conversations")
 MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
-CONVERSATION_COLUMNS = frozenset({*TURN_COLUMNS, *MEDIA_COLUMNS["image"], *MEDIA_COLUMNS["video"]})
+AUDIO_COLUMNS = ("audio", "audios")
+CONVERSATION_COLUMNS = frozenset({*TURN_COLUMNS, *MEDIA_COLUMNS["image"], *MEDIA_COLUMNS["video"], *AUDIO_COLUMNS})
 
 # Keys of a turn: role and content, in OpenAI form and in ShareGPT form.
 _OPENAI, _SHAREGPT = ("role", "content"), ("from", "value")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _MARKER = re.compile("<(image|video)>")
 
+_AUDIO_TYPES = ("audio_url", "audio", "input_audio")
 _ITEM_TYPES = {"text": "text", "image_url": "image", "image": "image", "video_url": "video", "video": "video"}
 # Where an item keeps its file: OpenAI's key, Qwen's, and those of transformers' chat templates.
 _LOCATIONS = {"image": ("image_url", "image", "url", "path"), "video": ("video_url", "video", "url", "path")}
@@ -32,7 +34,8 @@ _ITEM_KEYS = {
     "image": {"type", "detail", *_LOCATIONS["image"]},
     "video": {"type", *_LOCATIONS["video"], *_WINDOW},
 }
-_FILE_KEYS = {"image": {"url", "path", "detail"}, "video": {"url", "path", *_WINDOW}}
+# `bytes` is how Hugging Face datasets embed a file in a table.
+_FILE_KEYS = {"image": {"url", "path", "bytes", "detail"}, "video": {"url", "path", "bytes", *_WINDOW}}
 
 
 class Media(NamedTuple):
@@ -40,13 +43,13 @@ class Media(NamedTuple):
 
     Attributes:
         type: `image` or `video`.
-        path: Path of the file.
+        path: Path of the file; while a row is read, also a URL or the content itself (bytes, or a data URL).
         start: First second used of a clip; `None` is its beginning.
         end: Last second used of a clip; `None` is its end.
     """
 
     type: str
-    path: str
+    path: str | bytes
     start: float | None = None
     end: float | None = None
 
@@ -64,29 +67,68 @@ class Conversation(NamedTuple):
     media: list[Media]
 
 
-def to_conversation(row: Row) -> Conversation:
+def to_conversation(row: Row, form: str = "auto") -> Conversation:
     """Read the conversation of a row.
 
-    Turns are in the column `messages` or `conversations`, a list or a JSON text of one, in OpenAI form (`role`,
-    `content`) or ShareGPT form (`from`, `value`). Files are named in the content items, or in the columns `image`,
-    `images`, `video`, `videos`, from which items without a file of their own and the markers `<image>` and `<video>`
-    take theirs in order. Markers count in ShareGPT texts, and in OpenAI texts when the row has such a column.
+    Turns are in the column `messages` or `conversations`, a list or a JSON text of one.
 
     Args:
         row: Columns of the row.
+        form: A key of `FORMATS`, or `auto` to go by the row.
 
     Returns:
         The conversation, with media paths as the row has them.
 
     Raises:
-        RejectedRowError: The row is in no form that is known (`unknown_format`).
+        RejectedRowError: The row is not in this form, or in none that is known (`unknown_format`), or holds audio
+            (`audio_not_supported`).
     """
-    listed = {kind: _listed_media(row, kind) for kind in MEDIA_COLUMNS}
+    if any(is_given(row.get(column)) for column in AUDIO_COLUMNS):
+        raise _audio("the row")
+    row = _with_turns(row)
+    return FORMATS[detect_format(row) if form == "auto" else form](row)
+
+
+def openai(row: Row) -> Conversation:
+    """Turns have `role` and `content`: a text, or a list of items that name their files.
+
+    Items without a file take theirs from the columns `image`, `images`, `video`, `videos`, in order; when there is such
+    a column, so do the markers `<image>` and `<video>` in texts.
+    """
+    columns = [column for names in MEDIA_COLUMNS.values() for column in names]
+    return _conversation(row, _OPENAI, columns, marked=any(is_given(row.get(column)) for column in columns))
+
+
+def sharegpt(row: Row) -> Conversation:
+    """Turns have `from` and `value`; the markers `<image>` and `<video>` stand for the files of `images`, `videos`."""
+    return _conversation(row, _SHAREGPT, ("images", "videos"), marked=True)
+
+
+def llava(row: Row) -> Conversation:
+    """As ShareGPT, with the file or files in the columns `image` and `video`."""
+    return _conversation(row, _SHAREGPT, ("image", "video"), marked=True)
+
+
+# A new form is a function here, and its name in `DatasetSource.format`.
+FORMATS: dict[str, Callable[[Row], Conversation]] = {"openai": openai, "sharegpt": sharegpt, "llava": llava}
+
+
+def detect_format(row: Row) -> str:
+    """Name the form of a row, by the keys of its first turn and the columns of its media."""
+    _, turn = next(_turns(row), ("", {}))
+    if not is_given(turn.get("from")):
+        return "openai"
+    return "llava" if is_given(row.get("image")) or is_given(row.get("video")) else "sharegpt"
+
+
+def _conversation(row: Row, keys: tuple[str, str], columns: Sequence[str], *, marked: bool) -> Conversation:
+    """Read turns that have these keys; files are named in the items, or in these columns."""
+    listed = {kind: _listed_media(row, kind, columns) for kind in MEDIA_COLUMNS}
     messages, media = _system_turn(row), []
     for where, turn in _turns(row):
-        role, content, marked = _open_turn(turn, where)
+        role, content = _open_turn(turn, keys, where)
         items = []
-        for item, own in _items(content, where, marked or any(listed.values())):
+        for item, own in _items(content, where, marked):
             items.append(item)
             if item["type"] != "text" and (own or listed[item["type"]]):
                 media.append(own or listed[item["type"]].pop(0))
@@ -111,32 +153,39 @@ def _system_turn(row: Row) -> list[Row]:
     return [{"role": "system", "content": [{"type": "text", "text": text}]}] if text else []
 
 
-def _turns(row: Row) -> Iterator[tuple[str, Row]]:
-    """Yield every turn with its place in the row."""
+def _turn_column(row: Row) -> str:
     columns = [column for column in TURN_COLUMNS if row.get(column) is not None]
     if len(columns) != 1:
         found = "both 'messages' and" if columns else "neither 'messages' nor"
         raise _unknown(f"it has {found} 'conversations'")
-    (column,) = columns
-    turns = row[column]
-    if isinstance(turns, str):
-        try:
-            turns = orjson.loads(turns)
-        except orjson.JSONDecodeError as error:
-            raise _unknown(f"'{column}' is a text that is not JSON ({error})") from error
-    for number, turn in enumerate(_expect(list, turns, f"'{column}'")):
+    return columns[0]
+
+
+def _with_turns(row: Row) -> Row:
+    """Parse the turns of a row that holds them as a JSON text."""
+    column = _turn_column(row)
+    if not isinstance(row[column], str):
+        return row
+    try:
+        return {**row, column: orjson.loads(row[column])}
+    except orjson.JSONDecodeError as error:
+        raise _unknown(f"'{column}' is a text that is not JSON ({error})") from error
+
+
+def _turns(row: Row) -> Iterator[tuple[str, Row]]:
+    """Yield every turn with its place in the row."""
+    column = _turn_column(row)
+    for number, turn in enumerate(_expect(list, row[column], f"'{column}'")):
         where = f"{column}[{number}]"
         yield where, _expect(dict, turn, where)
 
 
-def _open_turn(turn: Row, where: str) -> tuple[str, Any, bool]:
-    """Return role and content of a turn, and whether it is in ShareGPT form."""
-    role_key, content_key = keys = _SHAREGPT if is_given(turn.get("from")) else _OPENAI
+def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[str, Any]:
+    """Return role and content of a turn."""
+    role_key, content_key = keys
     _refuse_unknown(turn, set(keys), where)
     role = _expect(str, turn.get(role_key), f"{where}.{role_key}")
-    if keys == _SHAREGPT:
-        return _SHAREGPT_ROLES.get(role, role), turn.get(content_key), True
-    return role, turn.get(content_key), False
+    return _SHAREGPT_ROLES.get(role, role) if keys == _SHAREGPT else role, turn.get(content_key)
 
 
 def _items(content: Any, where: str, marked: bool) -> Iterator[tuple[Row, Media | None]]:
@@ -157,6 +206,8 @@ def _items(content: Any, where: str, marked: bool) -> Iterator[tuple[Row, Media 
 
 def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     kind = _ITEM_TYPES.get(item.get("type")) if isinstance(item.get("type"), str) else None
+    if item.get("type") in _AUDIO_TYPES:
+        raise _audio(where)
     if kind is None:
         raise _unknown(f"{where} has the type {item.get('type')!r}; known are {', '.join(_ITEM_TYPES)}")
     _refuse_unknown(item, _ITEM_KEYS[kind], where)
@@ -169,30 +220,37 @@ def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     return {"type": kind}, _media(kind, files[0], where, window) if files else None
 
 
-def _listed_media(row: Row, kind: str) -> list[Media]:
+def _listed_media(row: Row, kind: str, columns: Sequence[str]) -> list[Media]:
     """Return the files that the row lists outside of its turns."""
     files = []
     for column in MEDIA_COLUMNS[kind]:
         value = row.get(column)
         values = value if isinstance(value, list) else [value] if is_given(value) else []
+        if values and column not in columns:
+            raise _unknown(f"it has '{column}', which its form does not know; known are {' and '.join(columns)}")
         files += [_media(kind, file, f"{column}[{number}]", [None, None]) for number, file in enumerate(values)]
     return files
 
 
 def _media(kind: str, file: Any, where: str, window: list[Any]) -> Media:
-    """Read what names a file: its path, or an object with the path and, for a clip, the seconds to use."""
+    """Read what names a file: its path or content, or an object with these and, for a clip, the seconds to use."""
     if isinstance(file, dict):
         _refuse_unknown(file, _FILE_KEYS[kind], where)
-        path = file["url"] if is_given(file.get("url")) else file.get("path")
         window = [value if is_given(value) else file.get(key) for value, key in zip(window, _WINDOW, strict=True)]
-    else:
-        path = file
+        file = _location(file, where)
     start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOW, strict=True))
     if end is not None and end <= (start or 0.0):
         raise _unknown(f"{where} ends at second {end}, not after its start at {start or 0.0}")
-    if not _expect(str, path, f"the path of {where}"):
+    if not isinstance(file, bytes) and not _expect(str, file, f"the path of {where}"):
         raise _unknown(f"the path of {where} is empty")
-    return Media(kind, path, start, end)
+    return Media(kind, file, start, end)
+
+
+def _location(file: Row, where: str) -> Any:
+    """Return the content of a file when the object has it, else its path."""
+    if is_given(file.get("bytes")):
+        return _expect(bytes, file["bytes"], f"{where}.bytes")
+    return file["url"] if is_given(file.get("url")) else file.get("path")
 
 
 def _second(value: Any, where: str) -> float | None:
@@ -218,3 +276,7 @@ def _expect(kind: type, value: Any, where: str) -> Any:
 
 def _unknown(detail: str) -> RejectedRowError:
     return RejectedRowError("unknown_format", detail)
+
+
+def _audio(where: str) -> RejectedRowError:
+    return RejectedRowError("audio_not_supported", f"{where} holds audio, and no supported model hears: leave it out")

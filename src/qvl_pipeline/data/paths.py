@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os.path
-import re
+import posixpath
 from pathlib import Path
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
+from qvl_pipeline.data.remote import is_url
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 # qwen_vl_utils names local files this way, without percent-encoding.
 _FILE_SCHEME = "file://"
 
@@ -18,8 +18,44 @@ def project_path(path: Path) -> str:
     return _normal(path).removeprefix(f"{Path.cwd()}/")
 
 
-class MediaFolder:
-    """The folder of a source, which its media must stay inside.
+def media_folder(folder: str) -> LocalFolder | RemoteFolder:
+    """Make the folder that the media of a source must stay inside, from its parameter `data_folder`."""
+    return RemoteFolder(folder) if is_url(folder) else LocalFolder(Path(folder))
+
+
+class RemoteFolder:
+    """A folder behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Take the URL of the folder."""
+        self._scheme, _, path = url.rstrip("/").partition("://")
+        self._root = posixpath.normpath(path)
+
+    def locate(self, reference: str) -> str:
+        """Find where a medium must be. Whether it is there is not checked.
+
+        Args:
+            reference: What a row names: a path from the folder on, or a URL inside of it.
+
+        Returns:
+            Its URL.
+
+        Raises:
+            RejectedRowError: The reference is no usable path (`unknown_format`), or leaves the folder
+                (`path_outside_data_folder`).
+        """
+        _refuse_nul(reference)
+        scheme, separator, path = reference.partition("://")
+        if not separator:
+            scheme, path = self._scheme, posixpath.join(self._root, reference)
+        path = posixpath.normpath(path)
+        if scheme != self._scheme or not path.startswith(f"{self._root}/"):
+            raise _outside(reference, f"{self._scheme}://{self._root}")
+        return f"{scheme}://{path}"
+
+
+class LocalFolder:
+    """A folder on disk.
 
     Works on strings: a `Path` for each step would take as long as all the rest of reading a row.
     """
@@ -45,19 +81,18 @@ class MediaFolder:
                 the folder, also through a symbolic link (`path_outside_data_folder`).
         """
         reference = reference.removeprefix(_FILE_SCHEME)
-        if found := _URL.match(reference):
-            kind = "embedded data" if found[0].lower() == "data:" else "a URL"
-            raise RejectedRowError("url_not_allowed", f"{quote(reference)} is {kind}: save it as a file and name that")
-        if "\0" in reference:
-            raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: it holds a NUL")
+        if is_url(reference):
+            raise RejectedRowError(
+                "url_not_allowed", f"{quote(reference)} is a URL: save it as a file and name that, or set data_folder"
+            )
+        _refuse_nul(reference)
         path = os.path.normpath(reference if reference.startswith("/") else f"{self._folder}/{reference}")
         try:
             inside = self._holds_file(path)
         except OSError as error:  # a name longer than the file system allows
             raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: {error.strerror}") from error
         if not inside:
-            folder = self._folder.removeprefix(self._root)
-            raise RejectedRowError("path_outside_data_folder", f"{quote(reference)} is outside of '{folder}'")
+            raise _outside(reference, self._folder.removeprefix(self._root))
         return path.removeprefix(self._root)
 
     def _holds_file(self, path: str) -> bool:
@@ -67,6 +102,15 @@ class MediaFolder:
         if folder not in self._inside:
             self._inside[folder] = _real(folder).is_relative_to(self._real)
         return self._inside[folder]
+
+
+def _refuse_nul(reference: str) -> None:
+    if "\0" in reference:
+        raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: it holds a NUL")
+
+
+def _outside(reference: str, folder: str) -> RejectedRowError:
+    return RejectedRowError("path_outside_data_folder", f"{quote(reference)} is outside of '{folder}'")
 
 
 def _real(path: str) -> Path:

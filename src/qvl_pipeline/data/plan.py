@@ -81,8 +81,8 @@ def make_plan(
 
 
 def source_weights(ingest: IngestConfig) -> dict[str, float]:
-    """Weight of every declared source, by name."""
-    return {source.name: source.weight for source in ingest.datasets}
+    """How often each sample of a source is seen per epoch, by name of the source."""
+    return {source.name: source.weight * source.repeat for source in ingest.datasets}
 
 
 def plan_fingerprint(tokenized_path: Path, batching: BatchingConfig, weights: Mapping[str, float]) -> str:

@@ -32,3 +32,22 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+
+
+class _RowRateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Render rows per second."""
+        return Text(f"{task.fields['rows'] / task.elapsed:,.0f} rows/s" if task.elapsed else "")
+
+
+def ingest_bar() -> Progress:
+    """A bar that goes by bytes, because nobody knows how many rows there are; its tasks have the field `rows`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        _RowRateColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

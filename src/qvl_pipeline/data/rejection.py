@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 REJECT_RULES = {
-    "unreadable_row": "The row is not JSON, or not an object.",
+    "unreadable_row": "The row is not JSON, not an object, or not of the columns of its file.",
+    "duplicated_key": "An object of the row has a key twice, and one of the values would be lost.",
     "unknown_format": "The row holds no conversation in a form that is known, or one of its values has the wrong type.",
+    "audio_not_supported": "The row holds audio; no supported model hears.",
+    "embedded_media_invalid": "A medium is embedded in the row, but not as base64 of an image or a video.",
     "path_outside_data_folder": "A media path leaves the folder of its source, also by way of a symbolic link.",
-    "url_not_allowed": "A medium is a URL. Media are files; nothing is fetched.",
+    "url_not_allowed": "A medium is a URL, and `data_folder` is not. Only files of a remote folder are fetched.",
 }
 
 _TYPE_NAMES = {bool: "a boolean", int: "a number", float: "a number", str: "a text", bytes: "bytes", list: "a list"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from kedro.io import AbstractDataset, DatasetError
 from kedro.utils import load_obj
 
 
-class TableDataset(AbstractDataset[pd.DataFrame, pd.DataFrame]):
+class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.DataFrame]):
     """Parquet with a given Arrow schema.
 
-    Plain pandas would write a column as type `null` when no row has a value in it, and write over the old file.
+    Plain pandas would write a column as type `null` when no row has a value in it, and write over the old file. A table
+    that is too large for a data frame is saved as a function that is called with the path of a file to write.
     """
 
     def __init__(self, *, filepath: str, schema: str, metadata: dict[str, Any] | None = None) -> None:
@@ -36,17 +38,23 @@ class TableDataset(AbstractDataset[pd.DataFrame, pd.DataFrame]):
             raise DatasetError(f"{self._filepath} does not exist")
         return pq.read_table(self._filepath).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
 
-    def save(self, data: pd.DataFrame) -> None:
+    def save(self, data: pd.DataFrame | Callable[[Path], Any]) -> None:
         """Write a temporary sibling, then move it into place.
 
         Raises:
             DatasetError: The table has other columns than the schema, or values that do not fit their types.
         """
-        table = pa.Table.from_pandas(data, schema=load_obj(self._schema), preserve_index=False)
+        schema = load_obj(self._schema)
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
         partial = self._filepath.with_name(f".{self._filepath.name}.partial")
-        # Without pandas' own metadata, which holds the versions of its libraries: the bytes are the data's alone.
-        pq.write_table(table.replace_schema_metadata(None), partial)
+        if isinstance(data, pd.DataFrame):
+            table = pa.Table.from_pandas(data, schema=schema, preserve_index=False)
+            # Without pandas' own metadata, which holds the versions of its libraries: the bytes are the data's alone.
+            pq.write_table(table.replace_schema_metadata(None), partial)
+        else:
+            data(partial)
+            if (found := pq.read_schema(partial)) != schema:
+                raise DatasetError(f"{self._filepath} was written with the columns {found.names}, not {schema.names}")
         partial.replace(self._filepath)
 
     def _exists(self) -> bool:

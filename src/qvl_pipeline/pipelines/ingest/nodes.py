@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import pandas as pd
+from qvl_pipeline.config import DataEngineConfig, IngestConfig
 
-from qvl_pipeline.config import IngestConfig
+Writer = Callable[[Path], Any]
 
 
 def prepare_raw(ingest: IngestConfig) -> dict[str, Any]:
@@ -30,21 +35,31 @@ def prepare_raw(ingest: IngestConfig) -> dict[str, Any]:
     return {**content, "fingerprint": fingerprint(content)}
 
 
-def ingest_rows(ingest: IngestConfig, raw_manifest: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def ingest_rows(
+    ingest: IngestConfig, raw_manifest: dict[str, Any], data_engine: DataEngineConfig
+) -> tuple[Writer, Writer]:
     """Read every row of every source.
 
     Args:
         ingest: Declared sources.
         raw_manifest: Files to read.
+        data_engine: Where to work, and with how much memory.
 
     Returns:
-        The tables `samples` and `rejects`.
+        Functions that move the finished tables `samples` and `rejects` to where they are told: as data frames they
+        would not fit into memory.
 
     Raises:
         UserError: A file as a whole cannot be read.
     """
     from qvl_pipeline.data.ingest import ingest_sources
-    from qvl_pipeline.data.tables import to_frame
 
-    samples, rejects = ingest_sources(ingest, raw_manifest["files"])
-    return to_frame(samples), to_frame(rejects)
+    cache = Path(ingest.cache_folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = TemporaryDirectory(dir=cache, prefix=".unfinished-")
+    ingest_sources(ingest, raw_manifest["files"], data_engine, Path(unfinished.name))
+
+    def write(name: str, path: Path) -> None:
+        shutil.move(Path(unfinished.name) / name, path)
+
+    return partial(write, "samples.parquet"), partial(write, "rejects.parquet")

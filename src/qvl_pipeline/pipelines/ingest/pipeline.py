@@ -12,6 +12,11 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(prepare_raw, inputs="params:ingest", outputs="raw_manifest", name="prepare_raw"),
-            Node(ingest_rows, inputs=["params:ingest", "raw_manifest"], outputs=["samples", "rejects"], name="ingest"),
+            Node(
+                ingest_rows,
+                inputs=["params:ingest", "raw_manifest", "params:data_engine"],
+                outputs=["samples", "rejects"],
+                name="ingest",
+            ),
         ]
     )

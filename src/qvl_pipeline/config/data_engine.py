@@ -1,0 +1,33 @@
+"""Parameters of the engine under the data stages: where rows are worked on, and with how much memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from qvl_pipeline.config.base import Block
+
+
+class DataEngineConfig(Block):
+    """How Daft runs. Nothing here changes what is written: tables are the same bytes with any of these values.
+
+    Attributes:
+        runner: `native` works in this process, on all of its cores; `ray` on a Ray cluster. The project folder and the
+            media must be at the same path on all nodes of the cluster.
+        ray_address: Address of the cluster, such as `ray://head:10001` or `auto`; `None` starts Ray on this machine.
+        memory_limit_gib: Memory that `ingest` keeps within, however many rows there are; what Python and its libraries
+            take from the start (0.4 GiB) is in it. One row must fit into a thirtieth of it.
+        batch_rows: Most rows that are worked on in one piece. Fewer spread a small file over more cores.
+    """
+
+    runner: Literal["native", "ray"] = "native"
+    ray_address: str | None = None
+    memory_limit_gib: float = Field(default=2.0, ge=1.0)
+    batch_rows: int = Field(default=4096, ge=1)
+
+    @model_validator(mode="after")
+    def _address_needs_ray(self) -> DataEngineConfig:
+        if self.ray_address is not None and self.runner != "ray":
+            raise ValueError(f"ray_address is set, but runner is '{self.runner}': set it to ray, or drop the address")
+        return self
