@@ -38,7 +38,7 @@ def message(conf: Path, runtime: dict[str, Any] | None = None, **blocks: Any) ->
 
 def test_good_parameters_are_models_with_every_block(conf: Path) -> None:
     blocks = check_parameters(parameters(), {}, [conf / "base"])
-    assert set(blocks) == {"ingest", "validate", "sample", "model", "batching", "train", "evaluate"}
+    assert set(blocks) == {"data_engine", "ingest", "validate", "sample", "model", "batching", "train", "evaluate"}
     assert isinstance(blocks["ingest"], IngestConfig)
 
 
