@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def _parameter_groups(model: PackedVLM, spec: OptimSpec) -> list[dict[str, Any]]
     for name, parameter in model.hf.named_parameters():
         if parameter.requires_grad:
             trained.setdefault(model.family.group_of(name), []).append(parameter)
-    rates = _rates_by_group(spec, trained)
+    rates = peak_rates(spec, trained)
     groups = []
     for name, parameters in trained.items():
         rate = {"name": name, "lr": rates[name], "peak_lr": rates[name]}
@@ -78,15 +78,23 @@ def _parameter_groups(model: PackedVLM, spec: OptimSpec) -> list[dict[str, Any]]
     return groups
 
 
-def _rates_by_group(spec: OptimSpec, trained: Mapping[str, Any]) -> dict[str, float]:
-    """Peak rate of each trained part; `visual` stands for its parts, of which one named itself goes first."""
+def peak_rates(spec: OptimSpec, trained: Collection[str]) -> dict[str, float]:
+    """Return the peak rate of each trained part of a model.
+
+    Args:
+        spec: The rates; `visual` stands for its parts, of which one that is named itself goes first.
+        trained: Parts that have trained parameters.
+
+    Raises:
+        ValueError: `learning_rates` names a part that has none.
+    """
     rates = dict.fromkeys(trained, spec.learning_rate)
     for name, rate in sorted(spec.learning_rates.items(), key=lambda item: item[0] not in ALIASES):
         parts = [part for part in ALIASES.get(name, (name,)) if part in trained]
         if not parts:
             raise ValueError(
                 f"learning_rates: '{name}' has no trained parameters in this run, which trains "
-                f"{', '.join(trained)}: take it out, or do not freeze it"
+                f"{', '.join(sorted(trained))}: take it out, or do not freeze it"
             )
         rates.update(dict.fromkeys(parts, rate))
     return rates

@@ -13,6 +13,7 @@ import pandas as pd
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.data.plan import plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.pipelines.train.checks import check_before_launch
 from qvl_pipeline.pipelines.train.launcher import launch
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
@@ -42,17 +43,14 @@ def train(
         A writer of the trained model's folder, the logged steps, and the result.
 
     Raises:
-        UserError: The plan was made for other parameters.
+        UserError: The plan was made for other parameters, or these fit the model in no way.
         RankFailedError: A training process failed.
     """
     _check_inputs(base_model, tokenized_samples, plan_summary, model, batching, ingest)
     fingerprint = run_fingerprint(model, train, plan_summary, [base_model, video_frames])
     output_dir = base_model.parent / "scratch" / fingerprint
-    _prepare(output_dir, resume=train.resume_from_checkpoint == "auto")
-    plan_path = output_dir / "pack_plan.parquet"
-    pack_plan.to_parquet(plan_path, index=False)
-    spec_path = output_dir / "train_spec.json"
-    make_spec(
+    plan_path, spec_path = output_dir / "pack_plan.parquet", output_dir / "train_spec.json"
+    spec = make_spec(
         base_model=base_model,
         tokenized_samples=tokenized_samples,
         pack_plan=plan_path,
@@ -62,7 +60,11 @@ def train(
         batching=batching,
         train=train,
         output_dir=output_dir,
-    ).save(spec_path)
+    )
+    check_before_launch(spec, plan_summary["steps"])
+    _prepare(output_dir, resume=train.resume_from_checkpoint == "auto")
+    pack_plan.to_parquet(plan_path, index=False)
+    spec.save(spec_path)
     metrics_path = output_dir / "metrics.jsonl"
     if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
         _run(spec_path, metrics_path, train, batching, plan_summary["steps"])

@@ -1,0 +1,59 @@
+"""Parameters that fit the model in no way are refused before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.pipelines.train import checks
+from tests.engine.training import changed, make_training
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    folder = tmp_path_factory.mktemp("checks")
+    build_tiny_model(folder / "model", family="qwen2_5_vl", seed=0, corpus=["which digit is this?"])
+    return make_training(folder / "data", folder / "model", "qwen2_5_vl", kinds=("text",))
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ({"model": {"freeze_modules": ("visaul",)}}, "freeze_modules: 'visaul' matches no parameter of qwen2_5_vl"),
+        ({"model": {"freeze_modules": ("deepstack",)}}, "'deepstack' matches no parameter"),
+        ({"model": {"freeze_modules": ("visual", "llm", "embed")}}, "leaves nothing to train"),
+        (
+            {"model": {"freeze_modules": ("vit",)}, "optim": {"learning_rates": {"vit": 1e-6}}},
+            "learning_rates: 'vit' has no trained parameters in this run, which trains embed, llm, merger",
+        ),
+        (
+            {"optim": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}},
+            r"lr_scheduler_type 'polynomial' over 10 steps .* is impossible: lr_end \(1.0\) must be smaller",
+        ),
+        ({"optim": {"optim": "adamw_8bit"}}, "needs the package torchao: install it"),
+    ],
+)
+def test_refused_in_one_sentence(
+    groups: dict[str, dict[str, Any]],
+    sentence: str,
+    training: TrainSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=sentence) as caught:
+        checks.check_before_launch(changed(training, tmp_path, **groups), steps=10)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_fits_passes(training: TrainSpec, tmp_path: Path) -> None:
+    groups = {
+        "model": {"freeze_modules": ("visual", "model.language_model.layers.0.*")},
+        "optim": {"learning_rates": {"llm": 1e-4}, "optim": "muon"},
+    }
+    checks.check_before_launch(changed(training, tmp_path, **groups), steps=10)
