@@ -24,7 +24,6 @@ from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
 
 BLOCKS: dict[str, type[Block]] = {
-    "data_engine": DataEngineConfig,
     "ingest": IngestConfig,
     "validate": ValidateConfig,
     "sample": SampleConfig,
@@ -32,6 +31,7 @@ BLOCKS: dict[str, type[Block]] = {
     "batching": BatchingConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "data_engine": DataEngineConfig,
 }
 
 Key = tuple[str | int, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
 from qvl_pipeline.data.validate import TooManyRejectsError
 from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows
@@ -33,7 +33,7 @@ def _rejects(*details: str) -> pd.DataFrame:
 def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     rejects = _rejects("row 9: 'a[red].png' is a URL", "row 10: another")
     config = ValidateConfig(max_reject_fraction=1)
-    quarantine, media_index, report = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, config)
+    quarantine, media_index, report = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, config, DataEngineConfig())
     valid = keep_valid(_samples(GOOD, BLANK, BLANK), quarantine, report, config)
     printed = capsys.readouterr().out
     assert "ingested 5 = valid 1 + quarantined 2 + rejected 2" in printed
@@ -47,7 +47,7 @@ def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFi
 
 def test_what_is_wrong_is_printed_and_kept_before_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     samples, config = _samples(GOOD, BLANK, BLANK), ValidateConfig(max_reject_fraction=0.6)
-    quarantine, _, report = validate_rows(samples, _rejects(), config)
+    quarantine, _, report = validate_rows(samples, _rejects(), config, DataEngineConfig())
     assert quarantine["sample_id"].tolist() == ["s/1", "s/2"]
     with pytest.raises(TooManyRejectsError, match=r"^2 of 3 rows \(66.7%\) .* by empty_turn \(2\):.*quarantine"):
         keep_valid(samples, quarantine, report, config)
@@ -55,5 +55,5 @@ def test_what_is_wrong_is_printed_and_kept_before_the_run_is_refused(capsys: pyt
 
 
 def test_nothing_broken_prints_the_counts_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    validate_rows(_samples(GOOD), _rejects(), ValidateConfig())
+    validate_rows(_samples(GOOD), _rejects(), ValidateConfig(), DataEngineConfig())
     assert capsys.readouterr().out == "ingested 1 = valid 1 + quarantined 0 + rejected 0\n"

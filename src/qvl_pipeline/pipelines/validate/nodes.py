@@ -9,11 +9,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 
 
 def validate_rows(
-    samples: pd.DataFrame, rejects: pd.DataFrame, validate: ValidateConfig
+    samples: pd.DataFrame, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Apply every rule to every sample, and print what came of it.
 
@@ -21,13 +21,16 @@ def validate_rows(
         samples: Rows that could be read.
         rejects: Rows that could not.
         validate: Limits.
+        data_engine: Where to work.
 
     Returns:
         The tables `quarantine` and `media_index`, and the report.
     """
+    from qvl_pipeline.data.runner import use_runner
     from qvl_pipeline.data.tables import REJECTS, SAMPLES, from_frame, to_frame
     from qvl_pipeline.data.validate import validate_samples
 
+    use_runner(data_engine)
     outcome = validate_samples(from_frame(samples, SAMPLES), from_frame(rejects, REJECTS), validate)
     quarantine = to_frame(outcome.quarantine)
     Console().print(summarize(outcome.report, quarantine, rejects))
