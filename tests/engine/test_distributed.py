@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.engine.spec import TrainSpec
+from tests.engine.ranks import JobFailedError
 from tests.engine.training import changed, make_training, torchrun, trained
 
 
@@ -73,6 +74,50 @@ def test_packs_concatenated_into_one_micro_batch_train_the_same(
     actual = changed(expected, tmp_path, run={"save_steps": 0}, data={"packs_per_micro_batch": 3, "num_workers": 1})
     trained(actual, nproc=1)
     assert_same_training(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "parallel"),
+    [
+        (4, {"hsdp_shard_size": 2, "forward_prefetch": 2, "backward_prefetch": 2}),
+        (2, {"hsdp_shard_size": 1}),
+        (
+            2,
+            {
+                "reshard_after_forward": False,
+                "wrap": ("Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP"),
+                "cpu_offload": True,
+            },
+        ),
+    ],
+    ids=["hsdp and prefetch", "replicas only", "kept gathered, nested wrap, offload"],
+)
+def test_ways_to_shard_train_the_same(
+    nproc: int, parallel: dict, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings("qwen3_vl")
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, parallel=parallel)
+    trained(actual, nproc)
+    assert_same_training(actual, expected)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["shard_size"] == parallel.get("hsdp_shard_size", nproc)
+    assert set(result["wrapped"]) == {*parallel.get("wrap", ("Qwen3VLTextDecoderLayer",)), "Qwen3VLVisionBlock"}
+    assert result["cpu_offload"].startswith("not used" if parallel.get("cpu_offload") else "not asked")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"hsdp_shard_size": 3}, "hsdp_shard_size 3 does not divide the 2 ranks"),
+        ({"wrap": ("Qwen2_5_VLDecoderLayer",)}, "no module of qwen3_vl has the class 'Qwen2_5_VLDecoderLayer'"),
+    ],
+)
+def test_impossible_sharding_is_refused(
+    parallel: dict, message: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    with pytest.raises(JobFailedError):
+        trained(changed(trainings("qwen3_vl"), tmp_path, parallel=parallel), nproc=2)
+    assert message in json.loads((tmp_path / "errors" / "rank0.json").read_text())["message"]
 
 
 @pytest.mark.parametrize(("killed_after", "nproc"), [(1, 2), (2, 1)])

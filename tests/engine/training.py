@@ -112,7 +112,16 @@ def make_training(
             warmup_steps=1,
             ema_decay=0.0,
         ),
-        parallel=spec.ParallelSpec(wrap=(), reshard_after_forward=True, bf16=False, sp_ulysses_degree=1),
+        parallel=spec.ParallelSpec(
+            wrap=(),
+            reshard_after_forward=True,
+            hsdp_shard_size=0,
+            forward_prefetch=0,
+            backward_prefetch=0,
+            cpu_offload=False,
+            bf16=False,
+            sp_ulysses_degree=1,
+        ),
         export=spec.ExportSpec(output_dir=str(output_dir / "export"), ema=False),
     )
 

@@ -21,10 +21,21 @@ class FSDPConfig(Block):
         transformer_layer_cls_to_wrap: Class names of the layers that are sharded one by one; empty takes the family's
             decoder layers and vision blocks. A name that no module has is an error.
         reshard_after_forward: Free a layer's gathered parameters after its forward: less memory, more communication.
+        hsdp_shard_size: Neighbouring ranks that share one copy of the model, of which there are then several (HSDP):
+            parameters are gathered inside a node only. It must divide the number of ranks; 0 shards over all of them.
+        forward_prefetch: Layers of the same tower gathered ahead of the one that computes; more hides more
+            communication and takes more memory. 0 leaves it to FSDP2, which gathers the next one.
+        backward_prefetch: The same in the backward pass.
+        cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory, and step there: much slower,
+            for models that fit no other way. Without a GPU it changes nothing, and `result.json` says so.
     """
 
     transformer_layer_cls_to_wrap: list[str] = Field(default_factory=list)
     reshard_after_forward: bool = True
+    hsdp_shard_size: int = Field(default=0, ge=0)
+    forward_prefetch: int = Field(default=0, ge=0)
+    backward_prefetch: int = Field(default=0, ge=0)
+    cpu_offload: bool = False
 
 
 class TrainConfig(Block):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from qvl_pipeline.engine.attention import use_packed_attention
 from qvl_pipeline.engine.compilation import compile_blocks
@@ -17,6 +17,7 @@ from qvl_pipeline.engine.kernels import use_liger_kernels
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.weights import build_skeleton
 
 
 def load_processor(spec: TrainSpec) -> Any:
@@ -27,8 +28,8 @@ def load_processor(spec: TrainSpec) -> Any:
     return processor
 
 
-def load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:
-    """Load the model and prepare it for training on packs.
+def build_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:
+    """Build the model, still without weights, and prepare it for training on packs.
 
     Args:
         spec: The run.
@@ -36,10 +37,11 @@ def load_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[P
         device: Where the model will run.
 
     Returns:
-        The model, and facts about it for `result.json`: what was frozen, which kernels are used, how many parameters.
+        The model on the meta device, and facts about it for `result.json`: what was frozen, which kernels are used, how
+        many parameters.
     """
     family = FAMILIES[spec.model.family]
-    hf = AutoModelForImageTextToText.from_pretrained(spec.model.path, dtype=torch.float32)
+    hf = build_skeleton(spec.model.path)
     hf.train()
     use_linear_patch_embedding(hf)
     facts: dict[str, Any] = {

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from qvl_pipeline.engine.families import ModelFamily
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import ParallelSpec
 
 
 def start_process_group(sp_ulysses_degree: int) -> tuple[DeviceMesh, torch.device]:
-    """Join the job that torchrun started: NCCL where there are GPUs, gloo elsewhere.
+    """Join the job that torchrun started: NCCL where there are GPUs, gloo for tensors on the CPU.
 
     Args:
         sp_ulysses_degree: Neighbouring ranks that share the tokens of one micro-batch.
@@ -29,7 +33,7 @@ def start_process_group(sp_ulysses_degree: int) -> tuple[DeviceMesh, torch.devic
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
@@ -42,25 +46,64 @@ def start_process_group(sp_ulysses_degree: int) -> tuple[DeviceMesh, torch.devic
     return init_device_mesh(device.type, (groups, sp_ulysses_degree), mesh_dim_names=("dp", "sp")), device
 
 
-def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> list[str]:
+def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[str, Any]:
     """Shard a model in place over all ranks with FSDP2: layer by layer, then the rest as the root.
 
-    Vision blocks are always sharded one by one too: as a part of the root they would stay gathered from the forward to
-    the end of the backward pass.
-
     Args:
-        model: The model, complete on every rank.
+        model: The model; on the meta device, if it should never be complete on any rank.
         device: Where it runs.
-        spec: What to wrap and in which precision to compute.
+        spec: What to wrap, over how many ranks, and in which precision to compute.
 
     Returns:
-        The class names that were wrapped.
+        Facts for `result.json`: the classes wrapped, over how many ranks, and whether the CPU's memory is used.
 
     Raises:
-        ValueError: A name in `spec.wrap` is not the class of any module.
+        ValueError: A name in `spec.wrap` is not the class of any module, or the ranks cannot be divided as asked.
     """
-    family = model.family
-    names = list(dict.fromkeys([*(spec.wrap or (family.decoder_layer,)), family.vision_block]))
+    names = layers_to_wrap(model, model.family, spec.wrap)
+    compute = torch.bfloat16 if spec.bf16 else torch.float32
+    options = {
+        "mesh": _sharding_mesh(device.type, spec.hsdp_shard_size),
+        "reshard_after_forward": spec.reshard_after_forward,
+        # Weights, optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 weights barely move.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offloads(spec, device) else OffloadPolicy(),
+    }
+    towers = [[module for module in model.modules() if type(module).__name__ == name] for name in names]
+    for module in reversed(list(model.modules())):  # what lies inside a wrapped layer before the layer itself
+        if type(module).__name__ in names:
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    for tower in towers:
+        _prefetch(tower, spec)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the tokens of all ranks, so gradients are summed, never averaged. Gloo
+            # refuses the pre-multiplied sum that FSDP2 would otherwise use.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return {
+        "wrapped": names,
+        "shard_size": spec.hsdp_shard_size or dist.get_world_size(),
+        "cpu_offload": _describe_offload(spec, device),
+    }
+
+
+def layers_to_wrap(model: nn.Module, family: ModelFamily, wrap: Sequence[str]) -> list[str]:
+    """Name the classes of the layers that are sharded one by one.
+
+    Vision blocks always are: as a part of the root they would stay gathered from the forward to the end of the backward
+    pass.
+
+    Args:
+        model: The model; a skeleton on the meta device will do.
+        family: Its family.
+        wrap: Class names asked for; none at all takes the family's decoder layer.
+
+    Raises:
+        ValueError: A name is not the class of any module.
+    """
+    names = list(dict.fromkeys([*(wrap or (family.decoder_layer,)), family.vision_block]))
     present = {type(module).__name__ for module in model.modules()}
     for name in names:
         if name not in present:
@@ -68,21 +111,42 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> list[st
                 f"transformer_layer_cls_to_wrap: no module of {family.name} has the class '{name}'; "
                 f"its layers are {family.decoder_layer} and {family.vision_block}"
             )
-    options = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",)),
-        "reshard_after_forward": spec.reshard_after_forward,
-        # Weights, optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 weights barely move.
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if spec.bf16 else torch.float32, reduce_dtype=torch.float32
-        ),
-    }
-    for module in [module for module in model.modules() if type(module).__name__ in names]:
-        fully_shard(module, **options)
-    fully_shard(model, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is already divided by the tokens of all ranks, so gradients are summed, never averaged. Gloo
-            # refuses the pre-multiplied sum that FSDP2 would otherwise use.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
     return names
+
+
+def offloads(spec: ParallelSpec, device: torch.device) -> bool:
+    """Whether parameters, gradients and optimizer state live in the memory of the CPU, and the model runs elsewhere."""
+    return spec.cpu_offload and device.type != "cpu"
+
+
+def _describe_offload(spec: ParallelSpec, device: torch.device) -> str:
+    if not spec.cpu_offload:
+        return "not asked for"
+    return "used" if offloads(spec, device) else "not used: the model runs on the CPU, and is in its memory already"
+
+
+def _sharding_mesh(device_type: str, hsdp_shard_size: int) -> DeviceMesh:
+    """All ranks as one sharding group, or (HSDP) as replicas of groups of neighbouring ranks."""
+    world_size = dist.get_world_size()
+    if not hsdp_shard_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    if world_size % hsdp_shard_size:
+        raise ValueError(
+            f"fsdp_config.hsdp_shard_size {hsdp_shard_size} does not divide the {world_size} ranks: "
+            "choose a divisor, usually the number of GPUs of a node"
+        )
+    shape = (world_size // hsdp_shard_size, hsdp_shard_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _prefetch(tower: list[FSDPModule], spec: ParallelSpec) -> None:
+    """Let each layer of a tower gather the next ones before it computes.
+
+    Towers are kept apart: a micro-batch without media does not call the vision tower, and what is gathered for a layer
+    that is then not called would stay gathered.
+    """
+    for number, layer in enumerate(tower):
+        if spec.forward_prefetch:
+            layer.set_modules_to_forward_prefetch(tower[number + 1 : number + 1 + spec.forward_prefetch])
+        if spec.backward_prefetch:
+            layer.set_modules_to_backward_prefetch(tower[max(0, number - spec.backward_prefetch) : number][::-1])

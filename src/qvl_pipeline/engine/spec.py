@@ -126,12 +126,20 @@ class ParallelSpec:
     Attributes:
         wrap: Class names that FSDP2 shards one by one; empty takes the family's.
         reshard_after_forward: Free gathered parameters after a layer's forward.
+        hsdp_shard_size: Ranks that share one copy of the model; 0 shards it over all of them.
+        forward_prefetch: Layers gathered ahead in the forward pass; 0 leaves it to FSDP2.
+        backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
+        cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
         bf16: Compute in bfloat16.
         sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
     """
 
     wrap: tuple[str, ...]
     reshard_after_forward: bool
+    hsdp_shard_size: int
+    forward_prefetch: int
+    backward_prefetch: int
+    cpu_offload: bool
     bf16: bool
     sp_ulysses_degree: int
 

@@ -18,13 +18,14 @@ from qvl_pipeline.engine.ema import WeightAverage
 from qvl_pipeline.engine.export import export
 from qvl_pipeline.engine.feed import Step, load_batches, read_plan, share_out
 from qvl_pipeline.engine.flops import flops_of
-from qvl_pipeline.engine.loading import load_model, load_processor
+from qvl_pipeline.engine.loading import build_model, load_processor
 from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
 from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.sharding import shard, start_process_group
+from qvl_pipeline.engine.sharding import offloads, shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.weights import load_weights
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 
@@ -35,7 +36,7 @@ class Trainer:
     """One rank of a training run. `step` and `sample_ids` say where it is, for the error report."""
 
     def __init__(self, spec: TrainSpec) -> None:
-        """Join the process group, then load and shard the model."""
+        """Join the process group, then build, shard and fill the model: no rank ever holds all of it."""
         self.spec = spec
         self.step = 0
         self.sample_ids: list[str] = []
@@ -43,9 +44,10 @@ class Trainer:
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
         self.processor = load_processor(spec)
-        self.model, self.facts = load_model(spec, self.processor, self.device)
+        self.model, self.facts = build_model(spec, self.processor, self.device)
         self.flops = flops_of(self.model)
-        self.facts["wrapped"] = shard(self.model, self.device, spec.parallel)
+        self.facts |= shard(self.model, self.device, spec.parallel)
+        load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
         self.builder = _make_builder(spec, self.model, self.processor)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class ModelFamily:
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
+        hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelFamily:
     decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
     tokens_per_second: Callable[[Any], float | None]
     vision_pairs: VisionPairs
+    hub_prefixes: tuple[tuple[str, str], ...] = ()
 
     def group_of(self, parameter_name: str) -> str:
         """Name the group a parameter belongs to.
@@ -48,3 +50,18 @@ class ModelFamily:
             if parameter_name.startswith(prefix):
                 return group
         raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")
+
+    def module_name(self, stored: str, known: Collection[str]) -> str:
+        """Name in the module of a tensor in a checkpoint, which may be stored under either name."""
+        if stored not in known:
+            for published, prefix in self.hub_prefixes:
+                if stored.startswith(published):
+                    return prefix + stored.removeprefix(published)
+        return stored
+
+    def hub_name(self, name: str) -> str:
+        """Name in published checkpoints of a tensor of the module."""
+        for published, prefix in self.hub_prefixes:
+            if name.startswith(prefix):
+                return published + name.removeprefix(prefix)
+        return name

@@ -46,4 +46,6 @@ FAMILY = ModelFamily(
     decoder_kwargs=lambda mask, deepstack: {},
     tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
     vision_pairs=_vision_pairs,
+    # Published before transformers moved the decoder to `language_model`.
+    hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
 )

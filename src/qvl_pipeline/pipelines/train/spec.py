@@ -128,6 +128,10 @@ def make_spec(
         parallel=spec.ParallelSpec(
             wrap=tuple(train.fsdp_config.transformer_layer_cls_to_wrap),
             reshard_after_forward=train.fsdp_config.reshard_after_forward,
+            hsdp_shard_size=train.fsdp_config.hsdp_shard_size,
+            forward_prefetch=train.fsdp_config.forward_prefetch,
+            backward_prefetch=train.fsdp_config.backward_prefetch,
+            cpu_offload=train.fsdp_config.cpu_offload,
             bf16=train.bf16,
             sp_ulysses_degree=train.sp_ulysses_degree,
         ),
