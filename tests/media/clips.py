@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
+
+from qvl_pipeline.media.decoding import read_frame_table
 
 SIZE = 64
 BITS = 8
@@ -62,3 +66,14 @@ def rotate_mp4(path: Path, quarter_turns_clockwise: int) -> None:
     matrix = header + (40 if data[header] == 0 else 52)
     data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in fixed)
     path.write_bytes(data)
+
+
+def index_clips(paths: Iterable[Path]) -> pd.DataFrame:
+    """The table `media_index` of clips of this module."""
+    rows = []
+    for path in paths:
+        table = read_frame_table(str(path))
+        facts = {"n_frames": len(table.seconds), "fps": table.fps, "height": SIZE, "width": SIZE}
+        content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        rows.append({"path": str(path), "type": "video", "content_hash": content_hash, **facts})
+    return pd.DataFrame(rows)

@@ -85,6 +85,8 @@ def test_the_files_are_as_the_contract_says(tmp_path: Path) -> None:
         "width": 48,
         "source_fps": 4.0,
         "encoding": "png",
+        "backend": "pyav",
+        "content_hash": None,
         "frame_indices": [0, 2, 4, 6],
         "seconds": [0.0, 0.5, 1.0, 1.5],
     }

@@ -18,14 +18,13 @@ from qvl_pipeline.data.processor import load_processor
 from qvl_pipeline.datasets import FileDataset, FolderDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.decoding import read_frame_table
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.pipelines.sample.pipeline import create_pipeline as create_sample
 from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model
 from qvl_pipeline.pipelines.tokenize.pipeline import create_pipeline as create_tokenize
 from tests.data.samples import samples_table, write_images
-from tests.media.clips import number_in, write_clip
+from tests.media.clips import index_clips, number_in, write_clip
 
 SECONDS = {
     "constant": [number / 10 for number in range(60)],
@@ -34,7 +33,9 @@ SECONDS = {
 }
 TIME_BASES = {"constant": Fraction(1, 10), "ntsc": Fraction(1001, 30000), "variable": Fraction(1, 1000)}
 INGEST = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "json"}])
-SAMPLE = SampleConfig(fps=3, video_min_frames=2, video_max_frames=12, video_min_pixels=1024, video_max_pixels=64 * 64)
+SAMPLE = SampleConfig(
+    fps=3, video_min_frames=2, video_max_frames=12, video_min_pixels=1024, video_max_pixels=64 * 64, frame_cache=None
+)
 BATCHING = BatchingConfig(packing_length=256)
 
 
@@ -54,12 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def media_index(folder: Path) -> pd.DataFrame:
     images = write_images(folder, {"a.png": (80, 120)})
-    tables = {path: read_frame_table(str(path)) for path in sorted(folder.glob("*.mp4"))}
-    clips = [
-        {"path": str(path), "type": "video", "height": 64, "width": 64, "n_frames": len(table.pts), "fps": table.fps}
-        for path, table in tables.items()
-    ]
-    return pd.concat([images, pd.DataFrame(clips)], ignore_index=True)
+    return pd.concat([images, index_clips(sorted(folder.glob("*.mp4")))], ignore_index=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +98,15 @@ def run(
     }
     catalog = DataCatalog(
         {name: MemoryDataset(value) for name, value in memory.items()}
-        | {name: MemoryDataset() for name in ("pack_plan", "plan_summary")}
+        | {
+            name: MemoryDataset()
+            for name in ("pack_plan", "plan_summary", "sample_quarantine", "sample_report", "sampled_samples")
+        }
         | {name: FolderDataset(filepath=str(folder / name)) for name in ("video_frames", "base_model")}
         | {"tokenized_samples": FileDataset(filepath=str(folder / "tokenized.arrow"))}
     )
-    pipeline = create_sample() + create_tokenize()
-    SequentialRunner().run(pipeline, catalog)
-    return {name: catalog.load(name) for name in pipeline.all_outputs()}
+    SequentialRunner().run(create_sample() + create_tokenize(), catalog)
+    return {name: catalog.load(name) for name in create_tokenize().all_outputs() | {"video_frames"}}
 
 
 def frames_shown(run: dict[str, Any], sample: pd.Series) -> list[list[float]]:

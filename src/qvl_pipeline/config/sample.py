@@ -23,8 +23,17 @@ class SampleConfig(Block):
         video_min_pixels: Fewest pixels (height x width) per frame.
         video_max_pixels: Most pixels per frame.
         video_total_pixels: Most pixels per clip, all frames together.
+        materialize: Store the frames. Otherwise only which frames they are is stored, and the training loader decodes
+            them every time it reads a clip: the same pixels, without the space and with far more CPU time.
         frame_encoding: How frames are stored. `raw` and `png` are lossless.
         jpeg_quality: Quality of `jpeg`, 1 to 100.
+        frame_cache: Folder of finished shards: what was decoded before under the same rules is not decoded again, in
+            no profile and after no interruption. `null` keeps none.
+        decode_timeout_s: Wall-clock seconds one clip may take before its decoder is killed and its samples quarantined.
+        max_reject_fraction: Share of samples that may be quarantined here before the stage fails.
+        num_workers: Decoding processes, each of one thread; `null` takes one for every core.
+        memory_gib: Most memory of all decoding processes and the clips that wait to be written; it holds back
+            `num_workers`.
     """
 
     video_backend: Literal["pyav", "torchcodec", "decord", "qwen_vl_utils"] = "pyav"
@@ -36,8 +45,14 @@ class SampleConfig(Block):
     video_min_pixels: int = Field(default=128 * 28 * 28, ge=1)
     video_max_pixels: int = Field(default=768 * 28 * 28, ge=1)
     video_total_pixels: int = Field(default=128_000 * 28 * 28 * 9 // 10, ge=1)
+    materialize: bool = True
     frame_encoding: Literal["raw", "png", "jpeg"] = "png"
     jpeg_quality: int = Field(default=95, ge=1, le=100)
+    frame_cache: str | None = "data/05_model_input/frame_cache"
+    decode_timeout_s: float = Field(default=600.0, gt=0)
+    max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
+    num_workers: int | None = Field(default=None, ge=1)
+    memory_gib: float = Field(default=8.0, gt=0)
 
     @model_validator(mode="after")
     def _ordered_limits(self) -> SampleConfig:
@@ -47,4 +62,13 @@ class SampleConfig(Block):
                 raise ValueError(
                     f"{low} ({getattr(self, low)}) is above {high} ({getattr(self, high)}); lower {low} with it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _same_pixels_on_the_fly(self) -> SampleConfig:
+        if not self.materialize and self.frame_encoding == "jpeg":
+            raise ValueError(
+                "materialize: false decodes the source, whose pixels are not those of frame_encoding: jpeg; "
+                "set frame_encoding: png, which changes no pixel"
+            )
         return self

@@ -1,9 +1,12 @@
-"""The frames of every clip as the model sees them, with their seconds: written once, read memory-mapped."""
+"""The frames of every clip as the model sees them, with their seconds: written once, read memory-mapped.
+
+A store may also hold all of a clip but its frames, which are then decoded whenever they are read.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +18,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.frame_cache import FrameCache
 
-SHARD_BYTES = 1 << 30
+# What a killed run may have to decode again.
+SHARD_BYTES = 1 << 28
 FRAME_SCHEMA = pa.schema([("frame", pa.binary()), ("second", pa.float64()), ("index", pa.int64())])
 INDEX_SCHEMA = pa.schema(
     [
@@ -31,6 +36,8 @@ INDEX_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("source_fps", pa.float64()),
         ("encoding", pa.string()),
+        ("backend", pa.string()),
+        ("content_hash", pa.string()),
         ("frame_indices", pa.list_(pa.int64())),
         ("seconds", pa.list_(pa.float64())),
     ]
@@ -51,7 +58,9 @@ class StoredClip:
         encoding: How the frames are encoded.
         frame_indices: Number of each frame in the source.
         seconds: Presentation time of each frame in the source.
-        frames: The encoded frames.
+        frames: The encoded frames; `None` when they are to be decoded whenever they are read.
+        backend: Decoder.
+        content_hash: Sha256 of the source file.
     """
 
     path: str
@@ -63,7 +72,9 @@ class StoredClip:
     encoding: str
     frame_indices: list[int]
     seconds: list[float]
-    frames: list[bytes]
+    frames: Sequence[bytes] | pa.BinaryArray | None
+    backend: str = "pyav"
+    content_hash: str | None = None
 
 
 def clip_id(path: str, start: float | None, end: float | None) -> str:
@@ -96,17 +107,20 @@ def encode_frame(frame: np.ndarray, encoding: str, jpeg_quality: int) -> bytes:
 class FrameStoreWriter:
     """Writes a frame store: Arrow IPC shards with one record batch per clip, and `index.parquet` at the end."""
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, cache: FrameCache | None = None) -> None:
         """Start a store.
 
         Args:
             folder: Folder to write into; made when missing.
             shard_bytes: A shard that has grown to this size is closed.
+            cache: Takes every finished shard in, at once: it survives when this process does not.
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._shard_bytes = shard_bytes
+        self._cache = cache
         self._rows: list[dict[str, Any]] = []
+        self._keys: list[str] = []  # of the clips in the open shard, which are the last ones of `_rows`
         self._shards = 0
         self._writer: pa.RecordBatchFileWriter | None = None
         self._batches = self._bytes = 0
@@ -119,38 +133,72 @@ class FrameStoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the shard; write the index unless an error left the store incomplete."""
+        if error is not None:
+            if self._writer is not None:
+                self._writer.close()
+            return
         self._close_shard()
-        if error is None:
-            pq.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
 
-    def add(self, clip: StoredClip) -> None:
-        """Append one clip."""
+    def add(self, clip: StoredClip, key: str = "") -> None:
+        """Append one clip.
+
+        Args:
+            clip: The clip.
+            key: What it is made from, for the cache.
+        """
+        row = {name: value for name, value in vars(clip).items() if name != "frames"}
+        row |= {"clip_id": clip_id(clip.path, clip.start, clip.end), "n_frames": len(clip.frame_indices)}
+        if clip.frames is None:
+            self._rows.append(row)
+            return
         if self._writer is None:
-            self._shard = f"frames-{self._shards:05d}.arrow"
-            self._writer = pa.ipc.new_file(str(self._folder / self._shard), FRAME_SCHEMA)
-            self._shards += 1
+            self._writer = pa.ipc.new_file(str(self._folder / self._shard_name), FRAME_SCHEMA)
         columns = {"frame": clip.frames, "second": clip.seconds, "index": clip.frame_indices}
         batch = pa.record_batch(columns, schema=FRAME_SCHEMA)
         self._writer.write_batch(batch)
-        self._rows.append(
-            {name: value for name, value in vars(clip).items() if name != "frames"}
-            | {
-                "clip_id": clip_id(clip.path, clip.start, clip.end),
-                "shard": self._shard,
-                "batch": self._batches,
-                "n_frames": len(clip.frames),
-            }
-        )
+        self._rows.append(row | {"shard": self._shard_name, "batch": self._batches})
+        self._keys.append(key)
         self._batches += 1
         self._bytes += batch.nbytes
         if self._bytes >= self._shard_bytes:
             self._close_shard()
 
+    def add_finished(self, clips: Sequence[tuple[str, float | None, float | None]], keys: Sequence[str]) -> int:
+        """Take over the shards that this store would begin with, from the cache.
+
+        Args:
+            clips: Path, start and end of the clips to come.
+            keys: What they are made from.
+
+        Returns:
+            How many clips that settles.
+        """
+        done = 0
+        while self._cache is not None and (shard := self._cache.shard(keys[done:], self._shard_bytes)):
+            self._cache.link_or_copy(shard.path, self._folder / self._shard_name)
+            for (path, start, end), row in zip(clips[done:], shard.rows, strict=False):
+                names = {"clip_id": clip_id(path, start, end), "path": path, "start": start, "end": end}
+                self._rows.append(row | names | {"shard": self._shard_name})
+            done += len(shard.rows)
+            self._shards += 1
+        return done
+
+    @property
+    def _shard_name(self) -> str:
+        return f"frames-{self._shards:05d}.arrow"
+
     def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is None:
+            return
+        self._writer.close()
+        if self._cache is not None:
+            rows = self._rows[-len(self._keys) :]
+            self._cache.keep(self._folder / self._shard_name, self._keys, rows, INDEX_SCHEMA)
         self._writer = None
+        self._keys = []
         self._batches = self._bytes = 0
+        self._shards += 1
 
 
 class FrameStore:
@@ -212,9 +260,13 @@ class FrameStore:
             Uint8 `[T, 3, H, W]`. With the encoding `raw` a read-only view of the memory map, at no cost.
 
         Raises:
-            UserError: The store has no such clip.
+            UserError: The store has no such clip; or its frames are not stored, and the file cannot be decoded.
         """
         info = self.info(clip)
+        if info["shard"] is None:
+            from qvl_pipeline.media.clip_frames import frames_from_source  # needs PyAV, which stored frames do not
+
+            return frames_from_source(info)
         frames = self._shard(info["shard"]).get_batch(info["batch"]).column("frame")
         if info["encoding"] == "raw":
             offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from qvl_pipeline.config import ModelConfig, SampleConfig
-from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from qvl_pipeline.media.frame_store import StoredClip
-
-Clip = tuple[str, float | None, float | None]  # path, first second, last second
+    from qvl_pipeline.media.decode_worker import Failure
 
 
 def sample_clips(
@@ -38,153 +31,94 @@ def sample_clips(
         A writer of the frame store.
 
     Raises:
-        UserError: A clip is too short for the parameters, or the decoder cannot be loaded. Found before any decoding.
+        UserError: Too many clips are too short for the parameters, or the decoder cannot be loaded. Found before any
+            decoding.
     """
     from qvl_pipeline.media.backends import choose_backend
+    from qvl_pipeline.media.decode_worker import Failure
+    from qvl_pipeline.pipelines.sample.clips import estimated_bytes, list_clips
+    from qvl_pipeline.pipelines.sample.writing import write_store
 
-    clips = list_clips(valid_samples)
-    check_lengths(clips, media_index, sample)
-    read = partial(read_clip, sample=sample, patch_size=model.patch_size, backend=choose_backend(sample.video_backend))
-    return partial(_write_store, clips=clips, read=read)
-
-
-def list_clips(valid_samples: pd.DataFrame) -> list[Clip]:
-    """The different clips of all samples, in the order of their first appearance."""
-    media = (item for items in valid_samples["media"] for item in items if item["type"] == "video")
-    return list(dict.fromkeys((item["path"], item["start"], item["end"]) for item in media))
-
-
-def check_lengths(clips: Iterable[Clip], media_index: pd.DataFrame, sample: SampleConfig) -> None:
-    """Refuse files that are too short for the parameters.
-
-    Parts of files are checked when they are read: how many frames lie between two seconds only the file can tell.
-
-    Args:
-        clips: Clips to sample.
-        media_index: Every media file as probed.
-        sample: Which frames are wanted.
-
-    Raises:
-        UserError: There are such files; the message counts them and names the first.
-    """
-    videos = media_index.loc[media_index["type"] == "video", ["path", "n_frames", "fps"]]
-    files = {path: (n_frames, fps) for path, n_frames, fps in videos.itertuples(index=False)}
-    problems = []
-    for path, start, end in clips:
-        if path not in files:
-            raise UserError(f"video '{path}' is not in media_index: run the pipeline 'validate' again")
-        if start is not None or end is not None:
-            continue
-        n_frames, fps = files[path]
+    fit, unfit = [], []
+    for clip in list_clips(valid_samples, media_index):
         try:
-            _count_frames(int(n_frames), fps, sample)
+            estimated_bytes(clip, sample, model.patch_size)
+            fit.append(clip)
         except ValueError as error:
-            problems.append(f"'{path}' ({error})")
-    if problems:
-        raise UserError(
-            f"{len(problems)} clips are too short to be sampled like this, the first is {problems[0]}: raise "
-            "validate.min_video_frames to quarantine them, or lower sample.frame_num"
-        )
+            unfit.append((clip, Failure("clip_unfit", str(error))))
+    lost = _lost_samples(valid_samples, {clip.name: failure for clip, failure in unfit})
+    _check_reject_fraction(lost, len(valid_samples), sample)
+    backend = choose_backend(sample.video_backend)
+    return partial(write_store, clips=fit, unfit=unfit, sample=sample, patch_size=model.patch_size, backend=backend)
 
 
-def read_clip(clip: Clip, *, sample: SampleConfig, patch_size: int, backend: str) -> StoredClip:
-    """Sample one clip.
+def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """List the samples with a clip that could not be sampled.
 
     Args:
-        clip: Path, first and last second.
-        sample: Which frames, at which size and encoding.
-        patch_size: Side of a vision patch in pixels.
-        backend: Decoder: `pyav` or `torchcodec`.
+        valid_samples: Samples whose media are valid.
+        video_frames: Frame store.
 
     Returns:
-        The frames with their seconds, ready for the store.
+        The tables `sample_quarantine` and `sample_report`.
+    """
+    import pyarrow.parquet as pq
+
+    from qvl_pipeline.media.decode_worker import Failure
+
+    failed = pq.read_table(video_frames / "failures.parquet").to_pylist()
+    lost = _lost_samples(valid_samples, {row["clip_id"]: Failure(row["rule"], row["detail"]) for row in failed})
+    n_frames = pq.read_table(video_frames / "index.parquet", columns=["n_frames"])["n_frames"].to_pylist()
+    counts = {
+        "valid": len(valid_samples),
+        "sampled": len(valid_samples) - len(lost),
+        "quarantined": len(lost),
+        "clips": len(n_frames),
+        "failed_clips": len(failed),
+        "frames": sum(n_frames),
+    }
+    return lost, {"counts": counts, "rules": lost["rule"].value_counts().sort_index().to_dict()}
+
+
+def keep_sampled(valid_samples: pd.DataFrame, sample_quarantine: pd.DataFrame, sample: SampleConfig) -> pd.DataFrame:
+    """Take the samples whose clips are all there. The list of the others is on disk by now, also when this refuses.
+
+    Args:
+        valid_samples: Samples whose media are valid.
+        sample_quarantine: Samples with a clip that could not be sampled.
+        sample: Parameters.
+
+    Returns:
+        The table `sampled_samples`.
 
     Raises:
-        UserError: The clip cannot be sampled or decoded.
+        UserError: Too many samples are lost.
     """
-    from qvl_pipeline.media.backends import decode_with
-    from qvl_pipeline.media.decoding import read_frame_table
-    from qvl_pipeline.media.frame_store import StoredClip, encode_frame
-    from qvl_pipeline.media.pixels import resize
-    from qvl_pipeline.media.sampling import video_size
+    _check_reject_fraction(sample_quarantine, len(valid_samples), sample)
+    return valid_samples[~valid_samples["sample_id"].isin(sample_quarantine["sample_id"])].reset_index(drop=True)
 
-    path, start, end = clip
-    table = read_frame_table(path)
-    frames: list[bytes] = []
-    try:
-        indices = _choose_frames(table.seconds, table.fps, start, end, sample)
-        for frame in decode_with(backend, path, table, indices):
-            if not frames:
-                height, width = video_size(
-                    len(indices),
-                    *frame.shape[:2],
-                    patch_size=patch_size,
-                    min_pixels=sample.video_min_pixels,
-                    max_pixels=sample.video_max_pixels,
-                    total_pixels=sample.video_total_pixels,
-                )
-            picture = resize(frame.transpose(2, 0, 1).copy(), height, width)
-            frames.append(encode_frame(picture, sample.frame_encoding, sample.jpeg_quality))
-    except ValueError as error:
-        raise UserError(f"clip '{path}' from {start} to {end} cannot be sampled: {error}") from error
-    return StoredClip(
-        path=path,
-        start=start,
-        end=end,
-        height=height,
-        width=width,
-        source_fps=table.fps,
-        encoding=sample.frame_encoding,
-        frame_indices=indices,
-        seconds=table.seconds[indices].tolist(),
-        frames=frames,
+
+def _lost_samples(valid_samples: pd.DataFrame, failures: Mapping[str, Failure]) -> pd.DataFrame:
+    """The samples with a failed clip, each with the first one; columns of the table `quarantine`."""
+    from qvl_pipeline.data.tables import QUARANTINE
+    from qvl_pipeline.media.frame_store import clip_id
+
+    rows = []
+    for sample in valid_samples.to_dict("records") if failures else ():
+        names = [clip_id(item["path"], item["start"], item["end"]) for item in sample["media"]]
+        if failed := next((name for name in names if name in failures), None):
+            failure = failures[failed]
+            facts = {name: sample[name] for name in ("sample_id", "source", "row", "split")}
+            rows.append(facts | {"rule": failure.rule, "detail": f"clip '{failed}': {failure.detail}"})
+    return pd.DataFrame(rows, columns=QUARANTINE.names)
+
+
+def _check_reject_fraction(lost: pd.DataFrame, valid: int, sample: SampleConfig) -> None:
+    if len(lost) <= sample.max_reject_fraction * valid:
+        return
+    first = lost.iloc[0]
+    raise UserError(
+        f"{len(lost)} of {valid} samples ({len(lost) / valid:.1%}) have clips that cannot be sampled, more than the "
+        f"{sample.max_reject_fraction:.1%} that sample.max_reject_fraction allows; the first is {first['sample_id']}, "
+        f"by {first['rule']}: {first['detail']}: mend the clips or the parameters, or raise the limit"
     )
-
-
-def _choose_frames(
-    seconds: np.ndarray, fps: float, start: float | None, end: float | None, sample: SampleConfig
-) -> list[int]:
-    from qvl_pipeline.media.sampling import frame_range, rate_within, spread_frames
-
-    first, last = frame_range(seconds, fps, start, end)
-    count = _count_frames(last - first + 1, rate_within(seconds, fps, first, last), sample)
-    return spread_frames(seconds, fps, first, last, count)
-
-
-def _count_frames(n_frames: int, source_fps: float, sample: SampleConfig) -> int:
-    from qvl_pipeline.media.sampling import smart_nframes
-
-    return smart_nframes(
-        n_frames,
-        source_fps,
-        strategy=sample.video_sampling_strategy,
-        fps=sample.fps,
-        frame_num=sample.frame_num,
-        min_frames=sample.video_min_frames,
-        max_frames=sample.video_max_frames,
-    )
-
-
-def _write_store(folder: Path, *, clips: list[Clip], read: Callable[[Clip], StoredClip]) -> None:
-    from qvl_pipeline.media.frame_store import FrameStoreWriter
-
-    workers = os.cpu_count() or 1
-    with FrameStoreWriter(folder) as store, progress_bar() as bar, ThreadPoolExecutor(workers) as pool:
-        for stored in bar.track(_in_order(pool, read, clips, window=2 * workers), len(clips), description="Clips"):
-            store.add(stored)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, read: Callable[[Clip], StoredClip], clips: list[Clip], window: int
-) -> Iterator[StoredClip]:
-    """Read clips in parallel, yield them in order, and hold no more than `window` of them."""
-    pending: deque[Future[StoredClip]] = deque()
-    try:
-        for clip in clips:
-            pending.append(pool.submit(read, clip))
-            if len(pending) == window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -8,18 +8,18 @@ from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, toke
 
 
 def create_pipeline() -> Pipeline:
-    """Create the pipeline: valid samples in; base model, token ids and pack plan out."""
+    """Create the pipeline: sampled samples in; base model, token ids and pack plan out."""
     return Pipeline(
         [
             Node(
                 prepare_base_model,
-                inputs=["valid_samples", "params:model"],
+                inputs=["sampled_samples", "params:model"],
                 outputs="base_model",
                 name="prepare_base_model",
             ),
             Node(
                 tokenize,
-                inputs=["valid_samples", "media_index", "video_frames", "base_model", "params:model"],
+                inputs=["sampled_samples", "media_index", "video_frames", "base_model", "params:model"],
                 outputs="tokenized_samples",
                 name="tokenize",
             ),

@@ -1,0 +1,125 @@
+"""Reading clips in a child process, so that a decoder that hangs or crashes takes nothing but the child along."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from qvl_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a clip cannot be used.
+
+    Attributes:
+        rule: `clip_unfit`, `clip_undecodable`, `clip_changed`, `decode_timeout` or `decoder_crashed`.
+        detail: What exactly is wrong.
+    """
+
+    rule: str
+    detail: str
+
+
+class ClipError(UserError):
+    """A clip breaks a rule of sampling."""
+
+    def __init__(self, rule: str, detail: str) -> None:
+        """Name the rule, and what is wrong with the clip."""
+        super().__init__(rule, detail)
+        self.failure = Failure(rule, detail)
+
+
+class DecodeWorker:
+    """A child process that reads one clip after the other. It is started anew when a clip was its end."""
+
+    def __init__(self, read: Callable[[Any], Any], timeout_s: float) -> None:
+        """Set up a worker; its process starts with the first clip.
+
+        Args:
+            read: Reads a clip, in the child; both it and what it takes and returns can be pickled.
+            timeout_s: Wall-clock seconds that one clip may take.
+        """
+        # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__, "qvl_pipeline.media.clip_frames", read_module(read)])
+        self._read = read
+        self._timeout_s = timeout_s
+        self._child: BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def read(self, clip: Any) -> Any:
+        """Read one clip.
+
+        Args:
+            clip: What `read` takes.
+
+        Returns:
+            What `read` returns, or a `Failure`.
+        """
+        if self._child is None:
+            self._start()
+        try:
+            self._pipe.send(clip)
+            if not self._pipe.poll(self._timeout_s):
+                self._end()
+                return Failure("decode_timeout", f"took longer than {self._timeout_s:g} s to decode")
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            self._child.join(timeout=5)
+            status = self._child.exitcode
+            self._end()
+            return Failure("decoder_crashed", f"crashed the decoder (exit status {status})")
+
+    def kill(self) -> None:
+        """End the child, also one that hangs; a `read` that waits for it in another thread returns."""
+        if (child := self._child) is not None:
+            child.kill()
+            child.join()
+
+    def _end(self) -> None:
+        self.kill()
+        self._pipe.close()
+        self._child = self._pipe = None
+
+    def _start(self) -> None:
+        self._pipe, other_end = self._context.Pipe()
+        self._child = self._context.Process(target=_serve, args=(other_end, self._read), daemon=True)
+        self._child.start()
+        other_end.close()
+
+
+def read_module(read: Callable[[Any], Any]) -> str:
+    """Name of the module that the child needs for `read`, a function or a `partial` of one."""
+    return getattr(read, "func", read).__module__
+
+
+def _serve(pipe: Connection, read: Callable[[Any], Any]) -> None:
+    """Read clips until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    while True:
+        try:
+            clip = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_outcome(read, clip))
+
+
+def _outcome(read: Callable[[Any], Any], clip: Any) -> Any:
+    try:
+        return read(clip)
+    except ClipError as error:
+        return error.failure
+    except UserError as error:
+        # Written for whoever reads a file at that moment; the failure is listed, and says by itself what it is about.
+        return Failure("clip_undecodable", str(error).partition("; run the pipeline")[0])
+    # Decoders raise whatever their parser stumbles over: the clip is bad.
+    except Exception as error:
+        return Failure("clip_undecodable", f"{type(error).__name__}: {error}")
