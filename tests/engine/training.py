@@ -71,7 +71,16 @@ def make_training(
     output_dir = folder / "run"
     return spec.TrainSpec(
         run=spec.RunSpec(
-            output_dir=str(output_dir), logging_steps=1, save_steps=0, save_total_limit=2, resume=True, seed=0
+            output_dir=str(output_dir),
+            logging_steps=1,
+            save_steps=0,
+            save_total_limit=2,
+            save_async=True,
+            resume_from="",
+            identity={},
+            ddp_timeout=120,
+            step_timeout_s=0,
+            seed=0,
         ),
         model=spec.ModelSpec(
             path=str(model),

@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config.launch import THIS_NODE
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.train.launcher import RankFailedError, _describe_failure, launch
+from qvl_pipeline.pipelines.train.launcher import Processes, RankFailedError, _describe_failure, launch
 from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepare, _processes, _publish
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
@@ -37,11 +38,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     return base
 
 
-def start(spec: TrainSpec) -> tuple[Path, Path]:
+def start(spec: TrainSpec) -> Path:
     output_dir = Path(spec.run.output_dir)
     output_dir.mkdir(exist_ok=True)
     spec.save(output_dir / "train_spec.json")
-    return output_dir / "train_spec.json", output_dir
+    return output_dir / "train_spec.json"
 
 
 class TestFingerprint:
@@ -104,6 +105,8 @@ class TestSpec:
             batching=BatchingConfig(per_device_train_batch_size=3),
             train=train,
             output_dir=folder / "run",
+            identity={},
+            resume_from="",
         )
 
     def test_tiny_model_lies_in_the_folder_itself(self, tmp_path: Path) -> None:
@@ -125,10 +128,10 @@ class TestSpec:
 def test_processes_without_gpus_are_the_declared_data_parallel_size(monkeypatch: pytest.MonkeyPatch) -> None:
     batching = BatchingConfig(data_parallel_size=3)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert _processes(TrainConfig(), batching) == 3
-    assert _processes(TrainConfig(nproc_per_node=5), batching) == 5
+    assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 3
+    assert _processes(THIS_NODE, TrainConfig(nproc_per_node=5), batching).per_node == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert _processes(TrainConfig(), batching) == 8
+    assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 8
 
 
 class TestPreparing:
@@ -197,7 +200,7 @@ class TestFailure:
         image.write_bytes(b"broken")
         try:
             with pytest.raises(RankFailedError) as caught:
-                launch(*start(spec), nproc_per_node=2, on_poll=lambda: None)
+                launch(start(spec), Processes(2), on_poll=lambda: None)
         finally:
             image.write_bytes(good)
         message = str(caught.value)
@@ -216,17 +219,18 @@ class TestFailure:
 
     def test_engine_that_cannot_even_start_shows_the_end_of_its_log(self, tmp_path: Path) -> None:
         with pytest.raises(RankFailedError, match="no error report") as caught:
-            launch(tmp_path / "missing.json", tmp_path, nproc_per_node=1, on_poll=lambda: None)
+            launch(tmp_path / "missing.json", Processes(1), on_poll=lambda: None)
         assert "missing.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_when_the_parent_is_ended(number: signal.Signals, training: TrainSpec, tmp_path: Path) -> None:
-    spec_path, output_dir = start(changed(training, tmp_path / "run"))
+    spec_path = start(changed(training, tmp_path / "run"))
+    output_dir = spec_path.parent
     code = f"""
 from pathlib import Path
-from qvl_pipeline.pipelines.train.launcher import launch
-launch(Path({str(spec_path)!r}), Path({str(output_dir)!r}), 2, lambda: None)
+from qvl_pipeline.pipelines.train.launcher import Processes, launch
+launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     _wait_until(lambda: (output_dir / "metrics.jsonl").exists(), 120)

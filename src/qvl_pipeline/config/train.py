@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.launch import LaunchConfig
 from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
@@ -73,10 +74,14 @@ class TrainConfig(Block):
         fsdp_config: How FSDP2 shards.
         sp_ulysses_degree: Ulysses sequence-parallel degree.
         nproc_per_node: Processes of this node; `auto` is one per GPU, and without GPUs `batching.data_parallel_size`.
+        launch: Nodes, rendezvous, restarts and timeouts.
         logging_steps: Steps between two rows of metrics.
         save_steps: Steps between two checkpoints; 0 saves only at the end.
         save_total_limit: Checkpoints kept.
-        resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan.
+        save_async: Write checkpoints in the background; training waits only while they are copied to host memory.
+        resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
+            `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
+            optimizer and average must then be the same; rates, schedule, precision and processes may differ.
         report_to: Trackers that receive the metrics.
         eval_strategy: Only `no`: the `evaluate` stage follows training.
         dataloader_num_workers: Loader processes of each rank; 0 loads in the training process.
@@ -109,10 +114,12 @@ class TrainConfig(Block):
     fsdp_config: FSDPConfig = FSDPConfig()
     sp_ulysses_degree: Literal[1] = 1
     nproc_per_node: int | Literal["auto"] = "auto"
+    launch: LaunchConfig = LaunchConfig()
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=0, ge=0)
     save_total_limit: int = Field(default=1, ge=1)
-    resume_from_checkpoint: Literal["auto", "none"] = "auto"
+    save_async: bool = True
+    resume_from_checkpoint: str = Field(default="auto", min_length=1)
     report_to: list[Tracker] = Field(default_factory=lambda: ["mlflow"])
     eval_strategy: Literal["no"] = "no"
     dataloader_num_workers: int = Field(default=0, ge=0)

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.stopping import StopRequest
 from qvl_pipeline.engine.trainer import Trainer
+from qvl_pipeline.engine.watchdog import StepTimeoutError, Watchdog
 
 
 def main(spec_path: Path) -> int:
@@ -23,23 +25,41 @@ def main(spec_path: Path) -> int:
     for it in their next collective until the timeout.
 
     Returns:
-        The exit status.
+        The exit status; 0 also for a run that stopped on request.
     """
     rank = int(os.environ["RANK"])
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    stop = StopRequest()
     spec = TrainSpec.load(spec_path)
-    trainer = None
+    errors = Path(spec.run.output_dir) / "errors"
+    _set_aside(errors, rank)
+    trainer: Trainer | None = None
+
+    def end_hanging(error: StepTimeoutError, where: str) -> None:
+        _write_error(errors, rank, trainer, error, where)
+        os._exit(1)
+
     try:
-        trainer = Trainer(spec)
+        trainer = Trainer(spec, stop, Watchdog(spec.run.ddp_timeout, end_hanging))
         trainer.run()
     except Exception as error:
-        _write_error(Path(spec.run.output_dir) / "errors", rank, trainer, error)
+        _write_error(errors, rank, trainer, error, traceback.format_exc())
         return 1
     dist.destroy_process_group()
     return 0
 
 
-def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Exception) -> None:
+def _set_aside(folder: Path, rank: int) -> None:
+    """Keep this rank's error of the attempt before: what torchrun restarted is not why the run fails, if it does."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    report = folder / f"rank{rank}.json"
+    if attempt and report.exists():
+        earlier = folder / f"attempt{attempt - 1}"
+        earlier.mkdir(exist_ok=True)
+        report.rename(earlier / report.name)
+
+
+def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Exception, where: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = {
         # An error that all ranks find together says itself where it comes from.
@@ -49,7 +69,7 @@ def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Except
         "type": type(error).__name__,
         "message": str(error),
         "time": time.time(),
-        "traceback": traceback.format_exc(),
+        "traceback": where,
     }
     partial = folder / f".rank{rank}.json.partial"
     partial.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,10 +1,15 @@
-"""Checkpoints that are whole or absent: written aside, then published by one rename."""
+"""Checkpoints that are whole or absent: written aside while training goes on, then published by one rename."""
 
 from __future__ import annotations
 
+import json
+import logging
+import random
 import re
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +17,24 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+
+logger = logging.getLogger(__name__)
 
 _COMPLETE = "COMPLETE"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which, why, and what to do."""
 
 
 def completed(folder: Path) -> list[tuple[int, Path]]:
@@ -24,37 +43,248 @@ def completed(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and (path / _COMPLETE).exists())
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizers: Iterable[torch.optim.Optimizer],
-    keep: int,
-    more: dict[str, Any],
-) -> None:
-    """Save model, optimizers and `more` state after `step`, then delete all but the `keep` newest checkpoints.
+def read_marker(path: Path) -> dict[str, Any]:
+    """Read what a complete checkpoint says of itself: `step`, `world_size` and the `identity` of its run.
 
-    Called by all ranks. An older checkpoint goes only after the new one is published.
+    Raises:
+        CheckpointError: There is no checkpoint, or it is not complete.
     """
-    target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
-    leads = dist.get_rank() == 0
-    if leads:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    dcp.save({"model": model_state, "optimizer": optimizer_state, **more}, checkpoint_id=partial)
-    dist.barrier()
-    if leads:
-        (partial / _COMPLETE).touch()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist: give the folder of a checkpoint, such as …/checkpoint-200")
+    marker = path / _COMPLETE
+    if not marker.exists():
+        names = ", ".join(found.name for _, found in completed(path) or completed(path.parent)) or "none"
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint (no {_COMPLETE} in it); complete ones here: {names}"
+        )
+    return json.loads(marker.read_text())
+
+
+class ModelState:
+    """The weights of a (sharded) model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Refer to the model."""
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights under the names of the unsharded model."""
+        return get_model_state_dict(self._model)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put weights back."""
+        set_model_state_dict(self._model, state_dict)
+
+
+class OptimizerState:
+    """The state of all optimizers, under the names of the model's parameters: it fits any number of ranks."""
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Refer to them."""
+        self._model, self._optimizers = model, tuple(optimizers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each parameter."""
+        return get_optimizer_state_dict(self._model, self._optimizers)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the state back."""
+        set_optimizer_state_dict(self._model, self._optimizers, state_dict)
+
+
+class RandomState:
+    """The random number generators of one rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Remember which device's generator counts."""
+        self._device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of Python's and torch's generators."""
+        state = {"python": random.getstate(), "cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the generators go on where they were."""
+        random.setstate(state_dict["python"])
+        torch.set_rng_state(state_dict["cpu"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state_dict["cuda"], self._device)
+
+
+class Checkpoints:
+    """The checkpoints of one run; all methods are called by all ranks, in the same order.
+
+    At most one save is under way. An asynchronous one stops training only while the state is copied to (pinned, reused)
+    host memory; a thread then writes it, over a process group of its own, because two threads must not mix their
+    collectives in one. It is published once *all* ranks have written, at the end of the step in which all of them know.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: Mapping[str, Stateful | Mapping[str, Any]],
+        *,
+        rank_state: Mapping[str, Stateful],
+        identity: Mapping[str, Any],
+        keep: int,
+        asynchronous: bool,
+    ) -> None:
+        """Clean the folder of what a killed run left half-written.
+
+        Args:
+            folder: Where the `checkpoint-<step>` folders are.
+            state: What is common to all ranks or sharded over them, by name: objects, or tensors that
+                loading overwrites; loads on any number of ranks.
+            rank_state: What each rank has of its own, by name; loads on the same number of ranks only.
+            identity: Facts of the run that whoever continues a checkpoint must agree in; written into each.
+            keep: Checkpoints kept, at least 1.
+            asynchronous: Write in the background.
+        """
+        self._folder, self._state, self._rank_state = folder, dict(state), dict(rank_state)
+        self._identity, self._keep = dict(identity), keep
+        self._rank = f"rank{dist.get_rank()}"
+        self._control = dist.new_group(backend="gloo")
+        self._stager: DefaultStager | None = None
+        if asynchronous:
+            self._writers = dist.new_group(backend="gloo")
+            cuda = torch.cuda.is_available()
+            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self._saving: tuple[int, Future[Any]] | None = None
+        self._newest = max((step for step, _ in completed(folder)), default=0)
+        if dist.get_rank() == 0:
+            for partial in folder.glob(".checkpoint-*.partial"):
+                shutil.rmtree(partial)
+        dist.barrier()
+
+    def save(self, step: int) -> None:
+        """Save the state after `step`, unless it is saved already; waits for a save that is still under way.
+
+        Raises:
+            CheckpointError: This or the save before it failed.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        state = {**self._state, self._rank: self._rank_states()}
+        partial = self._partial(step)
+        if self._stager is None:
+            self._saving = step, _done(lambda: dcp.save(state, checkpoint_id=partial, process_group=self._control))
+            self.wait()
+        else:
+            writing = dcp.async_save(
+                state, checkpoint_id=partial, process_group=self._writers, async_stager=self._stager
+            )
+            self._saving = step, writing
+
+    def end_step(self, *, stop_requested: bool) -> bool:
+        """Publish a save that all ranks have finished, and let all ranks know of a request to stop.
+
+        Ranks agree through one small reduction among the hosts, which waits for no GPU.
+
+        Args:
+            stop_requested: This rank was asked to stop.
+
+        Returns:
+            Whether any rank was asked to stop: the same answer on all.
+
+        Raises:
+            CheckpointError: The save under way failed on some rank.
+        """
+        writing = self._saving[1] if self._saving else None
+        unfinished = writing is not None and not writing.done()
+        failed = writing is not None and writing.done() and writing.exception() is not None
+        flags = torch.tensor([stop_requested, unfinished, failed], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
+        any_stop, any_unfinished, any_failed = map(bool, flags.tolist())
+        if any_failed or (writing is not None and not any_unfinished):
+            self._finish(failed=any_failed)
+        return any_stop
+
+    def wait(self) -> None:
+        """Wait for the save under way, if there is one, and publish it.
+
+        Raises:
+            CheckpointError: It failed on some rank.
+        """
+        if self._saving is None:
+            return
+        failed = torch.tensor([self._saving[1].exception() is not None], dtype=torch.int32)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._control)
+        self._finish(failed=bool(failed))
+
+    def load(self, path: Path) -> int:
+        """Load a checkpoint, of this run or another that agrees in its identity; return its step.
+
+        Generators and other state of single ranks are taken over when the number of ranks is the same.
+
+        Raises:
+            CheckpointError: It is missing, incomplete or does not hold what this run needs.
+        """
+        marker = read_marker(path)
+        state: dict[str, Any] = dict(self._state)
+        own = marker["world_size"] == dist.get_world_size()
+        if own:
+            state[self._rank] = self._rank_states()
+        try:
+            dcp.load(state, checkpoint_id=path, process_group=self._control)
+        except CheckpointException as error:
+            raise CheckpointError(f"{path} cannot be loaded: {_reasons(error)}") from error
+        for name, stateful in self._rank_state.items() if own else ():
+            stateful.load_state_dict(state[self._rank][name])
+        self._newest = int(marker["step"]) if path.parent == self._folder else self._newest
+        return int(marker["step"])
+
+    def _rank_states(self) -> dict[str, Any]:
+        return {name: stateful.state_dict() for name, stateful in self._rank_state.items()}
+
+    def _finish(self, *, failed: bool) -> None:
+        assert self._saving is not None
+        step, writing = self._saving
+        self._saving = None
+        if failed:
+            self._refuse(step, writing)
+        if dist.get_rank() == 0:
+            self._publish(step)
+        self._newest = step
+
+    def _refuse(self, step: int, writing: Future[Any]) -> None:
+        reason = _reasons(writing.exception()) if writing.done() and writing.exception() else "another rank failed"
+        last = completed(self._folder)
+        kept = f"the last complete one is {last[-1][1].name}" if last else "there is no earlier one"
+        raise CheckpointError(
+            f"the checkpoint after step {step} could not be written to {self._folder}: {reason}; {kept}. Make room or "
+            "mend the storage, then run the same command to go on from there"
+        )
+
+    def _publish(self, step: int) -> None:
+        """Rename the folder, then delete all but the newest: an older one goes only after this one is there."""
+        partial, target = self._partial(step), self._folder / f"checkpoint-{step}"
+        marker = {"step": step, "world_size": dist.get_world_size(), "time": time.time(), "identity": self._identity}
+        (partial / _COMPLETE).write_text(json.dumps(marker, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        for _, path in completed(folder)[:-keep]:
+        for _, path in completed(self._folder)[: -self._keep]:
             shutil.rmtree(path)
-    dist.barrier()
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f".checkpoint-{step}.partial"
 
 
-def load(path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], more: dict[str, Any]) -> None:
-    """Load a checkpoint into a model, its optimizers and the tensors of `more`, sharded over any number of ranks."""
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    dcp.load({"model": model_state, "optimizer": optimizer_state, **more}, checkpoint_id=path)
-    set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
+def _done(action: Callable[[], Any]) -> Future[Any]:
+    """Run an action at once, as a future that is done."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(action())
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        future.set_exception(error)
+    return future
+
+
+def _reasons(error: BaseException | None) -> str:
+    """Say in one line what went wrong on which rank; DCP's own text holds a traceback for each."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items()))
+    return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset
 
 from qvl_pipeline.engine.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.stopping import leave_stopping_to_the_trainer
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 
@@ -147,6 +148,7 @@ def load_batches(
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
+            worker_init_fn=leave_stopping_to_the_trainer,
             pin_memory=pin_memory,
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import ParallelSpec
 
 
-def start_process_group(sp_ulysses_degree: int) -> tuple[DeviceMesh, torch.device]:
+def start_process_group(sp_ulysses_degree: int, timeout_s: float) -> tuple[DeviceMesh, torch.device]:
     """Join the job that torchrun started: NCCL where there are GPUs, gloo for tensors on the CPU.
 
     Args:
         sp_ulysses_degree: Neighbouring ranks that share the tokens of one micro-batch.
+        timeout_s: Seconds after which a collective that some rank never enters fails.
 
     Returns:
         The mesh by which batches are shared out, with the dimensions `dp` (each its own packs) and `sp` (each a part of
@@ -33,10 +35,10 @@ def start_process_group(sp_ulysses_degree: int) -> tuple[DeviceMesh, torch.devic
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timedelta(seconds=timeout_s))
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     groups, rest = divmod(dist.get_world_size(), sp_ulysses_degree)
     if rest:
         raise ValueError(

@@ -18,7 +18,12 @@ class RunSpec:
         logging_steps: Steps between two rows of metrics.
         save_steps: Steps between two checkpoints; 0 keeps none but the one at the end.
         save_total_limit: Checkpoints kept.
-        resume: Continue the newest complete checkpoint in `output_dir`.
+        save_async: Write checkpoints in the background.
+        resume_from: Checkpoint to start from when `output_dir` has none yet; empty starts from the base model. The
+            newest complete checkpoint in `output_dir` itself is always continued.
+        identity: What the run and a checkpoint it continues must agree in; written into every checkpoint.
+        ddp_timeout: Seconds after which a collective fails, until the first step is done.
+        step_timeout_s: Seconds that a later step may take; 0 does not watch.
         seed: Seed of everything random in training.
     """
 
@@ -26,7 +31,11 @@ class RunSpec:
     logging_steps: int
     save_steps: int
     save_total_limit: int
-    resume: bool
+    save_async: bool
+    resume_from: str
+    identity: dict[str, str]
+    ddp_timeout: float
+    step_timeout_s: float
     seed: int
 
 

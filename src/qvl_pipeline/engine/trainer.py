@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qvl_pipeline.engine import checkpoints
 from qvl_pipeline.engine.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, completed
 from qvl_pipeline.engine.ema import WeightAverage
 from qvl_pipeline.engine.export import export
-from qvl_pipeline.engine.feed import Step, load_batches, read_plan, share_out
+from qvl_pipeline.engine.feed import MicroBatch, Step, load_batches, read_plan, share_out
 from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.loading import build_model, load_processor
 from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
@@ -25,6 +25,8 @@ from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimi
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.sharding import offloads, shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.stopping import StopRequest, write_stopped
+from qvl_pipeline.engine.watchdog import Watchdog, set_collective_timeout
 from qvl_pipeline.engine.weights import load_weights
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
@@ -35,12 +37,13 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One rank of a training run. `step` and `sample_ids` say where it is, for the error report."""
 
-    def __init__(self, spec: TrainSpec) -> None:
+    def __init__(self, spec: TrainSpec, stop: StopRequest, watchdog: Watchdog) -> None:
         """Join the process group, then build, shard and fill the model: no rank ever holds all of it."""
         self.spec = spec
+        self.stop, self.watchdog = stop, watchdog
         self.step = 0
-        self.sample_ids: list[str] = []
-        self.mesh, self.device = start_process_group(spec.parallel.sp_ulysses_degree)
+        self.micro_batch = MicroBatch((), vision=False)
+        self.mesh, self.device = start_process_group(spec.parallel.sp_ulysses_degree, spec.run.ddp_timeout)
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
         self.processor = load_processor(spec)
@@ -52,9 +55,30 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
         self.finite = FiniteWatch(self.device)
+        self.checkpoints = self._make_checkpoints()
+
+    def _make_checkpoints(self) -> Checkpoints:
+        run = self.spec.run
+        state = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizers)}
+        if self.average:
+            state["ema"] = self.average.state  # loading overwrites these very tensors
+        return Checkpoints(
+            Path(run.output_dir) / "checkpoints",
+            state,
+            rank_state={"random": RandomState(self.device)},
+            identity=run.identity,
+            keep=run.save_total_limit,
+            asynchronous=run.save_async,
+        )
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Samples of the micro-batch that is loaded or computed."""
+        ids = TokenizedSamples(Path(self.spec.data.tokenized)).columns(["sample_id"])["sample_id"]
+        return [ids[row].as_py() for row in self.micro_batch.sample_rows]
 
     def run(self) -> None:
-        """Train to the end of the plan, then export."""
+        """Train to the end of the plan and export; or, on request, to the end of a step and no further."""
         spec, output_dir = self.spec, Path(self.spec.run.output_dir)
         plan = read_plan(Path(spec.data.pack_plan))
         steps = share_out(
@@ -74,8 +98,13 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         self._train(steps[done:], len(steps), batches, output_dir)
-        if done < len(steps):
-            self._save(len(steps), output_dir)
+        set_collective_timeout(spec.run.ddp_timeout, self.mesh)
+        self._save()
+        self.checkpoints.wait()
+        if self.step < len(steps):
+            if self.leads:
+                write_stopped(output_dir, self.step)
+            return
         if spec.export.ema:
             self.average.copy_to_weights()
         export(self.model, self.processor, spec)
@@ -84,6 +113,7 @@ class Trainer:
         dist.barrier()
 
     def _train(self, steps: list[Step], max_steps: int, batches: Iterator[Batch], output_dir: Path) -> None:
+        """Take steps until there are no more or someone asks to stop; `self.step` is then the last one taken."""
         run = self.spec.run
         window = MetricsWindow(
             self.builder.sources,
@@ -95,9 +125,11 @@ class Trainer:
         for step in steps:
             self.step = step.number
             learning_rates = set_learning_rates(self.optimizers, self.schedule(step.number))
-            grad_norm = self._train_step(step, batches, window)
+            with self.watchdog.step(step.number):
+                grad_norm = self._train_step(step, batches, window)
             window.add_step(step)
-            saves = bool(run.save_steps) and step.number % run.save_steps == 0 and step.number < max_steps
+            stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
+            saves = stops or (bool(run.save_steps) and step.number % run.save_steps == 0)
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
             if step.number % run.logging_steps == 0 or saves or step.number == max_steps:
                 self.finite.check()
@@ -113,25 +145,25 @@ class Trainer:
                 if self.leads:
                     append_row(output_dir / "metrics.jsonl", row)
             if saves:
-                self._save(step.number, output_dir)
+                self._save()
+            if stops:
+                return
+            if step is steps[0]:
+                self.watchdog.timeout_s = run.step_timeout_s or float("inf")
+                set_collective_timeout(run.step_timeout_s or run.ddp_timeout, self.mesh)
 
-    def _save(self, step: int, output_dir: Path) -> None:
+    def _save(self) -> None:
         self.finite.check()
-        folder, keep = output_dir / "checkpoints", self.spec.run.save_total_limit
-        checkpoints.save(folder, step, self.model, self.optimizers, keep, self._more_state())
-
-    def _more_state(self) -> dict[str, Any]:
-        """State of a checkpoint beside model and optimizers; loading it overwrites these very tensors."""
-        return {"ema": self.average.state} if self.average else {}
+        self.checkpoints.save(self.step)
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
         """Take one optimizer step; return the gradient norm."""
-        for number, _ in enumerate(step.micro_batches, start=1):
+        for number, self.micro_batch in enumerate(step.micro_batches, start=1):
             asked = time.perf_counter()
-            batch = next(batches)
+            with self.watchdog.load():
+                batch = next(batches)
             window.add_batch(batch, waited_s=time.perf_counter() - asked)
             batch = batch.to(self.device)
-            self.sample_ids = batch.sample_ids
             # Gradients are exchanged once a step, after its last micro-batch.
             self.model.set_requires_gradient_sync(number == len(step.micro_batches))
             losses = self.model(batch)
@@ -153,12 +185,13 @@ class Trainer:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _resume(self, output_dir: Path) -> int:
-        """Load the newest checkpoint, if wanted and there; return the steps already done."""
-        found = checkpoints.completed(output_dir / "checkpoints") if self.spec.run.resume else []
-        done, path = found[-1] if found else (0, None)
-        if path:
-            checkpoints.load(path, self.model, self.optimizers, self._more_state())
+        """Load the newest checkpoint of this run, or the one to start from; return the steps already done."""
+        newest = [path for _, path in completed(output_dir / "checkpoints")[-1:]]
+        given = [Path(self.spec.run.resume_from)] if self.spec.run.resume_from else []
+        for path in (newest or given)[:1]:
+            self.step = self.checkpoints.load(path)
             logger.info("resumed from %s", path)
+        done = self.step
         if self.leads:
             keep_rows_until(output_dir / "metrics.jsonl", done)
         dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -10,82 +11,185 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from qvl_pipeline.config.launch import THIS_NODE, Nodes
+from qvl_pipeline.engine.stopping import STOP_SIGNALS, STOPPED
 from qvl_pipeline.errors import UserError
 
 _POLL_S = 0.2
-# torchrun itself gives its ranks 30 s to end.
-_GRACE_S = 40.0
 
 
 class RankFailedError(UserError):
     """A training process failed; the message is one readable block with the first failed rank's error."""
 
 
-def launch(spec_path: Path, output_dir: Path, nproc_per_node: int, on_poll: Callable[[], None]) -> None:
+class StoppedOnRequest(SystemExit):
+    """A signal asked to stop, and training did, with a checkpoint: the same command continues it.
+
+    No error, and not the end of the pipeline either: it passes through Kedro to the exit of the process. The status is
+    that of `EX_TEMPFAIL` in sysexits.h, "try again later", by which a batch script knows that it may requeue its job.
+    """
+
+    status = 75
+
+    def __init__(self, step: int) -> None:
+        """Say after which step."""
+        print(f"train: stopped on request after step {step}; run the same command to go on from there", flush=True)
+        super().__init__(self.status)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What torchrun starts.
+
+    Attributes:
+        per_node: Processes of this node.
+        nodes: The nodes of the job, and which of them this is.
+        max_restarts: How often all processes are started again after one failed.
+    """
+
+    per_node: int
+    nodes: Nodes = THIS_NODE
+    max_restarts: int = 0
+
+    def torchrun(self, job: str) -> list[str]:
+        """Return torchrun's command line, up to what it runs.
+
+        Several nodes meet at a store that node 0 hosts, whatever its endpoint is called: names seen from inside a
+        container often do not tell which host they mean.
+
+        Args:
+            job: Name that all nodes of the job have in common, and no other job.
+        """
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={self.per_node}"]
+        command += [f"--max-restarts={self.max_restarts}", "--signals-to-handle=SIGHUP"]
+        if self.nodes.nnodes == 1:
+            return [*command, "--standalone"]
+        hosts = "true" if self.nodes.node_rank == 0 else "false"
+        command += [f"--nnodes={self.nodes.nnodes}", f"--node-rank={self.nodes.node_rank}", "--rdzv-backend=c10d"]
+        return [*command, f"--rdzv-endpoint={self.nodes.endpoint}", f"--rdzv-id={job}", f"--rdzv-conf=is_host={hosts}"]
+
+
+def launch(spec_path: Path, processes: Processes, on_poll: Callable[[], None]) -> None:
     """Run the engine under torchrun until it ends.
 
-    The processes form a process group of their own, which is ended with this function however it is left (Ctrl-C and
-    SIGTERM arrive as exceptions), so that no GPU stays busy behind a run that is gone.
+    The processes form a process group of their own, which is ended with this function however it is left, so that no
+    GPU stays busy behind a run that is gone. Asked to stop (Ctrl-C, SIGTERM, SIGUSR1), the ranks finish their step and
+    save first; asked a second time, they are ended at once.
 
     Args:
-        spec_path: The `train_spec.json`.
-        output_dir: Folder of `errors/`; the engine's own output goes to `engine.log` there.
-        nproc_per_node: Processes to start.
+        spec_path: The `train_spec.json`; `errors/` and `engine.log` lie beside it.
+        processes: What to start.
         on_poll: Called a few times a second, and once after the end.
 
     Raises:
         RankFailedError: A process failed.
+        StoppedOnRequest: A signal asked to stop, and a checkpoint continues the run.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
-    command += ["-m", "qvl_pipeline.engine", str(spec_path)]
-    log_path = output_dir / "engine.log"
+    output_dir = spec_path.parent
+    node = processes.nodes.node_rank
+    log_path = output_dir / (f"engine.node{node}.log" if node else "engine.log")
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            command,
+            [*processes.torchrun(output_dir.name), "-m", "qvl_pipeline.engine", str(spec_path)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(nproc_per_node),
+            env=environment(processes.per_node),
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_prepare_torchrun,
         )
     try:
-        while process.poll() is None:
-            on_poll()
+        with _usr1_like_sigterm():
             try:
-                process.wait(_POLL_S)
-            except subprocess.TimeoutExpired:
-                continue
+                _wait(process, on_poll)
+            except (KeyboardInterrupt, SystemExit):
+                _stop(process)
+                if not (output_dir / STOPPED).exists():
+                    raise
     finally:
         _end_group(process)
     on_poll()
     if process.returncode:
         raise RankFailedError(_describe_failure(output_dir, log_path, process.returncode))
+    if (output_dir / STOPPED).exists():
+        raise StoppedOnRequest(json.loads((output_dir / STOPPED).read_text())["step"])
 
 
-def _environment(nproc_per_node: int) -> dict[str, str]:
+def environment(nproc_per_node: int) -> dict[str, str]:
+    """Return the environment of the training processes: the user's own, over these defaults."""
     threads = max(1, len(os.sched_getaffinity(0)) // nproc_per_node)
-    defaults = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), "NCCL_BLOCKING_WAIT": "0"}
+    defaults = {
+        "OMP_NUM_THREADS": str(threads),
+        # Fast tokenizers warn, and stop using threads, when a loader process is forked.
+        "TOKENIZERS_PARALLELISM": "false",
+        # A collective that times out ends its process (the watchdog of NCCL does it), instead of blocking the host.
+        "NCCL_BLOCKING_WAIT": "0",
+        "TORCH_NCCL_BLOCKING_WAIT": "0",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "NCCL_DEBUG": "WARN",
+        # Parallel downloads of weights; what HF_HUB_ENABLE_HF_TRANSFER was before huggingface_hub 1.0.
+        "HF_XET_HIGH_PERFORMANCE": "1",
+    }
     return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent dies, even by SIGKILL: torchrun then ends its ranks."""
+def _prepare_torchrun() -> None:
+    """Between fork and exec of torchrun: end with the parent, and leave stopping to the ranks.
+
+    Linux sends SIGHUP to torchrun when its parent dies, even by SIGKILL; torchrun then ends its ranks. Signals that ask
+    to stop reach all processes of a job, and torchrun would end its ranks 30 s after: it ignores them, as its ranks do
+    until they listen for them.
+    """
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGHUP)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _usr1_like_sigterm() -> Iterator[None]:
+    """Let SIGUSR1 do what SIGTERM does here: `kedro run` turns it into SystemExit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _wait(process: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> None:
+    while process.poll() is None:
+        on_poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL_S)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the ranks to stop after their step, again and again: a rank that still starts does not listen yet."""
+    print("train: stopping after this step, with a checkpoint; interrupt again to stop at once", flush=True)
+    while process.poll() is None:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process group: politely, then not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + _GRACE_S
-        while _signal_group(process, number) and time.monotonic() < deadline:
-            time.sleep(0.05)
-            number = 0  # only look whether someone is left
+    """End what is left of the process group; a checkpoint is whole or absent whenever that happens."""
+    while _signal_group(process, signal.SIGKILL):
+        time.sleep(0.05)
     process.wait()
 
 
@@ -105,10 +209,11 @@ def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
         json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")
     ]
     if not reports:
-        if killed := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace")):
-            name = signal.Signals(int(killed[1])).name
+        if killed := re.findall(r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace")):
+            number, rank = killed[-1]  # those before were restarted
+            name = signal.Signals(int(number)).name
             likely = ": most likely the machine ran out of memory" if name == "SIGKILL" else ""
-            return f"training ended because rank {killed[2]} of this node was killed by {name}{likely}; log: {log_path}"
+            return f"training ended because rank {rank} of this node was killed by {name}{likely}; log: {log_path}"
         # What torchrun appends about the failed process says less than the process itself did.
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
         tail = "\n".join(f"    {line}" for line in list(lines)[-15:])

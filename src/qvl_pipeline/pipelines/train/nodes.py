@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config.launch import Nodes
 from qvl_pipeline.data.plan import plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train.checks import check_before_launch
-from qvl_pipeline.pipelines.train.launcher import launch
+from qvl_pipeline.pipelines.train.launcher import Processes, launch
 from qvl_pipeline.pipelines.train.progress import training_progress
+from qvl_pipeline.pipelines.train.resuming import checkpoint_to_start_from, run_identity
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from qvl_pipeline.tracking.lineage import git_tags
 from qvl_pipeline.tracking.sinks import make_sinks
@@ -45,8 +48,11 @@ def train(
     Raises:
         UserError: The plan was made for other parameters, or these fit the model in no way.
         RankFailedError: A training process failed.
+        StoppedOnRequest: A signal asked to stop.
     """
     _check_inputs(base_model, tokenized_samples, plan_summary, model, batching, ingest)
+    identity = run_identity(base_model, model, train, plan_summary["fingerprint"])
+    resume_from = checkpoint_to_start_from(train, identity)
     fingerprint = run_fingerprint(model, train, plan_summary, [base_model, video_frames])
     output_dir = base_model.parent / "scratch" / fingerprint
     plan_path, spec_path = output_dir / "pack_plan.parquet", output_dir / "train_spec.json"
@@ -60,14 +66,19 @@ def train(
         batching=batching,
         train=train,
         output_dir=output_dir,
+        identity=identity,
+        resume_from=resume_from,
     )
     check_before_launch(spec, plan_summary["steps"])
-    _prepare(output_dir, resume=train.resume_from_checkpoint == "auto")
+    nodes = train.launch.nodes()
+    if nodes.node_rank > 0:
+        _assist(output_dir, nodes, train, batching)
+    _prepare(output_dir, resume=train.resume_from_checkpoint != "none")
     pack_plan.to_parquet(plan_path, index=False)
     spec.save(spec_path)
     metrics_path = output_dir / "metrics.jsonl"
     if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
-        _run(spec_path, metrics_path, train, batching, plan_summary["steps"])
+        _run(spec_path, metrics_path, nodes, train, batching, plan_summary["steps"])
     rows = pd.read_json(metrics_path, lines=True).drop(columns=["loss_by_source", "learning_rates"])
     import mlflow
 
@@ -112,10 +123,12 @@ def _prepare(output_dir: Path, *, resume: bool) -> None:
     """Make the scratch folder; a published run, or one that must not be resumed, starts afresh."""
     from qvl_pipeline.engine.checkpoints import completed
     from qvl_pipeline.engine.metrics import keep_rows_until
+    from qvl_pipeline.engine.stopping import STOPPED
 
     if not resume or (output_dir / PUBLISHED).exists():
         shutil.rmtree(output_dir, ignore_errors=True)
     shutil.rmtree(output_dir / "errors", ignore_errors=True)
+    (output_dir / STOPPED).unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     done = max((step for step, _ in completed(output_dir / "checkpoints")), default=0)
     if done:
@@ -124,10 +137,26 @@ def _prepare(output_dir: Path, *, resume: bool) -> None:
     keep_rows_until(output_dir / "metrics.jsonl", done)
 
 
-def _run(spec_path: Path, metrics_path: Path, train: TrainConfig, batching: BatchingConfig, steps: int) -> None:
+def _assist(output_dir: Path, nodes: Nodes, train: TrainConfig, batching: BatchingConfig) -> NoReturn:
+    """Run this node's processes of a job whose results are node 0's to write, then leave with status 0.
+
+    All nodes see the same `output_dir`. Node 0 makes it, and does so before its torchrun lets the job start.
+    """
+    if not (output_dir / "result.json").exists() or (output_dir / PUBLISHED).exists():
+        print(f"train: node {nodes.node_rank} of {nodes.nnodes} joins node 0 at {nodes.endpoint}", flush=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        launch(output_dir / "train_spec.json", _processes(nodes, train, batching), lambda: None)
+    raise SystemExit(0)
+
+
+def _run(
+    spec_path: Path, metrics_path: Path, nodes: Nodes, train: TrainConfig, batching: BatchingConfig, steps: int
+) -> None:
     sinks = make_sinks(train.report_to, metrics_path, run_name=spec_path.parents[2].name)
-    nproc_per_node = _processes(train, batching)
-    print(f"train: {steps} steps on {nproc_per_node} processes; log: {spec_path.with_name('engine.log')}", flush=True)
+    processes = _processes(nodes, train, batching)
+    where = f" on each of {nodes.nnodes} nodes" if nodes.nnodes > 1 else ""
+    log_path = spec_path.with_name("engine.log")
+    print(f"train: {steps} steps on {processes.per_node} processes{where}; log: {log_path}", flush=True)
     with training_progress(metrics_path, steps) as update:
 
         def poll() -> None:
@@ -136,19 +165,22 @@ def _run(spec_path: Path, metrics_path: Path, train: TrainConfig, batching: Batc
                 sink.poll()
 
         try:
-            launch(spec_path, spec_path.parent, nproc_per_node, poll)
+            launch(spec_path, processes, poll)
         finally:
             for sink in sinks:
                 sink.close()
 
 
-def _processes(train: TrainConfig, batching: BatchingConfig) -> int:
-    """Processes to start here: as many as asked for, else one a GPU, else the declared data-parallel size."""
-    if train.nproc_per_node != "auto":
-        return int(train.nproc_per_node)
-    import torch
+def _processes(nodes: Nodes, train: TrainConfig, batching: BatchingConfig) -> Processes:
+    """Processes of this node: as many as asked for, else one a GPU, else its share of the data-parallel size."""
+    given = train.nproc_per_node
+    if given == "auto":
+        given = os.environ.get("PET_NPROC_PER_NODE", "auto")  # Kubeflow may say `auto` or `gpu` too
+    if not str(given).isdigit():
+        import torch
 
-    return torch.cuda.device_count() or batching.data_parallel_size
+        given = torch.cuda.device_count() or max(1, batching.data_parallel_size // nodes.nnodes)
+    return Processes(int(given), nodes, train.launch.max_restarts)
 
 
 def _publish(output_dir: Path, folder: Path) -> None:

@@ -20,10 +20,11 @@ _DOES_NOT_CHANGE_TRAINING = (
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "save_async",
     "report_to",
     "dataloader_num_workers",
     "nproc_per_node",
-    "resume_from_checkpoint",
+    "launch",
 )
 
 
@@ -42,6 +43,9 @@ def run_fingerprint(
         16 hexadecimal digits.
     """
     training = {key: value for key, value in train.model_dump().items() if key not in _DOES_NOT_CHANGE_TRAINING}
+    # Where a training starts counts; `auto` and `none` both start at the base model.
+    if training["resume_from_checkpoint"] in ("auto", "none"):
+        del training["resume_from_checkpoint"]
     content = {"model": model.model_dump(), "train": training, "plan": plan_summary["fingerprint"]}
     content["contents"] = [content_digest(path) for path in contents]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -58,6 +62,8 @@ def make_spec(
     batching: BatchingConfig,
     train: TrainConfig,
     output_dir: Path,
+    identity: dict[str, str],
+    resume_from: str,
 ) -> TrainSpec:
     """Make the engine's spec.
 
@@ -71,6 +77,8 @@ def make_spec(
         batching: Parameters of the plan.
         train: Parameters of training.
         output_dir: Scratch folder of this very run.
+        identity: What a checkpoint of this run says of it.
+        resume_from: Checkpoint of another run to start from, or nothing.
 
     Returns:
         The spec, with absolute paths.
@@ -85,7 +93,11 @@ def make_spec(
             logging_steps=train.logging_steps,
             save_steps=train.save_steps,
             save_total_limit=train.save_total_limit,
-            resume=train.resume_from_checkpoint == "auto",
+            save_async=train.save_async,
+            resume_from=resume_from,
+            identity=identity,
+            ddp_timeout=train.launch.ddp_timeout,
+            step_timeout_s=train.launch.step_timeout_s,
             seed=train.seed,
         ),
         model=spec.ModelSpec(

@@ -1,0 +1,42 @@
+"""Stopping on request: a signal asks for it, the loop obeys between two steps, a file says that it did."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+
+# SIGTERM is what `kill`, Kubernetes and SLURM's `scancel` send; SIGUSR1 what `sbatch --signal=USR1@120` is set to send.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOPPED = "stopped.json"
+
+
+class StopRequest:
+    """Whether this process was asked to stop; true from the first signal on."""
+
+    def __init__(self) -> None:
+        """Start without a request, and listen for `STOP_SIGNALS` instead of ending at them."""
+        self.requested = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def leave_stopping_to_the_trainer(_worker_id: int = 0) -> None:
+    """Ignore the signals in a loader process.
+
+    Schedulers send them to all processes of a job, and a trainer whose loader is gone cannot finish its step.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def write_stopped(output_dir: Path, step: int) -> None:
+    """Say that training stopped on request, and that the checkpoint after `step` (0: none) continues it.
+
+    The ranks end with status 0, because torchrun would count any other as a failure and restart them.
+    """
+    (output_dir / STOPPED).write_text(json.dumps({"step": step}) + "\n")
