@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoProcessor
 
 from qvl_pipeline.engine.attention import use_packed_attention
@@ -16,6 +14,7 @@ from qvl_pipeline.engine.freezing import freeze
 from qvl_pipeline.engine.kernels import use_liger_kernels
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.recomputation import recompute_activations
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.weights import build_skeleton
 
@@ -56,13 +55,6 @@ def build_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
     return PackedVLM(hf, family, *_normalization(processor)), facts
-
-
-def recompute_activations(hf: nn.Module, towers: Sequence[str]) -> None:
-    """Let the blocks of some towers (`llm`, `vit`) recompute their activations in the backward pass."""
-    modules = {"llm": hf.model.language_model, "vit": hf.model.visual}
-    for tower in towers:
-        modules[tower].gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _normalization(processor: Any) -> tuple[list[float], list[float]]:
