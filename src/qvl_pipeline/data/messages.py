@@ -263,8 +263,9 @@ def _second(value: Any, where: str) -> float | None:
 
 def _refuse_unknown(given: Row, known: set[str], where: str) -> None:
     """Refuse keys that would be ignored: a tool call, a frame rate, a picture's bytes."""
-    unknown = sorted(str(key) for key, value in given.items() if key not in known and is_given(value))
-    if unknown:
+    if given.keys() <= known:
+        return
+    if unknown := sorted(str(key) for key, value in given.items() if key not in known and is_given(value)):
         raise _unknown(f"{where} has the key '{unknown[0]}', which is not supported")
 
 

@@ -96,6 +96,8 @@ class RowReader:
 
 def assign_split(key: str, config: IngestConfig) -> str:
     """Assign `train` or `eval` by a hash of `key`: the same for ever, whatever rows come and go around it."""
+    if not config.eval_fraction:
+        return "train"
     digest = hashlib.sha256(f"{config.seed}:{key}".encode()).digest()
     return "eval" if int.from_bytes(digest[:8]) < config.eval_fraction * 2**64 else "train"
 
