@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from qvl_pipeline.config import EvaluateConfig
-from qvl_pipeline.evaluation.generation import base_model_path, generate_answers
+from qvl_pipeline.evaluation.generation import base_model_path, generate_answers, load_model
+from qvl_pipeline.evaluation.likelihood import sample_losses, supervised_tokens
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.mrope import mrope_positions
 from tests.evaluation.world import ANSWERS, World
@@ -17,11 +19,11 @@ from tests.evaluation.world import ANSWERS, World
 NEW_TOKENS = 12
 
 
-def generate(world: World, model: Path, batch_size: int, rows: list[int] | None = None) -> list[str]:
+def generate(world: World, model: Path, batch_size: int, rows: list[int] | None = None, **evaluate: Any) -> list[str]:
     samples = TokenizedSamples(world.tokenized)
-    evaluate = EvaluateConfig(batch_size=batch_size, max_new_tokens=NEW_TOKENS)
+    config = EvaluateConfig(batch_size=batch_size, max_new_tokens=NEW_TOKENS, **evaluate)
     rows = list(range(len(samples))) if rows is None else rows
-    return generate_answers(str(model), world.processor, samples, rows, world.video_frames, evaluate)
+    return generate_answers(load_model(str(model), "auto"), world.processor, samples, rows, world.video_frames, config)
 
 
 def plain_answers(world: World) -> list[str]:
@@ -89,3 +91,33 @@ def test_the_manifest_says_where_the_base_model_is(tmp_path: Path) -> None:
     assert base_model_path(tmp_path) == str(tmp_path)
     (tmp_path / "manifest.json").write_text('{"path": "Qwen/Qwen3-VL-8B-Instruct", "family": "qwen3_vl"}')
     assert base_model_path(tmp_path) == "Qwen/Qwen3-VL-8B-Instruct"
+
+
+def test_sampled_answers_are_those_of_the_seed(world: World, one_by_one: list[str]) -> None:
+    sampling = {"generation": {"do_sample": True, "temperature": 2.0}}
+    first, again, other = (
+        generate(world, world.model_folder, batch_size=1, seed=seed, **sampling) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert one_by_one != first != other
+
+
+def test_a_loss_is_the_plain_models_on_the_answers_alone(world: World) -> None:
+    samples, model = TokenizedSamples(world.tokenized), world.load_model()
+    rows = list(range(len(samples)))
+    losses = sample_losses(model, world.processor, samples, rows, world.video_frames)
+    for row, media, loss in zip(rows, world.media, losses, strict=True):
+        sample = samples.row(row)
+        given = dict(world.references[row])
+        ids = torch.from_numpy(np.asarray(sample["input_ids"], dtype=np.int64))[None]
+        extra = ids.shape[1] - given["input_ids"].shape[1]
+        given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, extra))
+        given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if world.family == "qwen2_5_vl" and any(item["type"] == "video" for item in media):
+            given["position_ids"] = authors_positions(model.config, ids, media)
+        labels = torch.full_like(ids, -100)
+        for start, end in sample["label_spans"]:
+            labels[0, start:end] = ids[0, start:end]
+        with torch.no_grad():
+            assert loss == pytest.approx(model(**given, labels=labels).loss.item(), rel=1e-5)
+        assert supervised_tokens(sample) == (labels != -100).sum()

@@ -5,12 +5,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.predictions import eval_samples, prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from tests.evaluation.world import write_tokenized
 
-COLUMNS = ["sample_id", "source", "kind", "task", "question", "expected"]
-ANSWER_COLUMNS = ["base_answer", "trained_answer", "base_correct", "trained_correct"]
+COLUMNS = ["sample_id", "source", "kind", "task", "question", "expected", "prompt_length"]
+ANSWER_COLUMNS = ["base_answer", "trained_answer", "base_score", "trained_score", "supervised_tokens"]
+ANSWER_COLUMNS += ["base_loss", "trained_loss"]
 
 
 @pytest.fixture
@@ -44,18 +46,33 @@ def test_fewer_samples_are_spread_over_the_split(tokenized: TokenizedSamples, mo
 
 def test_every_answer_is_scored_against_its_own_sample(tokenized: TokenizedSamples) -> None:
     chosen = eval_samples(tokenized, 3)
-    table = prediction_table(chosen, ["q1", "q2", "q3"], {"base": ["1", "1", "1"], "trained": ["1", " 9 ", "19"]})
+    table = prediction_table(
+        chosen,
+        ["q1", "q2", "q3"],
+        {"base": ["1", "1", "1"], "trained": ["1", " 9 ", "19"]},
+        {"base": [3.0] * 3, "trained": [1.0, 2.0, 0.5]},
+        [1, 2, 3],
+    )
     assert list(table.columns) == COLUMNS + ANSWER_COLUMNS
     assert table["question"].tolist() == ["q1", "q2", "q3"]
-    assert table["base_correct"].tolist() == [True, False, False]
-    assert table["trained_correct"].tolist() == [True, True, True]
+    assert table["base_score"].tolist() == [1, 0, 0]
+    assert table["trained_score"].tolist() == [1, 1, 1]
+    assert table["trained_loss"].tolist() == [1.0, 2.0, 0.5]
 
 
 def test_a_model_that_was_not_evaluated_is_null_and_typed(tokenized: TokenizedSamples, tmp_path: Path) -> None:
-    table = prediction_table(eval_samples(tokenized, 2), ["q", "q"], {"trained": ["1", ""]})
+    table = prediction_table(
+        eval_samples(tokenized, 2), ["q", "q"], {"trained": ["1", ""]}, {"trained": [0.5, 2.0]}, [1, 1]
+    )
     table.to_parquet(tmp_path / "predictions.parquet")
     read = pd.read_parquet(tmp_path / "predictions.parquet")
     assert list(read.columns) == COLUMNS + ANSWER_COLUMNS
-    assert read[["base_answer", "base_correct"]].isna().all(axis=None)
-    assert read["base_correct"].dtype == "boolean"
-    assert read["trained_correct"].tolist() == [True, False]
+    assert read[["base_answer", "base_score", "base_loss"]].isna().all(axis=None)
+    assert read["base_score"].dtype == "Float64"
+    assert read["trained_score"].tolist() == [1, 0]
+
+
+def test_a_source_can_be_given_another_task(tokenized: TokenizedSamples) -> None:
+    assert set(eval_samples(tokenized, 3, {"made": "anls"})["task"]) == {"anls"}
+    with pytest.raises(UserError, match=r"task_by_source names the source 'mode'.*made"):
+        eval_samples(tokenized, 3, {"mode": "anls"})

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
+from pydantic import ValidationError
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.evaluate.nodes import generate
+from qvl_pipeline.pipelines.evaluate.nodes import generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 
@@ -73,10 +74,12 @@ def inputs(world: World) -> dict[str, Any]:
 
 
 def test_both_models_are_scored_and_reported(inputs: dict[str, Any]) -> None:
-    predictions, metrics = generate(*(inputs[name] for name in create_pipeline().nodes[0].inputs))
+    predictions, metrics, slices = generate(*(inputs[name] for name in create_pipeline().nodes[0].inputs))
     assert predictions["expected"].tolist() == list(ANSWERS[:3])
     assert predictions["trained_answer"].tolist()[:2] == list(ANSWERS[:2])
-    assert metrics["trained"]["text"] == {"exact_match": 1.0, "n": 1}
+    assert metrics["trained"]["text"].items() >= {"exact_match": 1.0, "n": 1}.items()
+    assert metrics["trained"]["text"]["loss"] < 0.5 < metrics["base"]["text"]["loss"]
+    assert slices["trained"]["source"]["made"] == metrics["trained"]["overall"]
     assert metrics["trained"]["overall"]["n"] == metrics["base"]["overall"]["n"] == 3
     assert metrics["trained"]["overall"]["exact_match"] > metrics["base"]["overall"]["exact_match"]
     assert json.loads(json.dumps(metrics)) == metrics
@@ -88,12 +91,12 @@ def test_the_pipeline_runs_on_the_entries_of_the_catalog(inputs: dict[str, Any])
     named = {name for name in pipeline.datasets() if not name.startswith("params:")}
     assert named <= entries
     assert pipeline.inputs() == set(inputs)
-    assert pipeline.all_outputs() == {"predictions", "metrics", "report"}
+    assert pipeline.all_outputs() == {"predictions", "metrics", "evaluation_slices", "report"}
 
 
 def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
     catalog = DataCatalog({name: MemoryDataset(value, copy_mode="assign") for name, value in inputs.items()})
-    report = SequentialRunner().run(create_pipeline(), catalog)["report"].load()
+    report = SequentialRunner().run(create_pipeline().to_outputs("report"), catalog)["report"].load()
     assert "tiny &amp; &lt;new&gt;" in report
     for fact in ("c0mmit", "f1nger", "r0n", "missing_media", "single_image", "[video] Which digit came second?"):
         assert fact in report
@@ -103,7 +106,7 @@ def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
 def test_the_base_model_can_be_left_out(inputs: dict[str, Any]) -> None:
     evaluate = inputs["params:evaluate"].model_copy(update={"compare_base": False, "max_samples": 1})
     catalog_inputs = {**inputs, "params:evaluate": evaluate}
-    predictions, metrics = generate(*(catalog_inputs[name] for name in create_pipeline().nodes[0].inputs))
+    predictions, metrics, _ = generate(*(catalog_inputs[name] for name in create_pipeline().nodes[0].inputs))
     assert set(metrics) == {"trained"}
     assert predictions["base_answer"].isna().all()
     assert len(predictions) == 1
@@ -120,3 +123,20 @@ def test_an_empty_eval_split_is_said_before_any_model_is_loaded(inputs: dict[str
     given = {**inputs, "tokenized_samples": tmp_path / "tokenized.arrow", "trained_model": tmp_path / "nothing"}
     with pytest.raises(UserError, match="eval split is empty"):
         generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+
+
+def test_a_regression_fails_the_pipeline_after_the_report_is_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    metrics = {
+        "base": {"video": {"exact_match": 0.5, "loss": 1.0, "perplexity": 2.7, "n": 4}},
+        "trained": {"video": {"exact_match": 0.4, "loss": 9.0, "perplexity": 8103.0, "n": 4}},
+    }
+    refuse_regressions(metrics, "<html>", EvaluateConfig(must_not_regress={"video": 0.2}))
+    with pytest.raises(UserError, match=r"exact_match of video.*must_not_regress"):
+        refuse_regressions(metrics, "<html>", EvaluateConfig(must_not_regress={"video": 0.0}))
+    assert "40.0%" in capsys.readouterr().out
+    gate = next(node for node in create_pipeline().nodes if node.name == "refuse_regressions")
+    assert "report" in gate.inputs
+    with pytest.raises(ValidationError, match="set compare_base to true"):
+        EvaluateConfig(must_not_regress={"video": 0.0}, compare_base=False)

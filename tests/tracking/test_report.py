@@ -47,8 +47,8 @@ def prediction(number: int, kind: str, trained_correct: bool, **answers: str) ->
         "expected": "7",
         "base_answer": "",
         "trained_answer": "7" if trained_correct else "1",
-        "base_correct": False,
-        "trained_correct": trained_correct,
+        "base_score": 0.0,
+        "trained_score": float(trained_correct),
     }
     return {**row, **answers}
 
@@ -65,17 +65,24 @@ def facts() -> dict[str, Any]:
         "subtitle": "Qwen3-VL",
         "metrics": {
             "trained": {
-                "text": {"exact_match": 1.0, "n": 1},
-                "video": {"exact_match": 0.5, "n": 8},
-                "overall": {"exact_match": 5 / 9, "n": 9},
+                "text": {"exact_match": 1.0, "loss": 0.1, "perplexity": 1.105, "n": 1},
+                "video": {"exact_match": 0.5, "loss": 0.7, "perplexity": 2.014, "n": 8},
+                "overall": {"exact_match": 5 / 9, "loss": 0.6, "perplexity": 1.82, "n": 9},
             },
             "base": {
-                "text": {"exact_match": 0.0, "n": 1},
-                "video": {"exact_match": 0.625, "n": 8},
-                "overall": {"exact_match": 5 / 9, "n": 9},
+                "text": {"exact_match": 0.0, "loss": 4.0, "perplexity": 54.6, "n": 1},
+                "video": {"exact_match": 0.625, "loss": 4.0, "perplexity": 54.6, "n": 8},
+                "overall": {"exact_match": 5 / 9, "loss": 0.6, "perplexity": 1.82, "n": 9},
             },
         },
         "predictions": pd.DataFrame(rows),
+        "slices": {
+            model: {
+                "source": {"made": {"exact_match": 5 / 9, "loss": loss, "perplexity": 1.82, "n": 9}},
+                "prompt_length": {"12-40": {"exact_match": 5 / 9, "loss": loss, "perplexity": 1.82, "n": 9}},
+            }
+            for model, loss in (("trained", 0.617), ("base", 4.321))
+        },
         "training_metrics": pd.DataFrame([metrics_row(step, 4 / step) for step in range(1, 60)]),
         "train_result": {
             "steps": 1234,
@@ -131,7 +138,7 @@ def test_headline_accuracy_and_gain(facts: dict[str, Any]) -> None:
     text = Page(render_report(**facts)).text
     assert "Trained model 55.6 % 5 of 9 exact matches" in text
     assert "Gain +0.0 percentage points" in text
-    assert "video 8 50.0 % 21.5 % – 78.5 % 62.5 % −12.5" in text  # noqa: RUF001
+    assert "video exact_match 8 50.0 % 21.5 % – 78.5 % 62.5 % −12.5" in text  # noqa: RUF001
     assert "Training time 1 h 2 min 1,234 steps on 1 rank, cuda" in text
 
 
@@ -157,7 +164,8 @@ def test_two_right_and_two_wrong_answers_of_each_kind_are_shown(facts: dict[str,
 def test_a_report_without_the_base_model(facts: dict[str, Any]) -> None:
     del facts["metrics"]["base"]
     facts["predictions"]["base_answer"] = pd.Series(None, dtype="string")
-    facts["predictions"]["base_correct"] = pd.Series(None, dtype="boolean")
+    facts["predictions"]["base_score"] = pd.Series(None, dtype="Float64")
+    del facts["slices"]["base"]
     text = Page(render_report(**facts)).text
     assert "Trained model 55.6" in text
     assert "Base" not in text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from qvl_pipeline.config.base import Block
 
@@ -13,13 +15,41 @@ class EvaluateConfig(Block):
     Attributes:
         batch_size: Prompts generated together (left-padded).
         max_new_tokens: Longest answer in tokens.
+        generation: Arguments of `transformers.GenerationConfig` that replace greedy decoding, such as
+            `{do_sample: true, temperature: 0.7}` or `{num_beams: 4}`.
+        seed: Seed of sampled answers.
         max_samples: Most samples evaluated, spread evenly over the eval split; `None` takes all of it.
+        task_by_source: Task of all samples of a source, by its name, instead of what its rows say (`exact_match` where
+            they say nothing): `exact_match`, `multiple_choice`, `relaxed_accuracy`, `anls`, `iou`, `grounding`,
+            `rouge_l`, `bleu` or `cider`.
+        must_not_regress: By sample kind, or `overall`, how much lower than the base model's a score of the trained
+            model may be, as `{overall: 0.0, video: 0.02}`: else the pipeline fails with the table. Losses do not count.
         compare_base: Evaluate the untrained base model too, for the gain.
         report_title: Heading of the report; `None` takes the name of the model.
     """
 
     batch_size: int = Field(default=16, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
+    generation: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+    task_by_source: dict[str, str] = Field(default_factory=dict)
+    must_not_regress: dict[str, float] = Field(default_factory=dict)
     max_samples: int | None = Field(default=None, ge=1)
     compare_base: bool = True
     report_title: str | None = None
+
+    @model_validator(mode="after")
+    def _gate_needs_the_base_model(self) -> EvaluateConfig:
+        if self.must_not_regress and not self.compare_base:
+            raise ValueError("must_not_regress compares with the base model: set compare_base to true, or leave it out")
+        if negative := [kind for kind, drop in self.must_not_regress.items() if drop < 0]:
+            raise ValueError(f"must_not_regress.{negative[0]} is an allowed drop and must be at least 0")
+        return self
+
+    @model_validator(mode="after")
+    def _generation_keys_are_known(self) -> EvaluateConfig:
+        reserved = {"max_new_tokens": "max_new_tokens", "max_length": "max_new_tokens", "seed": "seed"}
+        for key in self.generation:
+            if key in reserved:
+                raise ValueError(f"generation.{key}: set evaluate.{reserved[key]} instead")
+        return self

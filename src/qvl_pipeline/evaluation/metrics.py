@@ -1,35 +1,21 @@
-"""Metrics of generated answers: one function per task name, averaged by sample kind."""
+"""Scores of generated answers, averaged by sample kind, by source and by length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.evaluation.tasks import BY_ANSWER, NOT_A_MEAN, TASKS, TOGETHER, best_reference
 
-
-def exact_match(answer: str, expected: str) -> bool:
-    """Tell whether two texts are the same up to case and white space.
-
-    Args:
-        answer: Generated text.
-        expected: Text of the dataset.
-
-    Returns:
-        Whether both are equal after stripping, case folding (`str.casefold`) and turning every run of white space into
-        one space. Punctuation, articles and number formats count.
-    """
-    return _normalise(answer) == _normalise(expected)
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-METRICS: dict[str, Callable[[str, str], bool]] = {"exact_match": exact_match}
 OVERALL = "overall"
+# Of the teacher-forced answer: lower is better, and no score.
+LOSSES = ("loss", "perplexity")
 
 
 def check_scorable(samples: pd.DataFrame) -> None:
@@ -46,33 +32,127 @@ def check_scorable(samples: pd.DataFrame) -> None:
             "the eval split is empty, so there is nothing to evaluate: give a source 'split: eval' or its rows a "
             "column 'split', or set 'eval_fraction' of 'ingest'; then run from the pipeline 'ingest' on"
         )
-    unknown = samples[~samples["task"].isin(list(METRICS))]
+    unknown = samples[~samples["task"].isin(TASKS)]
     if len(unknown):
         first = unknown.iloc[0]
         raise UserError(
             f"sample '{first['sample_id']}' has the task '{first['task']}', for which there is no metric "
-            f"({len(unknown)} such samples): change it in the source to one of {', '.join(sorted(METRICS))}"
+            f"({len(unknown)} such samples): change it in the source, or by evaluate.task_by_source, to one of "
+            f"{', '.join(sorted(TASKS))}"
         )
     if OVERALL in set(samples["kind"]):
         raise UserError(f"the sample kind '{OVERALL}' is the name of the mean over all kinds: rename it in the source")
 
 
-def average_scores(kinds: pd.Series, tasks: pd.Series, correct: pd.Series) -> dict[str, dict[str, Any]]:
-    """Average the scores of one model.
+def references(expected: str) -> list[str]:
+    """Read the acceptable answers: a JSON list of texts (`["7", "seven"]`), or one text as it is."""
+    if expected.lstrip().startswith('["'):
+        try:
+            texts = json.loads(expected)
+        except json.JSONDecodeError:
+            return [expected]
+        if texts and all(isinstance(text, str) for text in texts):
+            return texts
+    return [expected]
+
+
+def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequence[str]) -> list[float]:
+    """Score each answer by the metric of its task.
 
     Args:
-        kinds: Sample kind of each answer.
-        tasks: Task name of each answer.
-        correct: Whether each answer is right.
+        answers: Generated texts `[N]`.
+        expected: The dataset's answers `[N]`; see `references`.
+        tasks: Task names `[N]`, all in `TASKS`.
 
     Returns:
-        `{kind: {task: share of right answers, "n": answers}}`, kinds in alphabetical order and `overall` last.
+        Scores `[N]`.
     """
-    table = pd.DataFrame({"kind": kinds, "task": tasks, "correct": correct.astype(float)})
-    by_kind = {str(kind): _mean_by_task(rows) for kind, rows in table.groupby("kind", sort=True)}
-    return {**by_kind, OVERALL: _mean_by_task(table)}
+    table = pd.DataFrame({"answer": list(answers), "expected": [references(text) for text in expected]})
+    scores = pd.Series(0.0, index=table.index)
+    for task, rows in table.groupby(pd.Series(list(tasks), index=table.index)):
+        given, wanted = rows["answer"].tolist(), rows["expected"].tolist()
+        together = TOGETHER.get(str(task))
+        if together is None:
+            score = partial(best_reference, BY_ANSWER[str(task)])
+            scores[rows.index] = [score(*pair) for pair in zip(given, wanted, strict=True)]
+        else:
+            scores[rows.index] = together(given, wanted)
+    return scores.tolist()
 
 
-def _mean_by_task(rows: pd.DataFrame) -> dict[str, Any]:
-    means = rows.groupby("task", sort=True)["correct"].mean()
-    return {**{str(task): float(mean) for task, mean in means.items()}, "n": len(rows)}
+def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, Any]]:
+    """Average the scores of one model by sample kind.
+
+    Args:
+        predictions: Table `predictions`.
+        model: `base` or `trained`.
+
+    Returns:
+        `{kind: {task: score, "loss": nats a token, "perplexity": its exponential, "n": answers}}`, kinds in
+        alphabetical order and `overall` last.
+    """
+    by_kind = {str(kind): _by_task(rows, model) for kind, rows in predictions.groupby("kind", sort=True)}
+    return {**by_kind, OVERALL: _by_task(predictions, model)}
+
+
+def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Average the scores of one model by source, and by the length of the prompt in tokens (in quarters).
+
+    Args:
+        predictions: Table `predictions`, with the column `prompt_length`.
+        model: `base` or `trained`.
+
+    Returns:
+        `{"source": {name: {task: score, "n": answers}}, "prompt_length": {"12-40": …}}`.
+    """
+    length = predictions["prompt_length"]
+    quarters = pd.qcut(length.rank(method="first"), min(4, len(predictions)), labels=False)
+    by_length = {
+        f"{rows['prompt_length'].min()}-{rows['prompt_length'].max()}": _by_task(rows, model)
+        for _, rows in predictions.groupby(quarters, sort=True)
+    }
+    by_source = {str(name): _by_task(rows, model) for name, rows in predictions.groupby("source", sort=True)}
+    return {"source": by_source, "prompt_length": by_length}
+
+
+def regressions(metrics: Mapping[str, Any], allowed: Mapping[str, float]) -> list[dict[str, Any]]:
+    """List the scores in which the trained model is worse than the base model by more than is allowed.
+
+    Args:
+        metrics: `base` and `trained`, as `average_scores` gives them.
+        allowed: By sample kind (or `overall`), how much lower a score may be.
+
+    Returns:
+        Rows of `kind`, `metric`, `base`, `trained` and `allowed_drop`.
+
+    Raises:
+        UserError: A kind is not among the evaluated ones.
+    """
+    found = []
+    for kind, drop in allowed.items():
+        if kind not in metrics["trained"]:
+            raise UserError(
+                f"evaluate.must_not_regress names the sample kind '{kind}', which the eval split does not have: "
+                f"use one of {', '.join(metrics['trained'])}"
+            )
+        for name, trained in metrics["trained"][kind].items():
+            base = metrics["base"][kind][name]
+            if name not in ("n", *LOSSES) and trained < base - drop:
+                row = {"kind": kind, "metric": name, "base": base, "trained": trained, "allowed_drop": drop}
+                found.append(row)
+    return found
+
+
+def _by_task(rows: pd.DataFrame, model: str) -> dict[str, Any]:
+    scores: dict[str, Any] = {}
+    for task, group in rows.groupby("task", sort=True):
+        together = NOT_A_MEAN.get(str(task))
+        if together is None:
+            scores[str(task)] = float(group[f"{model}_score"].mean())
+        else:
+            wanted = [references(text) for text in group["expected"]]
+            scores[str(task)] = together(group[f"{model}_answer"].tolist(), wanted)
+    tokens = rows["supervised_tokens"].astype(float)
+    loss = float((rows[f"{model}_loss"].astype(float) * tokens).sum() / tokens.sum())
+    # Above about e^700 it is infinite, which JSON does not have.
+    return {**scores, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": len(rows)}

@@ -1,4 +1,4 @@
-"""The table of predictions: what was asked, expected and answered, and which answers are right."""
+"""The table of predictions: what was asked, expected and answered, and what each answer is worth."""
 
 from __future__ import annotations
 
@@ -7,23 +7,36 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from qvl_pipeline.evaluation.metrics import METRICS
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.evaluation.metrics import score_answers
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 MODELS = ("base", "trained")
 
 
-def eval_samples(samples: TokenizedSamples, max_samples: int | None) -> pd.DataFrame:
+def eval_samples(
+    samples: TokenizedSamples, max_samples: int | None, task_by_source: Mapping[str, str] | None = None
+) -> pd.DataFrame:
     """Choose the samples to evaluate.
 
     Args:
         samples: The tokenized samples of all splits.
         max_samples: Most samples taken, spread evenly over the eval split; `None` takes all of it.
+        task_by_source: Task of all samples of a source, instead of what its rows say.
 
     Returns:
-        Columns `sample_id`, `source`, `kind`, `task` and `expected`; the index is the row in `samples`.
+        Columns `sample_id`, `source`, `kind`, `task`, `expected` and `prompt_length` (tokens before the last answer);
+        the index is the row in `samples`.
+
+    Raises:
+        UserError: A source in `task_by_source` has no samples.
     """
-    table = samples.columns(["sample_id", "source", "split", "kind", "task", "answer"]).to_pandas()
+    table = samples.columns(["sample_id", "source", "split", "kind", "task", "answer", "prompt_length"]).to_pandas()
+    tasks = dict(task_by_source or {})
+    if unknown := sorted(set(tasks) - set(table["source"])):
+        known = ", ".join(sorted(set(table["source"])))
+        raise UserError(f"evaluate.task_by_source names the source '{unknown[0]}', but the samples are of {known}")
+    table["task"] = [tasks.get(source, task) for source, task in zip(table["source"], table["task"], strict=True)]
     chosen = table[table["split"] == "eval"].drop(columns="split").rename(columns={"answer": "expected"})
     if max_samples is None or max_samples >= len(chosen):
         return chosen
@@ -31,7 +44,11 @@ def eval_samples(samples: TokenizedSamples, max_samples: int | None) -> pd.DataF
 
 
 def prediction_table(
-    samples: pd.DataFrame, questions: Sequence[str], answers: Mapping[str, Sequence[str]]
+    samples: pd.DataFrame,
+    questions: Sequence[str],
+    answers: Mapping[str, Sequence[str]],
+    losses: Mapping[str, Sequence[float]],
+    supervised_tokens: Sequence[int],
 ) -> pd.DataFrame:
     """Put answers beside what was expected, and score each with the metric of its task.
 
@@ -39,23 +56,21 @@ def prediction_table(
         samples: Rows of `eval_samples`.
         questions: Question of each.
         answers: Answers of each evaluated model, by its name in `MODELS`.
+        losses: Teacher-forced loss of each sample, in nats a supervised token, by model.
+        supervised_tokens: Tokens that each loss is the mean of.
 
     Returns:
-        The columns of `samples` with `question`, and `<model>_answer` (string) and `<model>_correct` (boolean) for both
-        models: null for one that was not evaluated.
+        The columns of `samples` with `question` and `supervised_tokens`, and `<model>_answer` (string),
+        `<model>_score` and `<model>_loss` (numbers) for both models: null for one that was not evaluated.
     """
     table = samples.reset_index(drop=True)
     table.insert(table.columns.get_loc("expected"), "question", list(questions))
     for model in MODELS:
         table[f"{model}_answer"] = pd.Series(answers.get(model), index=table.index, dtype="string")
     for model in MODELS:
-        correct = _score(answers[model], table) if model in answers else None
-        table[f"{model}_correct"] = pd.Series(correct, index=table.index, dtype="boolean")
+        scores = score_answers(answers[model], table["expected"], table["task"]) if model in answers else None
+        table[f"{model}_score"] = pd.Series(scores, index=table.index, dtype="Float64")
+    table["supervised_tokens"] = list(supervised_tokens)
+    for model in MODELS:
+        table[f"{model}_loss"] = pd.Series(losses.get(model), index=table.index, dtype="Float64")
     return table
-
-
-def _score(answers: Sequence[str], table: pd.DataFrame) -> list[bool]:
-    return [
-        METRICS[task](answer, expected)
-        for answer, expected, task in zip(answers, table["expected"], table["task"], strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""Prompts of tokenized samples as left-padded batches for `model.generate`."""
+"""Tokenized samples as inputs of a transformers model: left-padded prompts for `generate`, whole samples for losses."""
 
 from __future__ import annotations
 
@@ -60,6 +60,13 @@ class PromptCollator:
             `[images, 3]`, and `pixel_values_videos` with `video_grid_thw`.
         """
         prompts = [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
+        return self._inputs(samples, prompts)
+
+    def whole(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Take one sample with its answers: the same inputs as of a prompt, with all tokens and all media."""
+        return self._inputs([sample], [sample["input_ids"]])
+
+    def _inputs(self, samples: Sequence[Mapping[str, Any]], prompts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         media = [self._media_before_answer(sample, ids) for sample, ids in zip(samples, prompts, strict=True)]
         return self._text_inputs(prompts, media) | self._media_inputs([item for items in media for item in items])
 

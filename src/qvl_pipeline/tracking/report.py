@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -14,12 +15,13 @@ from qvl_pipeline.tracking.plots import WIDTH, loss_curve
 from qvl_pipeline.tracking.thumbnails import Thumbnail
 
 EXAMPLES_EACH = 2
-METRIC = "exact_match"
 OVERALL = "overall"
+NOT_SCORES = ("loss", "perplexity", "n")
+RIGHT = 0.5  # an answer with at least this score is shown as right
 
 
-class Share(NamedTuple):
-    """Share of right answers among `n`, with the bounds of its 95 % interval."""
+class Score(NamedTuple):
+    """Mean score of `n` answers, with the bounds of its 95 % interval; a share of right answers for most metrics."""
 
     rate: float
     n: int
@@ -37,6 +39,7 @@ def render_report(
     train_result: dict[str, Any],
     plan_summary: dict[str, Any],
     validation_report: dict[str, Any],
+    slices: dict[str, Any],
     media: Callable[[str], list[list[Thumbnail]]],
 ) -> str:
     """Write the page.
@@ -46,18 +49,20 @@ def render_report(
     Args:
         title: Heading.
         subtitle: One line below the heading.
-        metrics: `trained` and, when the base model was evaluated, `base`: `{kind: {exact_match, n}}` with `overall`.
+        metrics: `trained` and, when the base model was evaluated, `base`: `{kind: {metric: score, loss,
+            perplexity, n}}` with `overall`.
         predictions: One row for every evaluated sample.
         training_metrics: One row for every logged step.
         train_result: What training ended with.
         plan_summary: Steps, packs, tokens and fill of the plan.
         validation_report: Counts of rows, and of every rule that was broken.
+        slices: Metrics by `source` and by `prompt_length`, of each model.
         media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
 
     Returns:
         HTML.
     """
-    kinds = _kind_rows(metrics)
+    kinds = _kind_rows(metrics, predictions)
     template = _environment().get_template("report.html.j2")
     return template.render(
         title=title,
@@ -65,6 +70,7 @@ def render_report(
         compared="base" in metrics,
         tiles=_tiles(kinds[-1], train_result),
         kinds=kinds,
+        slices=_slice_rows(slices),
         curve=loss_curve(training_metrics),
         plot_width=WIDTH,
         training=_training_facts(train_result, plan_summary, training_metrics),
@@ -72,6 +78,7 @@ def render_report(
         rules=_broken_rules(validation_report["rules"]),
         examples=_examples(predictions, media),
         examples_each=EXAMPLES_EACH,
+        right=RIGHT,
         provenance=_provenance(train_result, plan_summary),
     )
 
@@ -103,28 +110,65 @@ def _environment() -> Environment:
     return environment
 
 
-def _kind_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for every sample kind, and the mean over all samples last."""
-    trained, base = metrics["trained"], metrics.get("base")
+def _kind_rows(metrics: dict[str, Any], predictions: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row for every sample kind and metric; those of all samples last."""
     rows = []
-    for kind in [*sorted(set(trained) - {OVERALL}), OVERALL]:
-        row = {"kind": "all samples" if kind == OVERALL else kind, "trained": _share(trained[kind]), "base": None}
-        if base:
-            row["base"] = _share(base[kind])
-            row["gain"] = _points(row["trained"].rate - row["base"].rate)
-        rows.append(row)
+    for kind in [*sorted(set(metrics["trained"]) - {OVERALL}), OVERALL]:
+        of_kind = predictions if kind == OVERALL else predictions[predictions["kind"] == kind]
+        for metric in (name for name in metrics["trained"][kind] if name not in NOT_SCORES):
+            answers = of_kind[of_kind["task"] == metric]
+            row: dict[str, Any] = {"kind": "all samples" if kind == OVERALL else kind, "metric": metric, "base": None}
+            row["total"] = kind == OVERALL
+            for model, values in metrics.items():
+                row[model] = _score(values[kind][metric], answers[f"{model}_score"].astype(float).to_numpy())
+            if row["base"]:
+                row["gain"] = _points(row["trained"].rate - row["base"].rate)
+            rows.append(row)
     return rows
 
 
-def _share(entry: dict[str, Any]) -> Share:
-    return Share(entry[METRIC], entry["n"], *wilson_interval(entry[METRIC], entry["n"]))
+def _score(rate: float, scores: np.ndarray) -> Score:
+    binary = np.isin(scores, (0.0, 1.0)).all()
+    low, high = wilson_interval(rate, len(scores)) if binary else bootstrap_interval(scores)
+    return Score(rate, len(scores), low, high)
+
+
+def bootstrap_interval(scores: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """Give the 95 % percentile interval of a mean (Efron and Tibshirani 1993), the same for the same scores.
+
+    Args:
+        scores: Scores `[N]`.
+        resamples: Samples drawn with replacement.
+
+    Returns:
+        Lower and upper bound.
+    """
+    rng = np.random.default_rng(0)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _slice_rows(slices: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for every source and every quarter of the prompt lengths: losses, and scores as text."""
+    titles = {"source": "source", "prompt_length": "prompt tokens"}
+    rows = []
+    for dimension, groups in slices["trained"].items():
+        for name, trained in groups.items():
+            row = {"dimension": titles[dimension], "name": name, "n": trained["n"], "base": None}
+            for model, values in slices.items():
+                entry = values[dimension][name]
+                scores = ", ".join(f"{key} {_percent(entry[key])}" for key in entry if key not in NOT_SCORES)
+                row[model] = {"scores": scores, "loss": entry["loss"], "perplexity": entry["perplexity"]}
+            rows.append(row)
+    return rows
 
 
 def _tiles(overall: dict[str, Any], train_result: dict[str, Any]) -> list[dict[str, str]]:
     trained, base = overall["trained"], overall["base"]
-    tiles = [_accuracy_tile("trained", "Trained model", trained)]
+    tiles = [_score_tile("trained", "Trained model", trained, overall["metric"])]
     if base:
-        tiles.append(_accuracy_tile("base", "Base model", base))
+        tiles.append(_score_tile("base", "Base model", base, overall["metric"]))
         tiles.append({"role": "gain", "name": "Gain", "value": overall["gain"], "detail": "percentage points"})
     steps, ranks = train_result["steps"], train_result["world_size"]
     tiles.append(
@@ -138,14 +182,11 @@ def _tiles(overall: dict[str, Any], train_result: dict[str, Any]) -> list[dict[s
     return tiles
 
 
-def _accuracy_tile(role: str, name: str, share: Share) -> dict[str, str]:
-    right = round(share.rate * share.n)
-    return {
-        "role": role,
-        "name": name,
-        "value": _percent(share.rate),
-        "detail": f"{_count(right)} of {_count(share.n)} exact matches",
-    }
+def _score_tile(role: str, name: str, score: Score, metric: str) -> dict[str, str]:
+    right = round(score.rate * score.n)
+    shares = {"exact_match": "exact matches", "multiple_choice": "right choices", "relaxed_accuracy": "right answers"}
+    of = f"{_count(right)} of {_count(score.n)} {shares[metric]}" if metric in shares else f"{metric}, n = {score.n}"
+    return {"role": role, "name": name, "value": _percent(score.rate), "detail": of}
 
 
 def _training_facts(
@@ -178,7 +219,7 @@ def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbn
     """The first right and the first wrong answers of every kind, with their pictures."""
     groups = []
     for kind, rows in predictions.groupby("kind", sort=True):
-        correct = rows["trained_correct"].astype(bool)
+        correct = rows["trained_score"].astype(float) >= RIGHT
         shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
         examples = [{**row, "media": media(row["sample_id"])} for row in shown.to_dict("records")]
         groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})

@@ -13,7 +13,7 @@ from rich.table import Table
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.metrics import average_scores, check_scorable
+from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, check_scorable, regressions, slices
 from qvl_pipeline.evaluation.predictions import eval_samples, prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
@@ -29,7 +29,7 @@ def generate(
     train_result: dict[str, Any],
     model: ModelConfig,
     evaluate: EvaluateConfig,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
     """Let the base and the trained model answer the eval split, and score both.
 
     Args:
@@ -43,8 +43,8 @@ def generate(
         evaluate: Parameters of the stage.
 
     Returns:
-        The predictions, one row for every evaluated sample, and the metrics. Without `compare_base` the base model's
-        columns are null and the metrics have the key `trained` only.
+        The predictions, one row for every evaluated sample, the metrics by kind, and those by source and prompt length.
+        Without `compare_base` the base model's columns are null and the metrics have the key `trained` only.
 
     Raises:
         UserError: There is nothing to evaluate, a sample has a task without a metric, or the model was trained on other
@@ -52,7 +52,8 @@ def generate(
     """
     from transformers import AutoProcessor
 
-    from qvl_pipeline.evaluation.generation import base_model_path, generate_answers
+    from qvl_pipeline.evaluation.generation import base_model_path, generate_answers, load_model
+    from qvl_pipeline.evaluation.likelihood import sample_losses, supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
 
     if train_result["plan_fingerprint"] != plan_summary["fingerprint"]:
@@ -61,29 +62,23 @@ def generate(
             "run `kedro run --pipelines train` (with the same --env) first"
         )
     samples = TokenizedSamples(tokenized_samples)
-    chosen = eval_samples(samples, evaluate.max_samples)
+    chosen = eval_samples(samples, evaluate.max_samples, evaluate.task_by_source)
     check_scorable(chosen)
     rows = chosen.index.tolist()
     processor = AutoProcessor.from_pretrained(trained_model)
     paths = {"base": base_model_path(base_model)} if evaluate.compare_base else {}
-    answers = {}
+    answers, losses = {}, {}
     with progress_bar() as bar:
         for name, path in {**paths, "trained": str(trained_model)}.items():
-            answers[name] = generate_answers(
-                path,
-                processor,
-                samples,
-                rows,
-                video_frames,
-                evaluate,
-                attn_implementation=model.attn_implementation,
-                on_batch=partial(bar.advance, bar.add_task(f"Answers of the {name} model", total=len(rows))),
-            )
+            given = (load_model(path, model.attn_implementation), processor, samples, rows, video_frames)
+            advance = partial(bar.advance, bar.add_task(f"Answers of the {name} model", total=2 * len(rows)))
+            answers[name] = generate_answers(*given, evaluate, on_batch=advance)
+            losses[name] = sample_losses(*given, on_sample=advance)
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
-    table = prediction_table(chosen, questions, answers)
-    metrics = {name: average_scores(table["kind"], table["task"], table[f"{name}_correct"]) for name in answers}
+    table = prediction_table(chosen, questions, answers, losses, [supervised_tokens(samples.row(row)) for row in rows])
+    metrics = {name: average_scores(table, name) for name in answers}
     _print_scores(metrics)
-    return table, metrics
+    return table, metrics, {name: slices(table, name) for name in answers}
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:
@@ -96,7 +91,34 @@ def _print_scores(metrics: dict[str, Any]) -> None:
 
 
 def _percentages(scores: dict[str, float]) -> str:
-    return ", ".join(f"{metric} {value:.1%}" for metric, value in scores.items() if metric != "n")
+    shown = (f"{metric} {value:.1%}" for metric, value in scores.items() if metric not in ("n", *LOSSES))
+    return ", ".join([*shown, f"loss {scores['loss']:.3f}"])
+
+
+def refuse_regressions(metrics: dict[str, Any], report: str, evaluate: EvaluateConfig) -> None:
+    """Fail when the trained model is worse than the base model by more than `must_not_regress` allows.
+
+    Args:
+        metrics: Metrics of the evaluated models.
+        report: The report, which is thereby written first.
+        evaluate: Parameters of the stage.
+
+    Raises:
+        UserError: Some score is; the table of them is printed.
+    """
+    worse = regressions(metrics, evaluate.must_not_regress)
+    if not worse:
+        return
+    table = Table("kind", "metric", "base", "trained", "allowed drop")
+    for row in worse:
+        figures = (f"{row[key]:.1%}" for key in ("base", "trained", "allowed_drop"))
+        table.add_row(row["kind"], row["metric"], *figures)
+    Console().print(table)
+    names = ", ".join(f"{row['metric']} of {row['kind']}" for row in worse)
+    raise UserError(
+        f"the trained model is worse than the base model in {names}, more than evaluate.must_not_regress allows; "
+        "the model and its report are kept: train it better, or allow the drop"
+    )
 
 
 def write_report(
@@ -108,6 +130,7 @@ def write_report(
     validation_report: dict[str, Any],
     tokenized_samples: Path,
     video_frames: Path,
+    evaluation_slices: dict[str, Any],
     model: ModelConfig,
     evaluate: EvaluateConfig,
 ) -> str:
@@ -122,6 +145,7 @@ def write_report(
         validation_report: Counts of rows and of broken rules.
         tokenized_samples: Arrow file of the samples, for their media.
         video_frames: Folder of the frame store.
+        evaluation_slices: Metrics by source and by prompt length.
         model: Parameters of the model.
         evaluate: Parameters of the stage.
 
@@ -138,6 +162,7 @@ def write_report(
         subtitle=f"{name}, trained from {origin}",
         metrics=metrics,
         predictions=predictions,
+        slices=evaluation_slices,
         training_metrics=training_metrics,
         train_result=train_result,
         plan_summary=plan_summary,

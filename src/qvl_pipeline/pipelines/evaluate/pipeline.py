@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.evaluate.nodes import generate, write_report
+from qvl_pipeline.pipelines.evaluate.nodes import generate, refuse_regressions, write_report
 
 
 def create_pipeline() -> Pipeline:
@@ -23,7 +23,7 @@ def create_pipeline() -> Pipeline:
                     "params:model",
                     "params:evaluate",
                 ],
-                outputs=["predictions", "metrics"],
+                outputs=["predictions", "metrics", "evaluation_slices"],
                 name="generate",
             ),
             Node(
@@ -37,11 +37,18 @@ def create_pipeline() -> Pipeline:
                     "validation_report",
                     "tokenized_samples",
                     "video_frames",
+                    "evaluation_slices",
                     "params:model",
                     "params:evaluate",
                 ],
                 outputs="report",
                 name="write_report",
+            ),
+            Node(
+                refuse_regressions,
+                inputs=["metrics", "report", "params:evaluate"],
+                outputs=None,
+                name="refuse_regressions",
             ),
         ]
     )

@@ -1,0 +1,178 @@
+"""What an answer is worth: one function for each task name, from answers and references to scores.
+
+A score is a number from 0 to 1 (CIDEr: 0 to 10). References are lists of acceptable answers. All are free of language
+models. Each names the paper and the implementation that its figures can be compared with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+from qvl_pipeline.errors import UserError
+
+Score = Callable[[str, str], float]
+ANLS_THRESHOLD = 0.5  # Biten et al. 2019: an answer at a greater distance is a wrong answer, not a misspelt one
+RELAXED_TOLERANCE = 0.05  # Methani et al. 2020 (PlotQA), taken over by ChartQA
+_NUMBER = r"[-+]?\d+(?:\.\d+)?"
+_BOX = re.compile(rf"({_NUMBER})" + rf"[\s,;()\[\]]+({_NUMBER})" * 3)
+_ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
+_ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
+_CHOICE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-Z])\)?(?![A-Za-z0-9'])")
+
+
+def exact_match(answer: str, expected: str) -> float:
+    """Tell whether two texts are the same up to case and white space.
+
+    Equal means equal after stripping, case folding (`str.casefold`) and turning every run of white space into one
+    space. Punctuation, articles and number formats count.
+    """
+    return float(_normalise(answer) == _normalise(expected))
+
+
+def multiple_choice(answer: str, expected: str) -> float:
+    """Tell whether the option chosen is the expected letter.
+
+    The option is the answer's only capital letter that stands alone (`B`, `(B)`, `B.`, `The answer is B`). Several
+    different ones decide nothing and are wrong. A lone `A` or `I` that
+    begins a sentence is a word, not an option.
+    """
+    letters = set(_CHOICE.findall(_ARTICLE.sub("", answer.strip())))
+    if len(answer.strip()) == 1:
+        letters = {answer.strip().upper()}
+    return float(letters == {expected.strip().strip("().").upper()})
+
+
+def relaxed_accuracy(answer: str, expected: str) -> float:
+    """Tell whether a number is within 5 % of the expected one; texts must match exactly.
+
+    ChartQA (Masry et al. 2022), as in its reference implementation `relaxed_correctness` (google-research/pix2struct
+    `pix2struct/metrics.py`): `12%` is 0.12, and a zero must be met exactly.
+    """
+    given, wanted = _to_float(answer), _to_float(expected)
+    if given is not None and wanted:
+        return float(abs(given - wanted) / abs(wanted) <= RELAXED_TOLERANCE)
+    return exact_match(answer, expected)
+
+
+def anls(answer: str, expected: str) -> float:
+    """Average normalised Levenshtein similarity of DocVQA and ST-VQA (Biten et al. 2019, arXiv:1905.13648).
+
+    `1 - distance / length of the longer text` after case folding; 0 where that is below one half.
+    """
+    similarity = Levenshtein.normalized_similarity(_normalise(answer), _normalise(expected))
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+
+
+def iou(answer: str, expected: str) -> float:
+    """Intersection over union of two boxes; 0 when the answer has no box.
+
+    A box is the first four numbers that follow each other, `x1, y1, x2, y2`, whatever is written around them: both
+    `[1, 2, 3, 4]` and Qwen-VL's `{"bbox_2d": [1, 2, 3, 4], "label": "cat"}`. Corners may come in either order.
+
+    Raises:
+        UserError: The expected text has no box.
+    """
+    wanted = _box(expected)
+    if wanted is None:
+        raise UserError(f"task 'iou' expects four numbers 'x1, y1, x2, y2', but the dataset's answer is {expected!r}")
+    given = _box(answer)
+    if given is None:
+        return 0.0
+    width = min(given[2], wanted[2]) - max(given[0], wanted[0])
+    height = min(given[3], wanted[3]) - max(given[1], wanted[1])
+    overlap = max(width, 0.0) * max(height, 0.0)
+    union = _area(given) + _area(wanted) - overlap
+    return overlap / union if union else 0.0
+
+
+def grounding(answer: str, expected: str) -> float:
+    """Tell whether the boxes overlap by at least one half (accuracy@0.5 of RefCOCO, Yu et al. 2016)."""
+    return float(iou(answer, expected) >= 0.5)
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """F-measure of the longest common subsequence (Lin 2004), by `rouge_score` with stemming, as published with T5."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"], use_stemmer=True).score(expected, answer)["rougeL"].fmeasure)
+
+
+def best_reference(score: Score, answer: str, references: Sequence[str]) -> float:
+    """Score an answer against the reference that it fits best."""
+    return max(score(answer, reference) for reference in references)
+
+
+def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU of each sentence on its own (`sacrebleu.sentence_bleu`, smoothed); see `corpus_bleu` for the mean."""
+    from sacrebleu import sentence_bleu
+
+    return [sentence_bleu(answer, list(texts)).score / 100 for answer, texts in zip(answers, references, strict=True)]
+
+
+def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU-4 of all answers together (Papineni et al. 2002), by sacrebleu: no mean of sentences is equal to it."""
+    from sacrebleu import corpus_bleu
+
+    most = max(len(texts) for texts in references)
+    padded = [[*texts, *[None] * (most - len(texts))] for texts in references]
+    return corpus_bleu(list(answers), [list(column) for column in zip(*padded, strict=True)]).score / 100
+
+
+def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of each caption (Vedantam et al. 2015), by pycocoevalcap; its mean is the corpus's score.
+
+    Words are weighted by how rare they are among the references of all samples given here. Texts are lower-cased and
+    split by sacrebleu's `13a` tokenizer, because the original's needs Java.
+
+    Raises:
+        UserError: pycocoevalcap is not installed.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ModuleNotFoundError as error:
+        raise UserError("task 'cider' needs pycocoevalcap: `uv pip install pycocoevalcap`") from error
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    split = Tokenizer13a()
+    candidates = {number: [split(answer.lower())] for number, answer in enumerate(answers)}
+    wanted = {number: [split(text.lower()) for text in texts] for number, texts in enumerate(references)}
+    return [float(score) for score in Cider().compute_score(wanted, candidates)[1]]
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _to_float(text: str) -> float | None:
+    text = text.strip().replace(",", "")
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _box(text: str) -> tuple[float, float, float, float] | None:
+    found = _BOX.search(text)
+    if found is None:
+        return None
+    x1, y1, x2, y2 = map(float, found.groups())
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+
+
+def _area(box: tuple[float, float, float, float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+# Scored answer by answer.
+BY_ANSWER: dict[str, Score] = {
+    function.__name__: function
+    for function in (exact_match, multiple_choice, relaxed_accuracy, anls, iou, grounding, rouge_l)
+}
+# Scored together, because the score of one depends on the others' references.
+TOGETHER: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]] = {"bleu": bleu, "cider": cider}
+# Tasks whose score of many answers is not the mean of their scores.
+NOT_A_MEAN: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {"bleu": corpus_bleu}
+TASKS = (*BY_ANSWER, *TOGETHER)
