@@ -80,7 +80,7 @@ def test_relaxed_accuracy_allows_five_percent_on_numbers(answer: str, expected: 
 
 
 def test_anls_is_similarity_down_to_one_half() -> None:
-    # Biten et al. 2019, equation 1, worked by hand: 1 edit over 10 letters; 4 over 8 is at the threshold, 5 over 8 below.
+    # Biten et al. 2019, equation 1, by hand: 1 edit over 10 letters; 4 over 8 is the threshold, 5 over 8 below it.
     assert anls("Californi", "california") == pytest.approx(1 - 1 / 10)
     assert anls("abcd1234", "abcdefgh") == 0.5
     assert anls("abc12345", "abcdefgh") == 0.0
