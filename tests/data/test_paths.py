@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl_pipeline.data.paths import LocalFolder, project_path
+from qvl_pipeline.data.paths import LocalFolder, RemoteFolder, media_folder, project_path
 from qvl_pipeline.data.rejection import RejectedRowError, quote
 
 
@@ -98,3 +98,30 @@ def test_what_is_no_path_is_refused(project: Path, reference: str, reason: str) 
     assert caught.value.rule == "unknown_format"
     assert reason in caught.value.detail
     assert len(caught.value.detail) < 400
+
+
+@pytest.mark.parametrize("reference", ["x/a.png", "./x//a.png", "../media/x/a.png", "s3://b/media/x/a.png"])
+def test_paths_in_a_remote_folder_are_urls(reference: str) -> None:
+    for folder in ("s3://b/media", "s3://b/media/"):
+        assert media_folder(folder).locate(reference) == "s3://b/media/x/a.png"
+    assert media_folder("s3://b").locate("a.png") == "s3://b/a.png"
+
+
+@pytest.mark.parametrize(
+    ("reference", "rule"),
+    [
+        ("../secret.png", "path_outside_data_folder"),
+        ("/etc/passwd", "path_outside_data_folder"),
+        ("s3://b/media2/a.png", "path_outside_data_folder"),
+        ("s3://b/media/../secret.png", "path_outside_data_folder"),
+        ("https://example.org/media/a.png", "path_outside_data_folder"),
+        ("gs://b/media/a.png", "path_outside_data_folder"),
+        ("file:///etc/passwd", "path_outside_data_folder"),
+        (".", "path_outside_data_folder"),
+        ("a\0.png", "unknown_format"),
+    ],
+)
+def test_leaving_a_remote_folder_is_refused(reference: str, rule: str) -> None:
+    with pytest.raises(RejectedRowError) as caught:
+        RemoteFolder("s3://b/media").locate(reference)
+    assert caught.value.rule == rule

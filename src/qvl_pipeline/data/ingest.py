@@ -22,7 +22,7 @@ from qvl_pipeline.data.readers import read_slabs
 from qvl_pipeline.data.remote import copy_remote, is_url
 from qvl_pipeline.data.rows import READ_ROW, RowReader, assign_split
 from qvl_pipeline.data.runner import use_runner
-from qvl_pipeline.data.tables import REJECTS, SAMPLES
+from qvl_pipeline.data.tables import MEDIA, REJECTS, SAMPLES
 from qvl_pipeline.errors import UserError
 
 # Share of the memory limit that a slab of raw rows may take: parsed, converted and written, it is many times as large.
@@ -133,7 +133,7 @@ def _with_copies(samples: pa.Table, source: DatasetSource, config: IngestConfig)
     media = [
         [{**use, "path": paths.get(use["path"], use["path"])} for use in uses] for uses in samples["media"].to_pylist()
     ]
-    return samples.set_column(SAMPLES.names.index("media"), SAMPLES.field("media"), [media])
+    return samples.set_column(SAMPLES.names.index("media"), SAMPLES.field("media"), pa.array(media, MEDIA))
 
 
 class _TableWriter:
