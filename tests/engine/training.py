@@ -129,6 +129,7 @@ def make_training(
             backward_prefetch=0,
             cpu_offload=False,
             bf16=False,
+            fp16=False,
             sp_ulysses_degree=1,
         ),
         export=spec.ExportSpec(output_dir=str(output_dir / "export"), ema=False),

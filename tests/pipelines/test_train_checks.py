@@ -35,6 +35,12 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
             {"optim": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}},
             r"lr_scheduler_type 'polynomial' over 10 steps .* is impossible: lr_end \(1.0\) must be smaller",
         ),
+        (
+            {"parallel": {"wrap": ("Qwen3VLTextDecoderLayer",)}},
+            "no module of qwen2_5_vl has the class 'Qwen3VLTextDecoderLayer'; its layers are Qwen2_5_VLDecoderLayer",
+        ),
+        ({"parallel": {"hsdp_shard_size": 3}}, "hsdp_shard_size 3 does not divide the 4 ranks"),
+        ({"parallel": {"fp16": True}}, "fp16 needs a GPU"),
         ({"optim": {"optim": "adamw_8bit"}}, "needs the package torchao: install it"),
     ],
 )
@@ -47,7 +53,7 @@ def test_refused_in_one_sentence(
 ) -> None:
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=sentence) as caught:
-        checks.check_before_launch(changed(training, tmp_path, **groups), steps=10)
+        checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4)
     assert "\n" not in str(caught.value)
 
 
@@ -55,5 +61,6 @@ def test_what_fits_passes(training: TrainSpec, tmp_path: Path) -> None:
     groups = {
         "model": {"freeze_modules": ("visual", "model.language_model.layers.0.*")},
         "optim": {"learning_rates": {"llm": 1e-4}, "optim": "muon"},
+        "parallel": {"wrap": ("Qwen2_5_VLDecoderLayer", "Qwen2MLP"), "hsdp_shard_size": 2},
     }
-    checks.check_before_launch(changed(training, tmp_path, **groups), steps=10)
+    checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4)

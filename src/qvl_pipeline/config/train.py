@@ -58,6 +58,8 @@ class TrainConfig(Block):
         warmup_ratio: Share of the steps spent warming up.
         warmup_steps: Steps spent warming up; overrides `warmup_ratio` when positive.
         bf16: Compute in bfloat16; weights and optimizer state stay float32.
+        fp16: Compute in float16, for GPUs without bfloat16: the loss is scaled so that small gradients do not vanish,
+            and a step whose gradients overflow is skipped and counted. Weights and optimizer state stay float32.
         ema_decay: Decay of a float32 moving average of the weights, such as 0.999; 0 keeps none.
         export_ema: Export that average instead of the last weights.
         gradient_checkpointing: Recompute activations in the backward pass; a list `[llm]` or `[vit]` does so in that
@@ -101,6 +103,7 @@ class TrainConfig(Block):
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
     bf16: bool = False
+    fp16: bool = False
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     export_ema: bool = False
     gradient_checkpointing: bool | list[Literal["llm", "vit"]] = False
@@ -136,6 +139,12 @@ class TrainConfig(Block):
         if value != "auto" and int(value) < 1:
             raise ValueError("nproc_per_node must be 'auto' or at least 1")
         return value
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> TrainConfig:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both true: choose one, bf16 where the GPU has it")
+        return self
 
     @model_validator(mode="after")
     def _schedule_is_possible(self) -> TrainConfig:

@@ -63,7 +63,7 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[st
         ValueError: A name in `spec.wrap` is not the class of any module, or the ranks cannot be divided as asked.
     """
     names = layers_to_wrap(model, model.family, spec.wrap)
-    compute = torch.bfloat16 if spec.bf16 else torch.float32
+    compute = torch.bfloat16 if spec.bf16 else torch.float16 if spec.fp16 else torch.float32
     options = {
         "mesh": _sharding_mesh(device.type, spec.hsdp_shard_size),
         "reshard_after_forward": spec.reshard_after_forward,
@@ -127,16 +127,25 @@ def _describe_offload(spec: ParallelSpec, device: torch.device) -> str:
     return "used" if offloads(spec, device) else "not used: the model runs on the CPU, and is in its memory already"
 
 
+def check_shard_size(hsdp_shard_size: int, world_size: int) -> None:
+    """Refuse a group size by which the ranks cannot be divided.
+
+    Raises:
+        ValueError: It does not divide `world_size`.
+    """
+    if hsdp_shard_size and world_size % hsdp_shard_size:
+        raise ValueError(
+            f"fsdp_config.hsdp_shard_size {hsdp_shard_size} does not divide the {world_size} ranks: "
+            "choose a divisor, usually the number of GPUs of a node"
+        )
+
+
 def _sharding_mesh(device_type: str, hsdp_shard_size: int) -> DeviceMesh:
     """All ranks as one sharding group, or (HSDP) as replicas of groups of neighbouring ranks."""
     world_size = dist.get_world_size()
     if not hsdp_shard_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    if world_size % hsdp_shard_size:
-        raise ValueError(
-            f"fsdp_config.hsdp_shard_size {hsdp_shard_size} does not divide the {world_size} ranks: "
-            "choose a divisor, usually the number of GPUs of a node"
-        )
+    check_shard_size(hsdp_shard_size, world_size)
     shape = (world_size // hsdp_shard_size, hsdp_shard_size)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -140,6 +140,7 @@ class ParallelSpec:
         backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
         bf16: Compute in bfloat16.
+        fp16: Compute in float16 with a dynamic loss scale.
         sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
     """
 
@@ -150,6 +151,7 @@ class ParallelSpec:
     backward_prefetch: int
     cpu_offload: bool
     bf16: bool
+    fp16: bool
     sp_ulysses_degree: int
 
 

@@ -19,6 +19,7 @@ from qvl_pipeline.engine.export import export
 from qvl_pipeline.engine.feed import MicroBatch, Step, load_batches, read_plan, share_out
 from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.loading import build_model, load_processor
+from qvl_pipeline.engine.loss_scale import LossScale
 from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
@@ -55,6 +56,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
         self.finite = FiniteWatch(self.device)
+        self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.checkpoints = self._make_checkpoints()
 
     def _make_checkpoints(self) -> Checkpoints:
@@ -62,6 +64,8 @@ class Trainer:
         state = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizers)}
         if self.average:
             state["ema"] = self.average.state  # loading overwrites these very tensors
+        if self.loss_scale:
+            state["loss_scale"] = self.loss_scale
         return Checkpoints(
             Path(run.output_dir) / "checkpoints",
             state,
@@ -139,8 +143,10 @@ class Trainer:
                     "epoch": self.spec.data.epochs * step.number / max_steps,
                     "learning_rate": self.spec.optim.learning_rate * self.schedule(step.number),
                     "learning_rates": learning_rates,
-                    "grad_norm": float(grad_norm),
+                    # An overflow in float16 is no number; that step was not taken.
+                    "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,
                     **window.row(),
+                    **(self.loss_scale.row() if self.loss_scale else {}),
                 }
                 if self.leads:
                     append_row(output_dir / "metrics.jsonl", row)
@@ -167,19 +173,24 @@ class Trainer:
             # Gradients are exchanged once a step, after its last micro-batch.
             self.model.set_requires_gradient_sync(number == len(step.micro_batches))
             losses = self.model(batch)
-            (losses.sum() / step.supervised_tokens).backward()
+            loss = losses.sum() / step.supervised_tokens
+            (loss * self.loss_scale.value if self.loss_scale else loss).backward()
             window.losses.add(losses, batch.target_source)
             self.finite.add_losses(step.number, batch.sample_ids, losses)
         grad_norm = self._clip()
-        self.finite.add_gradient_norm(step.number, grad_norm)
+        if self.loss_scale is None or self.loss_scale.accepts(grad_norm):
+            self.finite.add_gradient_norm(step.number, grad_norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average:
+                self.average.update()
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.update()
         return grad_norm
 
     def _clip(self) -> torch.Tensor:
+        if self.loss_scale:
+            self.loss_scale.unscale(self.model.parameters())
         limit = self.spec.optim.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -11,32 +11,37 @@ if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
 
 
-def check_before_launch(spec: TrainSpec, steps: int) -> None:
+def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> None:
     """Run the engine's own checks of parts, rates and schedule on a model without weights.
 
     Args:
         spec: The run.
         steps: Optimizer steps of its plan.
+        ranks: Processes of the whole job.
 
     Raises:
-        UserError: A name in `freeze_modules` or `learning_rates` fits nothing that is there and trained, the schedule
-            is impossible, or a package is missing.
+        UserError: A name in `freeze_modules`, `learning_rates` or `transformer_layer_cls_to_wrap` fits nothing that is
+            there, the schedule is impossible, a package is missing, or the machine cannot run it as asked.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from qvl_pipeline.engine.families import FAMILIES
     from qvl_pipeline.engine.freezing import freeze
     from qvl_pipeline.engine.optimization import learning_rate_schedule, peak_rates
+    from qvl_pipeline.engine.sharding import check_shard_size, layers_to_wrap
+    from qvl_pipeline.engine.weights import build_skeleton
 
     if spec.optim.optim == "adamw_8bit" and find_spec("torchao") is None:
         raise UserError(
             "optim 'adamw_8bit' needs the package torchao: install it (pip install torchao), or choose another"
         )
+    if spec.parallel.fp16 and not torch.cuda.is_available():
+        raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
     family = FAMILIES[spec.model.family]
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(spec.model.path))
     try:
+        check_shard_size(spec.parallel.hsdp_shard_size, ranks)
+        model = build_skeleton(spec.model.path)
+        layers_to_wrap(model, family, spec.parallel.wrap)
         freeze(model, family, spec.model.freeze_modules)
         peak_rates(spec.optim, {family.group_of(name) for name, p in model.named_parameters() if p.requires_grad})
         learning_rate_schedule(spec.optim, steps)

@@ -69,8 +69,8 @@ def train(
         identity=identity,
         resume_from=resume_from,
     )
-    check_before_launch(spec, plan_summary["steps"])
     nodes = train.launch.nodes()
+    check_before_launch(spec, plan_summary["steps"], _processes(nodes, train, batching).per_node * nodes.nnodes)
     if nodes.node_rank > 0:
         _assist(output_dir, nodes, train, batching)
     _prepare(output_dir, resume=train.resume_from_checkpoint != "none")

@@ -145,6 +145,7 @@ def make_spec(
             backward_prefetch=train.fsdp_config.backward_prefetch,
             cpu_offload=train.fsdp_config.cpu_offload,
             bf16=train.bf16,
+            fp16=train.fp16,
             sp_ulysses_degree=train.sp_ulysses_degree,
         ),
         export=spec.ExportSpec(output_dir=str((output_dir / "export").resolve()), ema=train.export_ema),
