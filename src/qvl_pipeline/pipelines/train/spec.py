@@ -24,6 +24,7 @@ _DOES_NOT_CHANGE_TRAINING = (
     "report_to",
     "dataloader_num_workers",
     "nproc_per_node",
+    "fsdp_config",
     "launch",
 )
 
