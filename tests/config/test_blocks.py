@@ -47,7 +47,8 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.TrainConfig, {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "has no warmup"),
         (config.ValidateConfig, {"max_aspect_ratio": 500}, "less than or equal to 200"),
         (config.ValidateConfig, {"min_video_frames": 1}, "greater than or equal to 2"),
-        (config.TrainConfig, {"sp_ulysses_degree": 2}, "Input should be 1"),
+        (config.TrainConfig, {"sp_ulysses_degree": 3}, "Input should be 1, 2, 4 or 8"),
+        (config.TrainConfig, {"sp_ulysses_degree": 2, "use_rmpad": False}, "shares packs, which use_rmpad: false"),
         (config.TrainConfig, {"eval_strategy": "steps"}, "Input should be 'no'"),
         (
             config.TrainConfig,

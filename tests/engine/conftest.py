@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from qvl_pipeline.demo.tiny_model import build_tiny_model
-from qvl_pipeline.engine.attention import use_packed_attention
 from qvl_pipeline.engine.batch import BatchBuilder
-from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
-
-MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
-
-
-class RandomPatches:
-    """Stands in for the patch loader: the pixels of a medium are random, but always the same for its key."""
-
-    def __init__(self, patch_size: int) -> None:
-        self.patch_size = patch_size
-
-    def load(self, media: Sequence[dict[str, Any]]) -> torch.Tensor:
-        return torch.cat([self._one(item) for item in media])
-
-    def _one(self, item: dict[str, Any]) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(item["key"].encode()))
-        patches = item["grid_t"] * item["grid_h"] * item["grid_w"]
-        return torch.randint(0, 256, (patches, 3 * 2 * self.patch_size**2), generator=generator, dtype=torch.uint8)
+from tests.engine.packs import load_packed, make_builder, make_samples
 
 
 @pytest.fixture(scope="session")
@@ -62,66 +41,14 @@ def hf_model(family: str, tiny_folders: Callable[[str], Path]) -> PreTrainedMode
 
 @pytest.fixture
 def packed(family: str, tiny_folders: Callable[[str], Path]) -> PackedVLM:
-    hf = AutoModelForImageTextToText.from_pretrained(tiny_folders(family), dtype=torch.float32)
-    use_packed_attention(hf, "auto", torch.device("cpu"))
-    use_linear_patch_embedding(hf)
-    return PackedVLM(hf, FAMILIES[family], MEAN, STD)
+    return load_packed(tiny_folders(family), family)
 
 
 @pytest.fixture
 def builder(family: str, hf_model: PreTrainedModel) -> BatchBuilder:
-    config = hf_model.config
-    return BatchBuilder(
-        loader=RandomPatches(config.vision_config.patch_size),
-        patch_values=3 * 2 * config.vision_config.patch_size**2,
-        placeholder_ids=(config.image_token_id, config.video_token_id),
-        tokens_per_second=FAMILIES[family].tokens_per_second(config),
-        sources=("a", "b"),
-    )
+    return make_builder(hf_model.config, family)
 
 
 @pytest.fixture
 def samples(family: str, hf_model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """One sample of every modality; sizes differ, and the longest answer is not the last."""
-    config = hf_model.config
-    image, video = config.image_token_id, config.video_token_id
-    start, end = config.vision_start_token_id, config.vision_end_token_id
-    # Qwen3-VL has a block of placeholders for each temporal patch; Qwen2.5-VL has one for the whole clip.
-    frames = [start, *[video] * 6, end]
-    clip = [30, *frames, 31, *frames] if family == "qwen3_vl" else [start, *[video] * 12, end]
-    small, large = (1, 4, 4), (1, 4, 8)
-    prompts: dict[str, tuple[list[int], list[tuple]]] = {
-        "text": ([40, 41, 42], []),
-        "image": ([start, *[image] * 4, end, 43], [("image", *small)]),
-        "two_images": (
-            [start, *[image] * 4, end, 44, start, *[image] * 8, end],
-            [("image", *small), ("image", *large)],
-        ),
-        "video": ([*clip, 45], [("video", 2, 4, 6)]),
-        "image_and_video": ([start, *[image] * 8, end, *clip], [("image", *large), ("video", 2, 4, 6)]),
-    }
-    rng = np.random.default_rng(0)
-    return {
-        kind: _sample(kind, prompt, media, rng.integers(50, 500, size=3 + number), "ab"[number % 2])
-        for number, (kind, (prompt, media)) in enumerate(prompts.items())
-    }
-
-
-def _sample(kind: str, prompt: list[int], media: list[tuple], answer: np.ndarray, source: str) -> dict[str, Any]:
-    return {
-        "sample_id": kind,
-        "source": source,
-        "input_ids": np.array([*prompt, *answer, 60], dtype=np.int32),
-        "label_spans": np.array([[len(prompt), len(prompt) + len(answer)]], dtype=np.int32),
-        "media": [
-            {
-                "type": kind_,
-                "key": f"{kind}/{number}",
-                "grid_t": t,
-                "grid_h": h,
-                "grid_w": w,
-                "seconds_per_grid": 0.5 if kind_ == "video" else 0.0,
-            }
-            for number, (kind_, t, h, w) in enumerate(media)
-        ],
-    }
+    return make_samples(hf_model.config, family)

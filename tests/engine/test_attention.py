@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvl_pipeline.engine.attention import _KERNELS, Segments, _require
+from qvl_pipeline.engine.attention_kernels import KERNELS, Segments, choose_kernel
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -19,7 +19,7 @@ def test_packed_equals_separate(kernel: str, causal: bool, lengths: list[int]) -
     k, v = (torch.randn(1, 2, total, 8, requires_grad=True) for _ in range(2))
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
-    packed = _KERNELS[kernel](q, k, v, Segments(cu, None), 0.3, causal)
+    packed = KERNELS[kernel](q, k, v, Segments(cu, None), 0.3, causal)
     parts = [
         F.scaled_dot_product_attention(
             q[:, :, s:e], k[:, :, s:e], v[:, :, s:e], is_causal=causal, scale=0.3, enable_gqa=True
@@ -39,4 +39,4 @@ def test_packed_equals_separate(kernel: str, causal: bool, lengths: list[int]) -
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "torch_varlen"])
 def test_kernel_that_cannot_run_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}'.*use 'auto'"):
-        _require(name, torch.device("cpu"))
+        choose_kernel(name, torch.device("cpu"), half=True)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,12 @@ def trainings(
     return training
 
 
+def metrics(training: TrainSpec) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(training: TrainSpec) -> list[float]:
-    return [
-        json.loads(line)["loss"] for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [row["loss"] for row in metrics(training)]
 
 
 def weights(training: TrainSpec) -> dict[str, torch.Tensor]:
@@ -120,12 +123,26 @@ def test_impossible_sharding_is_refused(
     assert message in json.loads((tmp_path / "errors" / "rank0.json").read_text())["message"]
 
 
-@pytest.mark.parametrize(("killed_after", "nproc"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_ranks_that_share_packs_train_the_same(
+    family: str, nproc: int, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings(family)
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, parallel={"sp_ulysses_degree": 2})
+    trained(actual, nproc)
+    assert_same_training(actual, expected)
+    for row, other in zip(metrics(actual), metrics(expected), strict=True):
+        assert (row["tokens"], row["supervised_tokens"]) == (other["tokens"], other["supervised_tokens"])
+        assert row["loss_by_source"] == pytest.approx(other["loss_by_source"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("killed_after", "nproc", "sp_ulysses_degree"), [(1, 2, 1), (2, 1, 1), (1, 2, 2)])
 def test_resumed_equals_uninterrupted_on_any_number_of_ranks(
-    killed_after: int, nproc: int, trainings: Callable[[str], TrainSpec], tmp_path: Path
+    killed_after: int, nproc: int, sp_ulysses_degree: int, trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
     expected = trainings("qwen3_vl")
-    actual = changed(expected, tmp_path / "run", run={"save_steps": 0})
+    parallel = {"sp_ulysses_degree": sp_ulysses_degree}
+    actual = changed(expected, tmp_path / "run", run={"save_steps": 0}, parallel=parallel)
     shutil.copytree(expected.run.output_dir, actual.run.output_dir)
     for path in (Path(actual.run.output_dir) / "checkpoints").glob("checkpoint-*"):
         if int(path.name.split("-")[1]) > killed_after:

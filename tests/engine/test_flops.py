@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 
 def counted(packed: PackedVLM, batch: Batch) -> int:
     """FLOPs of forward and backward as torch sees them; eager attention is made of products it can count."""
-    use_packed_attention(packed.hf, "eager", torch.device("cpu"))
+    use_packed_attention(packed.hf, "eager", "eager", torch.device("cpu"))
     with FlopCounterMode(display=False) as mode:
         packed(batch).sum().backward()
     return mode.get_total_flops()

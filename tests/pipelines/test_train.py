@@ -129,6 +129,7 @@ def test_processes_without_gpus_are_the_declared_data_parallel_size(monkeypatch:
     batching = BatchingConfig(data_parallel_size=3)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 3
+    assert _processes(THIS_NODE, TrainConfig(sp_ulysses_degree=2), batching).per_node == 6
     assert _processes(THIS_NODE, TrainConfig(nproc_per_node=5), batching).per_node == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 8

@@ -41,6 +41,10 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
         ),
         ({"parallel": {"hsdp_shard_size": 3}}, "hsdp_shard_size 3 does not divide the 4 ranks"),
         ({"parallel": {"fp16": True}}, "fp16 needs a GPU"),
+        ({"parallel": {"sp_ulysses_degree": 8}}, "8 does not divide the model's 4 attention heads"),
+        ({"model": {"attn_implementation": "flash_attention_2"}}, "'flash_attention_2' needs the package|runs on CUDA"),
+        ({"model": {"vit_attn_implementation": "torch_varlen"}}, "vit_attn_implementation 'torch_varlen' runs on CUDA"),
+        ({"model": {"attn_implementation": "torch_varlen"}, "data": {"rmpad": False}}, "knows no padding"),
         ({"optim": {"optim": "adamw_8bit"}}, "needs the package torchao: install it"),
     ],
 )
@@ -52,15 +56,17 @@ def test_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=sentence) as caught:
         checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4)
     assert "\n" not in str(caught.value)
 
 
-def test_what_fits_passes(training: TrainSpec, tmp_path: Path) -> None:
+def test_what_fits_passes(training: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     groups = {
-        "model": {"freeze_modules": ("visual", "model.language_model.layers.0.*")},
+        "model": {"vit_attn_implementation": "eager", "freeze_modules": ("visual", "model.language_model.layers.0.*")},
         "optim": {"learning_rates": {"llm": 1e-4}, "optim": "muon"},
-        "parallel": {"wrap": ("Qwen2_5_VLDecoderLayer", "Qwen2MLP"), "hsdp_shard_size": 2},
+        "parallel": {"wrap": ("Qwen2_5_VLDecoderLayer", "Qwen2MLP"), "hsdp_shard_size": 2, "sp_ulysses_degree": 4},
     }
-    checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4)
+    assert checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4) == ("sdpa", "eager")

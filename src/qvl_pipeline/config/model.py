@@ -20,7 +20,8 @@ class ModelConfig(Block):
         load_from_pretrained_path: Hub id or local folder of the base model; `None` builds the tiny model of the family.
         processor_name: Hub id or local folder of the processor; `None` takes the model's own.
         tiny_seed: Seed of the tiny model's weights; only read when `load_from_pretrained_path` is `None`.
-        attn_implementation: Attention kernel; `auto` takes the best that is installed and says which.
+        attn_implementation: Attention kernel; `auto` takes the fastest that runs here and says which.
+        vit_attn_implementation: Attention kernel of the vision tower in training; `None` is the same.
         image_min_pixels: Fewest pixels an image is scaled up to.
         image_max_pixels: Most pixels an image is scaled down to.
     """
@@ -30,6 +31,7 @@ class ModelConfig(Block):
     processor_name: str | None = None
     tiny_seed: int = 0
     attn_implementation: Attention = "auto"
+    vit_attn_implementation: Attention | None = None
     image_min_pixels: int = Field(default=56 * 56, ge=1)
     image_max_pixels: int = Field(default=1280 * 28 * 28, ge=1)
 
@@ -45,7 +47,7 @@ class ModelConfig(Block):
 
     def prepared(self) -> dict[str, object]:
         """Return what decides the base model and the tokens; attention is chosen anew by every stage."""
-        return self.model_dump(mode="json", exclude={"attn_implementation"})
+        return self.model_dump(mode="json", exclude={"attn_implementation", "vit_attn_implementation"})
 
     @property
     def patch_size(self) -> int:

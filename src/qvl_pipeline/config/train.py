@@ -71,11 +71,14 @@ class TrainConfig(Block):
         freeze_modules: Parts that stay bit-unchanged: `visual`, `merger`, `deepstack`, `llm`, `embed`, `head`, or a
             glob over parameter names. One that matches nothing is an error.
         use_liger_kernel: Fused Liger kernels on CUDA; on a CPU it is said that they are not used.
-        use_rmpad: Packs without padding. The padded reference path is not offered here.
+        use_rmpad: Packs without padding. `false` is the reference to compare with: every sample a padded row, and
+            transformers' own attention with a mask; the same losses, slower, and with far more memory.
         fsdp2: Shard with FSDP2, the only strategy.
         fsdp_config: How FSDP2 shards.
-        sp_ulysses_degree: Ulysses sequence-parallel degree.
-        nproc_per_node: Processes of this node; `auto` is one per GPU, and without GPUs `batching.data_parallel_size`.
+        sp_ulysses_degree: Processes that share the tokens, attention heads and media of one pack (Ulysses sequence
+            parallelism), for samples too long for one GPU. It must divide the attention heads and the processes.
+        nproc_per_node: Processes of this node; `auto` is one per GPU, and without GPUs
+            `batching.data_parallel_size` times `sp_ulysses_degree`.
         launch: Nodes, rendezvous, restarts and timeouts.
         logging_steps: Steps between two rows of metrics.
         save_steps: Steps between two checkpoints; 0 saves only at the end.
@@ -112,10 +115,10 @@ class TrainConfig(Block):
     torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     freeze_modules: list[str] = Field(default_factory=list)
     use_liger_kernel: bool = False
-    use_rmpad: Literal[True] = True
+    use_rmpad: bool = True
     fsdp2: Literal[True] = True
     fsdp_config: FSDPConfig = FSDPConfig()
-    sp_ulysses_degree: Literal[1] = 1
+    sp_ulysses_degree: Literal[1, 2, 4, 8] = 1
     nproc_per_node: int | Literal["auto"] = "auto"
     launch: LaunchConfig = LaunchConfig()
     logging_steps: int = Field(default=1, ge=1)
@@ -144,6 +147,15 @@ class TrainConfig(Block):
     def _one_precision(self) -> TrainConfig:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true: choose one, bf16 where the GPU has it")
+        return self
+
+    @model_validator(mode="after")
+    def _only_packs_are_shared(self) -> TrainConfig:
+        if self.sp_ulysses_degree > 1 and not self.use_rmpad:
+            raise ValueError(
+                f"sp_ulysses_degree {self.sp_ulysses_degree} shares packs, which use_rmpad: false does not build: set "
+                "use_rmpad to true, or sp_ulysses_degree to 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -82,11 +82,15 @@ class ModelFlops:
     vision_pairs: Callable[[Sequence[Sequence[int]]], list[int]]
 
     def count(self, batch: Batch) -> float:
-        """Count the FLOPs of a batch that is still in host memory; a blank image in place of media is no work."""
-        lengths = batch.cu_seqlens.diff().double()
-        flops = self.per_token * float(lengths.sum()) + self.per_target * len(batch.targets)
-        flops += self.per_text_pair * float((lengths * (lengths + 1) / 2).sum())
-        if batch.visual_tokens:
+        """Count this rank's FLOPs of a batch that is still in host memory.
+
+        A blank image in place of media is no work. Ranks that share a pack share its tokens and attention evenly; media
+        and targets are each rank's own.
+        """
+        ranks = len(batch.features_to)
+        flops = self.per_token * sum(batch.lengths) / ranks + self.per_target * len(batch.targets)
+        flops += self.per_text_pair * sum(length * (length + 1) / 2 for length in batch.lengths) / ranks
+        if sum(batch.features_to):
             flops += self.per_patch * len(batch.patches)
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))

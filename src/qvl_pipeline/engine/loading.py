@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoProcessor
 
 from qvl_pipeline.engine.attention import use_packed_attention
@@ -15,6 +16,7 @@ from qvl_pipeline.engine.kernels import use_liger_kernels
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.recomputation import recompute_activations
+from qvl_pipeline.engine.sequence_parallel import check_degree
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.weights import build_skeleton
 
@@ -27,13 +29,16 @@ def load_processor(spec: TrainSpec) -> Any:
     return processor
 
 
-def build_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[PackedVLM, dict[str, Any]]:
+def build_model(
+    spec: TrainSpec, processor: Any, device: torch.device, sp_group: dist.ProcessGroup | None
+) -> tuple[PackedVLM, dict[str, Any]]:
     """Build the model, still without weights, and prepare it for training on packs.
 
     Args:
         spec: The run.
         processor: Its processor, for the normalisation of pixels.
         device: Where the model will run.
+        sp_group: Ranks that share the tokens of a pack, if any.
 
     Returns:
         The model on the meta device, and facts about it for `result.json`: what was frozen, which kernels are used, how
@@ -41,10 +46,20 @@ def build_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[
     """
     family = FAMILIES[spec.model.family]
     hf = build_skeleton(spec.model.path)
+    if sp_group is not None:
+        check_degree(sp_group.size(), dist.get_world_size(), hf.config.text_config.num_attention_heads)
     hf.train()
     use_linear_patch_embedding(hf)
     facts: dict[str, Any] = {
-        "attention": use_packed_attention(hf, spec.model.attn_implementation, device),
+        "attention": use_packed_attention(
+            hf,
+            spec.model.attn_implementation,
+            spec.model.vit_attn_implementation,
+            device,
+            half=spec.parallel.half,
+            rmpad=spec.data.rmpad,
+            sp_group=sp_group,
+        ),
         "frozen": freeze(hf, family, spec.model.freeze_modules),
         "parameters": sum(parameter.numel() for parameter in hf.parameters()),
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
@@ -54,7 +69,7 @@ def build_model(spec: TrainSpec, processor: Any, device: torch.device) -> tuple[
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
-    return PackedVLM(hf, family, *_normalization(processor)), facts
+    return PackedVLM(hf, family, *_normalization(processor), sp_group), facts
 
 
 def _normalization(processor: Any) -> tuple[list[float], list[float]]:

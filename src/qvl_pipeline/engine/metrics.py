@@ -45,7 +45,6 @@ class MetricsWindow:
         flops: ModelFlops,
         *,
         packing_length: int,
-        sp_size: int,
     ) -> None:
         """Start an empty window.
 
@@ -54,13 +53,11 @@ class MetricsWindow:
             device: This rank's device.
             flops: FLOPs of the model.
             packing_length: Token budget of a pack.
-            sp_size: Ranks that share the work on a batch.
         """
         self._sources = sources
         self._device = device
         self._flops = flops
         self._packing_length = packing_length
-        self._sp_size = sp_size
         self._peak_flops = peak_flops(device)
         self._reset()
 
@@ -72,7 +69,7 @@ class MetricsWindow:
 
     def add_batch(self, batch: Batch, waited_s: float) -> None:
         """Count a micro-batch of this rank that is still in host memory, and the seconds spent waiting for it."""
-        self._work += self._flops.count(batch) / self._sp_size
+        self._work += self._flops.count(batch)
         self._waited_s += waited_s
 
     def add_step(self, step: Step) -> None:

@@ -48,6 +48,11 @@ def start_process_group(sp_ulysses_degree: int, timeout_s: float) -> tuple[Devic
     return init_device_mesh(device.type, (groups, sp_ulysses_degree), mesh_dim_names=("dp", "sp")), device
 
 
+def sequence_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """Ranks that share the tokens of a pack with this one; `None` when it has them to itself."""
+    return mesh["sp"].get_group() if mesh["sp"].size() > 1 else None
+
+
 def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[str, Any]:
     """Shard a model in place over all ranks with FSDP2: layer by layer, then the rest as the root.
 

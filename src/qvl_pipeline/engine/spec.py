@@ -47,7 +47,8 @@ class ModelSpec:
         path: Folder or hub id for `from_pretrained`.
         processor: Folder or hub id of the processor that is exported along.
         family: Name of a module in `engine.families`.
-        attn_implementation: Attention kernel or `auto`.
+        attn_implementation: Attention kernel of the language model, or `auto`.
+        vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
         freeze_modules: Short names or globs of parts that stay as they are.
         gradient_checkpointing: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
@@ -62,6 +63,7 @@ class ModelSpec:
     processor: str
     family: str
     attn_implementation: str
+    vit_attn_implementation: str
     freeze_modules: tuple[str, ...]
     gradient_checkpointing: tuple[str, ...]
     use_liger_kernel: bool
@@ -82,6 +84,7 @@ class DataSpec:
         video_frames: Folder of the frame store.
         packing_length: Token budget of a pack.
         packs_per_micro_batch: Packs of one forward pass of one rank.
+        rmpad: Micro-batches are packs; otherwise a padded row for each sample.
         epochs: Passes over the data that the plan makes.
         num_workers: Loader processes of each rank.
     """
@@ -91,6 +94,7 @@ class DataSpec:
     video_frames: str
     packing_length: int
     packs_per_micro_batch: int
+    rmpad: bool
     epochs: float
     num_workers: int
 
@@ -153,6 +157,11 @@ class ParallelSpec:
     bf16: bool
     fp16: bool
     sp_ulysses_degree: int
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in 16 bits, as fused attention must."""
+        return self.bf16 or self.fp16
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from qvl_pipeline.engine.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, completed
@@ -24,7 +25,8 @@ from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_unt
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
 from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.sharding import offloads, shard, start_process_group
+from qvl_pipeline.engine.sequence_parallel import SequenceShare
+from qvl_pipeline.engine.sharding import offloads, sequence_group, shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.stopping import StopRequest, write_stopped
 from qvl_pipeline.engine.watchdog import Watchdog, set_collective_timeout
@@ -48,11 +50,11 @@ class Trainer:
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
         self.processor = load_processor(spec)
-        self.model, self.facts = build_model(spec, self.processor, self.device)
+        self.model, self.facts = build_model(spec, self.processor, self.device, sequence_group(self.mesh))
         self.flops = flops_of(self.model)
         self.facts |= shard(self.model, self.device, spec.parallel)
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
-        self.builder = _make_builder(spec, self.model, self.processor)
+        self.builder = _make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
         self.finite = FiniteWatch(self.device)
@@ -124,7 +126,6 @@ class Trainer:
             self.device,
             self.flops,
             packing_length=self.spec.data.packing_length,
-            sp_size=self.mesh["sp"].size(),
         )
         for step in steps:
             self.step = step.number
@@ -226,7 +227,7 @@ def _trains_vision_only(model: PackedVLM) -> bool:
     return trained <= {"vit", "merger", "deepstack"}
 
 
-def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any) -> BatchBuilder:
+def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: DeviceMesh) -> BatchBuilder:
     config, image_processor = model.hf.config, processor.image_processor
     patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
     sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"]
@@ -241,4 +242,6 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any) -> BatchBui
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=model.family.tokens_per_second(config),
         sources=tuple(sorted(set(sources.to_pylist()))),
+        rmpad=spec.data.rmpad,
+        share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )

@@ -250,11 +250,12 @@ class FrameStore:
             raise UserError(f"{self.folder} holds no frames of '{clip}': run the pipeline 'sample' again")
         return self._index.slice(self._rows[clip], 1).to_pylist()[0]
 
-    def frames(self, clip: str) -> np.ndarray:
+    def frames(self, clip: str, part: slice = slice(None)) -> np.ndarray:
         """Read the frames of one clip.
 
         Args:
             clip: Clip id.
+            part: Which of them; the others are not decoded.
 
         Returns:
             Uint8 `[T, 3, H, W]`. With the encoding `raw` a read-only view of the memory map, at no cost.
@@ -271,8 +272,9 @@ class FrameStore:
         if info["encoding"] == "raw":
             offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)
             pixels = np.frombuffer(frames.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
-            return pixels.reshape(info["n_frames"], 3, info["height"], info["width"])
-        decoded = np.empty((info["n_frames"], 3, info["height"], info["width"]), dtype=np.uint8)
+            return pixels.reshape(info["n_frames"], 3, info["height"], info["width"])[part]
+        frames = frames[part]
+        decoded = np.empty((len(frames), 3, info["height"], info["width"]), dtype=np.uint8)
         for number, frame in enumerate(frames):
             with Image.open(pa.BufferReader(frame.as_buffer())) as image:
                 decoded[number] = np.asarray(image).transpose(2, 0, 1)

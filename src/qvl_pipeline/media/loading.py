@@ -36,7 +36,8 @@ class PatchLoader:
         """Load the patches of one sample.
 
         Args:
-            media: Entries with `type`, `key` and the grid `grid_t`, `grid_h`, `grid_w` in patches, in reading order.
+            media: Entries with `type`, `key` and the grid `grid_t`, `grid_h`, `grid_w` in patches, in reading order. Of
+                a clip with the key `part`, a range of temporal patches, only these are loaded.
 
         Returns:
             Uint8 `[sum of patches, 3 * temporal_patch_size * patch_size**2]`: what transformers' processors return as
@@ -45,7 +46,7 @@ class PatchLoader:
         Raises:
             UserError: A medium is missing, cannot be read, or is not of the size that was planned.
         """
-        counts = [item["grid_t"] * item["grid_h"] * item["grid_w"] for item in media]
+        counts = [(end - start) * item["grid_h"] * item["grid_w"] for item in media for start, end in [_part(item)]]
         patches = np.empty((sum(counts), self._values), dtype=np.uint8)
         start = 0
         for item, count in zip(media, counts, strict=True):
@@ -65,12 +66,19 @@ class PatchLoader:
                 ) from error
         if self._store is None:
             raise UserError(f"'{item['key']}' is a clip, but no frame store was given: run the pipeline 'sample'")
-        frames = self._store.frames(item["key"])
+        size = self._layout["temporal_patch_size"]
+        start, end = _part(item)
+        frames = self._store.frames(item["key"], slice(start * size, end * size))
         planned = (item["grid_t"], height, width)
-        stored = (-(-len(frames) // self._layout["temporal_patch_size"]), *frames.shape[2:])
+        stored = (-(-self._store.info(item["key"])["n_frames"] // size), *frames.shape[2:])
         if stored != planned:
             raise UserError(
                 f"clip '{item['key']}' has (temporal patches, height, width) {stored} in the frame store, but {planned}"
                 " was planned: run the pipeline 'tokenize' again"
             )
         return frames
+
+
+def _part(item: Mapping[str, Any]) -> tuple[int, int]:
+    """Temporal patches to load of a medium: all, unless ranks share it."""
+    return item.get("part") or (0, item["grid_t"])

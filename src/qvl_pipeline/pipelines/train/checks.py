@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
 
 
-def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> None:
-    """Run the engine's own checks of parts, rates and schedule on a model without weights.
+def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, str]:
+    """Run the engine's own checks of parts, rates, schedule, kernels and ranks on a model without weights.
 
     Args:
         spec: The run.
         steps: Optimizer steps of its plan.
         ranks: Processes of the whole job.
+
+    Returns:
+        The attention kernels that will be used in the language model and in the vision tower.
 
     Raises:
         UserError: A name in `freeze_modules`, `learning_rates` or `transformer_layer_cls_to_wrap` fits nothing that is
@@ -25,9 +28,11 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> None:
     """
     import torch
 
+    from qvl_pipeline.engine.attention_kernels import choose_kernels
     from qvl_pipeline.engine.families import FAMILIES
     from qvl_pipeline.engine.freezing import freeze
     from qvl_pipeline.engine.optimization import learning_rate_schedule, peak_rates
+    from qvl_pipeline.engine.sequence_parallel import check_degree
     from qvl_pipeline.engine.sharding import check_shard_size, layers_to_wrap
     from qvl_pipeline.engine.weights import build_skeleton
 
@@ -37,13 +42,17 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> None:
         )
     if spec.parallel.fp16 and not torch.cuda.is_available():
         raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
-    family = FAMILIES[spec.model.family]
+    family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
+        kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.rmpad)
         check_shard_size(spec.parallel.hsdp_shard_size, ranks)
         model = build_skeleton(spec.model.path)
+        check_degree(spec.parallel.sp_ulysses_degree, ranks, model.config.text_config.num_attention_heads)
         layers_to_wrap(model, family, spec.parallel.wrap)
         freeze(model, family, spec.model.freeze_modules)
         peak_rates(spec.optim, {family.group_of(name) for name, p in model.named_parameters() if p.requires_grad})
         learning_rate_schedule(spec.optim, steps)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return kernels

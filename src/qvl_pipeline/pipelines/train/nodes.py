@@ -46,7 +46,7 @@ def train(
         A writer of the trained model's folder, the logged steps, and the result.
 
     Raises:
-        UserError: The plan was made for other parameters, or these fit the model in no way.
+        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here.
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
@@ -70,7 +70,9 @@ def train(
         resume_from=resume_from,
     )
     nodes = train.launch.nodes()
-    check_before_launch(spec, plan_summary["steps"], _processes(nodes, train, batching).per_node * nodes.nnodes)
+    ranks = _processes(nodes, train, batching).per_node * nodes.nnodes
+    text, vision = check_before_launch(spec, plan_summary["steps"], ranks)
+    print(f"train: attention kernels: {text} in the language model, {vision} in the vision tower", flush=True)
     if nodes.node_rank > 0:
         _assist(output_dir, nodes, train, batching)
     _prepare(output_dir, resume=train.resume_from_checkpoint != "none")
@@ -172,14 +174,15 @@ def _run(
 
 
 def _processes(nodes: Nodes, train: TrainConfig, batching: BatchingConfig) -> Processes:
-    """Processes of this node: as many as asked for, else one a GPU, else its share of the data-parallel size."""
+    """Processes of this node: as many as asked for, else one a GPU, else its share of what the declared batch needs."""
     given = train.nproc_per_node
     if given == "auto":
         given = os.environ.get("PET_NPROC_PER_NODE", "auto")  # Kubeflow may say `auto` or `gpu` too
     if not str(given).isdigit():
         import torch
 
-        given = torch.cuda.device_count() or max(1, batching.data_parallel_size // nodes.nnodes)
+        given = torch.cuda.device_count()
+        given = given or max(1, batching.data_parallel_size * train.sp_ulysses_degree // nodes.nnodes)
     return Processes(int(given), nodes, train.launch.max_restarts)
 
 

@@ -26,6 +26,7 @@ _DOES_NOT_CHANGE_TRAINING = (
     "nproc_per_node",
     "fsdp_config",
     "launch",
+    "sp_ulysses_degree",
 )
 
 
@@ -106,6 +107,7 @@ def make_spec(
             processor=model.processor_name or path,
             family=manifest["family"],
             attn_implementation=model.attn_implementation,
+            vit_attn_implementation=model.vit_attn_implementation or model.attn_implementation,
             freeze_modules=tuple(train.freeze_modules),
             gradient_checkpointing=train.checkpointed_towers,
             use_liger_kernel=train.use_liger_kernel,
@@ -121,6 +123,7 @@ def make_spec(
             video_frames=str(video_frames.resolve()),
             packing_length=batching.packing_length,
             packs_per_micro_batch=batching.per_device_train_batch_size,
+            rmpad=train.use_rmpad,
             epochs=float(plan_summary["epochs"]),
             num_workers=train.dataloader_num_workers,
         ),

@@ -1,0 +1,205 @@
+"""Attention over packs: the kernels there are, and which of them runs here.
+
+Every kernel attends within the sequences of a pack, which lie end to end in one row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = Callable[..., Tensor]
+
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+# Compute capabilities: FlashAttention 2 (torch's varlen attention is made of it) from Ampere on, 3 on Hopper.
+_AMPERE_ON, _HOPPER = range(80, 1000), range(90, 100)
+_CAPABILITIES = {"flash_attention_2": _AMPERE_ON, "torch_varlen": _AMPERE_ON, "flash_attention_3": _HOPPER}
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a pack lie.
+
+    Attributes:
+        cu_seqlens: Bounds `[sequences + 1]`, int32.
+        max_length: Tokens of the longest, if known without asking the device.
+    """
+
+    cu_seqlens: Tensor
+    max_length: int | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_length if self.max_length is not None else int(self.cu_seqlens.diff().max())
+
+
+def choose_kernels(text: str, vision: str, device: torch.device, *, half: bool, rmpad: bool) -> tuple[str, str]:
+    """Choose the kernels of the language model and the vision tower.
+
+    Args:
+        text: `attn_implementation`.
+        vision: `vit_attn_implementation`.
+        device: Where the model runs.
+        half: It computes in bfloat16 or float16.
+        rmpad: The language model sees packs; otherwise padded rows. The vision tower never sees padding.
+
+    Returns:
+        The name of the kernel of each.
+
+    Raises:
+        ValueError: A kernel is not installed, or does not run on this device, in this precision or on padded rows.
+    """
+    if not rmpad and text == "torch_varlen":
+        raise ValueError("attn_implementation 'torch_varlen' knows no padding: use 'auto', or set use_rmpad to true")
+    if not rmpad and text == "auto":
+        text = "sdpa"
+    vision = choose_kernel(vision, device, half=half, key="vit_attn_implementation")
+    return choose_kernel(text, device, half=half), vision
+
+
+def choose_kernel(name: str, device: torch.device, *, half: bool, key: str = "attn_implementation") -> str:
+    """Choose the kernel of a tower.
+
+    Args:
+        name: `auto`, `flash_attention_2`, `flash_attention_3`, `torch_varlen`, `sdpa` or `eager`.
+        device: Where the tower runs.
+        half: It computes in bfloat16 or float16.
+        key: The parameter to name in an error.
+
+    Returns:
+        The name of the kernel; for `auto` the fastest that runs.
+
+    Raises:
+        ValueError: The kernel is not installed, or does not run on this device or in this precision.
+    """
+    if name == "auto":
+        order = ("flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa")
+        return next(kernel for kernel in order if why_not(kernel, device, half=half) is None)
+    if reason := why_not(name, device, half=half):
+        raise ValueError(f"{key} '{name}' {reason}: use 'auto'")
+    return name
+
+
+def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
+    """Say why a kernel cannot run on a device; `None` when it can."""
+    if name not in _CAPABILITIES:
+        return None
+    package = _PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        return f"needs the package {package}, which is not installed"
+    if device.type != "cuda":
+        return f"runs on CUDA only, and this is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major * 10 + minor not in _CAPABILITIES[name]:
+        return f"does not run on {torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    if not half:
+        return "computes in bfloat16 or float16 only, and neither bf16 nor fp16 is set"
+    return None
+
+
+def _flash(
+    function: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool
+) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    bounds, longest = segments.cu_seqlens, segments.longest
+    output = function(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=causal)
+    return (output[0] if isinstance(output, tuple) else output)[None]
+
+
+def _flash_attention_2(*arguments: Any) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, *arguments)
+
+
+def _flash_attention_3(*arguments: Any) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, *arguments)
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = _repeat_heads(q, k, v)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    bounds, longest = segments.cu_seqlens, segments.longest
+    # A window of (-1, 0) is causal attention: every earlier key, no later one.
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)[None]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
+    options = {"is_causal": causal, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    return _by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = _repeat_heads(q, k, v)
+        scores = (q @ k.transpose(2, 3)).float() * scaling
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        return scores.softmax(-1).to(v.dtype) @ v
+
+    return _by_length(q, k, v, segments, causal, attend)
+
+
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat key and value heads for kernels without grouped-query attention."""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
+def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
+    """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
+
+    Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
+    not matter, and its output is dropped. Others are batched only with sequences of exactly their length.
+    """
+    bounds = segments.cu_seqlens.tolist()
+    batches: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(bounds):
+        length = end - start
+        batches.setdefault(_rounded(length) if causal else length, []).append((start, end))
+    if len(batches) == 1 and not causal:
+        length = next(iter(batches))
+        output = attend(*(x[0].unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v)))
+        return output.permute(0, 2, 1, 3).flatten(0, 1)[None]
+    outputs, rows = [], []
+    for length, sequences in batches.items():
+        starts, ends = torch.tensor(sequences).T
+        index = starts[:, None] + torch.arange(length)
+        real = index < ends[:, None]
+        gather = index.clamp(max=bounds[-1] - 1).flatten().to(q.device)
+        batch = (x[0].index_select(1, gather).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
+        keep = real.flatten().nonzero()[:, 0].to(q.device)
+        outputs.append(attend(*batch).permute(0, 2, 1, 3).flatten(0, 1).index_select(0, keep))
+        rows.append(index[real])
+    order = torch.cat(rows).argsort().to(q.device)
+    return torch.cat(outputs).index_select(0, order)[None]
+
+
+def _rounded(length: int) -> int:
+    """Round a length up to a multiple of an eighth of the power of two above it, so that at most 1/8 is wasted."""
+    step = max(8, 2 ** (length - 1).bit_length() // 8)
+    return -(-length // step) * step
+
+
+KERNELS: dict[str, Kernel] = {
+    "flash_attention_2": _flash_attention_2,
+    "flash_attention_3": _flash_attention_3,
+    "torch_varlen": _torch_varlen,
+    "sdpa": _sdpa,
+    "eager": _eager,
+}
