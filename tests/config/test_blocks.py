@@ -84,3 +84,9 @@ def test_global_batch_is_declared() -> None:
 
 def test_one_tracker_may_be_given_as_a_string() -> None:
     assert config.TrainConfig(report_to="wandb").report_to == ["wandb"]
+
+
+def test_gradient_checkpointing_is_of_both_towers_or_of_those_named() -> None:
+    assert config.TrainConfig().checkpointed_towers == ()
+    assert config.TrainConfig(gradient_checkpointing=True).checkpointed_towers == ("llm", "vit")
+    assert config.TrainConfig(gradient_checkpointing=["vit"]).checkpointed_towers == ("vit",)

@@ -115,6 +115,21 @@ class TestSpec:
         assert spec.optim.warmup_steps == 4
         assert spec.data.packs_per_micro_batch == 3
 
+    def test_optimisation_reaches_the_engine(self, tmp_path: Path) -> None:
+        values = {
+            "optim": "muon",
+            "learning_rates": {"vit": 1e-6},
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "ema_decay": 0.9,
+        }
+        train = TrainConfig(**values, export_ema=True, gradient_checkpointing=["llm"], torch_compile=True)
+        spec = self.spec(tmp_path, {"path": ".", "family": "qwen3_vl"}, MODEL, train)
+        assert {key: getattr(spec.optim, key) for key in values} == values
+        assert spec.export.ema
+        assert spec.model.gradient_checkpointing == ("llm",)
+        assert (spec.model.torch_compile, spec.model.torch_compile_backend) == (True, "inductor")
+
     def test_hub_model_is_passed_on_by_name(self, tmp_path: Path) -> None:
         model = ModelConfig(
             processor_type="qwen2_5_vl", load_from_pretrained_path="org/model", processor_name="org/processor"
