@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import daft
 from daft.exceptions import DaftCoreException
 from daft.runners import get_or_infer_runner_type
@@ -37,7 +40,13 @@ def _join_ray(address: str | None) -> None:
         raise UserError("data_engine.runner is ray, which is not installed: pip install 'qvl-pipeline[ray]'") from error
     if ray.is_initialized():
         return
+    project = Path.cwd()
+
+    def enter_project() -> None:
+        """Make paths in tables mean the same as here, whatever folder the cluster was started in."""
+        os.chdir(project)
+
     try:
-        ray.init(address, log_to_driver=False)
+        ray.init(address, log_to_driver=False, runtime_env={"worker_process_setup_hook": enter_project})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"data_engine.ray_address: no cluster at '{address}' ({error})") from error
