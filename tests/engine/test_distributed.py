@@ -70,11 +70,13 @@ def test_same_batches_on_any_number_of_ranks(
     assert_same_training(actual, expected)
 
 
-def test_packs_concatenated_into_one_micro_batch_train_the_same(
-    trainings: Callable[[str], TrainSpec], tmp_path: Path
+@pytest.mark.parametrize("rmpad", [True, False], ids=["pack", "padded rows"])
+def test_packs_in_one_micro_batch_train_the_same(
+    rmpad: bool, trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
     expected = trainings("qwen3_vl")
-    actual = changed(expected, tmp_path, run={"save_steps": 0}, data={"packs_per_micro_batch": 3, "num_workers": 1})
+    data = {"packs_per_micro_batch": 3, "num_workers": 1, "rmpad": rmpad}
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, data=data)
     trained(actual, nproc=1)
     assert_same_training(actual, expected)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 from qvl_pipeline.engine.batch import BatchBuilder
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.media.pixels import normalize_patches
+from tests.engine.packs import load_packed, make_builder
 
 KINDS = ["text", "image", "two_images", "video", "image_and_video"]
 
@@ -69,6 +72,25 @@ def test_pack_equals_the_models_own_forward(
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(packed, "hf."), gradients(hf_model))
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ["text", "video", "text"], []], ids="+".join)
+def test_padded_rows_have_the_losses_and_gradients_of_packs(
+    kinds: list[str], family: str, packed: PackedVLM, tiny_folders: Callable[[str], Path], samples: dict[str, dict]
+) -> None:
+    chosen = [samples[kind] for kind in kinds]
+    expected = packed(make_builder(packed.hf.config, family).build(chosen, vision=True))
+    expected.sum().backward()
+    padded = load_packed(tiny_folders(family), family, rmpad=False)
+    batch = make_builder(packed.hf.config, family, rmpad=False).build(chosen, vision=True)
+    lengths = [len(sample["input_ids"]) for sample in chosen] or [1]
+    assert batch.input_ids.shape == (len(lengths), max(lengths))
+    assert batch.attention_mask.sum(1).tolist() == lengths
+    losses = padded(batch)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    if kinds:
+        assert_same_gradients(gradients(padded), gradients(packed))
 
 
 def test_batch_has_no_padding_and_shifts_targets_within_each_sample(

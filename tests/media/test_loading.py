@@ -114,3 +114,12 @@ def test_a_clip_of_another_size_than_planned_is_an_error(media: list[dict[str, A
 def test_a_clip_needs_a_frame_store(family: tuple[int, type], media: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="no frame store was given"):
         PatchLoader(patch_size=family[0], frame_store=None).load(media)
+
+
+@pytest.mark.parametrize("part", [(0, 1), (1, 3), (2, 3)])
+def test_part_of_a_clip_is_that_part_of_its_patches(
+    part: tuple[int, int], loader: PatchLoader, media: list[dict[str, Any]]
+) -> None:
+    clip = media[1]
+    whole = loader.load([clip]).unflatten(0, (clip["grid_t"], -1))
+    assert torch.equal(loader.load([clip | {"part": part}]), whole[slice(*part)].flatten(0, 1))
