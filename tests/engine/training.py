@@ -134,7 +134,9 @@ def make_training(
             fp16=False,
             sp_ulysses_degree=1,
         ),
-        export=spec.ExportSpec(output_dir=str(output_dir / "export"), ema=False),
+        export=spec.ExportSpec(
+            output_dir=str(output_dir / "export"), ema=False, dtype="float32", max_shard_bytes=5 * 10**9
+        ),
     )
 
 

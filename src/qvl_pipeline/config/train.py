@@ -62,6 +62,8 @@ class TrainConfig(Block):
             and a step whose gradients overflow is skipped and counted. Weights and optimizer state stay float32.
         ema_decay: Decay of a float32 moving average of the weights, such as 0.999; 0 keeps none.
         export_ema: Export that average instead of the last weights.
+        export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
+        max_shard_size: Most bytes of one exported weights file, such as `5GB` or `500MB`.
         gradient_checkpointing: Recompute activations in the backward pass; a list `[llm]` or `[vit]` does so in that
             tower only.
         torch_compile: Compile each decoder layer and vision block; pays off over many steps.
@@ -109,6 +111,8 @@ class TrainConfig(Block):
     fp16: bool = False
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     export_ema: bool = False
+    export_dtype: Literal["fp32", "bf16"] = "fp32"
+    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(MB|GB)$")
     gradient_checkpointing: bool | list[Literal["llm", "vit"]] = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
@@ -173,6 +177,11 @@ class TrainConfig(Block):
         if self.export_ema and not self.ema_decay:
             raise ValueError("export_ema needs an average to export: set ema_decay, for example to 0.999")
         return self
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return int(self.max_shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.max_shard_size[-2:]]
 
     @property
     def checkpointed_towers(self) -> tuple[str, ...]:

@@ -171,10 +171,14 @@ class ExportSpec:
     Attributes:
         output_dir: Where it goes.
         ema: Export the average of the weights instead of the last ones.
+        dtype: Type of the weights, `float32` or `bfloat16`.
+        max_shard_bytes: Most bytes of one weights file.
     """
 
     output_dir: str
     ema: bool
+    dtype: str
+    max_shard_bytes: int
 
 
 @dataclass(frozen=True)

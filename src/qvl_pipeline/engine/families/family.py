@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class ModelFamily:
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
+        liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
     """
 
@@ -38,6 +39,7 @@ class ModelFamily:
     decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
     tokens_per_second: Callable[[Any], float | None]
     vision_pairs: VisionPairs
+    liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
 
     def group_of(self, parameter_name: str) -> str:

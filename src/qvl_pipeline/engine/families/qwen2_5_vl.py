@@ -46,6 +46,8 @@ FAMILY = ModelFamily(
     decoder_kwargs=lambda mask, deepstack: {},
     tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
     vision_pairs=_vision_pairs,
+    # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.
+    liger_kernels={"Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
     # Published before transformers moved the decoder to `language_model`.
     hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
 )

@@ -39,4 +39,6 @@ FAMILY = ModelFamily(
     decoder_kwargs=lambda mask, deepstack: {"visual_pos_masks": mask, "deepstack_visual_embeds": deepstack},
     tokens_per_second=lambda config: None,
     vision_pairs=_vision_pairs,
+    # The vision tower has LayerNorms and plain MLPs.
+    liger_kernels={"Qwen3VLTextRMSNorm": "rms_norm", "Qwen3VLTextMLP": "swiglu"},
 )

@@ -152,5 +152,10 @@ def make_spec(
             fp16=train.fp16,
             sp_ulysses_degree=train.sp_ulysses_degree,
         ),
-        export=spec.ExportSpec(output_dir=str((output_dir / "export").resolve()), ema=train.export_ema),
+        export=spec.ExportSpec(
+            output_dir=str((output_dir / "export").resolve()),
+            ema=train.export_ema,
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[train.export_dtype],
+            max_shard_bytes=train.max_shard_bytes,
+        ),
     )
