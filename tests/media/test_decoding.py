@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media import decoding
 from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+from qvl_pipeline.media.sampling import spread_frames
 from tests.media.clips import number_in, rotate_mp4, write_clip
 
 N_FRAMES = 60
@@ -257,6 +259,41 @@ def test_pictures_that_nothing_refers_to_are_not_decoded(tmp_path: Path, decoded
     [frame] = decode_frames(path, table, [57])
     assert number_in(frame) == 57
     assert len(decoded) < 45
+
+
+def test_an_hour_is_sampled_by_seeking_in_bounded_memory(tmp_path: Path, decoded: list[int]) -> None:
+    seconds = [float(second) for second in range(3700)]
+    options = {"preset": "ultrafast"}
+    path = str(write_clip(tmp_path / "clip.mp4", seconds, time_base=Fraction(1, 1), gop=25, options=options))
+    tracemalloc.start()
+    table = read_frame_table(path)
+    indices = spread_frames(table.seconds, table.fps, 0, len(table.seconds) - 1, 32)
+    shown = [number_in(frame) for frame in decode_frames(path, table, indices)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.seconds[indices].tolist() == indices
+    assert shown == [index % 256 for index in indices]
+    assert len(set(decoded)) <= 32 * 25, "no more than a group of pictures for each frame"
+    assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.ts"])
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+def test_a_truncated_file_gives_right_frames_or_an_error_that_names_it(tmp_path: Path, name: str, share: float) -> None:
+    path = write_clip(tmp_path / name, CONSTANT, time_base=Fraction(1, 10), b_frames=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    table = read_frame_table(str(path))
+    assert 2 < len(table.seconds) < N_FRAMES
+    np.testing.assert_allclose(table.seconds, np.round(table.seconds * 10) / 10, atol=1e-9)
+    shown = []
+    try:
+        shown += map(number_in, decode_frames(str(path), table, range(len(table.seconds))))
+    except UserError as error:
+        shown.append(str(error))
+    right = [round(second * 10) for second in table.seconds]
+    assert shown in (right, [*right[: len(shown) - 1], shown[-1]])
+    assert shown == right or name in shown[-1]
 
 
 def test_a_file_without_pictures_is_an_error(tmp_path: Path) -> None:
