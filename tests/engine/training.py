@@ -134,6 +134,7 @@ def make_training(
             fp16=False,
             sp_ulysses_degree=1,
         ),
+        validation=spec.ValidationSpec(strategy="no", steps=0, plan="", load_best=False),
         export=spec.ExportSpec(
             output_dir=str(output_dir / "export"), ema=False, dtype="float32", max_shard_bytes=5 * 10**9
         ),

@@ -90,7 +90,12 @@ class TrainConfig(Block):
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.
         report_to: Trackers that receive the metrics.
-        eval_strategy: Only `no`: the `evaluate` stage follows training.
+        eval_strategy: When to compute the loss over the eval split: `no`, every `eval_steps` `steps`, or after every
+            `epoch`; with either, also at the end. (The `evaluate` stage, which lets the model answer, follows anyway.)
+        eval_steps: Steps between two evaluations, for `eval_strategy: steps`.
+        load_best_model_at_end: Export the weights of the best evaluation instead of the last. A checkpoint is saved at
+            every evaluation that is the best so far, and kept beyond `save_total_limit`.
+        metric_for_best_model: What is best: the lowest `eval_loss`.
         dataloader_num_workers: Loader processes of each rank; 0 loads in the training process.
         seed: Seed of everything random in training.
     """
@@ -131,7 +136,10 @@ class TrainConfig(Block):
     save_async: bool = True
     resume_from_checkpoint: str = Field(default="auto", min_length=1)
     report_to: list[Tracker] = Field(default_factory=lambda: ["mlflow"])
-    eval_strategy: Literal["no"] = "no"
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_steps: int = Field(default=0, ge=0)
+    load_best_model_at_end: bool = False
+    metric_for_best_model: Literal["eval_loss"] = "eval_loss"
     dataloader_num_workers: int = Field(default=0, ge=0)
     seed: int = 42
 
@@ -159,6 +167,21 @@ class TrainConfig(Block):
             raise ValueError(
                 f"sp_ulysses_degree {self.sp_ulysses_degree} shares packs, which use_rmpad: false does not build: set "
                 "use_rmpad to true, or sp_ulysses_degree to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_is_complete(self) -> TrainConfig:
+        if (self.eval_strategy == "steps") != (self.eval_steps > 0):
+            raise ValueError(
+                f"eval_strategy is '{self.eval_strategy}' and eval_steps {self.eval_steps}: 'steps' needs a positive "
+                "number of steps, and nothing else has any"
+            )
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError("load_best_model_at_end needs evaluations to compare: set eval_strategy to steps or epoch")
+        if self.load_best_model_at_end and self.export_ema:
+            raise ValueError(
+                "load_best_model_at_end compares the trained weights, and export_ema exports their average: choose one"
             )
         return self
 

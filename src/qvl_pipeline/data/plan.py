@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,18 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 # Changed whenever the same inputs would give another plan.
 PLAN_VERSION = 2
 
+logger = logging.getLogger(__name__)
+
+_WITHOUT = {
+    "train": "nothing would be trained",
+    "eval": "set train.eval_strategy to 'no', or give a source 'split: eval' or set ingest.eval_fraction",
+}
 _STRATEGIES = {"best_fit": best_fit, "first_fit": first_fit, "balanced": balanced}
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """The train split as arrays `[N]`, over-long samples left out."""
+    """One split as arrays `[N]`, over-long samples left out."""
 
     rows: np.ndarray
     sources: np.ndarray
@@ -55,7 +62,7 @@ def make_plan(
         UserError: There is nothing to train on, a source is not declared any more, or samples are longer than a pack
             while `filter_overlong` is false.
     """
-    samples, overlong = _train_samples(TokenizedSamples(tokenized_path), batching)
+    samples, overlong = _samples(TokenizedSamples(tokenized_path), "train", batching)
     undeclared = sorted(set(samples.sources.tolist()) - set(weights))
     if undeclared:
         raise UserError(f"source '{undeclared[0]}' is not declared in ingest.datasets any more: run 'ingest' and on")
@@ -80,6 +87,26 @@ def make_plan(
     }
 
 
+def make_eval_plan(tokenized_path: Path, batching: BatchingConfig) -> pd.DataFrame:
+    """Pack the eval split, every sample once, for its loss during training.
+
+    Returns:
+        A table like `pack_plan`, with all packs in step 0.
+
+    Raises:
+        UserError: The eval split is empty, or has samples longer than a pack while `filter_overlong` is false.
+    """
+    samples, overlong = _samples(TokenizedSamples(tokenized_path), "eval", batching)
+    if overlong:
+        logger.warning(
+            "the loss over the eval split leaves out %d samples that are too long, the first is %s",
+            len(overlong),
+            overlong[0],
+        )
+    packs = _pack(samples.tokens, samples.patches, batching, epoch=0)
+    return _plan_table(packs, samples, packs_per_step=len(packs))[0]
+
+
 def source_weights(ingest: IngestConfig) -> dict[str, float]:
     """How often each sample of a source is seen per epoch, by name of the source."""
     return {source.name: source.weight * source.repeat for source in ingest.datasets}
@@ -102,27 +129,27 @@ def plan_fingerprint(tokenized_path: Path, batching: BatchingConfig, weights: Ma
     return hashlib.sha256((content + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 
-def _train_samples(tokenized: TokenizedSamples, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
-    """The samples to train on, and the ids of those that are too long for a pack."""
+def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
+    """The samples of a split, and the ids of those that are too long for a pack."""
     names = ["sample_id", "source", "split", "length", "vit_patches", "supervised_tokens"]
     table = tokenized.columns(names).to_pandas()
-    train = table[table["split"] == "train"]
-    if train.empty:
-        raise UserError("there is no sample of the split 'train': nothing would be trained")
-    too_long = train["length"] > batching.packing_length
+    table = table[table["split"] == split]
+    if table.empty:
+        raise UserError(f"there is no sample of the split '{split}': {_WITHOUT[split]}")
+    too_long = table["length"] > batching.packing_length
     if batching.packing_vit_patches is not None:
-        too_long |= train["vit_patches"] > batching.packing_vit_patches
-    overlong = train.loc[too_long, "sample_id"].tolist()
+        too_long |= table["vit_patches"] > batching.packing_vit_patches
+    overlong = table.loc[too_long, "sample_id"].tolist()
     if overlong and not batching.filter_overlong:
         raise UserError(
             f"{len(overlong)} samples do not fit into a pack (packing_length {batching.packing_length}, "
             f"packing_vit_patches {batching.packing_vit_patches}), the first is '{overlong[0]}': raise the budget, or "
             "set filter_overlong: true to leave them out"
         )
-    kept = train[~too_long]
+    kept = table[~too_long]
     if kept.empty:
         raise UserError(
-            f"all {len(train)} training samples are longer than packing_length ({batching.packing_length}) or "
+            f"all {len(table)} samples of the split '{split}' are longer than packing_length ({batching.packing_length}) or "
             f"packing_vit_patches ({batching.packing_vit_patches}): raise the budget"
         )
     columns = (kept[name].to_numpy() for name in ("source", "length", "vit_patches", "supervised_tokens"))

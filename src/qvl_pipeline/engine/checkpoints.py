@@ -120,6 +120,9 @@ class Checkpoints:
     At most one save is under way. An asynchronous one stops training only while the state is copied to (pinned, reused)
     host memory; a thread then writes it, over a process group of its own, because two threads must not mix their
     collectives in one. It is published once *all* ranks have written, at the end of the step in which all of them know.
+
+    Attributes:
+        protected_step: The checkpoint after this step is kept, however many newer ones there are.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class Checkpoints:
             self._writers = dist.new_group(backend="gloo")
             cuda = torch.cuda.is_available()
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.protected_step = 0
         self._saving: tuple[int, Future[Any]] | None = None
         self._newest = max((step for step, _ in completed(folder)), default=0)
         if dist.get_rank() == 0:
@@ -266,8 +270,9 @@ class Checkpoints:
         (partial / _COMPLETE).write_text(json.dumps(marker, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        for _, path in completed(self._folder)[: -self._keep]:
-            shutil.rmtree(path)
+        for number, path in completed(self._folder)[: -self._keep]:
+            if number != self.protected_step:
+                shutil.rmtree(path)
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".checkpoint-{step}.partial"

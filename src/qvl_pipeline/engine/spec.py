@@ -165,6 +165,23 @@ class ParallelSpec:
 
 
 @dataclass(frozen=True)
+class ValidationSpec:
+    """Evaluation during training.
+
+    Attributes:
+        strategy: `no`, `steps` or `epoch`.
+        steps: Steps between two evaluations, for `steps`.
+        plan: Parquet file of packs of the eval split; empty without evaluation.
+        load_best: Save a checkpoint at every evaluation that is the best so far, keep it, and export the best one.
+    """
+
+    strategy: str
+    steps: int
+    plan: str
+    load_best: bool
+
+
+@dataclass(frozen=True)
 class ExportSpec:
     """The trained model as a plain transformers folder.
 
@@ -190,6 +207,7 @@ class TrainSpec:
     data: DataSpec
     optim: OptimSpec
     parallel: ParallelSpec
+    validation: ValidationSpec
     export: ExportSpec
 
     def save(self, path: Path) -> None:

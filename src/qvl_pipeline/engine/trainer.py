@@ -29,6 +29,7 @@ from qvl_pipeline.engine.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.sharding import offloads, sequence_group, shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.stopping import StopRequest, write_stopped
+from qvl_pipeline.engine.validation import Validation
 from qvl_pipeline.engine.watchdog import Watchdog, set_collective_timeout
 from qvl_pipeline.engine.weights import load_weights
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -60,6 +61,8 @@ class Trainer:
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.checkpoints = self._make_checkpoints()
+        evaluates = spec.validation.strategy != "no"
+        self.validation = Validation(spec, self.builder, self.mesh, self.device) if evaluates else None
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -111,6 +114,8 @@ class Trainer:
             if self.leads:
                 write_stopped(output_dir, self.step)
             return
+        if spec.validation.load_best:
+            self.checkpoints.load(output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}")
         if spec.export.ema:
             self.average.copy_to_weights()
         export(self.model, self.processor, spec)
@@ -135,8 +140,9 @@ class Trainer:
             window.add_step(step)
             stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
             saves = stops or (bool(run.save_steps) and step.number % run.save_steps == 0)
+            evaluates = self.validation is not None and self.validation.is_due(step.number, max_steps)
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
-            if step.number % run.logging_steps == 0 or saves or step.number == max_steps:
+            if step.number % run.logging_steps == 0 or saves or evaluates or step.number == max_steps:
                 self.finite.check()
                 row: dict[str, Any] = {
                     "step": step.number,
@@ -149,6 +155,12 @@ class Trainer:
                     **window.row(),
                     **(self.loss_scale.row() if self.loss_scale else {}),
                 }
+                if evaluates:
+                    self.micro_batch = MicroBatch((), vision=False)
+                    row |= self.validation.run(self.model, step.number)
+                    window.exclude(row["eval_time_s"])
+                    is_best = self.spec.validation.load_best and self.validation.best_step == step.number
+                    saves = saves or is_best
                 if self.leads:
                     append_row(output_dir / "metrics.jsonl", row)
             if saves:
@@ -162,6 +174,8 @@ class Trainer:
     def _save(self) -> None:
         self.finite.check()
         self.checkpoints.save(self.step)
+        if self.spec.validation.load_best:
+            self.checkpoints.protected_step = self.validation.best_step
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
         """Take one optimizer step; return the gradient norm."""
@@ -207,6 +221,9 @@ class Trainer:
         if self.leads:
             keep_rows_until(output_dir / "metrics.jsonl", done)
         dist.barrier()
+        if self.validation:
+            self.validation.resume(output_dir)
+            self.checkpoints.protected_step = self.validation.best_step if self.spec.validation.load_best else 0
         return done
 
     def _write_result(self, output_dir: Path, steps: list[Step], done: int) -> None:
@@ -217,6 +234,7 @@ class Trainer:
             "supervised_tokens": sum(step.supervised_tokens for step in steps),
             "world_size": dist.get_world_size(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "exported_step": self.validation.best_step if self.spec.validation.load_best else len(steps),
             **self.facts,
         }
         (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -24,6 +24,8 @@ from qvl_pipeline.tracking.lineage import git_tags
 from qvl_pipeline.tracking.sinks import make_sinks
 
 PUBLISHED = "PUBLISHED"
+# Columns of the metrics that hold more than one number; trackers get them number by number.
+_NESTED = ("loss_by_source", "learning_rates", "eval_loss_by_source")
 
 
 def train(
@@ -56,6 +58,8 @@ def train(
     fingerprint = run_fingerprint(model, train, plan_summary, [base_model, video_frames])
     output_dir = base_model.parent / "scratch" / fingerprint
     plan_path, spec_path = output_dir / "pack_plan.parquet", output_dir / "train_spec.json"
+    eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
+    eval_plan_path = output_dir / "eval_plan.parquet"
     spec = make_spec(
         base_model=base_model,
         tokenized_samples=tokenized_samples,
@@ -66,6 +70,7 @@ def train(
         batching=batching,
         train=train,
         output_dir=output_dir,
+        eval_plan=None if eval_plan is None else eval_plan_path,
         identity=identity,
         resume_from=resume_from,
     )
@@ -77,11 +82,14 @@ def train(
         _assist(output_dir, nodes, train, batching)
     _prepare(output_dir, resume=train.resume_from_checkpoint != "none")
     pack_plan.to_parquet(plan_path, index=False)
+    if eval_plan is not None:
+        eval_plan.to_parquet(eval_plan_path, index=False)
     spec.save(spec_path)
     metrics_path = output_dir / "metrics.jsonl"
     if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
         _run(spec_path, metrics_path, nodes, train, batching, plan_summary["steps"])
-    rows = pd.read_json(metrics_path, lines=True).drop(columns=["loss_by_source", "learning_rates"])
+    rows = pd.read_json(metrics_path, lines=True)
+    rows = rows.drop(columns=[name for name in _NESTED if name in rows])
     import mlflow
 
     active = mlflow.active_run()

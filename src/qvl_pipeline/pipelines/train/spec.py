@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Parameters that change what is shown, not what is computed: a run may be resumed under other values of these.
 _DOES_NOT_CHANGE_TRAINING = (
     "logging_steps",
+    "eval_strategy",
+    "eval_steps",
     "save_steps",
     "save_total_limit",
     "save_async",
@@ -66,6 +68,7 @@ def make_spec(
     output_dir: Path,
     identity: dict[str, str],
     resume_from: str,
+    eval_plan: Path | None,
 ) -> TrainSpec:
     """Make the engine's spec.
 
@@ -81,6 +84,7 @@ def make_spec(
         output_dir: Scratch folder of this very run.
         identity: What a checkpoint of this run says of it.
         resume_from: Checkpoint of another run to start from, or nothing.
+        eval_plan: Parquet file of the packs of the eval split, when there is evaluation during training.
 
     Returns:
         The spec, with absolute paths.
@@ -151,6 +155,12 @@ def make_spec(
             bf16=train.bf16,
             fp16=train.fp16,
             sp_ulysses_degree=train.sp_ulysses_degree,
+        ),
+        validation=spec.ValidationSpec(
+            strategy=train.eval_strategy,
+            steps=train.eval_steps,
+            plan=str(eval_plan.resolve()) if eval_plan else "",
+            load_best=train.load_best_model_at_end,
         ),
         export=spec.ExportSpec(
             output_dir=str((output_dir / "export").resolve()),

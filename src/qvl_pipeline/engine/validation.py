@@ -1,0 +1,94 @@
+"""Loss over the eval split while training goes on, and which step was the best so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from qvl_pipeline.engine import checkpoints
+from qvl_pipeline.engine.batch import BatchBuilder
+from qvl_pipeline.engine.feed import load_batches, read_plan, share_out
+from qvl_pipeline.engine.metrics import SourceLosses, read_rows
+from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.spec import TrainSpec
+
+
+class Validation:
+    """Teacher-forced loss over a plan of the eval split, exact by token over all ranks; leaves no trace in training.
+
+    Ranks run equally many micro-batches, with nothing in those for which they have no pack left: the forward pass of a
+    sharded model is a collective.
+
+    Attributes:
+        best_step: Step with the lowest loss so far, of those that were evaluated.
+    """
+
+    def __init__(self, spec: TrainSpec, builder: BatchBuilder, mesh: DeviceMesh, device: torch.device) -> None:
+        """Read the eval plan and take this rank's share."""
+        self._spec = spec
+        self._builder = builder
+        self._device = device
+        dp = mesh["dp"]
+        packs = spec.data.packs_per_micro_batch
+        self._steps = share_out(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
+        self.best_step = 0
+        self._best_loss = math.inf
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Say whether `step` is to be followed by an evaluation: as `eval_strategy` asks, and at the end."""
+        if step == max_steps:
+            return True
+        if self._spec.validation.strategy == "steps":
+            return step % self._spec.validation.steps == 0
+        passed, before = (math.floor(self._spec.data.epochs * s / max_steps + 1e-9) for s in (step, step - 1))
+        return passed > before
+
+    def run(self, model: PackedVLM, step: int) -> dict[str, Any]:
+        """Evaluate the weights after `step`; called by all ranks, which return the same.
+
+        Returns:
+            `eval_loss`, `eval_loss_by_source`, `eval_tokens` (supervised tokens) and `eval_time_s`.
+        """
+        started = time.perf_counter()
+        losses = SourceLosses(self._builder.sources, self._device)
+        cuda = [self._device] if self._device.type == "cuda" else []
+        # A data loader draws from the global generator, and training must not notice.
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            model.eval()
+            for batch in load_batches(
+                self._steps,
+                Path(self._spec.data.tokenized),
+                self._builder,
+                num_workers=self._spec.data.num_workers,
+                pin_memory=bool(cuda),
+            ):
+                batch = batch.to(self._device)
+                losses.add(model(batch), batch.target_source)
+            model.train()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # no backward pass does it here
+        dist.all_reduce(losses.sums)
+        loss, by_source, tokens = losses.means(losses.sums.cpu())
+        if loss < self._best_loss:
+            self._best_loss, self.best_step = loss, step
+        return {
+            "eval_loss": loss,
+            "eval_loss_by_source": by_source,
+            "eval_tokens": tokens,
+            "eval_time_s": time.perf_counter() - started,
+        }
+
+    def resume(self, output_dir: Path) -> None:
+        """Find the best step of a run that is resumed: of the rows left, those whose checkpoint is there."""
+        saved = {step for step, _ in checkpoints.completed(output_dir / "checkpoints")}
+        for row in read_rows(output_dir / "metrics.jsonl"):
+            if row["step"] in saved and row.get("eval_loss", math.inf) < self._best_loss:
+                self._best_loss, self.best_step = row["eval_loss"], row["step"]

@@ -1,0 +1,121 @@
+"""Loss over the eval split during training: exact, without a trace in training, and the best checkpoint by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvl_pipeline.engine.checkpoints import completed
+from qvl_pipeline.engine.spec import TrainSpec, ValidationSpec
+from tests.engine.training import changed, make_training, trained
+
+
+@pytest.fixture
+def training(tmp_path: Path, tiny_folders: Callable[[str], Path], family: str) -> TrainSpec:
+    """Twelve samples in three steps; three of them are the eval split as well: text, image, text."""
+    base = make_training(tmp_path / "data", tiny_folders(family), family)
+    plan = pd.read_parquet(base.data.pack_plan)
+    plan = plan.iloc[[0, 1, 3]].assign(step=0, pack=[0, 1, 2])
+    plan.astype({"step": "int32", "pack": "int32"}).to_parquet(tmp_path / "eval_plan.parquet", index=False)
+    return dataclasses.replace(base, validation=_validation(tmp_path, "steps", 2))
+
+
+def _validation(tmp_path: Path, strategy: str, steps: int = 0, **more: Any) -> ValidationSpec:
+    return ValidationSpec(
+        **{
+            "strategy": strategy,
+            "steps": steps,
+            "plan": str(tmp_path / "eval_plan.parquet"),
+            "load_best": False,
+            **more,
+        }
+    )
+
+
+def _weights(training: TrainSpec) -> dict[str, torch.Tensor]:
+    return load_file(Path(training.export.output_dir) / "model.safetensors")
+
+
+def _assert_same_weights(actual: TrainSpec, expected: TrainSpec) -> None:
+    for name, weight in _weights(expected).items():
+        assert torch.equal(_weights(actual)[name], weight), name
+
+
+def test_loss_is_the_same_on_any_number_of_ranks(training: TrainSpec, tmp_path: Path) -> None:
+    # On 2 ranks one has a pack less than the other, on 4 ranks one has none at all.
+    runs = [trained(changed(training, tmp_path / str(n)), nproc=n) for n in (1, 2, 4)]
+    for rows in runs:
+        assert ["eval_loss" in row for row in rows] == [False, True, True]  # after step 2, and at the end
+        for row, expected in zip(rows[1:], runs[0][1:], strict=True):
+            assert row["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+            assert row["eval_loss_by_source"] == pytest.approx(expected["eval_loss_by_source"], rel=1e-5)
+            assert row["eval_tokens"] == 3 + 4 + 6  # answers and their end tokens of samples 0, 1 and 3
+
+
+def test_loss_is_that_of_training_on_the_same_samples_with_the_same_weights(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    frozen = changed(training, tmp_path / "run", optim={"learning_rate": 1e-12})
+    shutil.copy(training.data.pack_plan, training.validation.plan)
+    plan = pd.read_parquet(training.validation.plan)
+    plan[plan["step"] == 2].assign(step=0).astype({"step": "int32"}).to_parquet(training.validation.plan, index=False)
+    row = trained(frozen, nproc=2)[2]
+    assert row["eval_loss"] == pytest.approx(row["loss"], rel=1e-6)
+    assert row["eval_loss_by_source"] == pytest.approx(row["loss_by_source"], rel=1e-6)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_is_bit_identical_with_and_without(training: TrainSpec, tmp_path: Path, num_workers: int) -> None:
+    data, parallel = {"num_workers": num_workers}, {"reshard_after_forward": bool(num_workers)}
+    evaluated = changed(
+        training, tmp_path / "with", data=data, parallel=parallel, validation={"strategy": "steps", "steps": 1}
+    )
+    plain = changed(training, tmp_path / "without", data=data, parallel=parallel, validation={"strategy": "no"})
+    with_, without = trained(evaluated, nproc=2), trained(plain, nproc=2)
+    assert [row["loss"] for row in with_] == [row["loss"] for row in without]
+    assert [row["grad_norm"] for row in with_] == [row["grad_norm"] for row in without]
+    _assert_same_weights(evaluated, plain)
+
+
+def test_epoch_strategy_evaluates_after_each_pass(training: TrainSpec, tmp_path: Path) -> None:
+    # Three steps make one and a half passes over the data: the first pass ends within step 2.
+    spec = changed(training, tmp_path / "run", data={"epochs": 1.5}, validation={"strategy": "epoch", "steps": 0})
+    assert ["eval_loss" in row for row in trained(spec, nproc=1)] == [False, True, True]
+
+
+def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Path) -> None:
+    # A learning rate so high that training gets worse after its first step.
+    best = changed(
+        training,
+        tmp_path / "best",
+        run={"save_steps": 1, "save_total_limit": 1},
+        optim={"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0},
+        validation={"strategy": "steps", "steps": 1, "load_best": True},
+    )
+    rows = trained(best, nproc=2)
+    losses = [row["eval_loss"] for row in rows]
+    best_step = 1 + losses.index(min(losses))
+    assert best_step < 3, losses
+    assert [step for step, _ in completed(Path(best.run.output_dir) / "checkpoints")] == [best_step, 3]
+    assert json.loads((Path(best.run.output_dir) / "result.json").read_text())["exported_step"] == best_step
+    again = changed(best, tmp_path / "again", validation={"load_best": False}, run={"save_total_limit": 3})
+    trained(again, nproc=2)
+    for step, path in completed(Path(again.run.output_dir) / "checkpoints"):
+        if step > best_step:
+            shutil.rmtree(path)
+    assert not all(torch.equal(_weights(best)[name], weight) for name, weight in _weights(again).items())
+    # What a run exports that ends at the best step.
+    resumed = changed(best, tmp_path / "resumed")
+    shutil.copytree(again.run.output_dir, resumed.run.output_dir)
+    trained(resumed, nproc=2)
+    assert json.loads((Path(resumed.run.output_dir) / "result.json").read_text())["resumed_from_step"] == best_step
+    _assert_same_weights(resumed, best)
