@@ -254,7 +254,7 @@ def test_an_empty_plan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sample of the split 'train'"):
         make_plan(empty, batching(), WEIGHTS)
     too_long = write_tokenized(tmp_path / "long.arrow", {"text": [500, 600]})
-    with pytest.raises(UserError, match=r"all 2 training samples are longer than packing_length \(128\)"):
+    with pytest.raises(UserError, match=r"all 2 samples of the split 'train' are longer than packing_length \(128\)"):
         make_plan(too_long, batching(), WEIGHTS)
     few = write_tokenized(tmp_path / "few.arrow", {"text": [50, 60]})
     with pytest.raises(UserError, match=r"leave no sample to train on: raise ingest.datasets\[\].weight"):

@@ -149,8 +149,8 @@ def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) 
     kept = table[~too_long]
     if kept.empty:
         raise UserError(
-            f"all {len(table)} samples of the split '{split}' are longer than packing_length ({batching.packing_length}) or "
-            f"packing_vit_patches ({batching.packing_vit_patches}): raise the budget"
+            f"all {len(table)} samples of the split '{split}' are longer than packing_length "
+            f"({batching.packing_length}) or packing_vit_patches ({batching.packing_vit_patches}): raise the budget"
         )
     columns = (kept[name].to_numpy() for name in ("source", "length", "vit_patches", "supervised_tokens"))
     return _Samples(kept.index.to_numpy(), *columns), overlong
