@@ -13,7 +13,7 @@ import pandas as pd
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.config.launch import Nodes
-from qvl_pipeline.data.plan import plan_fingerprint, source_weights
+from qvl_pipeline.data.plan import make_eval_plan, plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train.checks import check_before_launch
 from qvl_pipeline.pipelines.train.launcher import Processes, launch
