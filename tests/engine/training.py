@@ -81,6 +81,8 @@ def make_training(
             ddp_timeout=120,
             step_timeout_s=0,
             seed=0,
+            profile_steps=(),
+            memory_snapshot_on_oom=False,
         ),
         model=spec.ModelSpec(
             path=str(model),

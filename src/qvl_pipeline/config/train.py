@@ -97,6 +97,10 @@ class TrainConfig(Block):
             every evaluation that is the best so far, and kept beyond `save_total_limit`.
         metric_for_best_model: What is best: the lowest `eval_loss`.
         dataloader_num_workers: Loader processes of each rank; 0 loads in the training process.
+        profile_steps: First and last step (from 1) that rank 0 traces with `torch.profiler`; the Chrome trace goes to
+            `profile/` in the run's folder. Empty traces nothing.
+        memory_snapshot_on_oom: Record GPU allocations, and write them to `memory/` in the run's folder when memory
+            runs out. Slows training a little.
         seed: Seed of everything random in training.
     """
 
@@ -141,6 +145,8 @@ class TrainConfig(Block):
     load_best_model_at_end: bool = False
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
     dataloader_num_workers: int = Field(default=0, ge=0)
+    profile_steps: list[int] = Field(default_factory=list)
+    memory_snapshot_on_oom: bool = False
     seed: int = 42
 
     @field_validator("report_to", mode="before")
@@ -153,6 +159,13 @@ class TrainConfig(Block):
     def _at_least_one_process(cls, value: int | str) -> int | str:
         if value != "auto" and int(value) < 1:
             raise ValueError("nproc_per_node must be 'auto' or at least 1")
+        return value
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_and_last(cls, value: list[int]) -> list[int]:
+        if value and not (len(value) == 2 and 1 <= value[0] <= value[1]):
+            raise ValueError(f"profile_steps is {value}: give the first and the last step to trace, such as [10, 12]")
         return value
 
     @model_validator(mode="after")

@@ -25,6 +25,8 @@ class RunSpec:
         ddp_timeout: Seconds after which a collective fails, until the first step is done.
         step_timeout_s: Seconds that a later step may take; 0 does not watch.
         seed: Seed of everything random in training.
+        profile_steps: First and last step that rank 0 traces; empty traces none.
+        memory_snapshot_on_oom: Record GPU allocations, and write them when memory runs out.
     """
 
     output_dir: str
@@ -37,6 +39,8 @@ class RunSpec:
     ddp_timeout: float
     step_timeout_s: float
     seed: int
+    profile_steps: tuple[int, ...]
+    memory_snapshot_on_oom: bool
 
 
 @dataclass(frozen=True)

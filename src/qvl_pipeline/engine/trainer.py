@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_unt
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
 from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.profiling import out_of_memory_explained, profiled
 from qvl_pipeline.engine.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.sharding import offloads, sequence_group, shard, start_process_group
 from qvl_pipeline.engine.spec import TrainSpec
@@ -106,7 +107,13 @@ class Trainer:
             num_workers=spec.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        self._train(steps[done:], len(steps), batches, output_dir)
+        traced = spec.run.profile_steps if self.leads else ()
+        snapshot = spec.run.memory_snapshot_on_oom
+        with (
+            out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=snapshot),
+            profiled(traced, done, output_dir) as end_profiled_step,
+        ):
+            self._train(steps[done:], len(steps), batches, output_dir, end_profiled_step)
         set_collective_timeout(spec.run.ddp_timeout, self.mesh)
         self._save()
         self.checkpoints.wait()
@@ -123,7 +130,14 @@ class Trainer:
             self._write_result(output_dir, steps, done)
         dist.barrier()
 
-    def _train(self, steps: list[Step], max_steps: int, batches: Iterator[Batch], output_dir: Path) -> None:
+    def _train(
+        self,
+        steps: list[Step],
+        max_steps: int,
+        batches: Iterator[Batch],
+        output_dir: Path,
+        end_profiled_step: Callable[[], None],
+    ) -> None:
         """Take steps until there are no more or someone asks to stop; `self.step` is then the last one taken."""
         run = self.spec.run
         window = MetricsWindow(
@@ -137,6 +151,7 @@ class Trainer:
             learning_rates = set_learning_rates(self.optimizers, self.schedule(step.number))
             with self.watchdog.step(step.number):
                 grad_norm = self._train_step(step, batches, window)
+            end_profiled_step()
             window.add_step(step)
             stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
             saves = stops or (bool(run.save_steps) and step.number % run.save_steps == 0)

@@ -20,6 +20,8 @@ _DOES_NOT_CHANGE_TRAINING = (
     "logging_steps",
     "eval_strategy",
     "eval_steps",
+    "profile_steps",
+    "memory_snapshot_on_oom",
     "save_steps",
     "save_total_limit",
     "save_async",
@@ -105,6 +107,8 @@ def make_spec(
             ddp_timeout=train.launch.ddp_timeout,
             step_timeout_s=train.launch.step_timeout_s,
             seed=train.seed,
+            profile_steps=tuple(train.profile_steps),
+            memory_snapshot_on_oom=train.memory_snapshot_on_oom,
         ),
         model=spec.ModelSpec(
             path=path,
