@@ -126,7 +126,6 @@ def _make_training(folder: Path, count: int, seed: int) -> Path:
         output_dir=folder / "run",
         identity={},
         resume_from="",
-        eval_plan=None,
     )
     (folder / "run").mkdir()
     spec.save(folder / "spec.json")

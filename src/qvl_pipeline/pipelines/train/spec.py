@@ -70,7 +70,7 @@ def make_spec(
     output_dir: Path,
     identity: dict[str, str],
     resume_from: str,
-    eval_plan: Path | None,
+    eval_plan: Path | None = None,
 ) -> TrainSpec:
     """Make the engine's spec.
 
