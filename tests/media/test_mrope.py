@@ -80,3 +80,25 @@ def test_adjacent_images_are_told_apart() -> None:
 def test_placeholders_that_do_not_fit_are_refused(ids: list[int], media: list[dict]) -> None:
     with pytest.raises(ValueError, match="placeholder"):
         positions(ids, media, None)
+
+
+def test_image_and_two_clips_with_their_own_pace() -> None:
+    # Image of 2 x 2 at 1; clips of one token a temporal patch, 1 s apart (two positions), then 0.5 s apart (one).
+    ids = [TEXT, *[IMAGE] * 4, TEXT, *[VIDEO] * 2, TEXT, *[VIDEO] * 2, TEXT]
+    media = [item("image", 1, 4, 4), item("video", 2, 2, 2, seconds=1.0), item("video", 2, 2, 2, seconds=0.5)]
+    assert positions(ids, media, 2.0)[1:] == [
+        [0, 1, 1, 1, 1, 3, 4, 6, 7, 8, 9, 10],
+        [0, 1, 1, 2, 2, 3, 4, 4, 7, 8, 8, 10],
+        [0, 1, 2, 1, 2, 3, 4, 4, 7, 8, 8, 10],
+    ]
+
+
+def test_image_and_clip_of_qwen3() -> None:
+    # The pace of the clip is in the timestamps, which are text: positions do not depend on it.
+    ids = [TEXT, *[IMAGE] * 4, TEXT, VIDEO, TEXT, VIDEO, TEXT]
+    for seconds in (0.5, 3.0):
+        assert positions(ids, [item("image", 1, 4, 4), item("video", 2, 2, 2, seconds=seconds)], None)[1:] == [
+            [0, 1, 1, 1, 1, 3, 4, 5, 6, 7],
+            [0, 1, 1, 2, 2, 3, 4, 5, 6, 7],
+            [0, 1, 2, 1, 2, 3, 4, 5, 6, 7],
+        ]

@@ -69,8 +69,9 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[st
     """
     names = layers_to_wrap(model, model.family, spec.wrap)
     compute = torch.bfloat16 if spec.bf16 else torch.float16 if spec.fp16 else torch.float32
+    mesh = _sharding_mesh(device.type, spec.hsdp_shard_size)
     options = {
-        "mesh": _sharding_mesh(device.type, spec.hsdp_shard_size),
+        "mesh": mesh,
         "reshard_after_forward": spec.reshard_after_forward,
         # Weights, optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 weights barely move.
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
@@ -91,7 +92,7 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[st
             module.set_force_sum_reduction_for_comms(True)
     return {
         "wrapped": names,
-        "shard_size": spec.hsdp_shard_size or dist.get_world_size(),
+        "shard_size": mesh["shard"].size(),
         "cpu_offload": _describe_offload(spec, device),
     }
 
