@@ -63,6 +63,9 @@ class DecodeWorker:
 
         Returns:
             What `read` returns, or a `Failure`.
+
+        Raises:
+            RuntimeError: The child does not start.
         """
         if self._child is None:
             self._start()
@@ -94,6 +97,11 @@ class DecodeWorker:
         self._child = self._context.Process(target=_serve, args=(other_end, self._read), daemon=True)
         self._child.start()
         other_end.close()
+        try:
+            self._pipe.recv()  # the time a clip may take does not start before the process has
+        except EOFError:
+            self._child.join()
+            raise RuntimeError(f"a decoding process does not start (exit status {self._child.exitcode})") from None
 
 
 def read_module(read: Callable[[Any], Any]) -> str:
@@ -104,6 +112,7 @@ def read_module(read: Callable[[Any], Any]) -> str:
 def _serve(pipe: Connection, read: Callable[[Any], Any]) -> None:
     """Read clips until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    pipe.send("ready")
     while True:
         try:
             clip = pipe.recv()
