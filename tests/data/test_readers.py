@@ -91,7 +91,7 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
 def _write_ipc(open_writer: Callable[[str, pa.Schema], pa.ipc.RecordBatchStreamWriter]) -> Callable:
     def write(table: pa.Table, path: Path) -> None:
         with open_writer(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=3)
+            writer.write_table(table, max_chunksize=30)
 
     return write
 
@@ -164,6 +164,15 @@ def test_slabs_are_small_and_say_how_far_they_got(
     done = [slab.done for slab in slabs]
     assert done == sorted(done)
     assert done[-1] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("data_type", TABLES)
+def test_tables_of_large_rows_are_read_in_few_rows_at_a_time(tmp_path: Path, data_type: str) -> None:
+    pictures = [{"bytes": bytes([number]) * 200_000} for number in range(60)]
+    TABLES[data_type](pa.table({"image": pictures}), tmp_path / "a")
+    slabs = list(read_slabs(tmp_path / "a", data_type, 2_000_000))
+    assert max(slab.rows.nbytes for slab in slabs) < 3_500_000
+    assert [row["image"] for slab in slabs for row in slab.rows["record"].to_pylist()] == pictures
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,10 @@ def _csv_value(text: str) -> Any:
 def _read_parquet(path: Path) -> Iterator[_Piece]:
     with pq.ParquetFile(path, pre_buffer=False) as file:
         _refuse_doubled_columns(file.schema_arrow)
-        yield from _table_pieces(file.iter_batches(_PIECE_ROWS), file.metadata.num_rows)
+        groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+        rows = file.metadata.num_rows
+        piece_rows = _piece_rows(sum(group.total_byte_size for group in groups), rows)
+        yield from _table_pieces(file.iter_batches(piece_rows), rows)
 
 
 def _read_arrow(path: Path) -> Iterator[_Piece]:
@@ -227,8 +230,9 @@ def _read_arrow(path: Path) -> Iterator[_Piece]:
     with pa.memory_map(str(path)) as source:
         for batch, done in _arrow_batches(source):
             _refuse_doubled_columns(batch.schema)
-            for start in range(0, batch.num_rows, _PIECE_ROWS):
-                yield _table_piece(batch.slice(start, _PIECE_ROWS), done)
+            piece_rows = _piece_rows(batch.nbytes, batch.num_rows)
+            for start in range(0, batch.num_rows, piece_rows):
+                yield _table_piece(batch.slice(start, piece_rows), done)
 
 
 def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[tuple[pa.RecordBatch, float]]:
@@ -240,6 +244,11 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[tuple[pa.RecordBatch
     else:
         count = file.num_record_batches
         yield from ((file.get_batch(number), (number + 1) / count) for number in range(count))
+
+
+def _piece_rows(size: int, rows: int) -> int:
+    """Rows of a piece of a table of so many bytes and rows: fewer where tables embed pictures."""
+    return min(max(_PIECE_BYTES * rows // max(size, 1), 1), _PIECE_ROWS)
 
 
 def _table_pieces(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[_Piece]:
