@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qvl_pipeline.engine.__main__ import main
+from qvl_pipeline.engine.checkpoints import completed
+from qvl_pipeline.engine.feed import Step
 from qvl_pipeline.engine.spec import TrainSpec
-from tests.engine.ranks import JobFailedError
+from qvl_pipeline.engine.trainer import Trainer
+from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, make_training, torchrun, trained
 
 
@@ -201,3 +208,52 @@ def test_failed_rank_names_its_sample_and_ends_the_job(trainings: Callable[[str]
     assert report["step"] == 2
     assert "4.png" in report["message"]
     assert not (Path(bad.run.output_dir) / "result.json").exists()
+
+
+def main_asked_to_stop(spec_path: Path) -> int:
+    """Rank 1 gets SIGTERM in its second step."""
+    take_step = Trainer._train_step
+
+    def interrupted(self: Trainer, step: Step, *args: Any) -> torch.Tensor:
+        if step.number == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, step, *args)
+
+    Trainer._train_step = interrupted
+    return main(spec_path)
+
+
+def test_sigterm_ends_the_step_saves_and_the_same_command_goes_on(
+    trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings("qwen3_vl")
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, data={"num_workers": 1})
+    actual.save(tmp_path / "train_spec.json")
+    run_ranks(main_asked_to_stop, 2, tmp_path / "train_spec.json", log_dir=tmp_path / "logs")
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"step": 2}
+    assert [step for step, _ in completed(tmp_path / "checkpoints")] == [2]
+    assert len(losses(actual)) == 2
+    assert not (tmp_path / "export").exists()
+    trained(actual, nproc=2)
+    assert json.loads((tmp_path / "result.json").read_text())["resumed_from_step"] == 2
+    assert_same_training(actual, expected)
+
+
+def test_sample_whose_decoding_hangs_is_named_by_the_watchdog(
+    trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    good = trainings("qwen3_vl")
+    hanging = make_training(tmp_path / "data", Path(good.model.path), "qwen3_vl")
+    hanging = changed(hanging, tmp_path / "run", run={"step_timeout_s": 3.0})
+    (tmp_path / "data" / "4.png").unlink()
+    os.mkfifo(tmp_path / "data" / "4.png")  # opening it waits for a writer, forever
+    with pytest.raises(JobFailedError):
+        trained(hanging, nproc=2, timeout_s=100)
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "run" / "errors").glob("rank*.json")]
+    report = min(reports, key=lambda report: report["time"])  # rank 1 may have seen rank 0 go
+    assert (report["rank"], report["step"], report["sample_ids"]) == (0, 2, ["a/4"])
+    assert report["type"] == "StepTimeoutError"
+    assert "step 2 has taken" in report["message"]
+    assert "still waits for its next batch" in report["message"]
+    assert "thread MainThread" in report["traceback"]
+    assert "loading.py" in report["traceback"]

@@ -249,22 +249,23 @@ from qvl_pipeline.pipelines.train.launcher import Processes, launch
 launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    _wait_until(lambda: (output_dir / "metrics.jsonl").exists(), 120)
-    assert _processes_of(spec_path)
+    wait_until(lambda: (output_dir / "metrics.jsonl").exists(), 120)
+    assert processes_of(spec_path)
     os.kill(parent.pid, number)
     assert parent.wait(60) != 0
-    _wait_until(lambda: not _processes_of(spec_path), 60)
+    wait_until(lambda: not processes_of(spec_path), 60)
     assert len(pd.read_json(output_dir / "metrics.jsonl", lines=True)) < 1000
 
 
-def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
 
 
-def _processes_of(spec_path: Path) -> list[str]:
+def processes_of(spec_path: Path) -> list[tuple[int, str]]:
+    """Return process id and command line of torchrun and the ranks of a job."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -272,5 +273,5 @@ def _processes_of(spec_path: Path) -> list[str]:
         except OSError:
             continue
         if "qvl_pipeline.engine\0" in command and str(spec_path) in command:
-            found.append(command)
+            found.append((int(process.name), command))
     return found

@@ -1,0 +1,126 @@
+"""Jobs as torchrun runs them: several nodes, restarts, stopping on request."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.pipelines.train.launcher import Processes, RankFailedError, StoppedOnRequest, environment, launch
+from tests.engine.training import changed, make_training, trained
+from tests.pipelines.test_train import processes_of, start, wait_until
+
+# What `kedro run` does on each node, without the rest of the pipeline.
+NODE = """
+import sys
+from pathlib import Path
+from qvl_pipeline.config.launch import LaunchConfig
+from qvl_pipeline.pipelines.train.launcher import Processes, launch
+config = LaunchConfig(nnodes=2, master_addr="127.0.0.1", master_port=int(sys.argv[2]))
+launch(Path(sys.argv[1]), Processes(1, config.nodes()), lambda: None)
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    """A training of eight steps that ran on two ranks without a launcher."""
+    folder = tmp_path_factory.mktemp("launch")
+    build_tiny_model(folder / "model", family="qwen3_vl", seed=0, corpus=["which digit?"])
+    spec = make_training(folder, folder / "model", "qwen3_vl", kinds=("text",) * 16, packs_per_step=2)
+    trained(spec, nproc=2)
+    return spec
+
+
+def losses(spec: TrainSpec) -> dict[int, float]:
+    """Return the loss of each row; a step in two rows would be an error."""
+    rows = [json.loads(line) for line in (Path(spec.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_two_nodes_train_as_one_job(undisturbed: TrainSpec, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    spec = changed(undisturbed, tmp_path / "run")
+    command = [sys.executable, "-c", NODE, str(start(spec)), str(port)]
+    nodes = [subprocess.Popen(command, env=os.environ | {"NODE_RANK": rank}) for rank in ("1", "0")]
+    assert [node.wait(150) for node in nodes] == [0, 0]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
+    assert (tmp_path / "run" / "engine.node1.log").exists()
+    assert losses(spec) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_a_killed_rank_is_restarted_and_the_training_ends_the_same(undisturbed: TrainSpec, tmp_path: Path) -> None:
+    spec = changed(undisturbed, tmp_path / "run", run={"save_steps": 2})
+    killed: list[int] = []
+
+    def kill_a_rank_once() -> None:
+        if not killed and any((tmp_path / "run" / "checkpoints").glob("checkpoint-*")):
+            killed.append(_ranks(tmp_path / "run" / "train_spec.json")[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    launch(start(spec), Processes(2, max_restarts=1), kill_a_rank_once)
+    assert killed
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_from_step"] >= 2
+    assert losses(spec) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_stopping_on_request_is_an_end_of_its_own_and_the_same_command_goes_on(
+    undisturbed: TrainSpec, tmp_path: Path
+) -> None:
+    spec = changed(undisturbed, tmp_path / "run")
+    spec_path = start(spec)
+    code = f"""
+from pathlib import Path
+from qvl_pipeline.pipelines.train.launcher import Processes, launch
+launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 120)
+    os.kill(parent.pid, signal.SIGUSR1)
+    output, _ = parent.communicate(timeout=120)
+    assert parent.returncode == StoppedOnRequest.status
+    step = json.loads((tmp_path / "run" / "stopped.json").read_text())["step"]
+    assert f"stopped on request after step {step}; run the same command" in output
+    assert not processes_of(spec_path)
+    assert not (tmp_path / "run" / "result.json").exists()
+    trained(spec, nproc=2)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_from_step"] == step
+    assert losses(spec) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_error_of_an_attempt_that_was_restarted_is_kept_but_not_reported(
+    undisturbed: TrainSpec, tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(undisturbed, data=dataclasses.replace(undisturbed.data, tokenized=str(tmp_path / "no")))
+    spec = changed(spec, tmp_path / "run")
+    with pytest.raises(RankFailedError, match="training failed on rank 0 at step 0"):
+        launch(start(spec), Processes(1, max_restarts=1), lambda: None)
+    errors = tmp_path / "run" / "errors"
+    assert {str(path.relative_to(errors)) for path in errors.rglob("*.json")} == {"rank0.json", "attempt0/rank0.json"}
+
+
+def test_environment_of_the_ranks_is_ours_unless_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TOKENIZERS_PARALLELISM", "NCCL_BLOCKING_WAIT", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    given = environment(nproc_per_node=1)
+    assert given["TOKENIZERS_PARALLELISM"] == "false"
+    assert given["NCCL_BLOCKING_WAIT"] == "0"
+    assert given["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+    assert given["NCCL_DEBUG"] == "INFO"
+
+
+def _ranks(spec_path: Path) -> list[int]:
+    """Return the process ids of the ranks, of which torchrun is none."""
+    pids = [pid for pid, command in processes_of(spec_path) if "torch.distributed.run" not in command]
+    return sorted(pids)
