@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Node, Pipeline
 
+from qvl_pipeline.config import TrainConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.hooks import EarlyChecks
+from qvl_pipeline.hooks import EarlyChecks, _check_node
 from tests.kedro_project import register_pipelines, run
 
 
@@ -71,3 +73,23 @@ def test_every_node_is_counted(project: Path, caplog: pytest.LogCaptureFixture) 
     said = [message for name, _, message in caplog.record_tuples if name == "qvl_pipeline.hooks"]
     assert said[:-1] == [f"[{i}/4] {name}" for i, name in enumerate(names, start=1)]
     assert said[-1].startswith("done in ")
+
+
+@pytest.mark.parametrize("names", [("train",), ("train", "evaluate")])
+def test_of_several_nodes_only_the_first_runs_more_than_training(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(lambda train: train, "params:train", None, name="train")
+    others = [Node(lambda train: train, "params:train", None, name=name) for name in names[1:]]
+    pipeline = Pipeline([node, *others])
+    catalog = DataCatalog({"params:train": MemoryDataset(TrainConfig())})
+    for name, value in {"NNODES": "2", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+    monkeypatch.setenv("PET_NODE_RANK", "0")
+    _check_node(pipeline, catalog)
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    if len(names) == 1:
+        _check_node(pipeline, catalog)
+        return
+    with pytest.raises(UserError, match=r"node 1 of 2 can only join the training: run `kedro run --pipelines train`"):
+        _check_node(pipeline, catalog)

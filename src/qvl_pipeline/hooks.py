@@ -51,8 +51,10 @@ class EarlyChecks:
         """Refuse a pipeline whose inputs are not there yet.
 
         Raises:
-            UserError: Names every missing input, the pipeline that makes it, and the command to run first.
+            UserError: Names every missing input, the pipeline that makes it, and the command to run first. Or this is
+                one of several nodes, and not the one that runs other pipelines than training.
         """
+        _check_node(pipeline, catalog)
         missing = _missing(pipeline, catalog)
         if not missing:
             return
@@ -90,6 +92,18 @@ def _check_profile(folder: Path) -> None:
     nearest = difflib.get_close_matches(folder.name, profiles, n=1)
     hint = f"did you mean '{nearest[0]}'? " if nearest else ""
     raise UserError(f"there is no profile '{folder.name}'; {hint}The profiles in conf/ are {', '.join(profiles)}")
+
+
+def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
+    """Refuse to make on every node what one of them makes."""
+    if "params:train" not in pipeline.inputs():
+        return
+    nodes = catalog.load("params:train").launch.nodes()
+    if nodes.node_rank > 0 and {node.name for node in pipeline.nodes} != {"train"}:
+        raise UserError(
+            f"node {nodes.node_rank} of {nodes.nnodes} can only join the training: run `kedro run --pipelines train` "
+            "on every node, and the other pipelines on one"
+        )
 
 
 def _missing(pipeline: Pipeline, catalog: DataCatalog) -> list[str]:

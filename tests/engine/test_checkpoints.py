@@ -173,6 +173,43 @@ def test_a_failed_save_stops_all_ranks_with_its_reason_and_leaves_the_one_before
     run_ranks(disk_of_rank_1_is_full, 2, tmp_path / "run", asynchronous, log_dir=tmp_path / "logs")
 
 
+def resumes_with_a_part_that_had_no_gradient_yet(folder: Path) -> None:
+    """The second layer is used from the second step on."""
+    first, again = Towers(folder), Towers(folder)
+    first.step(both=False)
+    first.checkpoints.save(1)
+    first.checkpoints.wait()
+    assert again.checkpoints.load(folder / "checkpoint-1") == 1
+    for training in (first, again):
+        training.step(both=True)
+        training.step(both=True)
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Towers:
+    """Two layers of which a step may use one."""
+
+    def __init__(self, folder: Path) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        torch.manual_seed(0)
+        self.model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        state = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, [self.optimizer])}
+        self.checkpoints = Checkpoints(folder, state, rank_state={}, identity={}, keep=1, asynchronous=True)
+
+    def step(self, *, both: bool) -> None:
+        x = torch.ones(2, 3)
+        sum(layer(x).square().sum() for layer in (self.model if both else self.model[:1])).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_a_part_that_had_no_gradient_yet_starts_fresh_after_resuming(tmp_path: Path) -> None:
+    run_ranks(resumes_with_a_part_that_had_no_gradient_yet, 1, tmp_path / "run", log_dir=tmp_path / "logs")
+
+
 def leftovers_are_removed(folder: Path) -> None:
     Training(folder)
     assert not list(folder.iterdir())

@@ -51,7 +51,8 @@ def test_parameters_are_flat_with_defaults_and_only_of_the_blocks_in_use(project
         for block, model in (("train", TrainConfig), ("model", ModelConfig))
         for key in model.model_fields
     }
-    expected = expected - {"train.fsdp_config"} | {
+    expected = expected - {"train.fsdp_config", "train.launch"} | {
+        "train.launch.max_restarts",
         "train.fsdp_config.reshard_after_forward",
         "train.fsdp_config.transformer_layer_cls_to_wrap",
     }

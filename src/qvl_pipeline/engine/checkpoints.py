@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -112,6 +114,25 @@ class RandomState:
         torch.set_rng_state(state_dict["cpu"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state_dict["cuda"], self._device)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Does without the optimizer's state of parameters that had no gradient before the checkpoint, and so had none.
+
+    They are those of a vision tower that saw no media yet. Their state is set to what a first step starts from: DCP
+    makes state to load into by taking a step of size zero, which counts.
+    """
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        absent = [name for name in self.state_dict if name not in metadata.state_dict_metadata]
+        for name in absent:
+            if name.startswith("optimizer.state."):
+                value = self.state_dict.pop(name)
+                if name.endswith(".step"):
+                    value.zero_()
 
 
 class Checkpoints:
@@ -233,7 +254,7 @@ class Checkpoints:
         if own:
             state[self._rank] = self._rank_states()
         try:
-            dcp.load(state, checkpoint_id=path, process_group=self._control)
+            dcp.load(state, checkpoint_id=path, process_group=self._control, planner=_LoadPlanner())
         except CheckpointException as error:
             raise CheckpointError(f"{path} cannot be loaded: {_reasons(error)}") from error
         for name, stateful in self._rank_state.items() if own else ():

@@ -88,11 +88,15 @@ class MlflowHook:
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Start the run and record what is known of it: parameters, tags, input data.
 
+        Of the nodes that train together, only node 0 has a run.
+
         Raises:
             UserError: The tracking server or database cannot be used.
         """
         from qvl_pipeline.tracking.mlflow_run import start_run
 
+        if "params:train" in pipeline.inputs() and catalog.load("params:train").launch.nodes().node_rank > 0:
+            return
         # An interrupt (Ctrl-C, SIGTERM) passes no hook: what is still open at exit, or when the next session of a
         # notebook starts, was killed. Registered after MLflow's own exit handler, ours is called before it.
         self._finish("KILLED")

@@ -137,7 +137,8 @@ def environment(nproc_per_node: int) -> dict[str, str]:
         # Parallel downloads of weights; what HF_HUB_ENABLE_HF_TRANSFER was before huggingface_hub 1.0.
         "HF_XET_HIGH_PERFORMANCE": "1",
     }
-    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
+    # Restarted ranks otherwise meet at the store of the attempt before, and find the addresses of ranks that are gone.
+    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def _prepare_torchrun() -> None:
