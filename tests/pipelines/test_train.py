@@ -93,7 +93,9 @@ class TestPublishing:
 
 
 class TestSpec:
-    def spec(self, folder: Path, manifest: dict, model: ModelConfig, train: TrainConfig) -> TrainSpec:
+    def spec(
+        self, folder: Path, manifest: dict, model: ModelConfig, train: TrainConfig, **batching: Any
+    ) -> TrainSpec:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return make_spec(
             base_model=folder,
@@ -102,7 +104,8 @@ class TestSpec:
             video_frames=Path("frames"),
             plan_summary=SUMMARY,
             model=model,
-            batching=BatchingConfig(per_device_train_batch_size=3),
+            batching=BatchingConfig(per_device_train_batch_size=3, **batching),
+            weights={"a": 2.0},
             train=train,
             output_dir=folder / "run",
             identity={},
@@ -114,6 +117,24 @@ class TestSpec:
         assert spec.model.path == spec.model.processor == str(tmp_path)
         assert spec.optim.warmup_steps == 4
         assert spec.data.packs_per_micro_batch == 3
+
+    def test_feeding_reaches_the_engine(self, tmp_path: Path) -> None:
+        train = TrainConfig(
+            dataloader_num_workers=2,
+            dataloader_prefetch_factor=5,
+            dataloader_pin_memory=False,
+            on_bad_sample="skip",
+        )
+        manifest = {"path": ".", "family": "qwen3_vl"}
+        planned = self.spec(tmp_path, manifest, MODEL, train)
+        feeding = (planned.data.num_workers, planned.data.prefetch_factor, planned.data.pin_memory)
+        assert feeding == (2, 5, False)
+        assert planned.data.on_bad_sample == "skip"
+        assert planned.stream.max_steps == 0
+        values = {"dataset_type": "vision_iterable", "max_steps": 7, "shuffle_buffer_size": 9}
+        stream = self.spec(tmp_path, manifest, MODEL, train, **values).stream
+        assert (stream.max_steps, stream.shuffle_buffer_size, stream.packs_per_step) == (7, 9, 3)
+        assert stream.weights == {"a": 2.0}
 
     def test_optimisation_reaches_the_engine(self, tmp_path: Path) -> None:
         values = {

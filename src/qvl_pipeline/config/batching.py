@@ -13,8 +13,9 @@ class BatchingConfig(Block):
     """The declared batches. They are the same on any number of ranks; ranks only share them out.
 
     Attributes:
-        dataset_type: `vision` is map-style: `num_train_epochs` passes over the data. The guide's iterable types run for
-            `max_steps` steps, however many passes that takes.
+        dataset_type: `vision` and `qwen3_vl` are map-style: the whole training is planned before it starts. Of the
+            iterable types `vision_iterable` and `qwen3_vl_iterable`, samples are shuffled and packed as they are read,
+            without a plan, for `max_steps` steps, however many passes that takes.
         packing: Several samples per pack; otherwise each pack is one sample.
         packing_strategy: `best_fit` (best-fit-decreasing over the whole epoch) fills packs best. `first_fit` keeps the
             shuffled order. `balanced` makes packs of equal work, counting attention and vision tower: ranks wait less
@@ -29,6 +30,8 @@ class BatchingConfig(Block):
         num_train_epochs: Passes over the training samples.
         max_steps: Optimizer steps; overrides `num_train_epochs` when positive.
         group_by_length: Without packing, batch samples of similar length. Packs are of equal length already.
+        shuffle_buffer_size: Iterable types: samples that the next one is drawn from, over all packs of a step; 1 keeps
+            the order.
         seed: Seed of the order of samples.
     """
 
@@ -44,15 +47,41 @@ class BatchingConfig(Block):
     num_train_epochs: int = Field(default=1, ge=1)
     max_steps: int = Field(default=-1, ge=-1)
     group_by_length: bool = False
+    shuffle_buffer_size: int = Field(default=10_000, ge=1)
     seed: int = 42
 
     @model_validator(mode="after")
     def _iterable_needs_steps(self) -> BatchingConfig:
-        if self.dataset_type.endswith("iterable") and self.max_steps < 1:
+        if self.streamed and self.max_steps < 1:
             raise ValueError(f"dataset_type '{self.dataset_type}' has no length: set max_steps to the steps to train")
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: nothing would be trained; give a positive number, or -1 for epochs")
         return self
+
+    @model_validator(mode="after")
+    def _stream_knows_no_lengths_beforehand(self) -> BatchingConfig:
+        if not self.streamed:
+            if "shuffle_buffer_size" in self.model_fields_set:
+                raise ValueError(
+                    f"shuffle_buffer_size is for iterable types: dataset_type '{self.dataset_type}' shuffles everything"
+                )
+            return self
+        if self.packing and self.packing_strategy == "balanced":
+            raise ValueError(
+                f"packing_strategy 'balanced' needs the lengths of all samples, which dataset_type "
+                f"'{self.dataset_type}' does not have: use 'best_fit' or 'first_fit'"
+            )
+        if not self.packing and self.group_by_length:
+            raise ValueError(
+                f"group_by_length needs the lengths of all samples, which dataset_type '{self.dataset_type}' does not "
+                "have: set packing: true, or use a map-style dataset_type"
+            )
+        return self
+
+    @property
+    def streamed(self) -> bool:
+        """Whether training runs without a plan."""
+        return self.dataset_type.endswith("iterable")
 
     @property
     def packs_per_step(self) -> int:

@@ -96,7 +96,13 @@ class TrainConfig(Block):
         load_best_model_at_end: Export the weights of the best evaluation instead of the last. A checkpoint is saved at
             every evaluation that is the best so far, and kept beyond `save_total_limit`.
         metric_for_best_model: What is best: the lowest `eval_loss`.
-        dataloader_num_workers: Loader processes of each rank; 0 loads in the training process.
+        dataloader_num_workers: Loader processes of each rank, which live as long as the run; 0 loads in the training
+            process.
+        dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
+        dataloader_pin_memory: On CUDA, load into pinned memory, from which copies overlap with computation.
+        on_bad_sample: What happens when media that passed validation cannot be loaded: `raise` ends the run and names
+            sample and file; `skip` trains its pack without the sample, counts it in `skipped_samples` and names it in
+            `skipped.jsonl`. The loss stays exact: a sample that is left out is not counted.
         profile_steps: First and last step (from 1) that rank 0 traces with `torch.profiler`; the Chrome trace goes to
             `profile/` in the run's folder. Empty traces nothing.
         memory_snapshot_on_oom: Record GPU allocations, and write them to `memory/` in the run's folder when memory
@@ -145,6 +151,9 @@ class TrainConfig(Block):
     load_best_model_at_end: bool = False
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
     dataloader_num_workers: int = Field(default=0, ge=0)
+    dataloader_prefetch_factor: int = Field(default=2, ge=1)
+    dataloader_pin_memory: bool = True
+    on_bad_sample: Literal["raise", "skip"] = "raise"
     profile_steps: list[int] = Field(default_factory=list)
     memory_snapshot_on_oom: bool = False
     seed: int = 42
@@ -225,6 +234,23 @@ class TrainConfig(Block):
         if isinstance(self.gradient_checkpointing, bool):
             return ("llm", "vit") if self.gradient_checkpointing else ()
         return tuple(self.gradient_checkpointing)
+
+    @model_validator(mode="after")
+    def _prefetching_needs_workers(self) -> TrainConfig:
+        if "dataloader_prefetch_factor" in self.model_fields_set and not self.dataloader_num_workers:
+            raise ValueError(
+                "dataloader_prefetch_factor is for loader processes: set dataloader_num_workers to at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_that_share_a_pack_skip_together(self) -> TrainConfig:
+        if self.on_bad_sample == "skip" and self.sp_ulysses_degree > 1:
+            raise ValueError(
+                "on_bad_sample 'skip' needs sp_ulysses_degree 1: ranks that share a pack load different media of it "
+                "and would disagree on what is left of it; use on_bad_sample 'raise'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _none_stands_alone(self) -> TrainConfig:

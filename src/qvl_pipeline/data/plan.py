@@ -56,7 +56,8 @@ def make_plan(
 
     Returns:
         The tables `pack_plan` and `plan_summary` of the contract. `samples` counts the different samples that are
-        trained on; `epochs` is the number of passes over them, a fraction when `max_steps` ends inside of one.
+        trained on; `epochs` is the number of passes over them, a fraction when `max_steps` ends inside of one. For
+        iterable types the plan is empty, and what only its packs would tell is `None`.
 
     Raises:
         UserError: There is nothing to train on, a source is not declared any more, or samples are longer than a pack
@@ -67,9 +68,19 @@ def make_plan(
     if undeclared:
         raise UserError(f"source '{undeclared[0]}' is not declared in ingest.datasets any more: run 'ingest' and on")
     per_epoch = sum(weights[source] for source in samples.sources)
-    packs = _run_packs(samples, batching, weights) if per_epoch >= 1 else None
-    if not packs:
+    streamed = batching.streamed
+    packs = None if streamed or per_epoch < 1 else _run_packs(samples, batching, weights)
+    if per_epoch < 1 or not (packs or streamed):
         raise UserError("the weights of the sources leave no sample to train on: raise ingest.datasets[].weight")
+    tokens_per_epoch = sum(weights[s] * n for s, n in zip(samples.sources, samples.tokens.tolist(), strict=True))
+    facts = {
+        "packing_length": batching.packing_length,
+        "tokens_per_epoch": tokens_per_epoch,
+        "fingerprint": plan_fingerprint(tokenized_path, batching, weights),
+        "overlong": overlong,
+    }
+    if packs is None:
+        return _plan_of_a_stream(samples, batching, facts)
     plan, work = _plan_table(packs, samples, batching.packs_per_step)
     tokens = int(plan["tokens"].sum())
     return plan, {
@@ -81,9 +92,7 @@ def make_plan(
         "fill": tokens / (len(plan) * batching.packing_length),
         "imbalance": {part: imbalance(plan, values, batching.data_parallel_size) for part, values in work.items()},
         "epochs": len(packs.samples) / per_epoch,
-        "packing_length": batching.packing_length,
-        "fingerprint": plan_fingerprint(tokenized_path, batching, weights),
-        "overlong": overlong,
+        **facts,
     }
 
 
@@ -105,6 +114,20 @@ def make_eval_plan(tokenized_path: Path, batching: BatchingConfig) -> pd.DataFra
         )
     packs = _pack(samples.tokens, samples.patches, batching, epoch=0)
     return _plan_table(packs, samples, packs_per_step=len(packs))[0]
+
+
+def _plan_of_a_stream(
+    samples: _Samples, batching: BatchingConfig, facts: dict[str, Any]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return an empty plan, and what is known of a stream before it runs: all but what depends on its packs."""
+    nothing = Packs(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    plan, _ = _plan_table(nothing, samples, batching.packs_per_step)
+    known = {
+        "steps": batching.max_steps,
+        "packs": batching.max_steps * batching.packs_per_step,
+        "samples": len(samples.rows),
+    }
+    return plan, known | dict.fromkeys(["tokens", "supervised_tokens", "fill", "imbalance", "epochs"]) | facts
 
 
 def source_weights(ingest: IngestConfig) -> dict[str, float]:

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from qvl_pipeline.media.loading import PatchLoader
 
 
+@dataclass(frozen=True)
+class BadSample:
+    """A sample whose media could not be loaded; `supervised_tokens` are those that the plan counts for it."""
+
+    sample_id: str
+    supervised_tokens: int
+    reason: str
+
+
 @dataclass
 class Batch:
     """One micro-batch of one rank: `B` rows of `T` tokens.
@@ -40,6 +49,7 @@ class Batch:
         targets: Those next tokens, `[S]`.
         target_source: Number of the source each target comes from, `[S]`.
         sample_ids: The samples, in order.
+        skipped: Samples that should be in it but could not be loaded.
     """
 
     input_ids: torch.Tensor
@@ -57,6 +67,7 @@ class Batch:
     targets: torch.Tensor
     target_source: torch.Tensor
     sample_ids: list[str]
+    skipped: tuple[BadSample, ...] = ()
 
     def map_tensors(self, function: Any) -> Batch:
         """Return a batch with `function` applied to each tensor."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
-from torch.utils.data import DataLoader, Dataset
-
-from qvl_pipeline.engine.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.stopping import leave_stopping_to_the_trainer
-from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,8 @@ class Step:
         packs: Packs over all ranks.
         tokens: Tokens over all ranks.
         supervised_tokens: Trained tokens over all ranks: the denominator of the loss.
+        epoch: Passes over the data after this step.
+        position: Where a stream is after this step; `None` for a plan, whose position is the step.
     """
 
     number: int
@@ -49,6 +47,8 @@ class Step:
     packs: int
     tokens: int
     supervised_tokens: int
+    epoch: float
+    position: dict[str, str] | None = None
 
 
 def read_plan(path: Path) -> list[list[Pack]]:
@@ -72,7 +72,13 @@ def read_plan(path: Path) -> list[list[Pack]]:
 
 
 def share_out(
-    plan: list[list[Pack]], rank: int, world_size: int, packs_per_micro_batch: int, *, always_vision: bool = False
+    plan: list[list[Pack]],
+    rank: int,
+    world_size: int,
+    packs_per_micro_batch: int,
+    *,
+    always_vision: bool = False,
+    epochs: float = 1.0,
 ) -> list[Step]:
     """Take a rank's share of every step.
 
@@ -86,6 +92,7 @@ def share_out(
         packs_per_micro_batch: Packs in one forward pass.
         always_vision: Call the tower in every micro-batch: when nothing else is trained, one without it would have no
             gradient at all.
+        epochs: Passes over the data that the plan makes.
 
     Returns:
         The steps of this rank.
@@ -105,50 +112,32 @@ def share_out(
                 packs=len(packs),
                 tokens=sum(pack.tokens for pack in packs),
                 supervised_tokens=sum(pack.supervised_tokens for pack in packs),
+                epoch=epochs * number / len(plan),
             )
         )
     return steps
 
 
-class _MicroBatches(Dataset[Batch]):
-    """Micro-batches by number, built when asked for; reads the tokenized samples in the worker that builds."""
+class PlannedFeed:
+    """The steps of a plan, as one rank takes them."""
 
-    def __init__(self, steps: list[Step], tokenized: Path, builder: BatchBuilder) -> None:
-        self._micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
-        self._samples = TokenizedSamples(tokenized)
-        self._builder = builder
+    def __init__(self, steps: list[Step]) -> None:
+        """Take the steps that `share_out` gives this rank."""
+        self._steps = steps
+        self.max_steps = len(steps)
+        self.tokens = sum(step.tokens for step in steps)
+        self.supervised_tokens = sum(step.supervised_tokens for step in steps)
 
-    def __len__(self) -> int:
-        return len(self._micro_batches)
+    def steps_after(self, done: int) -> Iterable[Step]:
+        """Return the steps that are left."""
+        return self._steps[done:]
 
-    def __getitem__(self, number: int) -> Batch:
-        micro_batch = self._micro_batches[number]
-        rows = [self._samples.row(row) for row in micro_batch.sample_rows]
-        return self._builder.build(rows, vision=micro_batch.vision)
+    def finish(self, step: Step) -> None:
+        """Nothing is to be remembered of a finished step: where a plan is, its number says."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the plan is a file, and the step is the checkpoint's own."""
+        return {}
 
-def load_batches(
-    steps: list[Step], tokenized: Path, builder: BatchBuilder, *, num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Iterate over the batches of all micro-batches of `steps`, in order.
-
-    Args:
-        steps: The steps still to do.
-        tokenized: Arrow file of `tokenized_samples`.
-        builder: Builds a batch from rows.
-        num_workers: Loader processes; 0 loads in this process.
-        pin_memory: Pin the batches for copies to a GPU.
-
-    Returns:
-        An iterator over batches.
-    """
-    return iter(
-        DataLoader(
-            _MicroBatches(steps, tokenized, builder),
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=2 if num_workers else None,
-            worker_init_fn=leave_stopping_to_the_trainer,
-            pin_memory=pin_memory,
-        )
-    )
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing."""

@@ -91,6 +91,9 @@ class DataSpec:
         rmpad: Micro-batches are packs; otherwise a padded row for each sample.
         epochs: Passes over the data that the plan makes.
         num_workers: Loader processes of each rank.
+        prefetch_factor: Micro-batches that each loader process prepares ahead.
+        pin_memory: Pin batches for copies to a GPU.
+        on_bad_sample: `raise` or `skip` a sample whose media cannot be loaded.
     """
 
     tokenized: str
@@ -101,6 +104,38 @@ class DataSpec:
     rmpad: bool
     epochs: float
     num_workers: int
+    prefetch_factor: int
+    pin_memory: bool
+    on_bad_sample: str
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """Training without a plan: samples are shuffled and packed as they are read.
+
+    Attributes:
+        max_steps: Steps to train; 0 follows the plan instead.
+        packs_per_step: Packs of one step over all ranks.
+        packing: Several samples per pack; otherwise each is one.
+        packing_strategy: `best_fit` or `first_fit`.
+        packing_length: Token budget of a pack; longer samples are left out.
+        packing_vit_patches: Patch budget of a pack.
+        shuffle_buffer_size: Samples that the next one is drawn from, over all ranks.
+        weights: How often a sample of each source is seen per pass.
+        tokens_per_epoch: Tokens of one pass.
+        seed: Seed of the order.
+    """
+
+    max_steps: int
+    packs_per_step: int
+    packing: bool
+    packing_strategy: str
+    packing_length: int
+    packing_vit_patches: int | None
+    shuffle_buffer_size: int
+    weights: dict[str, float]
+    tokens_per_epoch: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -209,6 +244,7 @@ class TrainSpec:
     run: RunSpec
     model: ModelSpec
     data: DataSpec
+    stream: StreamSpec
     optim: OptimSpec
     parallel: ParallelSpec
     validation: ValidationSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from qvl_pipeline.engine.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, completed
 from qvl_pipeline.engine.ema import WeightAverage
 from qvl_pipeline.engine.export import export
-from qvl_pipeline.engine.feed import MicroBatch, Step, load_batches, read_plan, share_out
+from qvl_pipeline.engine.feed import MicroBatch, PlannedFeed, Step, read_plan, share_out
 from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.loading import build_model, load_processor
 from qvl_pipeline.engine.loss_scale import LossScale
@@ -28,8 +30,10 @@ from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.profiling import out_of_memory_explained, profiled
 from qvl_pipeline.engine.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.sharding import offloads, sequence_group, shard, start_process_group
+from qvl_pipeline.engine.skipped import SkippedSamples
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.stopping import StopRequest, write_stopped
+from qvl_pipeline.engine.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.validation import Validation
 from qvl_pipeline.engine.watchdog import Watchdog, set_collective_timeout
 from qvl_pipeline.engine.weights import load_weights
@@ -61,9 +65,28 @@ class Trainer:
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
+        self.feed = self._make_feed()
+        self.skipped = SkippedSamples(
+            Path(spec.run.output_dir) / "skipped.jsonl", allowed=spec.data.on_bad_sample == "skip"
+        )
         self.checkpoints = self._make_checkpoints()
         evaluates = spec.validation.strategy != "no"
         self.validation = Validation(spec, self.builder, self.mesh, self.device) if evaluates else None
+
+    def _make_feed(self) -> PlannedFeed | StreamedFeed:
+        """Take this rank's share of the plan, or of the stream where there is none."""
+        data, rank, ranks = self.spec.data, self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
+        always_vision = _trains_vision_only(self.model)
+        if self.spec.stream.max_steps:
+            samples, exchange = TokenizedSamples(Path(data.tokenized)), host_sum(self.mesh["sp"].size())
+            return StreamedFeed(
+                samples, self.spec.stream, rank, ranks, data.packs_per_micro_batch, exchange, always_vision=always_vision
+            )
+        plan = read_plan(Path(data.pack_plan))
+        steps = share_out(
+            plan, rank, ranks, data.packs_per_micro_batch, always_vision=always_vision, epochs=data.epochs
+        )
+        return PlannedFeed(steps)
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -72,6 +95,8 @@ class Trainer:
             state["ema"] = self.average.state  # loading overwrites these very tensors
         if self.loss_scale:
             state["loss_scale"] = self.loss_scale
+        if isinstance(self.feed, StreamedFeed):
+            state["stream"] = self.feed
         return Checkpoints(
             Path(run.output_dir) / "checkpoints",
             state,
@@ -90,34 +115,25 @@ class Trainer:
     def run(self) -> None:
         """Train to the end of the plan and export; or, on request, to the end of a step and no further."""
         spec, output_dir = self.spec, Path(self.spec.run.output_dir)
-        plan = read_plan(Path(spec.data.pack_plan))
-        steps = share_out(
-            plan,
-            self.mesh["dp"].get_local_rank(),
-            self.mesh["dp"].size(),
-            spec.data.packs_per_micro_batch,
-            always_vision=_trains_vision_only(self.model),
-        )
-        self.schedule = learning_rate_schedule(spec.optim, len(steps))
+        max_steps = self.feed.max_steps
+        self.schedule = learning_rate_schedule(spec.optim, max_steps)
         done = self._resume(output_dir)
-        batches = load_batches(
-            steps[done:],
-            Path(spec.data.tokenized),
-            self.builder,
-            num_workers=spec.data.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        # A stream's steps come into being as they are loaded: trainer and loader read the same ones.
+        steps, loaded = itertools.tee(self.feed.steps_after(done))
+        micro_batches = (micro_batch for step in loaded for micro_batch in step.micro_batches)
+        options = LoaderOptions.from_spec(spec.data, cuda=self.device.type == "cuda")
         traced = spec.run.profile_steps if self.leads else ()
         snapshot = spec.run.memory_snapshot_on_oom
         with (
             out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=snapshot),
             profiled(traced, done, output_dir) as end_profiled_step,
         ):
-            self._train(steps[done:], len(steps), batches, output_dir, end_profiled_step)
+            batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
+            self._train(steps, max_steps, batches, output_dir, end_profiled_step)
         set_collective_timeout(spec.run.ddp_timeout, self.mesh)
         self._save()
         self.checkpoints.wait()
-        if self.step < len(steps):
+        if self.step < max_steps:
             if self.leads:
                 write_stopped(output_dir, self.step)
             return
@@ -127,19 +143,19 @@ class Trainer:
             self.average.copy_to_weights()
         export(self.model, self.processor, spec)
         if self.leads:
-            self._write_result(output_dir, steps, done)
+            self._write_result(output_dir, done)
         dist.barrier()
 
     def _train(
         self,
-        steps: list[Step],
+        steps: Iterator[Step],
         max_steps: int,
         batches: Iterator[Batch],
         output_dir: Path,
         end_profiled_step: Callable[[], None],
     ) -> None:
         """Take steps until there are no more or someone asks to stop; `self.step` is then the last one taken."""
-        run = self.spec.run
+        run, first = self.spec.run, self.step + 1
         window = MetricsWindow(
             self.builder.sources,
             self.device,
@@ -153,6 +169,7 @@ class Trainer:
                 grad_norm = self._train_step(step, batches, window)
             end_profiled_step()
             window.add_step(step)
+            self.feed.finish(step)
             stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
             saves = stops or (bool(run.save_steps) and step.number % run.save_steps == 0)
             evaluates = self.validation is not None and self.validation.is_due(step.number, max_steps)
@@ -162,13 +179,14 @@ class Trainer:
                 row: dict[str, Any] = {
                     "step": step.number,
                     "max_steps": max_steps,
-                    "epoch": self.spec.data.epochs * step.number / max_steps,
+                    "epoch": step.epoch,
                     "learning_rate": self.spec.optim.learning_rate * self.schedule(step.number),
                     "learning_rates": learning_rates,
                     # An overflow in float16 is no number; that step was not taken.
                     "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,
                     **window.row(),
                     **(self.loss_scale.row() if self.loss_scale else {}),
+                    "skipped_samples": self.skipped.report(),
                 }
                 if evaluates:
                     self.micro_batch = MicroBatch((), vision=False)
@@ -182,7 +200,7 @@ class Trainer:
                 self._save()
             if stops:
                 return
-            if step is steps[0]:
+            if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
                 set_collective_timeout(run.step_timeout_s or run.ddp_timeout, self.mesh)
 
@@ -199,6 +217,7 @@ class Trainer:
             with self.watchdog.load():
                 batch = next(batches)
             window.add_batch(batch, waited_s=time.perf_counter() - asked)
+            self.skipped.add(step.number, batch.skipped)
             batch = batch.to(self.device)
             # Gradients are exchanged once a step, after its last micro-batch.
             self.model.set_requires_gradient_sync(number == len(step.micro_batches))
@@ -207,6 +226,7 @@ class Trainer:
             (loss * self.loss_scale.value if self.loss_scale else loss).backward()
             window.losses.add(losses, batch.target_source)
             self.finite.add_losses(step.number, batch.sample_ids, losses)
+        self.skipped.correct_gradients(self.model.parameters(), step.supervised_tokens)
         grad_norm = self._clip()
         if self.loss_scale is None or self.loss_scale.accepts(grad_norm):
             self.finite.add_gradient_norm(step.number, grad_norm)
@@ -234,22 +254,25 @@ class Trainer:
             logger.info("resumed from %s", path)
         done = self.step
         if self.leads:
-            keep_rows_until(output_dir / "metrics.jsonl", done)
+            for name in ("metrics.jsonl", "skipped.jsonl"):
+                keep_rows_until(output_dir / name, done)
         dist.barrier()
         if self.validation:
             self.validation.resume(output_dir)
             self.checkpoints.protected_step = self.validation.best_step if self.spec.validation.load_best else 0
         return done
 
-    def _write_result(self, output_dir: Path, steps: list[Step], done: int) -> None:
+    def _write_result(self, output_dir: Path, done: int) -> None:
+        skipped = output_dir / "skipped.jsonl"
         result = {
-            "steps": len(steps),
+            "steps": self.feed.max_steps,
             "resumed_from_step": done,
-            "tokens": sum(step.tokens for step in steps),
-            "supervised_tokens": sum(step.supervised_tokens for step in steps),
+            "tokens": self.feed.tokens,
+            "supervised_tokens": self.feed.supervised_tokens,
+            "skipped_samples": len(skipped.read_text().splitlines()) if skipped.exists() else 0,
             "world_size": dist.get_world_size(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "exported_step": self.validation.best_step if self.spec.validation.load_best else len(steps),
+            "exported_step": self.validation.best_step if self.spec.validation.load_best else self.feed.max_steps,
             **self.facts,
         }
         (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")

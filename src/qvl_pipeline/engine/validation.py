@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from qvl_pipeline.engine import checkpoints
 from qvl_pipeline.engine.batch import BatchBuilder
-from qvl_pipeline.engine.feed import load_batches, read_plan, share_out
+from qvl_pipeline.engine.batch_loader import LoaderOptions, load_batches
+from qvl_pipeline.engine.feed import read_plan, share_out
 from qvl_pipeline.engine.metrics import SourceLosses, read_rows
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import TrainSpec
@@ -62,13 +64,11 @@ class Validation:
         # A data loader draws from the global generator, and training must not notice.
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             model.eval()
-            for batch in load_batches(
-                self._steps,
-                Path(self._spec.data.tokenized),
-                self._builder,
-                num_workers=self._spec.data.num_workers,
-                pin_memory=bool(cuda),
-            ):
+            # Losses over different samples cannot be compared, so none is skipped here.
+            options = LoaderOptions.from_spec(self._spec.data, cuda=bool(cuda))
+            options = dataclasses.replace(options, skip_bad_samples=False)
+            micro_batches = [micro_batch for step in self._steps for micro_batch in step.micro_batches]
+            for batch in load_batches(micro_batches, Path(self._spec.data.tokenized), self._builder, options):
                 batch = batch.to(self._device)
                 losses.add(model(batch), batch.target_source)
             model.train()

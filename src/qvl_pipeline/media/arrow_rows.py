@@ -66,6 +66,24 @@ class TokenizedSamples:
         plain = (name for name in batch.schema.names if name not in special)
         return {name: batch.column(name)[row].as_py() for name in plain} | special
 
+    @property
+    def num_shards(self) -> int:
+        """Number of record batches: the stretches of rows that are read together."""
+        return len(self._batches)
+
+    def shard(self, number: int, names: Sequence[str]) -> tuple[int, list[tuple[Any, ...]]]:
+        """Read some columns of one record batch.
+
+        Args:
+            number: Which, from 0.
+            names: Columns wanted.
+
+        Returns:
+            The number of its first row, and the values of the columns, row by row.
+        """
+        batch = self._batches[number].select(list(names))
+        return self._starts[number], list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Read whole columns, leaving the others untouched on disk.
 

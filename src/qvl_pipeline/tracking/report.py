@@ -192,13 +192,16 @@ def _score_tile(role: str, name: str, score: Score, metric: str) -> dict[str, st
 def _training_facts(
     result: dict[str, Any], plan: dict[str, Any], training_metrics: pd.DataFrame
 ) -> list[tuple[str, str]]:
+    # Of a stream, only the training itself knows how many passes it made and how full its packs were.
+    epochs = plan["epochs"] or result["tokens"] / plan["tokens_per_epoch"]
+    fill = plan["fill"] or result["tokens"] / (plan["packs"] * plan["packing_length"])
     facts = [
         ("Optimizer steps", _count(result["steps"])),
-        ("Passes over the data", f"{plan['epochs']:g}"),
+        ("Passes over the data", f"{epochs:g}"),
         ("Samples in the plan", _count(plan["samples"])),
         ("Packs", _count(plan["packs"])),
         ("Pack length, tokens", _count(plan["packing_length"])),
-        ("Packs filled to", _percent(plan["fill"])),
+        ("Packs filled to", _percent(fill)),
         ("Over-long samples left out", _count(len(plan["overlong"]))),
         ("Tokens", _count(result["tokens"])),
         ("Tokens trained on", _count(result["supervised_tokens"])),

@@ -125,15 +125,20 @@ def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: in
 
 def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
     overlong = summary["overlong"]
-    rows = {
-        "samples": f"{summary['samples']:,} x {summary['epochs']:.3g} epochs",
-        "packs": f"{summary['packs']:,} of {batching.packing_length:,} tokens, {summary['fill']:.1%} full",
-        "optimizer steps": f"{summary['steps']:,} of {batching.packs_per_step:,} packs",
-        "slowest rank": f"{summary['imbalance']['together'] - 1:.1%} above the mean of {batching.data_parallel_size}",
-        "tokens": f"{summary['tokens']:,}",
-        "supervised": f"{summary['supervised_tokens']:,} ({summary['supervised_tokens'] / summary['tokens']:.1%})",
-        "over-long": f"{len(overlong):,} left out" + (f", the first is {overlong[0]}" if overlong else ""),
-    }
+    rows = {"optimizer steps": f"{summary['steps']:,} of {batching.packs_per_step:,} packs"}
+    if batching.streamed:
+        rows["samples"] = f"{summary['samples']:,}, packed as they are read"
+    else:
+        slower = summary["imbalance"]["together"] - 1
+        supervised = f"{summary['supervised_tokens']:,} ({summary['supervised_tokens'] / summary['tokens']:.1%})"
+        rows |= {
+            "samples": f"{summary['samples']:,} x {summary['epochs']:.3g} epochs",
+            "packs": f"{summary['packs']:,} of {batching.packing_length:,} tokens, {summary['fill']:.1%} full",
+            "slowest rank": f"{slower:.1%} above the mean of {batching.data_parallel_size}",
+            "tokens": f"{summary['tokens']:,}",
+            "supervised": supervised,
+        }
+    rows["over-long"] = f"{len(overlong):,} left out" + (f", the first is {overlong[0]}" if overlong else "")
     table = Table("pack plan", "", show_header=True)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -68,6 +68,7 @@ def train(
         plan_summary=plan_summary,
         model=model,
         batching=batching,
+        weights=source_weights(ingest),
         train=train,
         output_dir=output_dir,
         eval_plan=None if eval_plan is None else eval_plan_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,9 @@ _DOES_NOT_CHANGE_TRAINING = (
     "save_async",
     "report_to",
     "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "on_bad_sample",
     "nproc_per_node",
     "fsdp_config",
     "launch",
@@ -66,6 +69,7 @@ def make_spec(
     plan_summary: dict[str, Any],
     model: ModelConfig,
     batching: BatchingConfig,
+    weights: Mapping[str, float],
     train: TrainConfig,
     output_dir: Path,
     identity: dict[str, str],
@@ -82,6 +86,7 @@ def make_spec(
         plan_summary: Facts of the plan.
         model: Parameters of the model.
         batching: Parameters of the plan.
+        weights: How often a sample of each source is seen per pass.
         train: Parameters of training.
         output_dir: Scratch folder of this very run.
         identity: What a checkpoint of this run says of it.
@@ -132,8 +137,23 @@ def make_spec(
             packing_length=batching.packing_length,
             packs_per_micro_batch=batching.per_device_train_batch_size,
             rmpad=train.use_rmpad,
-            epochs=float(plan_summary["epochs"]),
+            epochs=plan_summary["epochs"] or 0.0,
             num_workers=train.dataloader_num_workers,
+            prefetch_factor=train.dataloader_prefetch_factor,
+            pin_memory=train.dataloader_pin_memory,
+            on_bad_sample=train.on_bad_sample,
+        ),
+        stream=spec.StreamSpec(
+            max_steps=batching.max_steps if batching.streamed else 0,
+            packs_per_step=batching.packs_per_step,
+            packing=batching.packing,
+            packing_strategy=batching.packing_strategy,
+            packing_length=batching.packing_length,
+            packing_vit_patches=batching.packing_vit_patches,
+            shuffle_buffer_size=batching.shuffle_buffer_size,
+            weights=dict(weights),
+            tokens_per_epoch=float(plan_summary["tokens_per_epoch"]),
+            seed=batching.seed,
         ),
         optim=spec.OptimSpec(
             optim=train.optim,

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qvl_pipeline.engine.batch import BatchBuilder
+from qvl_pipeline.engine.batch_loader import BadSampleError, LoaderDiedError, LoaderOptions, load_batches
+from qvl_pipeline.engine.feed import MicroBatch
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.errors import UserError
+from tests.engine.ranks import JobFailedError
+from tests.engine.training import changed, make_training, trained
+
+
+class Loader:
+    """Stands in for the patch loader: blank patches, or what a broken file or a full memory do."""
+
+    def __init__(self, patch_values: int, fails: str = "", kills: str = "") -> None:
+        self.patch_values, self.fails, self.kills = patch_values, fails, kills
+
+    def load(training: TrainSpec, micro_batches: Sequence[MicroBatch], options: LoaderOptions, **behaviour: str) -> list:
+    return list(load_batches(micro_batches, Path(training.data.tokenized), builder(training, **behaviour), options))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_sample_is_named_with_its_file(training: TrainSpec, num_workers: int) -> None:
+    with pytest.raises(BadSampleError, match=r"^sample 'b/1': image '.*/1.png' cannot be read") as caught:
+        load(training, MICRO_BATCHES, options(num_workers=num_workers), fails="/1.png")
+    assert caught.value.sample_ids == ["b/1"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_skipped_sample_leaves_the_others_of_its_pack(training: TrainSpec, num_workers: int) -> None:
+    found = load(training, MICRO_BATCHES, options(num_workers=num_workers, skip_bad_samples=True), fails="/4.png")
+    assert [batch.sample_ids for batch in found] == [["a/0", "b/1", "b/3"], ["b/3"], ["<empty>"]]
+    assert [[bad.sample_id for bad in batch.skipped] for batch in found] == [[], ["a/4"], ["a/4"]]
+    # The only image of the micro-batch is gone, but some rank has media in it: the tower is called all the same.
+    assert [len(batch.patches) for batch in found] == [16, 4, 4]
+    assert found[1].skipped[0].supervised_tokens == 2 + 4 % 5
+
+
+def test_a_killed_loader_process_is_reported_with_the_samples_it_was_preparing(training: TrainSpec) -> None:
+    with pytest.raises(
+        LoaderDiedError, match=r"a loader process died .*Killed.* b/3, a/4.*dataloader_num_workers"
+    ) as caught:
+        load(training, [MicroBatch((3, 4), True)], options(), kills="/4.png")
+    assert caught.value.sample_ids == ["b/3", "a/4"]
+
+
+def test_batches_are_prepared_as_far_ahead_as_asked_and_no_further(training: TrainSpec) -> None:
+    asked: list[int] = []
+
+    def micro_batches():
+        for row in (0, 3, 6, 9) * 4:
+            asked.append(row)
+            yield MicroBatch((row,), False)
+
+    batches = load_batches(
+        micro_batches(), Path(training.data.tokenized), builder(training), options(num_workers=2, prefetch_factor=3)
+    )
+    next(batches)
+    assert len(asked) == 2 * 3 + 1
+
+
+def broken(training: TrainSpec, folder: Path, tiny: Path, numbers: Sequence[int]) -> TrainSpec:
+    """The same training, with broken images in its own folder."""
+    made = make_training(folder, tiny, "qwen3_vl")
+    for number in numbers:
+        (folder / f"{number}.png").write_bytes(b"no longer an image")
+    return changed(made, Path(made.run.output_dir), data={"on_bad_sample": "skip"})
+
+
+def test_training_without_the_skipped_samples_is_exact(
+    training: TrainSpec, tmp_path: Path, tiny_folders: Callable[[str], Path]
+) -> None:
+    # Sample 4 is alone in its micro-batch and its only image, on whichever rank has it.
+    actual = broken(training, tmp_path / "broken", tiny_folders("qwen3_vl"), [1, 4])
+    rows = trained(actual, nproc=2)
+    assert [row["skipped_samples"] for row in rows] == [1, 1, 0]
+    lines = (Path(actual.run.output_dir) / "skipped.jsonl").read_text().splitlines()
+    assert [(row["step"], row["sample_id"]) for row in map(json.loads, lines)] == [(1, "b/1"), (2, "a/4")]
+    assert "4.png" in lines[1]
+    assert json.loads((Path(actual.run.output_dir) / "result.json").read_text())["skipped_samples"] == 2
+    expected = trained(without(training, tmp_path / "without", tiny_folders("qwen3_vl"), [1, 4]), nproc=1)
+    for key in ("loss", "grad_norm", "supervised_tokens"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-4)
+
+
+def without(training: TrainSpec, folder: Path, tiny: Path, numbers: Sequence[int]) -> TrainSpec:
+    """The same training by a plan that never had these samples."""
+    made = make_training(folder, tiny, "qwen3_vl")
+    plan = pd.read_parquet(made.data.pack_plan)
+    plan = plan[[rows[0] not in numbers for rows in plan["sample_rows"]]]
+    plan.to_parquet(made.data.pack_plan, index=False)
+    return made
+
+
+def test_a_bad_sample_ends_the_run_by_default(
+    training: TrainSpec, tmp_path: Path, tiny_folders: Callable[[str], Path]
+) -> None:
+    bad = broken(training, tmp_path / "broken", tiny_folders("qwen3_vl"), [4])
+    bad = changed(bad, Path(bad.run.output_dir), data={"on_bad_sample": "raise"})
+    with pytest.raises(JobFailedError):
+        trained(bad, nproc=1)
+    report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
+    assert (report["step"], report["sample_ids"]) == (2, ["a/4"])
+    assert report["message"].startswith("sample 'a/4': image '")
