@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from qvl_pipeline.engine.batch import BatchBuilder
+from qvl_pipeline.engine.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.batch_loader import BadSampleError, LoaderDiedError, LoaderOptions, load_batches
 from qvl_pipeline.engine.feed import MicroBatch
 from qvl_pipeline.engine.spec import TrainSpec
@@ -27,7 +27,43 @@ class Loader:
     def __init__(self, patch_values: int, fails: str = "", kills: str = "") -> None:
         self.patch_values, self.fails, self.kills = patch_values, fails, kills
 
-    def load(training: TrainSpec, micro_batches: Sequence[MicroBatch], options: LoaderOptions, **behaviour: str) -> list:
+    def load(self, media: Sequence[dict[str, Any]]) -> torch.Tensor:
+        for item in media:
+            if self.kills and item["key"].endswith(self.kills):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fails and item["key"].endswith(self.fails):
+                raise UserError(f"image '{item['key']}' cannot be read")
+        patches = sum(item["grid_t"] * item["grid_h"] * item["grid_w"] for item in media)
+        return torch.zeros(patches, self.patch_values, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]) -> TrainSpec:
+    return make_training(tmp_path_factory.mktemp("loader"), tiny_folders("qwen3_vl"), "qwen3_vl")
+
+
+def builder(training: TrainSpec, **behaviour: str) -> BatchBuilder:
+    config = AutoConfig.from_pretrained(training.model.path)
+    return BatchBuilder(
+        loader=Loader(3 * 2 * 16**2, **behaviour),
+        patch_values=3 * 2 * 16**2,
+        placeholder_ids=(config.image_token_id, config.video_token_id),
+        tokens_per_second=None,
+        sources=("a", "b"),
+    )
+
+
+def options(**changes: Any) -> LoaderOptions:
+    defaults = {"num_workers": 1, "prefetch_factor": 2, "pin_memory": False, "skip_bad_samples": False}
+    return LoaderOptions(**defaults | changes)
+
+
+MICRO_BATCHES = [MicroBatch((0, 1, 3), True), MicroBatch((3, 4), True), MicroBatch((4,), True)]
+
+
+def load(
+    training: TrainSpec, micro_batches: Sequence[MicroBatch], options: LoaderOptions, **behaviour: str
+) -> list[Batch]:
     return list(load_batches(micro_batches, Path(training.data.tokenized), builder(training, **behaviour), options))
 
 
