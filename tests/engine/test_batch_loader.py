@@ -86,7 +86,8 @@ def test_a_skipped_sample_leaves_the_others_of_its_pack(training: TrainSpec, num
 
 def test_a_killed_loader_process_is_reported_with_the_samples_it_was_preparing(training: TrainSpec) -> None:
     with pytest.raises(
-        LoaderDiedError, match=r"a loader process died .*(Killed|exited unexpectedly).* b/3, a/4.*dataloader_num_workers"
+        LoaderDiedError,
+        match=r"a loader process died .*(Killed|exited unexpectedly).* b/3, a/4.*dataloader_num_workers",
     ) as caught:
         load(training, [MicroBatch((3, 4), True)], options(), kills="/4.png")
     assert caught.value.sample_ids == ["b/3", "a/4"]

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from qvl_pipeline.engine.batch import BatchBuilder
+from qvl_pipeline.engine.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.compilation import compile_blocks
-from qvl_pipeline.engine.feed import load_batches, read_plan, share_out
+from qvl_pipeline.engine.feed import read_plan, share_out
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.recomputation import recompute_activations
 from qvl_pipeline.engine.spec import TrainSpec
@@ -61,7 +62,8 @@ def same_calls_on_all_ranks(spec: TrainSpec) -> None:
     trainer = Trainer(spec)
     (step,) = share_out(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
     calls = count_blocks(trainer.model)
-    for batch in load_batches([step], Path(spec.data.tokenized), trainer.builder, num_workers=0, pin_memory=False):
+    options = LoaderOptions(num_workers=0, prefetch_factor=1, pin_memory=False, skip_bad_samples=False)
+    for batch in load_batches(step.micro_batches, Path(spec.data.tokenized), trainer.builder, options):
         trainer.model(batch).sum().backward()
     everywhere: list[Any] = [None, None]
     dist.all_gather_object(everywhere, dict(calls))

@@ -75,17 +75,14 @@ class Trainer:
 
     def _make_feed(self) -> PlannedFeed | StreamedFeed:
         """Take this rank's share of the plan, or of the stream where there is none."""
-        data, rank, ranks = self.spec.data, self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
+        data, dp = self.spec.data, self.mesh["dp"]
+        share = dp.get_local_rank(), dp.size(), data.packs_per_micro_batch
         always_vision = _trains_vision_only(self.model)
         if self.spec.stream.max_steps:
             samples, exchange = TokenizedSamples(Path(data.tokenized)), host_sum(self.mesh["sp"].size())
-            return StreamedFeed(
-                samples, self.spec.stream, rank, ranks, data.packs_per_micro_batch, exchange, always_vision=always_vision
-            )
+            return StreamedFeed(samples, self.spec.stream, *share, exchange, always_vision=always_vision)
         plan = read_plan(Path(data.pack_plan))
-        steps = share_out(
-            plan, rank, ranks, data.packs_per_micro_batch, always_vision=always_vision, epochs=data.epochs
-        )
+        steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
         return PlannedFeed(steps)
 
     def _make_checkpoints(self) -> Checkpoints:
