@@ -18,7 +18,9 @@ from qvl_pipeline.engine.feed import read_plan, share_out
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.recomputation import recompute_activations
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.stopping import StopRequest
 from qvl_pipeline.engine.trainer import Trainer
+from qvl_pipeline.engine.watchdog import Watchdog
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training
 
@@ -59,7 +61,7 @@ def test_recomputing_a_tower_leaves_every_gradient_as_it_is(
 
 def same_calls_on_all_ranks(spec: TrainSpec) -> None:
     """Run one step on two ranks, of which the first has text only, and compare the blocks' forward passes."""
-    trainer = Trainer(spec)
+    trainer = Trainer(spec, StopRequest(), Watchdog(60.0, lambda error, where: None))
     (step,) = share_out(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
     calls = count_blocks(trainer.model)
     options = LoaderOptions(num_workers=0, prefetch_factor=1, pin_memory=False, skip_bad_samples=False)
