@@ -11,6 +11,9 @@ from qvl_pipeline.config.base import Block
 BLOCKS = [getattr(config, name) for name in config.__all__]
 
 
+STREAM = {"dataset_type": "vision_iterable", "max_steps": 10}
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
 def test_unknown_key_is_an_error(block: type[Block]) -> None:
     with pytest.raises(ValidationError, match="unknown key 'no_such_key'"):
@@ -33,6 +36,19 @@ def test_misspelt_key_names_the_nearest() -> None:
     ("block", "values", "sentence"),
     [
         (config.BatchingConfig, {"dataset_type": "qwen3_vl_iterable"}, "set max_steps"),
+        (config.BatchingConfig, {"shuffle_buffer_size": 100}, "shuffle_buffer_size is for iterable types"),
+        (
+            config.BatchingConfig,
+            STREAM | {"packing_strategy": "balanced"},
+            "'balanced' needs the lengths of all samples",
+        ),
+        (
+            config.BatchingConfig,
+            STREAM | {"packing": False, "group_by_length": True},
+            "group_by_length needs the lengths",
+        ),
+        (config.TrainConfig, {"dataloader_prefetch_factor": 4}, "set dataloader_num_workers"),
+        (config.TrainConfig, {"on_bad_sample": "skip", "sp_ulysses_degree": 2}, "'skip' needs sp_ulysses_degree 1"),
         (config.BatchingConfig, {"max_steps": 0}, "nothing would be trained"),
         (config.SampleConfig, {"video_max_pixels": 50176}, "lower video_min_pixels with it"),
         (config.SampleConfig, {"video_min_frames": 9, "video_max_frames": 8}, "lower video_min_frames"),

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -26,7 +27,7 @@ from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from tests.engine.training import changed, make_training
 
 MODEL = ModelConfig(processor_type="qwen3_vl")
-SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc"}
+SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc", "tokens_per_epoch": 1000.0}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,7 @@ class TestPublishing:
 
 
 class TestSpec:
-    def spec(
-        self, folder: Path, manifest: dict, model: ModelConfig, train: TrainConfig, **batching: Any
-    ) -> TrainSpec:
+    def spec(self, folder: Path, manifest: dict, model: ModelConfig, train: TrainConfig, **batching: Any) -> TrainSpec:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return make_spec(
             base_model=folder,
