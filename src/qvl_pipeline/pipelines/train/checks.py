@@ -43,9 +43,7 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     if spec.parallel.fp16 and not torch.cuda.is_available():
         raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
     if spec.stream.max_steps and spec.validation.strategy == "epoch":
-        raise UserError(
-            "eval_strategy 'epoch' needs a plan, which the iterable dataset types do not have: use 'steps' and eval_steps"
-        )
+        raise UserError("eval_strategy 'epoch' needs a plan, which iterable dataset types do not have: use 'steps'")
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
