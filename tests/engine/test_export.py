@@ -16,7 +16,7 @@ from qvl_pipeline.engine.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.export import export, split_into_files
 from qvl_pipeline.engine.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
-from tests.engine.conftest import MEAN, STD
+from tests.engine.packs import MEAN, STD
 from tests.engine.ranks import run_ranks
 from tests.engine.test_packed_vlm import reference_loss
 from tests.engine.test_weights import load_sharded
