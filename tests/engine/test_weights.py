@@ -26,7 +26,7 @@ from tests.engine.training import make_training
 
 def load_sharded(spec: TrainSpec) -> PackedVLM:
     _, device = start_process_group(1, 60)
-    model, _ = build_model(spec, load_processor(spec), device)
+    model, _ = build_model(spec, load_processor(spec), device, None)
     shard(model, device, spec.parallel)
     load_weights(model, spec.model.path, device, offload=False)
     return model
