@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
+from kedro_datasets.json import JSONDataset
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig
@@ -100,10 +101,14 @@ def run(
         {name: MemoryDataset(value) for name, value in memory.items()}
         | {
             name: MemoryDataset()
-            for name in ("pack_plan", "plan_summary", "sample_quarantine", "sample_report", "sampled_samples")
+            for name in (
+                *("pack_plan", "token_statistics", "label_preview"),
+                *("sample_quarantine", "sample_report", "sampled_samples"),
+            )
         }
         | {name: FolderDataset(filepath=str(folder / name)) for name in ("video_frames", "base_model")}
         | {"tokenized_samples": FileDataset(filepath=str(folder / "tokenized.arrow"))}
+        | {"plan_summary": JSONDataset(filepath=str(folder / "plan_summary.json"))}
     )
     SequentialRunner().run(create_sample() + create_tokenize(), catalog)
     return {name: catalog.load(name) for name in create_tokenize().all_outputs() | {"video_frames"}}
@@ -226,3 +231,22 @@ def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.Capt
     summary = run["plan_summary"]
     for text in (f"{summary['packs']} of 256 tokens", f"{summary['tokens']:,}", "1 left out, the first is source/8"):
         assert text in printed
+
+
+def test_each_source_is_summed_up_and_printed(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    plan(run["tokenized_samples"], BATCHING, INGEST)
+    printed = capsys.readouterr().out
+    summary = run["plan_summary"]
+    [source] = summary["sources"]
+    assert (source["source"], source["samples"], source["overlong"], source["share"]) == ("source", 8, 1, 1.0)
+    assert (source["tokens"], source["supervised_tokens"]) == (summary["tokens"], summary["supervised_tokens"])
+    assert re.search(rf"source\s*│ 8\s*│ {summary['tokens']:,}\s*│ {summary['supervised_tokens']:,}", printed)
+
+
+def test_the_label_preview_shows_every_sample_that_is_trained_on(
+    run: dict[str, Any], valid_samples: pd.DataFrame
+) -> None:
+    shown = re.findall(r"<h3>(source/\d) ", run["label_preview"])
+    trained = valid_samples["kind"] != "long"
+    assert shown == valid_samples.loc[trained, "sample_id"].tolist()
+    assert run["token_statistics"]["clips"]["total"] == 9

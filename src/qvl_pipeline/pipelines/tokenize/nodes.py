@@ -95,11 +95,45 @@ def plan(
         UserError: There is nothing to train on, or a sample is over-long and may not be left out.
     """
     from qvl_pipeline.data.plan import make_plan, source_weights
+    from qvl_pipeline.data.token_statistics import source_table
 
-    pack_plan, summary = make_plan(tokenized_samples, batching, source_weights(ingest))
+    weights = source_weights(ingest)
+    pack_plan, summary = make_plan(tokenized_samples, batching, weights)
+    summary["sources"] = source_table(tokenized_samples, summary["overlong"], weights)
     _print_summary(summary, batching)
+    _print_sources(summary["sources"])
     _check_eval_split(tokenized_samples)
     return pack_plan, summary
+
+
+def preview(
+    tokenized_samples: Path, plan_summary: dict[str, Any], base_model: Path, model: ModelConfig
+) -> tuple[dict[str, Any], str]:
+    """Show what is trained on, before it is.
+
+    Args:
+        tokenized_samples: File of the tokenized samples.
+        plan_summary: What the plan amounts to.
+        base_model: Folder with the manifest of the model.
+        model: Parameters of the model.
+
+    Returns:
+        `token_statistics`, and the page `label_preview` as HTML.
+    """
+    from qvl_pipeline.data.processor import load_processor
+    from qvl_pipeline.data.token_statistics import token_statistics
+    from qvl_pipeline.media.arrow_rows import TokenizedSamples
+    from qvl_pipeline.tracking.label_preview import render_label_preview
+
+    statistics = token_statistics(tokenized_samples)
+    page = render_label_preview(
+        model_name=model.load_from_pretrained_path or f"a tiny {model.processor_type}",
+        samples=TokenizedSamples(tokenized_samples),
+        processor=load_processor(base_model, model),
+        statistics=statistics,
+        plan_summary=plan_summary,
+    )
+    return statistics, page
 
 
 def _check_eval_split(tokenized_samples: Path) -> None:
@@ -142,6 +176,16 @@ def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
     table = Table("pack plan", "", show_header=True)
     for name, value in rows.items():
         table.add_row(name, value)
+    Console().print(table)
+
+
+def _print_sources(sources: list[dict[str, Any]]) -> None:
+    table = Table("source", "samples", "tokens", "supervised", "drawn per epoch", "share", "over-long")
+    for row in sources:
+        counts = (f"{row[name]:,}" for name in ("samples", "tokens", "supervised_tokens"))
+        table.add_row(
+            row["source"], *counts, f"{row['drawn_per_epoch']:g}", f"{row['share']:.1%}", f"{row['overlong']:,}"
+        )
     Console().print(table)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, tokenize
+from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, preview, tokenize
 
 
 def create_pipeline() -> Pipeline:
-    """Create the pipeline: sampled samples in; base model, token ids and pack plan out."""
+    """Create the pipeline: sampled samples in; base model, token ids, pack plan and label preview out."""
     return Pipeline(
         [
             Node(
@@ -28,6 +28,12 @@ def create_pipeline() -> Pipeline:
                 inputs=["tokenized_samples", "params:batching", "params:ingest"],
                 outputs=["pack_plan", "plan_summary"],
                 name="plan",
+            ),
+            Node(
+                preview,
+                inputs=["tokenized_samples", "plan_summary", "base_model", "params:model"],
+                outputs=["token_statistics", "label_preview"],
+                name="preview",
             ),
         ]
     )
