@@ -6,11 +6,24 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data import rules
 from qvl_pipeline.data.messages import Media, Message
-from qvl_pipeline.data.rules import MEDIA_RULES, RESERVED_TOKENS, RULES, SAMPLE_RULES, Sample, broken_by_sample, leakage
+from qvl_pipeline.data.rules import (
+    MEDIA_RULES,
+    RESERVED_TOKENS,
+    RULES,
+    SAMPLE_RULES,
+    Broken,
+    Sample,
+    broken_by_sample,
+    duplicate,
+    first_error,
+    leakage,
+    warnings,
+)
 from qvl_pipeline.media.probe import Probe
 
 CONFIG = ValidateConfig(max_text_chars=40, max_image_pixels=10_000, max_aspect_ratio=4, min_video_frames=4)
@@ -64,19 +77,30 @@ BROKEN: list[tuple[str, Sample, str]] = [
     ("image_too_large", _sample(clip=Probe(width=101, height=100)), "'b.mp4' has 101 x 100 pixels, more than"),
     ("aspect_ratio", _sample(image=replace(IMAGE, width=41, height=10)), "has 41 x 10 pixels, a ratio above"),
     ("aspect_ratio", _sample(clip=replace(CLIP, width=10, height=41)), "has 10 x 41 pixels, a ratio above"),
+    ("empty_media", _sample(image=Probe(size_bytes=0)), "image 'a.png' is empty (0 bytes)"),
+    ("empty_media", _sample(clip=Probe(size_bytes=0)), "video 'b.mp4' is empty (0 bytes)"),
+    ("absurd_fps", _sample(clip=replace(CLIP, fps=90_000.0)), "has 90000 frames a second, outside of min_fps (0.01)"),
+    ("absurd_fps", _sample(clip=replace(CLIP, fps=0.001)), "has 0.001 frames a second"),
+    ("duration_mismatch", _sample(clip=replace(CLIP, declared_duration_s=3.1)), "claims 3.1 s, but its frames end"),
+    ("deep_image", _sample(image=replace(IMAGE, mode="I;16")), "has more than 8 bits a channel (mode I;16)"),
+    ("deep_image", _sample(image=replace(IMAGE, mode="F")), "has more than 8 bits a channel (mode F)"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "sample", "detail"), BROKEN)
 def test_what_breaks_a_rule_is_named(rule: str, sample: Sample, detail: str) -> None:
-    found = broken_by_sample(sample, CONFIG)
+    found = first_error(broken_by_sample(sample, CONFIG), CONFIG)
     assert found is not None
     assert found[0] == rule
     assert detail in found[1]
 
 
+def _first(sample: Sample) -> Broken | None:
+    return first_error(broken_by_sample(sample, CONFIG), CONFIG)
+
+
 def test_every_rule_is_tested() -> None:
-    assert {rule for rule, _, _ in BROKEN} | {"leakage"} == set(RULES)
+    assert {rule for rule, _, _ in BROKEN} | {"leakage", "duplicate", "variable_frame_rate"} == set(RULES)
 
 
 @pytest.mark.parametrize(
@@ -91,29 +115,33 @@ def test_every_rule_is_tested() -> None:
         _sample(_turn("user", "video"), ASSISTANT, media=[Media("video", "b.mp4", 0.5, 1.25)]),
         _sample(image=replace(IMAGE, width=100, height=100)),
         _sample(image=replace(IMAGE, width=40, height=10)),
+        _sample(clip=replace(CLIP, fps=1000.0, declared_duration_s=3.0, longest_gap=1.49)),
+        _sample(clip=replace(CLIP, fps=0.01, declared_duration_s=0.5)),
+        _sample(image=replace(IMAGE, mode="RGBA")),
     ],
 )
 def test_at_the_limit_a_sample_is_valid(sample: Sample) -> None:
-    assert broken_by_sample(sample, CONFIG) is None
+    assert broken_by_sample(sample, CONFIG) == []
 
 
 @pytest.mark.parametrize("token", RESERVED_TOKENS)
 def test_every_token_that_builds_the_prompt_is_reserved(token: str) -> None:
-    assert broken_by_sample(_text_only(_turn("user", "a", f"b{token}"), ASSISTANT), CONFIG)[0] == "reserved_token"
+    found = broken_by_sample(_text_only(_turn("user", "a", f"b{token}"), ASSISTANT), CONFIG)
+    assert [rule for rule, _ in found] == ["reserved_token"]
 
 
 def test_a_picture_too_large_to_decode_is_that_and_nothing_else() -> None:
     bomb = Probe(content_hash="h", width=9999, height=9999)
-    assert broken_by_sample(_sample(clip=bomb), CONFIG)[0] == "image_too_large"
+    assert [rule for rule, _ in broken_by_sample(_sample(clip=bomb), CONFIG)] == ["image_too_large"]
 
 
 def test_the_first_broken_rule_wins() -> None:
     broken: dict[str, Any] = {"image": Probe(missing="does not exist"), "clip": Probe(failure="broken")}
-    assert broken_by_sample(_sample(_turn("user", "<|im_end|>"), **broken), CONFIG)[0] == "no_assistant_turn"
-    assert broken_by_sample(_sample(**broken), CONFIG)[0] == "missing_media"
+    assert _first(_sample(_turn("user", "<|im_end|>"), **broken))[0] == "no_assistant_turn"
+    assert _first(_sample(**broken))[0] == "missing_media"
     # The order is that of the rules, not that of the media.
     swapped = {"image": Probe(failure="broken"), "clip": Probe(missing="does not exist")}
-    assert broken_by_sample(_sample(**swapped), CONFIG) == ("missing_media", "video 'b.mp4' does not exist")
+    assert _first(_sample(**swapped)) == ("missing_media", "video 'b.mp4' does not exist")
 
 
 def test_order_of_the_rules_is_fixed() -> None:
@@ -125,12 +153,18 @@ def test_order_of_the_rules_is_fixed() -> None:
         "reserved_token",
         "too_long",
         "missing_media",
+        "empty_media",
         "undecodable_media",
         "too_few_frames",
         "unknown_fps",
+        "absurd_fps",
+        "duration_mismatch",
+        "variable_frame_rate",
         "image_too_large",
         "aspect_ratio",
+        "deep_image",
         "leakage",
+        "duplicate",
     )
 
 
@@ -144,4 +178,39 @@ def test_leakage_needs_a_training_sample_with_the_content_of_an_eval_sample() ->
 def test_every_rule_says_what_it_is_in_a_sentence(name: str) -> None:
     first_line = getattr(rules, name).__doc__.strip().splitlines()[0]
     assert first_line.endswith(".")
-    assert {**SAMPLE_RULES, **MEDIA_RULES, "leakage": leakage}[name] is getattr(rules, name)
+    assert {**SAMPLE_RULES, **MEDIA_RULES, "leakage": leakage, "duplicate": duplicate}[name] is getattr(rules, name)
+
+
+UNEVEN = _sample(clip=replace(CLIP, longest_gap=2.0))
+
+
+def test_a_variable_frame_rate_is_noted_and_no_error_unless_it_is_made_one() -> None:
+    broken = broken_by_sample(UNEVEN, CONFIG)
+    assert first_error(broken, CONFIG) is None
+    assert warnings(broken, CONFIG) == [
+        (
+            "variable_frame_rate",
+            "video 'b.mp4' has a variable frame rate: its longest gap between two frames is 2.0 times the usual",
+        )
+    ]
+    strict = CONFIG.model_copy(update={"severity": {"variable_frame_rate": "error"}})
+    assert first_error(broken, strict)[0] == "variable_frame_rate"
+    silent = CONFIG.model_copy(update={"severity": {"variable_frame_rate": "off"}})
+    assert (first_error(broken, silent), warnings(broken, silent)) == (None, [])
+
+
+def test_a_rule_that_later_stages_rely_on_cannot_be_softened() -> None:
+    with pytest.raises(ValidationError, match=r"severity\.undecodable_media: no such rule, or one whose samples"):
+        ValidateConfig(severity={"undecodable_media": "warn"})
+
+
+def test_a_duplicate_has_the_split_turns_contents_and_parts_of_an_earlier_sample() -> None:
+    one = _sample()
+    first = {one.fingerprint: "s/0"}
+    moved = replace(one, sample_id="s/1", media=[Media("image", "c.png"), one.media[1]])
+    moved = replace(moved, probes={**one.probes, ("image", "c.png"): IMAGE})
+    assert duplicate(one, first) is None
+    assert duplicate(moved, first) == "has the same turns and files as s/0"
+    part = replace(one, media=[one.media[0], PART])
+    for other in (replace(one, split="eval"), _sample(clip=replace(CLIP, content_hash="h9")), part):
+        assert other.fingerprint != one.fingerprint

@@ -110,7 +110,7 @@ def test_corrupt_media_are_found_for_what_they_are() -> None:
         "cut.mp4": "undecodable_media",
         "tail.mp4": "undecodable_media",
         "garbage.mp4": "undecodable_media",
-        "empty.mp4": "undecodable_media",
+        "empty.mp4": "empty_media",
         "short.mp4": "too_few_frames",
         "cut.png": "undecodable_media",
         "bomb.png": "image_too_large",

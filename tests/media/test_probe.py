@@ -9,6 +9,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from qvl_pipeline.media.probe import Probe, probe_media
+from tests.media.clips import write_clip
 from tests.media.files import cut, write_image, write_png_bomb, write_video
 
 MAX_PIXELS = 100_000
@@ -24,14 +25,38 @@ def _sha256(path: Path) -> str:
 
 def test_facts_of_an_image(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.png", width=8, height=6)
-    assert _probe(path, "image") == Probe(content_hash=_sha256(path), width=8, height=6, n_frames=1, codec="png")
+    size, content_hash = path.stat().st_size, _sha256(path)
+    assert _probe(path, "image") == Probe(
+        content_hash=content_hash, width=8, height=6, n_frames=1, codec="png", size_bytes=size, mode="RGB"
+    )
 
 
 def test_facts_of_a_clip(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", frames=9, width=32, height=16, fps=4)
     assert _probe(path, "video") == Probe(
-        content_hash=_sha256(path), width=32, height=16, n_frames=9, fps=4.0, duration_s=2.25, codec="h264"
+        content_hash=_sha256(path),
+        width=32,
+        height=16,
+        n_frames=9,
+        fps=4.0,
+        duration_s=2.25,
+        codec="h264",
+        size_bytes=path.stat().st_size,
+        declared_duration_s=2.25,
+        longest_gap=1.0,
     )
+
+
+def test_an_uneven_clip_says_how_uneven(tmp_path: Path) -> None:
+    probe = _probe(write_clip(tmp_path / "a.mp4", [0, 0.1, 0.2, 0.5, 0.6]), "video")
+    assert probe.longest_gap == pytest.approx(3.0)
+
+
+def test_a_clip_that_is_cut_off_still_claims_its_whole_duration(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mkv", [n / 10 for n in range(100)], gop=5)
+    probe = _probe(cut(path, 0.5), "video")
+    assert probe.declared_duration_s == pytest.approx(10.0, abs=0.2)
+    assert probe.duration_s < 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -42,6 +67,11 @@ def test_size_is_that_of_the_upright_image(tmp_path: Path, orientation: int) -> 
     probe = _probe(path, "image")
     with Image.open(path) as image:
         assert (probe.width, probe.height) == ImageOps.exif_transpose(image).size
+
+
+def test_an_empty_file_is_that(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    assert _probe(tmp_path / "a.png", "image") == Probe(size_bytes=0)
 
 
 def test_missing(tmp_path: Path) -> None:
@@ -63,16 +93,9 @@ def _garbage(path: Path) -> Path:
     return path
 
 
-def _empty(path: Path) -> Path:
-    path.write_bytes(b"")
-    return path
-
-
 @pytest.mark.parametrize(
     ("kind", "make", "reason"),
     [
-        ("image", lambda folder: _empty(folder / "a.png"), "is empty (0 bytes)"),
-        ("video", lambda folder: _empty(folder / "a.mp4"), "is empty (0 bytes)"),
         ("image", lambda folder: _garbage(folder / "a.png"), "cannot identify image file"),
         ("video", lambda folder: _garbage(folder / "a.mp4"), "Invalid data found"),
         ("image", lambda folder: cut(write_image(folder / "a.png", 64, 64), 0.5), "truncated"),
@@ -106,7 +129,13 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
 def test_a_bomb_is_not_decoded(tmp_path: Path) -> None:
     path = write_png_bomb(tmp_path / "a.png", side=100_000)
     assert _probe(path, "image") == Probe(
-        content_hash=_sha256(path), width=100_000, height=100_000, n_frames=1, codec="png"
+        content_hash=_sha256(path),
+        width=100_000,
+        height=100_000,
+        n_frames=1,
+        codec="png",
+        mode="RGB",
+        size_bytes=path.stat().st_size,
     )
 
 

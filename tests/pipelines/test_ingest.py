@@ -11,6 +11,7 @@ import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.json import JSONDataset
+from kedro_datasets.text import TextDataset
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
 from qvl_pipeline.data.raw import fingerprint, hash_folder
@@ -26,6 +27,7 @@ TABLES = {
     "rejects": "REJECTS",
     "valid_samples": "SAMPLES",
     "quarantine": "QUARANTINE",
+    "validation_warnings": "WARNINGS",
     "media_index": "MEDIA_INDEX",
 }
 DIGITS = {
@@ -55,6 +57,7 @@ def _run(folder: Path) -> dict[str, Any]:
     }
     for name in ("raw_manifest", "validation_report"):
         entries[name] = JSONDataset(filepath=str(folder / f"{name}.json"))
+    entries["validation_page"] = TextDataset(filepath=str(folder / "validation.html"))
     entries["params:ingest"] = MemoryDataset(IngestConfig(**DIGITS))
     entries["params:data_engine"] = MemoryDataset(DataEngineConfig())
     entries["params:validate"] = MemoryDataset(ValidateConfig(max_reject_fraction=0.5, max_text_chars=4000))
@@ -85,7 +88,7 @@ def test_two_runs_leave_the_same_bytes(project: Path) -> None:
     for run in ("1", "2"):
         _run(project / run)
     files = sorted(path.name for path in (project / "1").iterdir())
-    assert len(files) == 7
+    assert len(files) == 9
     for name in files:
         assert (project / "1" / name).read_bytes() == (project / "2" / name).read_bytes(), name
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
 from qvl_pipeline.data.validate import TooManyRejectsError
-from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows
+from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows, write_page
+from tests.media.files import write_image
 
 GOOD = (
     '[{"role":"user","content":[{"type":"text","text":"a"}]},'
     '{"role":"assistant","content":[{"type":"text","text":"b"}]}]'
 )
+ANSWER = '{"role":"assistant","content":[{"type":"text","text":"b"}]}]'
 BLANK = GOOD.replace('"b"', '" "')
 
 
@@ -33,8 +38,10 @@ def _rejects(*details: str) -> pd.DataFrame:
 def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     rejects = _rejects("row 9: 'a[red].png' is a URL", "row 10: another")
     config = ValidateConfig(max_reject_fraction=1)
-    quarantine, media_index, report = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, config, DataEngineConfig())
-    valid = keep_valid(_samples(GOOD, BLANK, BLANK), quarantine, report, config)
+    quarantine, _, media_index, report = validate_rows(
+        _samples(GOOD, BLANK, BLANK), rejects, config, DataEngineConfig()
+    )
+    valid = keep_valid(_samples(GOOD, BLANK, BLANK), quarantine, report, "<html>", config)
     printed = capsys.readouterr().out
     assert "ingested 5 = valid 1 + quarantined 2 + rejected 2" in printed
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
@@ -47,13 +54,46 @@ def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFi
 
 def test_what_is_wrong_is_printed_and_kept_before_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     samples, config = _samples(GOOD, BLANK, BLANK), ValidateConfig(max_reject_fraction=0.6)
-    quarantine, _, report = validate_rows(samples, _rejects(), config, DataEngineConfig())
+    quarantine, _, _, report = validate_rows(samples, _rejects(), config, DataEngineConfig())
     assert quarantine["sample_id"].tolist() == ["s/1", "s/2"]
     with pytest.raises(TooManyRejectsError, match=r"^2 of 3 rows \(66.7%\) .* by empty_turn \(2\):.*quarantine"):
-        keep_valid(samples, quarantine, report, config)
+        keep_valid(samples, quarantine, report, "<html>", config)
     assert "ingested 3 = valid 1 + quarantined 2 + rejected 0" in capsys.readouterr().out
 
 
 def test_nothing_broken_prints_the_counts_alone(capsys: pytest.CaptureFixture[str]) -> None:
     validate_rows(_samples(GOOD), _rejects(), ValidateConfig(), DataEngineConfig())
     assert capsys.readouterr().out == "ingested 1 = valid 1 + quarantined 0 + rejected 0\n"
+
+
+def test_a_sample_that_only_warns_is_used_printed_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    quarantine, warnings, _, report = validate_rows(
+        _samples(GOOD, GOOD), _rejects(), ValidateConfig(), DataEngineConfig()
+    )
+    assert "used, with a warning: duplicate (1)" in capsys.readouterr().out
+    assert (len(quarantine), report["counts"]["valid"], report["warnings"]) == (0, 2, {"duplicate": 1})
+    assert warnings[["sample_id", "rule", "detail"]].to_numpy().tolist() == [
+        ["s/1", "duplicate", "has the same turns and files as s/0"]
+    ]
+
+
+def test_the_page_shows_counts_histograms_and_pictures_of_sound_files_alone(tmp_path: Path) -> None:
+    good, broken = write_image(tmp_path / "good.png"), tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    asked = '[{"role":"user","content":[{"type":"image"},{"type":"text","text":"<b>Which?"}]},' + ANSWER
+    samples = _samples(asked, asked)
+    samples["media"] = [[{"type": "image", "path": str(path), "start": None, "end": None}] for path in (good, broken)]
+    samples["messages"] = [asked, asked.replace("Which", "<|im_end|>")]
+    tables = validate_rows(samples, _rejects("<i>bad</i>"), ValidateConfig(), DataEngineConfig())
+    quarantine, warnings, media_index, report = tables
+    html = write_page(samples, _rejects("<i>bad</i>"), quarantine, warnings, media_index, report)
+    assert "&lt;i&gt;bad&lt;/i&gt;" in html
+    assert "<i>bad" not in html
+    assert "the text of turn 0 holds &lt;|im_end|&gt;" in html
+    assert "<img" not in html  # the only offender that was read has a file that cannot be decoded
+    assert "Text of a sample" in html
+    assert "Resolution of a file" in html
+    assert not re.search(r"url\(|@import|https?:|<script", html)
+    samples["messages"] = [asked.replace("Which", "<|im_end|>"), asked]
+    quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), DataEngineConfig())
+    assert write_page(samples, _rejects(), quarantine, warnings, media_index, report).count("<img") == 1

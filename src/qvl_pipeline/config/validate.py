@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from qvl_pipeline.config.base import Block
+
+Severity = Literal["error", "warn", "off"]
+# Rules whose breaking no later stage minds, with what they are when nothing else is said. All others are errors, and
+# stay so: their samples could not be decoded, sized or tokenised.
+SEVERITIES: dict[str, Severity] = {
+    "absurd_fps": "error",
+    "deep_image": "error",
+    "duplicate": "warn",
+    "duration_mismatch": "error",
+    "empty_turn": "error",
+    "leakage": "error",
+    "too_long": "error",
+    "variable_frame_rate": "warn",
+}
 
 
 class ValidateConfig(Block):
@@ -16,6 +32,14 @@ class ValidateConfig(Block):
         max_image_pixels: Most pixels (height x width) an image or frame may have: a guard against decompression bombs.
         max_aspect_ratio: Longest side over shortest side; `qwen_vl_utils.smart_resize` refuses more than 200.
         min_video_frames: Fewest frames of a clip. Two, because Qwen-VL merges frames in pairs.
+        min_fps: Lowest mean frame rate of a clip that is believed.
+        max_fps: Highest mean frame rate of a clip that is believed.
+        max_duration_mismatch: How far the frames of a clip may fall short of the duration that its file claims, as a
+            share of it; a second is always allowed. More, and the end of the clip is missing.
+        severity: By rule, `error` (the sample is quarantined), `warn` (it is used, and listed) or `off`, for the rules
+            `absurd_fps`, `deep_image`, `duplicate`, `duration_mismatch`, `empty_turn`, `leakage`, `too_long` and
+            `variable_frame_rate`. When nothing is said, `duplicate` and `variable_frame_rate` warn; the others are
+            errors.
         probe_timeout_s: Wall-clock seconds one media file may take to probe before it is quarantined.
     """
 
@@ -24,4 +48,24 @@ class ValidateConfig(Block):
     max_image_pixels: int = Field(default=178_956_970, ge=1)
     max_aspect_ratio: float = Field(default=200.0, ge=1, le=200)
     min_video_frames: int = Field(default=2, ge=2)
+    min_fps: float = Field(default=0.01, gt=0)
+    max_fps: float = Field(default=1000.0, gt=0)
+    max_duration_mismatch: float = Field(default=0.1, ge=0, le=1)
+    severity: dict[str, Severity] = Field(default_factory=dict)
     probe_timeout_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _only_what_can_be_softened(self) -> ValidateConfig:
+        for rule in self.severity:
+            if rule not in SEVERITIES:
+                raise ValueError(
+                    f"severity.{rule}: no such rule, or one whose samples no later stage could use; severity can be "
+                    f"chosen for {', '.join(sorted(SEVERITIES))}"
+                )
+        if self.min_fps > self.max_fps:
+            raise ValueError(f"min_fps ({self.min_fps:g}) is above max_fps ({self.max_fps:g})")
+        return self
+
+    def severity_of(self, rule: str) -> Severity:
+        """Say what breaking a rule means."""
+        return self.severity.get(rule) or SEVERITIES.get(rule, "error")

@@ -11,16 +11,16 @@ import pyarrow as pa
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.messages import Media
-from qvl_pipeline.data.rules import Probes, broken_by_media
+from qvl_pipeline.data.rules import Probes, broken_by_media, first_error
 from qvl_pipeline.data.tables import MEDIA_INDEX
 from qvl_pipeline.media.probe import Probe
 from qvl_pipeline.media.probe_worker import ProbeWorker
 
-_STRING_FACTS = ("missing", "failure", "content_hash", "codec")
+_STRING_FACTS = ("missing", "failure", "content_hash", "codec", "mode")
 _FACTS = pa.struct(
     [(name, pa.string()) for name in _STRING_FACTS]
-    + [(name, pa.int64()) for name in ("width", "height", "n_frames")]
-    + [(name, pa.float64()) for name in ("fps", "duration_s")]
+    + [(name, pa.int64()) for name in ("width", "height", "n_frames", "size_bytes")]
+    + [(name, pa.float64()) for name in ("fps", "duration_s", "declared_duration_s", "longest_gap")]
 )
 # A batch has a process of its own, which takes as long to start as some hundred small files to probe.
 _BATCH_FILES = (16, 1024)
@@ -63,7 +63,8 @@ def index_media(probes: Probes, config: ValidateConfig) -> pa.Table:
     """Make the table `media_index`, sorted by path; `rule` is the first rule that the whole file breaks."""
     rows = []
     for (kind, path), probe in sorted(probes.items(), key=lambda entry: entry[0][::-1]):
-        rule, detail = broken_by_media([Media(kind, path)], probes, config) or (None, None)
+        broken = broken_by_media([Media(kind, path)], probes, config)
+        rule, detail = first_error(broken, config) or (None, None)
         rows.append(asdict(probe) | {"path": path, "type": kind, "rule": rule, "detail": detail})
     return pa.Table.from_pylist(rows, MEDIA_INDEX)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+
+import orjson
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.messages import Media, Message
@@ -45,6 +48,12 @@ class Sample:
     messages: list[Message]
     media: list[Media]
     probes: Probes
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of split, turns, content of the files, and the parts of clips that are used."""
+        uses = [[content_hash, *use[2:]] for content_hash, use in zip(self.content_hashes, self.media, strict=True)]
+        return hashlib.sha256(orjson.dumps([self.split, self.messages, uses])).hexdigest()
 
     @property
     def content_hashes(self) -> list[str | None]:
@@ -108,6 +117,11 @@ def missing_media(use: Media, probe: Probe, config: ValidateConfig) -> str | Non
     return probe.missing
 
 
+def empty_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The file holds something."""
+    return "is empty (0 bytes)" if probe.size_bytes == 0 else None
+
+
 def undecodable_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
     """The file can be decoded within `probe_timeout_s`: an image whole, of a clip the first and the last frame."""
     return probe.failure and f"cannot be decoded: {probe.failure}"
@@ -130,7 +144,7 @@ def too_few_frames(use: Media, probe: Probe, config: ValidateConfig) -> str | No
 
 def unknown_fps(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
     """A clip has timestamps, and from them a frame rate. Of a picture too large to decode nothing is known."""
-    if use.type != "video" or probe.fps or _pixels(probe) > config.max_image_pixels:
+    if use.type != "video" or probe.fps or probe.width is None or _pixels(probe) > config.max_image_pixels:
         return None
     return "has no timestamps: remux it, e.g. with ffmpeg -fflags +genpts"
 
@@ -148,6 +162,48 @@ def aspect_ratio(use: Media, probe: Probe, config: ValidateConfig) -> str | None
     if sides[1] <= config.max_aspect_ratio * sides[0]:
         return None
     return f"has {probe.width} x {probe.height} pixels, a ratio above max_aspect_ratio ({config.max_aspect_ratio:g})"
+
+
+def absurd_fps(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The mean frame rate of a clip is between `min_fps` and `max_fps`: else its timestamps are wrong."""
+    if use.type != "video" or not probe.fps or config.min_fps <= probe.fps <= config.max_fps:
+        return None
+    return f"has {probe.fps:g} frames a second, outside of min_fps ({config.min_fps:g}) to max_fps ({config.max_fps:g})"
+
+
+def duration_mismatch(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The frames of a clip reach to the end that its file claims, within `max_duration_mismatch`."""
+    claimed, found = probe.declared_duration_s, probe.duration_s
+    if use.type != "video" or claimed is None or found is None:
+        return None
+    if claimed - found <= max(1.0, config.max_duration_mismatch * claimed):
+        return None
+    return f"claims {claimed:.1f} s, but its frames end after {found:.1f} s: the file is cut off or damaged"
+
+
+def variable_frame_rate(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """Frames follow each other at a steady pace; where they do not, it is noted. Each keeps its own timestamp."""
+    if use.type != "video" or probe.longest_gap is None or probe.longest_gap < 1.5:
+        return None
+    return f"has a variable frame rate: its longest gap between two frames is {probe.longest_gap:.1f} times the usual"
+
+
+def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """An image has 8 bits a channel: Pillow, and so every Qwen-VL processor, turns deeper ones nearly white."""
+    if use.type != "image" or probe.mode is None or probe.mode.split(";")[0] not in ("I", "F"):
+        return None
+    return f"has more than 8 bits a channel (mode {probe.mode}) and would turn nearly white: convert it to 8 bits"
+
+
+def duplicate(sample: Sample, first: Mapping[str, str]) -> str | None:
+    """No other sample of the split has the same turns and the same content of its files.
+
+    Args:
+        sample: Sample of any split.
+        first: By `Sample.fingerprint`, the first sample that has it.
+    """
+    other = first[sample.fingerprint]
+    return None if other == sample.sample_id else f"has the same turns and files as {other}"
 
 
 def leakage(sample: Sample, held_out: Mapping[str, str]) -> str | None:
@@ -170,26 +226,47 @@ SAMPLE_RULES: dict[str, Callable[[Sample, ValidateConfig], str | None]] = {
 }
 MEDIA_RULES: dict[str, Callable[[Media, Probe, ValidateConfig], str | None]] = {
     rule.__name__: rule
-    for rule in (missing_media, undecodable_media, too_few_frames, unknown_fps, image_too_large, aspect_ratio)
+    for rule in (
+        missing_media,
+        empty_media,
+        undecodable_media,
+        too_few_frames,
+        unknown_fps,
+        absurd_fps,
+        duration_mismatch,
+        variable_frame_rate,
+        image_too_large,
+        aspect_ratio,
+        deep_image,
+    )
 }
-RULES = (*SAMPLE_RULES, *MEDIA_RULES, leakage.__name__)
+RULES = (*SAMPLE_RULES, *MEDIA_RULES, leakage.__name__, duplicate.__name__)
 
 
-def broken_by_media(media: list[Media], probes: Probes, config: ValidateConfig) -> Broken | None:
-    """Return the first rule that any of the media breaks, with the detail."""
+def broken_by_media(media: list[Media], probes: Probes, config: ValidateConfig) -> list[Broken]:
+    """Return the rules that any of the media breaks, each with the detail of the first that does."""
+    found = []
     for name, rule in MEDIA_RULES.items():
-        for use in media:
-            if detail := rule(use, probes[use[:2]], config):
-                return name, f"{use.type} '{use.path}' {detail}"
-    return None
+        details = ((use, rule(use, probes[use[:2]], config)) for use in media)
+        if broken := next(((use, detail) for use, detail in details if detail), None):
+            found.append((name, f"{broken[0].type} '{broken[0].path}' {broken[1]}"))
+    return found
 
 
-def broken_by_sample(sample: Sample, config: ValidateConfig) -> Broken | None:
-    """Return the first rule that a sample breaks, leakage apart, with the detail."""
-    for name, rule in SAMPLE_RULES.items():
-        if detail := rule(sample, config):
-            return name, detail
-    return broken_by_media(sample.media, sample.probes, config)
+def broken_by_sample(sample: Sample, config: ValidateConfig) -> list[Broken]:
+    """Return the rules that a sample breaks, leakage and duplicate apart, each with the detail."""
+    found = [(name, detail) for name, rule in SAMPLE_RULES.items() if (detail := rule(sample, config))]
+    return found + broken_by_media(sample.media, sample.probes, config)
+
+
+def first_error(broken: Iterable[Broken], config: ValidateConfig) -> Broken | None:
+    """Return the first of the broken rules that is an error; it names the sample in the quarantine."""
+    return next((found for found in broken if config.severity_of(found[0]) == "error"), None)
+
+
+def warnings(broken: Iterable[Broken], config: ValidateConfig) -> list[Broken]:
+    """Return those of the broken rules that only warn."""
+    return [found for found in broken if config.severity_of(found[0]) == "warn"]
 
 
 def _texts(sample: Sample) -> Iterator[tuple[int, str]]:

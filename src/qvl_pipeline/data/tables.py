@@ -37,6 +37,9 @@ QUARANTINE = pa.schema(
     }
 )
 
+# Rules that a valid sample breaks, but only with a warning.
+WARNINGS = QUARANTINE
+
 MEDIA_INDEX = pa.schema(
     {
         "path": pa.string(),

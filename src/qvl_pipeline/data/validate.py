@@ -13,8 +13,17 @@ from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.media_index import index_media, probe_files
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
-from qvl_pipeline.data.rules import RULES, Broken, Sample, broken_by_sample, leakage
-from qvl_pipeline.data.tables import QUARANTINE
+from qvl_pipeline.data.rules import (
+    RULES,
+    Broken,
+    Sample,
+    broken_by_sample,
+    duplicate,
+    first_error,
+    leakage,
+    warnings,
+)
+from qvl_pipeline.data.tables import QUARANTINE, WARNINGS
 from qvl_pipeline.errors import UserError
 
 _REASONS_NAMED = 3
@@ -30,12 +39,14 @@ class Validation(NamedTuple):
     Attributes:
         valid_samples: Samples that broke no rule.
         quarantine: The others, each with the first rule that it broke.
+        warnings: Rules that valid samples broke, but only with a warning; a sample may be in it more than once.
         media_index: Every media file as probed.
-        report: `counts` of rows and `rules` with how many rows broke each.
+        report: `counts` of rows, `rules` with how many rows were lost to each, `warnings` with how many each warned of.
     """
 
     valid_samples: pa.Table
     quarantine: pa.Table
+    warnings: pa.Table
     media_index: pa.Table
     report: dict[str, dict[str, int]]
 
@@ -59,9 +70,13 @@ def validate_samples(samples: pa.Table, rejects: pa.Table, config: ValidateConfi
         Sample(row["sample_id"], row["split"], turns, uses, probes)
         for row, turns, uses in zip(rows, messages, media, strict=True)
     ]
-    broken = _add_leakage(parsed, [broken_by_sample(sample, config) for sample in parsed])
-    valid = samples.filter(pa.array([found is None for found in broken], pa.bool_()))
-    quarantine = _quarantine(samples, broken)
+    broken = _add_leakage(parsed, [broken_by_sample(sample, config) for sample in parsed], config)
+    broken = _add_duplicates(parsed, broken, config)
+    errors = [first_error(found, config) for found in broken]
+    valid = samples.filter(pa.array([error is None for error in errors], pa.bool_()))
+    quarantine = _rows_of_rules(samples, [[error] if error else [] for error in errors], QUARANTINE)
+    warned = [[] if error else warnings(found, config) for error, found in zip(errors, broken, strict=True)]
+    warning_rows = _rows_of_rules(samples, warned, WARNINGS)
     counts = {
         "ingested": samples.num_rows + rejects.num_rows,
         "valid": valid.num_rows,
@@ -70,8 +85,13 @@ def validate_samples(samples: pa.Table, rejects: pa.Table, config: ValidateConfi
     }
     assert counts["ingested"] == counts["valid"] + counts["quarantined"] + counts["rejected"], counts
     found = Counter(rejects["rule"].to_pylist() + quarantine["rule"].to_pylist())
-    report = {"counts": counts, "rules": {rule: found[rule] for rule in (*REJECT_RULES, *RULES)}}
-    return Validation(valid, quarantine, index_media(probes, config), report)
+    noted = Counter(warning_rows["rule"].to_pylist())
+    report = {
+        "counts": counts,
+        "rules": {rule: found[rule] for rule in (*REJECT_RULES, *RULES)},
+        "warnings": {rule: noted[rule] for rule in RULES if noted[rule]},
+    }
+    return Validation(valid, quarantine, warning_rows, index_media(probes, config), report)
 
 
 def check_reject_fraction(report: dict[str, Any], config: ValidateConfig) -> None:
@@ -96,22 +116,37 @@ def check_reject_fraction(report: dict[str, Any], config: ValidateConfig) -> Non
     )
 
 
-def _add_leakage(samples: Sequence[Sample], broken: Sequence[Broken | None]) -> list[Broken | None]:
+def _add_leakage(
+    samples: Sequence[Sample], broken: Sequence[list[Broken]], config: ValidateConfig
+) -> list[list[Broken]]:
     """Add the training samples that share a file with an eval sample, where both are valid but for that."""
-    pairs = list(zip(samples, broken, strict=True))
+    valid = [first_error(found, config) is None for found in broken]
     held_out: dict[str, str] = {}
-    for sample in (sample for sample, found in pairs if found is None and sample.split == "eval"):
+    for sample in (sample for sample, ok in zip(samples, valid, strict=True) if ok and sample.split == "eval"):
         for content_hash in sample.content_hashes:
             held_out.setdefault(content_hash, sample.sample_id)
     return [
-        (leakage.__name__, detail) if found is None and (detail := leakage(sample, held_out)) else found
-        for sample, found in pairs
+        [*found, (leakage.__name__, detail)] if ok and (detail := leakage(sample, held_out)) else found
+        for sample, found, ok in zip(samples, broken, valid, strict=True)
     ]
 
 
-def _quarantine(samples: pa.Table, broken: Iterable[Broken | None]) -> pa.Table:
-    columns = [name for name in QUARANTINE.names if name in samples.column_names]
+def _add_duplicates(
+    samples: Sequence[Sample], broken: Sequence[list[Broken]], config: ValidateConfig
+) -> list[list[Broken]]:
+    """Add the samples that repeat an earlier valid one."""
+    valid = [first_error(found, config) is None for found in broken]
+    first: dict[str, str] = {}
+    for sample in (sample for sample, ok in zip(samples, valid, strict=True) if ok):
+        first.setdefault(sample.fingerprint, sample.sample_id)
+    return [
+        [*found, (duplicate.__name__, detail)] if ok and (detail := duplicate(sample, first)) else found
+        for sample, found, ok in zip(samples, broken, valid, strict=True)
+    ]
+
+
+def _rows_of_rules(samples: pa.Table, broken: Iterable[list[Broken]], schema: pa.Schema) -> pa.Table:
+    columns = [name for name in schema.names if name in samples.column_names]
     rows = zip(samples.select(columns).to_pylist(), broken, strict=True)
-    return pa.Table.from_pylist(
-        [row | {"rule": found[0], "detail": found[1]} for row, found in rows if found is not None], QUARANTINE
-    )
+    listed = [row | {"rule": rule, "detail": detail} for row, found in rows for rule, detail in found]
+    return pa.Table.from_pylist(listed, schema)

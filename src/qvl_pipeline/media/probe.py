@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import ExifTags, Image
 
 from qvl_pipeline.errors import UserError
@@ -31,6 +32,10 @@ class Probe:
         fps: Mean frame rate of a clip.
         duration_s: Seconds from the first frame of a clip to the end of its last.
         codec: Codec of a clip, file format of an image.
+        size_bytes: Bytes of the file.
+        mode: Pixel format of an image, as Pillow names it (`RGB`, `L`, `I;16`).
+        declared_duration_s: Seconds that the container claims for a clip's video.
+        longest_gap: Longest time between two frames of a clip over the usual (median) one; 1 is a constant frame rate.
     """
 
     missing: str | None = None
@@ -42,6 +47,10 @@ class Probe:
     fps: float | None = None
     duration_s: float | None = None
     codec: str | None = None
+    size_bytes: int | None = None
+    mode: str | None = None
+    declared_duration_s: float | None = None
+    longest_gap: float | None = None
 
 
 def probe_media(path: str, kind: str, max_pixels: int) -> Probe:
@@ -59,18 +68,19 @@ def probe_media(path: str, kind: str, max_pixels: int) -> Probe:
     try:
         if not file.is_file():
             return Probe(missing="is not a file" if file.exists() else "does not exist")
-        if file.stat().st_size == 0:
-            return Probe(failure="is empty (0 bytes)")
+        size = file.stat().st_size
+        if size == 0:
+            return Probe(size_bytes=0)
         with file.open("rb") as opened:
             content_hash = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         return Probe(failure=_reason(error))
     probe = _probe_image if kind == "image" else _probe_video
     try:
-        return replace(probe(path, max_pixels), content_hash=content_hash)
+        return replace(probe(path, max_pixels), content_hash=content_hash, size_bytes=size)
     # Decoders raise whatever their parser stumbles over (SyntaxError, struct.error, IndexError, …): the file is bad.
     except Exception as error:
-        return Probe(failure=_reason(error), content_hash=content_hash)
+        return Probe(failure=_reason(error), content_hash=content_hash, size_bytes=size)
 
 
 def _reason(error: Exception) -> str:
@@ -85,6 +95,7 @@ def _probe_image(path: str, max_pixels: int) -> Probe:
     Image.MAX_IMAGE_PIXELS = None
     with Image.open(path) as image:
         facts = Probe(width=image.width, height=image.height, n_frames=1, codec=(image.format or "").lower())
+        facts = replace(facts, mode=image.mode)
         if image.width * image.height > max_pixels:
             return facts
         image.load()
@@ -98,7 +109,12 @@ def _probe_video(path: str, max_pixels: int) -> Probe:
         if not container.streams.video:
             return Probe(failure="holds no video stream")
         stream = container.streams.video[0]
-        facts = Probe(width=stream.width, height=stream.height, codec=stream.codec_context.name)
+        facts = Probe(
+            width=stream.width,
+            height=stream.height,
+            codec=stream.codec_context.name,
+            declared_duration_s=_declared_duration(container, stream),
+        )
         if stream.width * stream.height > max_pixels:
             return facts
         packets = (packet for packet in container.demux(stream) if packet.size)
@@ -115,4 +131,18 @@ def _probe_video(path: str, max_pixels: int) -> Probe:
         n_frames=n_frames,
         fps=table.fps,
         duration_s=float(table.seconds[-1] - table.seconds[0] + 1 / table.fps),
+        longest_gap=_longest_gap(table.seconds),
     )
+
+
+def _declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    # The container's duration is that of its longest stream, which may be the sound.
+    return container.duration / av.time_base if container.duration and not container.streams.audio else None
+
+
+def _longest_gap(seconds: np.ndarray) -> float | None:
+    gaps = np.diff(seconds)
+    usual = float(np.median(gaps)) if len(gaps) else 0.0
+    return float(gaps.max()) / usual if usual > 0 else None

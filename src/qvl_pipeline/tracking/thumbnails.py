@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +10,8 @@ from PIL import Image
 
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.media.pixels import open_image
+from qvl_pipeline.tracking.pictures import image_uri, png_uri
 
-SIDE = 112  # pixels: twice the size on the page, for sharp screens
 CLIP_FRAMES = 4
 
 
@@ -53,7 +50,7 @@ class MediaThumbnails:
         frames, seconds = self._store.frames(key), self._store.info(key)["seconds"]
         shown = np.unique(np.linspace(0, len(frames) - 1, CLIP_FRAMES).round().astype(int))
         return [
-            Thumbnail(_png_uri(Image.fromarray(frames[number].transpose(1, 2, 0))), f"{seconds[number]:.2f} s")
+            Thumbnail(png_uri(Image.fromarray(frames[number].transpose(1, 2, 0))), f"{seconds[number]:.2f} s")
             for number in shown
         ]
 
@@ -62,13 +59,4 @@ def _image(key: str) -> Thumbnail:
     """An image, or its name when the file is no longer where it was: a report must not fail for a missing picture."""
     if not Path(key).is_file():
         return Thumbnail(None, f"{Path(key).name} (file is gone)")
-    return Thumbnail(_png_uri(Image.fromarray(open_image(Path(key)).transpose(1, 2, 0))), "")
-
-
-def _png_uri(image: Image.Image) -> str:
-    """Shrink an image to at most `SIDE` pixels a side and encode it as a data URI."""
-    small = image.copy()
-    small.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Thumbnail(image_uri(key), "")

@@ -14,7 +14,7 @@ from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 
 def validate_rows(
     samples: pd.DataFrame, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Apply every rule to every sample, and print what came of it.
 
     Args:
@@ -24,7 +24,7 @@ def validate_rows(
         data_engine: Where to work.
 
     Returns:
-        The tables `quarantine` and `media_index`, and the report.
+        The tables `quarantine`, `validation_warnings` and `media_index`, and the report.
     """
     from qvl_pipeline.data.runner import use_runner
     from qvl_pipeline.data.tables import REJECTS, SAMPLES, from_frame, to_frame
@@ -34,11 +34,54 @@ def validate_rows(
     outcome = validate_samples(from_frame(samples, SAMPLES), from_frame(rejects, REJECTS), validate)
     quarantine = to_frame(outcome.quarantine)
     Console().print(summarize(outcome.report, quarantine, rejects))
-    return quarantine, to_frame(outcome.media_index), outcome.report
+    return quarantine, to_frame(outcome.warnings), to_frame(outcome.media_index), outcome.report
+
+
+def write_page(
+    samples: pd.DataFrame,
+    rejects: pd.DataFrame,
+    quarantine: pd.DataFrame,
+    validation_warnings: pd.DataFrame,
+    media_index: pd.DataFrame,
+    validation_report: dict[str, Any],
+) -> str:
+    """Write the validation page.
+
+    Args:
+        samples: Rows that could be read.
+        rejects: Rows that could not.
+        quarantine: Samples that broke a rule.
+        validation_warnings: Valid samples that broke a rule which only warns.
+        media_index: Every media file as probed.
+        validation_report: Report of the validation.
+
+    Returns:
+        HTML.
+    """
+    from qvl_pipeline.tracking.pictures import image_uri
+    from qvl_pipeline.tracking.validation_page import render_validation
+
+    # Only of files that were decoded within the limits: a broken one may hang or bring down its decoder.
+    sound = media_index[(media_index["type"] == "image") & media_index["rule"].isna()]
+    decodable = set(sound["path"])
+    return render_validation(
+        dataset=", ".join(sorted(set(samples["source"]) | set(rejects["source"]))) or "no data",
+        report=validation_report,
+        samples=samples,
+        rejects=rejects,
+        quarantine=quarantine,
+        warnings=validation_warnings,
+        media_index=media_index,
+        thumbnail=lambda kind, path: image_uri(path) if kind == "image" and path in decodable else None,
+    )
 
 
 def keep_valid(
-    samples: pd.DataFrame, quarantine: pd.DataFrame, validation_report: dict[str, Any], validate: ValidateConfig
+    samples: pd.DataFrame,
+    quarantine: pd.DataFrame,
+    validation_report: dict[str, Any],
+    validation_page: str,
+    validate: ValidateConfig,
 ) -> pd.DataFrame:
     """Take the samples that broke no rule. The list of those that did is on disk by now, also when this refuses.
 
@@ -46,6 +89,7 @@ def keep_valid(
         samples: Rows that could be read.
         quarantine: Samples that broke a rule.
         validation_report: Report of the validation.
+        validation_page: The page, which is thereby written first.
         validate: Limits.
 
     Returns:
@@ -78,4 +122,7 @@ def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.Data
             example = examples.loc[rule]
             # `Text`, because a detail may hold what rich takes for markup.
             table.add_row(rule, f"{count:,}", Text(f"{example['sample_id']}: {example['detail']}"))
-    return Group(line, table) if table.row_count else Group(line)
+    parts = [line, *([table] if table.row_count else [])]
+    if noted := ", ".join(f"{rule} ({count:,})" for rule, count in report["warnings"].items()):
+        parts.append(f"used, with a warning: {noted}")
+    return Group(*parts)

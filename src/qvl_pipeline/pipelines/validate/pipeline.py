@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows
+from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows, write_page
 
 
 def create_pipeline() -> Pipeline:
@@ -14,12 +14,25 @@ def create_pipeline() -> Pipeline:
             Node(
                 validate_rows,
                 inputs=["samples", "rejects", "params:validate", "params:data_engine"],
-                outputs=["quarantine", "media_index", "validation_report"],
+                outputs=["quarantine", "validation_warnings", "media_index", "validation_report"],
                 name="validate",
             ),
             Node(
+                write_page,
+                inputs=[
+                    "samples",
+                    "rejects",
+                    "quarantine",
+                    "validation_warnings",
+                    "media_index",
+                    "validation_report",
+                ],
+                outputs="validation_page",
+                name="write_validation_page",
+            ),
+            Node(
                 keep_valid,
-                inputs=["samples", "quarantine", "validation_report", "params:validate"],
+                inputs=["samples", "quarantine", "validation_report", "validation_page", "params:validate"],
                 outputs="valid_samples",
                 name="keep_valid",
             ),
