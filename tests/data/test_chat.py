@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ProcessorMixin
 
-from qvl_pipeline.data.chat import render_chats
-from qvl_pipeline.data.tokenization import encode_chats
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tokens.chat import render_chats
+from qvl_pipeline.tokens.encoding import encode_chats
 from tests.data.samples import conversation
 
 END = "<|im_end|>"

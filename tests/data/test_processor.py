@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 
 from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.processor import check_token_counts, load_processor
-from qvl_pipeline.data.tokenization import MediaGrids
+from qvl_pipeline.data.tokenization import media_grids
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from tests.data.samples import write_images, write_store
@@ -30,7 +30,7 @@ def store(tmp_path: Path, model: ModelConfig) -> FrameStore:
 
 
 def check(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore, kinds: str = "image video") -> None:
-    grids = MediaGrids(processor, media_index, store)
+    grids = media_grids(processor, media_index, store)
     paths = {"image": media_index["path"].iloc[0], "video": "clip.mp4"}
     items = [{"type": kind, "path": paths[kind], "start": None, "end": None} for kind in kinds.split()]
     check_token_counts(processor, [grids.medium(item) for item in items], store)

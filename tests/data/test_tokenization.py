@@ -15,9 +15,10 @@ from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.config import ModelConfig
-from qvl_pipeline.data.tokenization import SCHEMA, MediaGrids, tokenize_samples
+from qvl_pipeline.data.tokenization import SCHEMA, media_grids, tokenize_samples
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.tokens.encoding import MediaGrids
 from tests.data.samples import samples_table, write_images, write_store
 
 # Even: every 2nd frame of 20 at 4 a second. Odd count, later start, a rate that is no whole number: 5 of 40.
@@ -92,7 +93,7 @@ def by_processor(row: pd.Series, processor: ProcessorMixin, store: FrameStore) -
 
 @pytest.fixture
 def grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore) -> MediaGrids:
-    return MediaGrids(processor, media_index, store)
+    return media_grids(processor, media_index, store)
 
 
 def test_ids_are_those_of_the_processor(
@@ -241,7 +242,7 @@ def test_a_large_clip_costs_no_more_text_than_its_temporal_patches(
         return call(tokenizer, batch, **options)
 
     monkeypatch.setattr(type(processor.tokenizer), "__call__", record)
-    [batch] = tokenize_samples(samples, MediaGrids(processor, media_index, store), processor)
+    [batch] = tokenize_samples(samples, media_grids(processor, media_index, store), processor)
     ids = np.array(batch.column("input_ids")[0].values)
     assert (ids == processor.video_token_id).sum() == 10 * 12 * 16
     assert sum(text.count("<|video_pad|>") for text in texts) == 10

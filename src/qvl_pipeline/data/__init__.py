@@ -1,1 +1,1 @@
-"""Messages schema, source readers, validation rules, tokenisation and label spans, packing, the plan."""
+"""Messages schema, source readers, validation rules, the tokenised table, packing, the plan."""

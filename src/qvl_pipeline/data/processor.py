@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
 from qvl_pipeline.config import ModelConfig
-from qvl_pipeline.data.chat import render_chats
-from qvl_pipeline.data.tokenization import Medium, encode_chats, video_metadata
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.media.pixels import open_image
+from qvl_pipeline.tokens.chat import render_chats
+from qvl_pipeline.tokens.encoding import Medium, encode_chats, video_metadata
 
 
 def load_processor(base_model: Path, model: ModelConfig) -> ProcessorMixin:

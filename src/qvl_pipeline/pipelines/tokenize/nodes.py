@@ -64,11 +64,11 @@ def tokenize(
         UserError: The processor does not fit the model, or counts other tokens than we do.
     """
     from qvl_pipeline.data.processor import check_token_counts, load_processor
-    from qvl_pipeline.data.tokenization import MediaGrids, tokenize_samples
+    from qvl_pipeline.data.tokenization import media_grids, tokenize_samples
     from qvl_pipeline.media.frame_store import FrameStore
 
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
-    grids = MediaGrids(processor, media_index, store)
+    grids = media_grids(processor, media_index, store)
     first_of_type: dict[str, Any] = {}
     for items in valid_samples["media"]:
         for item in items:

@@ -1,0 +1,228 @@
+"""Samples to token ids, trained spans and media grids, without touching a pixel.
+
+The text is rendered by the model's own chat template, and every placeholder is expanded by the processor's own code, so
+the ids are those of the processor for the same messages and media. Only the repetition of a placeholder, thousands of
+times for a long clip, is done on ids instead of on text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from transformers import BatchEncoding, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.video_utils import VideoMetadata
+
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.frame_store import FrameStore, clip_id
+from qvl_pipeline.media.sampling import seconds_per_grid
+from qvl_pipeline.tokens.chat import RenderedChat, render_chats
+
+COPIED = ("sample_id", "source", "split", "kind", "task", "answer")
+_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid")
+
+# An entry of the column `media`; a clip also has the `seconds` of its frames.
+Medium = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as token ids.
+
+    Attributes:
+        input_ids: Int32 `[T]`, placeholders expanded.
+        label_spans: Half-open token ranges that are trained on.
+        prompt_length: Tokens before the last assistant answer.
+    """
+
+    input_ids: np.ndarray
+    label_spans: list[tuple[int, int]]
+    prompt_length: int
+
+
+class MediaGrids:
+    """Sizes of images and clips in patches, from the media index and the frame store."""
+
+    def __init__(
+        self, processor: ProcessorMixin, image_sizes: Mapping[str, tuple[int, int]], store: FrameStore
+    ) -> None:
+        """Set up the look-up.
+
+        Args:
+            processor: The model's processor, which says the pixel limits and the patch sizes.
+            image_sizes: Height and width of each upright image, by its path.
+            store: Sampled clips.
+        """
+        self._images = processor.image_processor
+        self._videos = processor.video_processor
+        self._sizes = image_sizes
+        self._store = store
+
+    def medium(self, item: Mapping[str, Any]) -> Medium:
+        """Describe one medium of a sample.
+
+        Args:
+            item: Entry of the column `media` of `valid_samples`.
+
+        Returns:
+            Entry of the column `media` of `tokenized_samples`; a clip also has the `seconds` of its frames.
+
+        Raises:
+            UserError: The image is not in the media index, or the clip not in the frame store.
+        """
+        return self._clip(item) if item["type"] == "video" else self._image(item["path"])
+
+    def _clip(self, item: Mapping[str, Any]) -> Medium:
+        key = clip_id(item["path"], item["start"], item["end"])
+        clip = self._store.info(key)
+        return {
+            "type": "video",
+            "key": key,
+            "grid_t": -(-clip["n_frames"] // self._videos.temporal_patch_size),
+            "grid_h": clip["height"] // self._videos.patch_size,
+            "grid_w": clip["width"] // self._videos.patch_size,
+            "seconds_per_grid": seconds_per_grid(clip["seconds"], self._videos.temporal_patch_size),
+            "seconds": clip["seconds"],
+        }
+
+    def _image(self, path: str) -> Medium:
+        if path not in self._sizes:
+            raise UserError(f"image '{path}' has no size in media_index: run the pipeline 'validate' again")
+        height, width = smart_resize(
+            *self._sizes[path],
+            factor=self._images.patch_size * self._images.merge_size,
+            min_pixels=self._images.size["shortest_edge"],
+            max_pixels=self._images.size["longest_edge"],
+        )
+        grid_h, grid_w = height // self._images.patch_size, width // self._images.patch_size
+        return {"type": "image", "key": path, "grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
+
+
+def encode_samples(
+    samples: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin
+) -> list[dict[str, Any]]:
+    """Tokenise samples.
+
+    Args:
+        samples: Rows of `valid_samples`.
+        grids: Sizes of all media.
+        processor: The model's processor.
+
+    Returns:
+        Rows of `tokenized_samples`; `input_ids` is an array and a span a pair.
+
+    Raises:
+        UserError: A sample cannot be tokenised; the message names it.
+    """
+    media = [[grids.medium(item) for item in row["media"]] for row in samples]
+    conversations = [json.loads(row["messages"]) for row in samples]
+    chats = render_chats(processor, conversations, [row["sample_id"] for row in samples])
+    encoded = encode_chats(processor, chats, media)
+    return [_table_row(*parts) for parts in zip(samples, encoded, media, strict=True)]
+
+
+def encode_chats(
+    processor: ProcessorMixin, chats: Sequence[RenderedChat], media: Sequence[Sequence[Medium]]
+) -> list[EncodedChat]:
+    """Tokenise rendered conversations.
+
+    Args:
+        processor: The model's processor.
+        chats: Rendered conversations.
+        media: The media of each, in reading order.
+
+    Returns:
+        The encoded conversations.
+
+    Raises:
+        UserError: The placeholders of a conversation do not match its media.
+    """
+    compact = [_compact(processor, chat, items) for chat, items in zip(chats, media, strict=True)]
+    tokens = processor.tokenizer([chat.text for chat, _ in compact], return_attention_mask=False)
+    placeholders = (processor.image_token_id, processor.video_token_id)
+    return [
+        _repeat_placeholders(tokens, number, chat, repeats, placeholders)
+        for number, (chat, repeats) in enumerate(compact)
+    ]
+
+
+def video_metadata(seconds: Sequence[float]) -> VideoMetadata:
+    """What Qwen3-VL's processor needs to write the true time of each frame: "frame numbers" at one frame per second."""
+    return VideoMetadata(total_num_frames=len(seconds), fps=1.0, frames_indices=list(seconds))
+
+
+def _compact(processor: ProcessorMixin, chat: RenderedChat, media: Sequence[Medium]) -> tuple[RenderedChat, list[int]]:
+    """Expand placeholders as if every temporal patch were one token, and say how many each of them stands for."""
+    pattern = re.compile(f"{re.escape(processor.image_token)}|{re.escape(processor.video_token)}")
+    remaining = iter(media)
+    repeats: list[int] = []
+
+    def expand(match: re.Match[str]) -> str:
+        medium = next(remaining, None)
+        if medium is None or match[0] != getattr(processor, f"{medium['type']}_token"):
+            raise UserError(
+                f"sample '{chat.name}': a placeholder {match[0]} belongs to no medium: is it written in the text?"
+            )
+        merge = getattr(processor, f"{medium['type']}_processor").merge_size
+        repeats.extend([medium["grid_h"] * medium["grid_w"] // merge**2] * medium["grid_t"])
+        grid = np.array([[medium["grid_t"], merge, merge]])
+        if medium["type"] == "image":
+            return processor.replace_image_token({"image_grid_thw": grid}, 0)
+        inputs = {"video_grid_thw": grid, "video_metadata": [video_metadata(medium["seconds"])]}
+        return processor.replace_video_token(inputs, 0)
+
+    cuts = sorted({0, len(chat.text)}.union(*chat.answers))
+    pieces = [pattern.sub(expand, chat.text[start:end]) for start, end in pairwise(cuts)]
+    moved = dict(zip(cuts, accumulate(map(len, pieces), initial=0), strict=True))
+    if next(remaining, None) is not None:
+        raise UserError(f"sample '{chat.name}' has {len(media)} media, but the chat template places fewer")
+    answers = [(moved[start], moved[end]) for start, end in chat.answers]
+    return RenderedChat(chat.name, "".join(pieces), answers), repeats
+
+
+def _repeat_placeholders(
+    tokens: BatchEncoding, number: int, chat: RenderedChat, repeats: list[int], placeholders: tuple[int, int]
+) -> EncodedChat:
+    """Finish conversation `number` of a tokenised batch of compact texts."""
+    ids = np.asarray(tokens["input_ids"][number], dtype=np.int32)
+    is_placeholder = (ids == placeholders[0]) | (ids == placeholders[1])
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[is_placeholder] = repeats
+    position = np.concatenate([[0], np.cumsum(counts)])
+    answers = [_token_range(tokens, number, *answer) for answer in chat.answers]
+    trained = np.zeros(len(ids), dtype=np.int8)
+    for start, end in answers:
+        trained[start:end] = 1
+    trained[is_placeholder] = 0  # a model does not write images: within an answer they are context
+    edges = np.flatnonzero(np.diff(trained, prepend=0, append=0))
+    spans = [(int(start), int(end)) for start, end in position[edges].reshape(-1, 2)]
+    return EncodedChat(np.repeat(ids, counts), spans, int(position[answers[-1][0]]))
+
+
+def _token_range(tokens: BatchEncoding, number: int, start: int, end: int) -> tuple[int, int]:
+    """Tokens that lie within a range of characters.
+
+    A token that begins before it, such as a blank line that joins the newline before the answer, belongs to the prompt.
+    """
+    first = next(token for char in range(start, end) if (token := tokens.char_to_token(number, char)) is not None)
+    if tokens.token_to_chars(number, first).start < start:
+        first += 1
+    return first, tokens.char_to_token(number, end - 1) + 1
+
+
+def _table_row(row: Mapping[str, Any], encoded: EncodedChat, media: Sequence[Medium]) -> dict[str, Any]:
+    return {name: row[name] for name in COPIED} | {
+        "input_ids": encoded.input_ids,
+        "label_spans": encoded.label_spans,
+        "length": len(encoded.input_ids),
+        "supervised_tokens": sum(end - start for start, end in encoded.label_spans),
+        "vit_patches": sum(medium["grid_t"] * medium["grid_h"] * medium["grid_w"] for medium in media),
+        "prompt_length": encoded.prompt_length,
+        "media": [{name: medium[name] for name in _OF_A_MEDIUM} for medium in media],
+    }
