@@ -20,7 +20,7 @@ from qvl_pipeline.config.launch import THIS_NODE
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.train.launcher import Processes, RankFailedError, _describe_failure, launch
+from qvl_pipeline.launcher import Processes, RankFailedError, _describe_failure, launch
 from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepare, _processes, _publish
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
@@ -249,7 +249,7 @@ class TestFailure:
         log.write_text(
             "E1124 torch/distributed/elastic/api.py:984] failed (exitcode: -9) local_rank: 1 (pid: 4) of bin\n"
         )
-        message = _describe_failure(tmp_path, log, 1)
+        message = _describe_failure("training", tmp_path, log, 1)
         assert message.startswith("training ended because rank 1 of this node was killed by SIGKILL")
         assert "memory" in message
 
@@ -265,7 +265,7 @@ def test_nothing_is_left_when_the_parent_is_ended(number: signal.Signals, traini
     output_dir = spec_path.parent
     code = f"""
 from pathlib import Path
-from qvl_pipeline.pipelines.train.launcher import Processes, launch
+from qvl_pipeline.launcher import Processes, launch
 launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)

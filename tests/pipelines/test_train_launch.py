@@ -15,7 +15,7 @@ import pytest
 
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.pipelines.train.launcher import Processes, RankFailedError, StoppedOnRequest, environment, launch
+from qvl_pipeline.launcher import Processes, RankFailedError, StoppedOnRequest, environment, launch
 from tests.engine.training import changed, make_training, trained
 from tests.pipelines.test_train import processes_of, start, wait_until
 
@@ -24,7 +24,7 @@ NODE = """
 import sys
 from pathlib import Path
 from qvl_pipeline.config.launch import LaunchConfig
-from qvl_pipeline.pipelines.train.launcher import Processes, launch
+from qvl_pipeline.launcher import Processes, launch
 config = LaunchConfig(nnodes=2, master_addr="127.0.0.1", master_port=int(sys.argv[2]))
 launch(Path(sys.argv[1]), Processes(1, config.nodes()), lambda: None)
 """
@@ -79,7 +79,7 @@ def test_stopping_on_request_is_an_end_of_its_own(undisturbed: TrainSpec, tmp_pa
     spec_path = start(long)
     code = f"""
 from pathlib import Path
-from qvl_pipeline.pipelines.train.launcher import Processes, launch
+from qvl_pipeline.launcher import Processes, launch
 launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

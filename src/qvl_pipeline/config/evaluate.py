@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ class EvaluateConfig(Block):
 
     Attributes:
         batch_size: Prompts generated together (left-padded).
+        nproc_per_node: Processes that share the samples; `auto` is one a GPU, and one without GPUs.
         max_new_tokens: Longest answer in tokens.
         generation: Arguments of `transformers.GenerationConfig` that replace greedy decoding, such as
             `{do_sample: true, temperature: 0.7}` or `{num_beams: 4}`.
@@ -29,6 +30,7 @@ class EvaluateConfig(Block):
     """
 
     batch_size: int = Field(default=16, ge=1)
+    nproc_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     max_new_tokens: int = Field(default=64, ge=1)
     generation: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0

@@ -52,8 +52,9 @@ def generate(
     """
     from transformers import AutoProcessor
 
-    from qvl_pipeline.evaluation.generation import base_model_path, generate_answers, load_model
-    from qvl_pipeline.evaluation.likelihood import sample_losses, supervised_tokens
+    from qvl_pipeline.evaluation.answering import Answering, answer_all
+    from qvl_pipeline.evaluation.generation import base_model_path
+    from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
 
     if train_result["plan_fingerprint"] != plan_summary["fingerprint"]:
@@ -67,18 +68,32 @@ def generate(
     rows = chosen.index.tolist()
     processor = AutoProcessor.from_pretrained(trained_model)
     paths = {"base": base_model_path(base_model)} if evaluate.compare_base else {}
-    answers, losses = {}, {}
+    asked = Answering(
+        models={**paths, "trained": str(trained_model)},
+        processor=str(trained_model),
+        tokenized=str(tokenized_samples),
+        video_frames=str(video_frames),
+        rows=tuple(rows),
+        attn_implementation=model.attn_implementation,
+        evaluate=evaluate,
+    )
     with progress_bar() as bar:
-        for name, path in {**paths, "trained": str(trained_model)}.items():
-            given = (load_model(path, model.attn_implementation), processor, samples, rows, video_frames)
-            advance = partial(bar.advance, bar.add_task(f"Answers of the {name} model", total=2 * len(rows)))
-            answers[name] = generate_answers(*given, evaluate, on_batch=advance)
-            losses[name] = sample_losses(*given, on_sample=advance)
+        task = bar.add_task("answers and losses", total=2 * len(rows) * len(asked.models))
+        scratch = base_model.parent / "scratch" / "evaluation"
+        found = answer_all(asked, scratch, _processes(evaluate), partial(bar.advance, task))
+    answers = {name: [by_row[row][0] for row in rows] for name, by_row in found.items()}
+    losses = {name: [by_row[row][1] for row in rows] for name, by_row in found.items()}
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
     table = prediction_table(chosen, questions, answers, losses, [supervised_tokens(samples.row(row)) for row in rows])
     metrics = {name: average_scores(table, name) for name in answers}
     _print_scores(metrics)
     return table, metrics, {name: slices(table, name) for name in answers}
+
+
+def _processes(evaluate: EvaluateConfig) -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count()) if evaluate.nproc_per_node == "auto" else evaluate.nproc_per_node
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, Train
 from qvl_pipeline.config.launch import Nodes
 from qvl_pipeline.data.plan import make_eval_plan, plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.launcher import Processes, launch
 from qvl_pipeline.pipelines.train.checks import check_before_launch
-from qvl_pipeline.pipelines.train.launcher import Processes, launch
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.resuming import checkpoint_to_start_from, run_identity
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint

@@ -27,7 +27,7 @@ _POLL_S = 0.2
 
 
 class RankFailedError(UserError):
-    """A training process failed; the message is one readable block with the first failed rank's error."""
+    """A process failed; the message is one readable block with the first failed rank's error."""
 
 
 class StoppedOnRequest(SystemExit):
@@ -77,17 +77,25 @@ class Processes:
         return [*command, f"--rdzv-endpoint={self.nodes.endpoint}", f"--rdzv-id={job}", f"--rdzv-conf=is_host={hosts}"]
 
 
-def launch(spec_path: Path, processes: Processes, on_poll: Callable[[], None]) -> None:
-    """Run the engine under torchrun until it ends.
+def launch(
+    spec_path: Path,
+    processes: Processes,
+    on_poll: Callable[[], None],
+    module: str = "qvl_pipeline.engine",
+    what: str = "training",
+) -> None:
+    """Run a module under torchrun until it ends.
 
     The processes form a process group of their own, which is ended with this function however it is left, so that no
     GPU stays busy behind a run that is gone. Asked to stop (Ctrl-C, SIGTERM, SIGUSR1), the ranks finish their step and
     save first; asked a second time, they are ended at once.
 
     Args:
-        spec_path: The `train_spec.json`; `errors/` and `engine.log` lie beside it.
+        spec_path: What the module gets as its argument; `errors/` and `engine.log` lie beside it.
         processes: What to start.
         on_poll: Called a few times a second, and once after the end.
+        module: Runs on every rank.
+        what: What it does, for the message about a failure.
 
     Raises:
         RankFailedError: A process failed.
@@ -98,7 +106,7 @@ def launch(spec_path: Path, processes: Processes, on_poll: Callable[[], None]) -
     log_path = output_dir / (f"engine.node{node}.log" if node else "engine.log")
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*processes.torchrun(output_dir.name), "-m", "qvl_pipeline.engine", str(spec_path)],
+            [*processes.torchrun(output_dir.name), "-m", module, str(spec_path)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(processes.per_node),
@@ -117,7 +125,7 @@ def launch(spec_path: Path, processes: Processes, on_poll: Callable[[], None]) -
         _end_group(process)
     on_poll()
     if process.returncode:
-        raise RankFailedError(_describe_failure(output_dir, log_path, process.returncode))
+        raise RankFailedError(_describe_failure(what, output_dir, log_path, process.returncode))
     if (output_dir / STOPPED).exists():
         raise StoppedOnRequest(json.loads((output_dir / STOPPED).read_text())["step"])
 
@@ -204,7 +212,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
     return True
 
 
-def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
+def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: int) -> str:
     """One block: the rank that failed first, where it was, and the last frames of its traceback."""
     reports: list[dict[str, Any]] = [
         json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")
@@ -214,16 +222,16 @@ def _describe_failure(output_dir: Path, log_path: Path, returncode: int) -> str:
             number, rank = killed[-1]  # those before were restarted
             name = signal.Signals(int(number)).name
             likely = ": most likely the machine ran out of memory" if name == "SIGKILL" else ""
-            return f"training ended because rank {rank} of this node was killed by {name}{likely}; log: {log_path}"
+            return f"{what} ended because rank {rank} of this node was killed by {name}{likely}; log: {log_path}"
         # What torchrun appends about the failed process says less than the process itself did.
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
         tail = "\n".join(f"    {line}" for line in list(lines)[-15:])
-        return f"training ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
+        return f"{what} ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
     first = min(reports, key=lambda report: report["time"])
     samples = ", ".join(first["sample_ids"][:5]) + (", …" if len(first["sample_ids"]) > 5 else "")
     frames = "\n".join(f"    {line}" for line in first["traceback"].rstrip().splitlines()[-8:])
     return (
-        f"training failed on rank {first['rank']} at step {first['step']}: {first['type']}: {first['message']}\n"
+        f"{what} failed on rank {first['rank']} at step {first['step']}: {first['type']}: {first['message']}\n"
         f"  samples in that micro-batch: {samples or 'none yet'}\n"
         f"  where:\n{frames}\n"
         f"  full log: {log_path}"
