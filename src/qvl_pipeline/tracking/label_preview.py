@@ -17,7 +17,7 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 SAMPLES = 10
 # Of a longer stretch of text, the middle is collapsed: a page is to be looked at.
-LONGEST_TEXT = 600
+LONGEST_TEXT = 200
 
 _TITLES = {
     "tokens": ("Tokens of a sample", "tokens"),
