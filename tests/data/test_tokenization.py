@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
@@ -104,6 +107,45 @@ def test_ids_are_those_of_the_processor(
     for _, sample in samples.iterrows():
         expected = by_processor(sample, processor, store)
         assert rows[sample["kind"]]["input_ids"] == expected["input_ids"][0].tolist(), sample["kind"]
+
+
+# Names of turns, of tools and of thoughts, blank lines, and any text; reserved tokens are refused by `validate`.
+WORDS = st.one_of(
+    st.sampled_from(
+        ["assistant", "user\n", "<tool_call>", "</tool_call>", "<think>\n7</think>", "\n\n", " ", "🙂", "e\u0301"]
+    ),
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12),
+)
+TEXTS = st.lists(WORDS, min_size=1, max_size=3).map("".join).filter(lambda text: "<|" not in text)
+# The newline before an answer joins those that it begins with: a test of its own.
+ANSWERS = TEXTS.filter(lambda text: not text[0].isspace())
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[tuple[str, Any]]:
+    """One to three questions with text, images and clips in any order, maybe after a system turn, and their answers."""
+    media = [("image", f"{name}.png") for name in "abcd"] + [("video", name) for name in CLIPS]
+    questions = st.lists(st.one_of(TEXTS, st.sampled_from(media)), min_size=1, max_size=4)
+    turns = [("system", draw(TEXTS))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        turns += [("user", draw(questions)), ("assistant", draw(ANSWERS))]
+    return turns
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=conversations())
+def test_any_conversation_has_the_ids_of_the_processor_and_its_answers_are_trained_on(
+    tmp_path: Path, grids: MediaGrids, processor: ProcessorMixin, store: FrameStore, turns: list[tuple[str, Any]]
+) -> None:
+    samples = samples_table([{"messages": turns}])
+    for item in samples["media"][0]:
+        if item["type"] == "image":
+            item["path"] = str(tmp_path / item["path"])
+    row = tokenize(samples, grids, processor)["text"]
+    assert row["input_ids"] == by_processor(samples.iloc[0], processor, store)["input_ids"][0].tolist()
+    trained = "".join(processor.tokenizer.decode(row["input_ids"][s["start"] : s["end"]]) for s in row["label_spans"])
+    said = "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
+    assert trained == unicodedata.normalize("NFC", said)
 
 
 def test_grids_and_patches_are_those_of_the_processor(
