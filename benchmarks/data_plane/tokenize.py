@@ -19,30 +19,15 @@ from transformers import ProcessorMixin
 from benchmarks.data_plane import Row, Section
 from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.processor import load_processor
-from qvl_pipeline.data.tokenization import MediaGrids, tokenize_samples, video_metadata
+from qvl_pipeline.data.tokenization import media_grids, tokenize_samples
 from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter, StoredClip, encode_frame
 from qvl_pipeline.pipelines.tokenize.nodes import prepare_base_model
+from qvl_pipeline.tokens.encoding import MediaGrids, video_metadata
 
 _ROWS_A_SAMPLE = 4000
 _MODEL = ModelConfig(processor_type="qwen3_vl")
 _FILES = 8
-_WORDS = [
-    "the",
-    "digit",
-    "in",
-    "this",
-    "picture",
-    "is",
-    "seven",
-    "and",
-    "that",
-    "one",
-    "is",
-    "a",
-    "nine",
-    "after",
-    "it",
-]
+_WORDS = ["the", "digit", "in", "this", "picture", "is", "seven", "and", "that", "one", "a", "nine", "after", "it"]
 
 
 def measure(rows: int) -> Section:
@@ -54,7 +39,7 @@ def measure(rows: int) -> Section:
         samples = {case: _samples(rows // _ROWS_A_SAMPLE, files) for case, files in media.items()}
         prepare_base_model(pd.concat(samples.values()), _MODEL)(Path(folder) / "base")
         processor, store = load_processor(Path(folder) / "base", _MODEL), FrameStore(Path(folder) / "frames")
-        grids = MediaGrids(processor, media_index, store)
+        grids = media_grids(processor, media_index, store)
         measured = {case: _measure(table, grids, processor, store) for case, table in samples.items()}
     ours, theirs = np.array(list(measured.values())).T
     counts = [len(table) for table in samples.values()]

@@ -35,6 +35,15 @@ def test_sections_that_are_not_asked_for_keep_their_figures(results: Path) -> No
     assert "probe.a" not in json.loads(results.read_text())["ratios"]
 
 
+def test_tokenising_is_compared_on_the_same_samples(results: Path) -> None:
+    data.main(["tokenize", "--rows", "16000"])
+    found = json.loads(results.read_text())
+    cases = [row["case"] for row in found["rows"]]
+    assert cases == [f"{who}: {what}" for who in ("this project", "processor") for what in ("text", "image", "clip")]
+    seconds = [row["seconds"] for row in found["rows"]]
+    assert found["ratios"]["tokenize.over_processor"] == pytest.approx(sum(seconds[3:]) / sum(seconds[:3]))
+
+
 def test_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         data.main(["ingst"])
