@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from qvl_pipeline.config.launch import THIS_NODE, Nodes
 from qvl_pipeline.engine.stopping import STOP_SIGNALS, STOPPED
@@ -86,9 +87,9 @@ def launch(
 ) -> None:
     """Run a module under torchrun until it ends.
 
-    The processes form a process group of their own, which is ended with this function however it is left, so that no
-    GPU stays busy behind a run that is gone. Asked to stop (Ctrl-C, SIGTERM, SIGUSR1), the ranks finish their step and
-    save first; asked a second time, they are ended at once.
+    All processes are ended with this function however it is left, so that no GPU stays busy behind a run that is gone.
+    Asked to stop (Ctrl-C, SIGTERM, SIGUSR1), the ranks finish their step and save first; asked a second time, they are
+    ended at once.
 
     Args:
         spec_path: What the module gets as its argument; `errors/` and `engine.log` lie beside it.
@@ -122,7 +123,7 @@ def launch(
                 if not (output_dir / STOPPED).exists():
                     raise
     finally:
-        _end_group(process)
+        _end(process)
     on_poll()
     if process.returncode:
         raise RankFailedError(_describe_failure(what, output_dir, log_path, process.returncode))
@@ -190,26 +191,31 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the ranks to stop after their step, again and again: a rank that still starts does not listen yet."""
     print("train: stopping after this step, with a checkpoint; interrupt again to stop at once", flush=True)
     while process.poll() is None:
-        _signal_group(process, signal.SIGTERM)
+        for rank in _ranks(process):
+            _signal_group(rank, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process group; a checkpoint is whole or absent whenever that happens."""
-    while _signal_group(process, signal.SIGKILL):
-        time.sleep(0.05)
-    process.wait()
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of the job; a checkpoint is whole or absent whenever that happens."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # it must not start ranks while they are counted
+        ranks = _ranks(process)
+        process.kill()
+        for rank in ranks:
+            _signal_group(rank, signal.SIGKILL)
+        process.wait()
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal to the group; say whether it has any process left."""
-    process.poll()  # a zombie still counts as a member of its group
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _ranks(process: subprocess.Popen[bytes]) -> list[int]:
+    """List the ranks: torchrun makes each the leader of a session and process group of its own, with its loaders."""
+    return [child.pid for child in psutil.Process(process.pid).children()]
+
+
+def _signal_group(leader: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, number)
 
 
 def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: int) -> str:

@@ -162,7 +162,7 @@ def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, ki
     rng = np.random.default_rng(number)
     side = config.vision_config.patch_size * 4
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    media, prompt = [], [40 + number]
+    media, prompt = [], [40 + number % 200]
     if kind == "image":
         key = str(folder / f"{number}.png")
         Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(key)
@@ -177,7 +177,8 @@ def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, ki
         if family == "qwen2_5_vl":
             blocks = [[start, *[config.video_token_id] * 8, end]]
         media, prompt = [_medium("video", key, 2, 1.0)], [*(token for block in blocks for token in block), *prompt]
-    answer = rng.integers(50, 500, size=2 + number % 5).tolist()
+    # No special token: those that stand for media would have to have some.
+    answer = rng.integers(50, 280, size=2 + number % 5).tolist()
     ids = [*prompt, *answer, 60]
     return {
         "sample_id": f"{'ab'[number % 2]}/{number}",

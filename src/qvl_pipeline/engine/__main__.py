@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.engine.stopping import StopRequest
+from qvl_pipeline.engine.stopping import StopRequest, ignore_stop_signals
 from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.engine.watchdog import StepTimeoutError, Watchdog
 
@@ -78,6 +78,8 @@ def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Except
 
 if __name__ == "__main__":
     status = main(Path(sys.argv[1]))
+    # Whoever asks a rank to stop repeats it until the rank is gone, and Python no longer listens while it shuts down.
+    ignore_stop_signals()
     if status:
         # Python's own shutdown would wait for the process group's threads.
         sys.stderr.flush()
