@@ -67,9 +67,9 @@ def _record_syncs(spec_path: Path, result: Path) -> int:
     trainers: list[Trainer] = []
 
     class Watched(Trainer):
-        def __init__(self, spec: TrainSpec) -> None:
+        def __init__(self, *args: Any) -> None:
             trainers.append(self)
-            super().__init__(spec)
+            super().__init__(*args)
 
     def watched(name: str) -> Callable[..., Any]:
         original = getattr(torch.Tensor, name)

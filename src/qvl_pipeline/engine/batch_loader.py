@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from qvl_pipeline.engine.batch import BadSample, Batch, BatchBuilder
 from qvl_pipeline.engine.feed import MicroBatch
 from qvl_pipeline.engine.spec import DataSpec
-from qvl_pipeline.engine.stopping import leave_stopping_to_the_trainer
+from qvl_pipeline.engine.stopping import ignore_stop_signals
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 
@@ -88,7 +88,7 @@ def load_batches(
             batch_size=None,
             num_workers=options.num_workers,
             prefetch_factor=options.prefetch_factor if options.num_workers else None,
-            worker_init_fn=leave_stopping_to_the_trainer,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=options.pin_memory,
         )
     )

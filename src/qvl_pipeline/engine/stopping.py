@@ -39,8 +39,8 @@ class StopRequest:
             self.requested = True
 
 
-def leave_stopping_to_the_trainer(_worker_id: int = 0) -> None:
-    """Ignore the signals in a loader process.
+def ignore_stop_signals(_worker_id: int = 0) -> None:
+    """Ignore the signals: in a loader process, and in a rank that is done.
 
     Schedulers send them to all processes of a job, and a trainer whose loader is gone cannot finish its step.
     """

@@ -35,7 +35,7 @@ from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.stopping import StopRequest, write_stopped
 from qvl_pipeline.engine.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.validation import Validation
-from qvl_pipeline.engine.watchdog import Watchdog, set_collective_timeout
+from qvl_pipeline.engine.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
 from qvl_pipeline.engine.weights import load_weights
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
@@ -199,7 +199,7 @@ class Trainer:
                 return
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
-                set_collective_timeout(run.step_timeout_s or run.ddp_timeout, self.mesh)
+                set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
 
     def _save(self) -> None:
         self.finite.check()

@@ -65,12 +65,11 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             time.sleep(min(1.0, self.timeout_s / 4))
-            margin_s = min(_MARGIN_S, self.timeout_s)
             started, loading = self._started, self.loading
             if started is None:
                 continue
             took = time.monotonic() - started
-            if took > self.timeout_s + (0.0 if loading else margin_s):
+            if took > self.timeout_s + (0.0 if loading else _margin_s(self.timeout_s)):
                 doing = "waits for its next batch" if loading else "computes, or waits for other ranks"
                 error = StepTimeoutError(
                     f"step {self._step} has taken {took:.0f} s, more than train.launch.step_timeout_s = "
@@ -78,6 +77,18 @@ class Watchdog:
                 )
                 self._on_timeout(error, _stacks())
                 return
+
+
+def _margin_s(timeout_s: float) -> float:
+    return min(_MARGIN_S, timeout_s)
+
+
+def collective_timeout_s(step_timeout_s: float) -> float:
+    """Return how long a collective may take: longer than all watchdogs need to report, for it cannot tell whose fault.
+
+    It is what ends a rank whose watchdog cannot, because no thread of Python gets to run.
+    """
+    return step_timeout_s + 2 * _margin_s(step_timeout_s)
 
 
 def _stacks() -> str:
