@@ -198,7 +198,8 @@ def test_two_profiles_share_a_dataset_and_nothing_else() -> None:
     base, other = load("base", "catalog"), load("tiny_qwen2_5_vl", "catalog")
     shared = {name for name in base if base[name]["filepath"] == other[name]["filepath"]}
     pipelines = register_pipelines()
-    assert shared == pipelines["ingest"].all_outputs() | pipelines["validate"].all_outputs()
+    of_the_dataset = pipelines["ingest"].all_outputs() | pipelines["validate"].all_outputs()
+    assert shared == of_the_dataset | pipelines["compare"].all_outputs()
 
 
 def test_the_database_is_in_the_project_whatever_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

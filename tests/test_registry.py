@@ -10,7 +10,7 @@ from kedro.framework.project import pipelines
 from kedro.validation.type_extractor import TypeExtractor
 
 from qvl_pipeline.parameters import BLOCKS
-from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
+from qvl_pipeline.pipeline_registry import STAGES, TOOLS, register_pipelines
 from tests.kedro_project import make_project
 
 # Each of these takes longer to import than Kedro itself.
@@ -19,7 +19,7 @@ HEAVY = {"daft", "matplotlib", "mlflow", "sklearn", "torch", "transformers"}
 
 def test_the_default_is_all_stages_in_order() -> None:
     registered = register_pipelines()
-    assert list(registered) == [*STAGES, "__default__"]
+    assert list(registered) == [*STAGES, *TOOLS, "__default__"]
     assert {node.name for node in registered["__default__"].nodes} == {
         node.name for stage in STAGES for node in registered[stage].nodes
     }

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from qvl_pipeline.config import (
     BatchingConfig,
+    CompareConfig,
     DataEngineConfig,
     EvaluateConfig,
     IngestConfig,
@@ -32,6 +33,7 @@ BLOCKS: dict[str, type[Block]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "data_engine": DataEngineConfig,
+    "compare": CompareConfig,
 }
 
 Key = tuple[str | int, ...]

@@ -1,4 +1,4 @@
-"""The project's pipelines: one for each stage, and all of them in order as the default."""
+"""The project's pipelines: one for each stage, all of them in order as the default, and those that are no stage."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from importlib import import_module
 from kedro.pipeline import Pipeline
 
 STAGES = ("ingest", "validate", "sample", "tokenize", "train", "evaluate")
+TOOLS = ("compare",)
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return the pipeline of every stage, and `__default__`, the whole chain.
+    """Return the pipeline of every stage, those that are no stage, and `__default__`, the chain of all stages.
 
     The names are listed instead of found: Kedro's `find_pipelines` returns only the requested pipelines, and leaves out
     those that fail to import.
     """
-    stages = {stage: import_module(f"qvl_pipeline.pipelines.{stage}.pipeline").create_pipeline() for stage in STAGES}
-    return {**stages, "__default__": sum(stages.values(), start=Pipeline([]))}
+    stages, tools = (
+        {name: import_module(f"qvl_pipeline.pipelines.{name}.pipeline").create_pipeline() for name in names}
+        for names in (STAGES, TOOLS)
+    )
+    return {**stages, **tools, "__default__": sum(stages.values(), start=Pipeline([]))}

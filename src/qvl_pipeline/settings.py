@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "DAFT_SHOW_QUERY_ID": "false",
     # The tables that MLflow makes in a new database are nobody's news.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # A tracking server that is down is not waited for; by default, every call to it takes four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",

@@ -1,6 +1,7 @@
 """Parameters of every stage: one pydantic model per block, the only place for defaults, units and cross-checks."""
 
 from qvl_pipeline.config.batching import BatchingConfig
+from qvl_pipeline.config.compare import CompareConfig
 from qvl_pipeline.config.data_engine import DataEngineConfig
 from qvl_pipeline.config.evaluate import EvaluateConfig
 from qvl_pipeline.config.ingest import DatasetSource, DigitsDemoConfig, IngestConfig
@@ -11,6 +12,7 @@ from qvl_pipeline.config.validate import ValidateConfig
 
 __all__ = [
     "BatchingConfig",
+    "CompareConfig",
     "DataEngineConfig",
     "DatasetSource",
     "DigitsDemoConfig",

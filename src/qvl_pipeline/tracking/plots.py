@@ -70,22 +70,55 @@ def loss_curve(training_metrics: pd.DataFrame) -> LossCurve:
     smooth = finite["loss"].rolling(window, center=True, min_periods=1).mean()
     shown = finite.assign(smooth=smooth).iloc[::stride]
     steps = shown["step"].tolist()
-    loss = _panel("Loss", 220, steps, {"raw": shown["loss"].tolist(), "smooth": shown["smooth"].tolist()}, y_bins=5)
-    rate = _panel("Learning rate", 70, steps, {"rate": shown["learning_rate"].tolist()}, y_bins=2)
+    drawn = {"raw": (steps, shown["loss"].tolist()), "smooth": (steps, shown["smooth"].tolist())}
+    loss = panel("Loss", 220, drawn, y_bins=5)
+    rate = panel("Learning rate", 70, {"rate": (steps, shown["learning_rate"].tolist())}, y_bins=2)
     return LossCurve([loss, rate], window, stride, not_finite)
 
 
-def _panel(title: str, height: int, x: Sequence[float], lines: dict[str, Sequence[float]], y_bins: int) -> Panel:
-    top = max(max(values) for values in lines.values()) or 1.0
+def overlay(title: str, height: int, curves: dict[str, pd.Series]) -> Panel | None:
+    """Lay out curves of several runs in one plot: thin as logged, thick as centred running mean.
+
+    Args:
+        title: What is plotted.
+        height: Height in pixels.
+        curves: Value by optimizer step, by the CSS class of the run.
+
+    Returns:
+        The plot; None when there is no finite value.
+    """
+    lines = {}
+    for name, curve in curves.items():
+        finite = curve[np.isfinite(curve)]
+        window = 2 * (len(finite) // SMOOTHING_SHARE) + 1
+        smooth = finite.rolling(window, center=True, min_periods=1).mean()
+        stride = math.ceil(len(finite) / MOST_POINTS) or 1
+        for kind, values in {"raw": finite, "smooth": smooth}.items():
+            if len(finite) and (kind == "smooth" or window > 1):
+                lines[f"{name} {kind}"] = (values.index[::stride].tolist(), values.iloc[::stride].tolist())
+    return panel(title, height, lines, y_bins=5) if lines else None
+
+
+def panel(title: str, height: int, lines: dict[str, tuple[Sequence[float], Sequence[float]]], *, y_bins: int) -> Panel:
+    """Lay out lines in one plot whose vertical axis starts at zero.
+
+    Args:
+        title: What is plotted.
+        height: Height in pixels.
+        lines: x, ascending, and y of every line, by its CSS class.
+        y_bins: Ticks of the vertical axis, about.
+    """
+    top = max(max(y) for _, y in lines.values()) or 1.0
     # A hair less than the top, or rounding may add a tick above a round top.
     y_ticks = [tick for tick in MaxNLocator(y_bins).tick_values(0, top * (1 - 1e-9)) if tick >= 0]
-    left, right = (x[0], x[-1]) if x[-1] > x[0] else (x[0] - 1, x[0] + 1)
+    left, right = min(x[0] for x, _ in lines.values()), max(x[-1] for x, _ in lines.values())
+    left, right = (left, right) if right > left else (left - 1, left + 1)
     x_ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(left, right) if left <= tick <= right]
 
-    across = [round(WIDTH * (step - left) / (right - left), 2) for step in x]
     paths = []
-    for name, values in lines.items():
-        down = [round(height * (1 - value / y_ticks[-1]), 2) for value in values]
+    for name, (x, y) in lines.items():
+        across = [round(WIDTH * (step - left) / (right - left), 2) for step in x]
+        down = [round(height * (1 - value / y_ticks[-1]), 2) for value in y]
         paths.append((name, "M" + " ".join(f"{a:g} {b:g}" for a, b in zip(across, down, strict=True))))
         if len(x) <= FEW_POINTS:
             # A line of no length is drawn as a dot by its round cap.

@@ -63,7 +63,7 @@ def render_report(
         HTML.
     """
     kinds = _kind_rows(metrics, predictions)
-    template = _environment().get_template("report.html.j2")
+    template = page_environment().get_template("report.html.j2")
     return template.render(
         title=title,
         subtitle=subtitle,
@@ -102,11 +102,12 @@ def wilson_interval(rate: float, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return the environment of the pages in this folder: text of the data is escaped, a missing value is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(count=_count, percent=_percent)
+    environment.filters.update(count=_count, percent=_percent, points=_points)
     return environment
 
 
@@ -120,14 +121,15 @@ def _kind_rows(metrics: dict[str, Any], predictions: pd.DataFrame) -> list[dict[
             row: dict[str, Any] = {"kind": "all samples" if kind == OVERALL else kind, "metric": metric, "base": None}
             row["total"] = kind == OVERALL
             for model, values in metrics.items():
-                row[model] = _score(values[kind][metric], answers[f"{model}_score"].astype(float).to_numpy())
+                row[model] = score(values[kind][metric], answers[f"{model}_score"].astype(float).to_numpy())
             if row["base"]:
                 row["gain"] = _points(row["trained"].rate - row["base"].rate)
             rows.append(row)
     return rows
 
 
-def _score(rate: float, scores: np.ndarray) -> Score:
+def score(rate: float, scores: np.ndarray) -> Score:
+    """Return mean and interval of the scores `[N]`: Wilson's where answers are right or wrong, else by bootstrap."""
     binary = np.isin(scores, (0.0, 1.0)).all()
     low, high = wilson_interval(rate, len(scores)) if binary else bootstrap_interval(scores)
     return Score(rate, len(scores), low, high)

@@ -1,0 +1,26 @@
+"""Parameters of the pipeline `compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from qvl_pipeline.config.base import Block
+
+
+def _split(value: Any) -> Any:
+    return [name.strip() for name in value.split("+")] if isinstance(value, str) else value
+
+
+class CompareConfig(Block):
+    """Block `compare`.
+
+    Attributes:
+        runs: The trainings to compare, two to eight; the first is what the others are compared with. Each is a profile
+            or a DVC experiment, of which the newest finished training is taken, or the id of an MLflow run. A list, or
+            one string with `+` between them (Kedro takes a comma in `--params` for the start of another parameter).
+            Empty: the newest training of every profile.
+    """
+
+    runs: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_split)] = Field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Compares trainings on one page."""
