@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import time
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.config import ModelConfig
-from qvl_pipeline.data.tokenization import SCHEMA, media_grids, tokenize_samples
+from qvl_pipeline.data.tokenization import SCHEMA, media_grids, tokenize_samples, useful_workers
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tokens.encoding import MediaGrids
@@ -197,6 +199,45 @@ def test_the_prompt_ends_where_generation_would_begin(
         text = processor.tokenizer.decode(row["input_ids"][: row["prompt_length"]])
         assert text.endswith(prompt[prompt.rindex("<|im_start|>") :])
         assert row["prompt_length"] == row["label_spans"][-1]["start"]
+
+
+def in_ipc(batches: Iterable[pa.RecordBatch]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def test_any_number_of_processes_writes_the_same_bytes_and_names_a_bad_sample(
+    samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvl_pipeline.data.tokenization.ROWS_PER_BATCH", 2)
+    many = pd.concat([samples] * 2, ignore_index=True)
+    alone = in_ipc(tokenize_samples(many, grids, processor))
+    assert alone == in_ipc(tokenize_samples(many, grids, processor, workers=2))
+    many.at[13, "messages"] = '[{"role": "user", "content": []}]'
+    with pytest.raises(UserError, match=rf"sample '{many['sample_id'][13]}' has no assistant turn"):
+        list(tokenize_samples(many, grids, processor, workers=2))
+
+
+class Deadly:
+    """Ends the process that it is sent to."""
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return os._exit, (1,)
+
+
+def test_a_process_that_dies_is_an_error(samples: pd.DataFrame, grids: MediaGrids) -> None:
+    with pytest.raises(UserError, match="a process that tokenises samples was ended from outside"):
+        list(tokenize_samples(samples, grids, Deadly(), workers=2))
+
+
+def test_the_number_of_processes_is_bounded_and_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    assert [useful_workers(count) for count in (0, 10_000, 70_000, 10**9)] == [1, 1, 8, 16]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    assert useful_workers(10**9) == 4
 
 
 def test_columns_are_those_of_the_contract(samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin) -> None:

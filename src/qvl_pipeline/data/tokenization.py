@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 from transformers import ProcessorMixin
 
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
 
 ROWS_PER_BATCH = 512
+# A process takes seconds to start, in which another tokenises thousands of samples.
+SAMPLES_A_WORKER = 8192
+MOST_WORKERS = 16
 
 _SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32())])
 _MEDIUM = pa.struct(
@@ -39,22 +49,80 @@ def media_grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: Fra
     return MediaGrids(processor, dict(zip(sizes["path"], zip(heights, widths, strict=True), strict=True)), store)
 
 
-def tokenize_samples(samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin) -> Iterator[pa.RecordBatch]:
+def tokenize_samples(
+    samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, *, workers: int = 1
+) -> Iterator[pa.RecordBatch]:
     """Tokenise samples, a bounded number at a time.
 
     Args:
         samples: Table `valid_samples`.
         grids: Sizes of all media.
         processor: The model's processor.
+        workers: Processes that do it; with 1, this one does.
 
     Yields:
-        Record batches of `tokenized_samples`, in the order of `samples`.
+        Record batches of `tokenized_samples`, in the order of `samples`; the same ones for any number of workers.
 
     Raises:
-        UserError: A sample cannot be tokenised; the message names it.
+        UserError: A sample cannot be tokenised, and the message names it; or a worker process died.
     """
-    for start in range(0, len(samples), ROWS_PER_BATCH):
-        rows = encode_samples(samples.iloc[start : start + ROWS_PER_BATCH].to_dict("records"), grids, processor)
-        for row in rows:
-            row["label_spans"] = [{"start": start, "end": end} for start, end in row["label_spans"]]
-        yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    starts = range(0, len(samples), ROWS_PER_BATCH)
+    chunks = (samples.iloc[start : start + ROWS_PER_BATCH].to_dict("records") for start in starts)
+    if workers > 1:
+        yield from _in_parallel(chunks, grids, processor, workers)
+    else:
+        yield from (_record_batch(rows, grids, processor) for rows in chunks)
+
+
+def useful_workers(n_samples: int) -> int:
+    """Return how many processes are worth their start, on the cores that there are."""
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, n_samples // SAMPLES_A_WORKER))
+
+
+def _record_batch(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin) -> pa.RecordBatch:
+    encoded = encode_samples(rows, grids, processor)
+    for row in encoded:
+        row["label_spans"] = [{"start": start, "end": end} for start, end in row["label_spans"]]
+    return pa.RecordBatch.from_pylist(encoded, schema=SCHEMA)
+
+
+def _in_parallel(
+    chunks: Iterable[list[dict[str, Any]]], grids: MediaGrids, processor: ProcessorMixin, workers: int
+) -> Iterator[pa.RecordBatch]:
+    """Tokenise each chunk in one of some processes, no further ahead of the reader than two chunks for each."""
+    # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, type(processor).__module__])
+    with ProcessPoolExecutor(workers, context, _start_worker, (processor, grids.store)) as pool:
+        waiting: deque[Future[pa.RecordBatch]] = deque()
+        try:
+            for rows in chunks:
+                if len(waiting) == 2 * workers:
+                    yield waiting.popleft().result()
+                paths = {item["path"] for row in rows for item in row["media"]}
+                sizes = {path: grids.image_sizes[path] for path in paths & grids.image_sizes.keys()}
+                waiting.append(pool.submit(_work, rows, sizes))
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that tokenises samples was ended from outside, most likely because memory ran out: run the "
+                "pipeline 'tokenize' again on a machine with more memory or fewer cores"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# What a worker process tokenises with: the processor and the sampled clips.
+_worker: tuple[ProcessorMixin, FrameStore]
+
+
+def _start_worker(processor: ProcessorMixin, store: FrameStore) -> None:
+    global _worker
+    _worker = processor, store
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+
+
+def _work(rows: list[dict[str, Any]], image_sizes: dict[str, tuple[int, int]]) -> pa.RecordBatch:
+    processor, store = _worker
+    return _record_batch(rows, MediaGrids(processor, image_sizes, store), processor)

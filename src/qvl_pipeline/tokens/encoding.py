@@ -61,8 +61,8 @@ class MediaGrids:
         """
         self._images = processor.image_processor
         self._videos = processor.video_processor
-        self._sizes = image_sizes
-        self._store = store
+        self.image_sizes = image_sizes
+        self.store = store
 
     def medium(self, item: Mapping[str, Any]) -> Medium:
         """Describe one medium of a sample.
@@ -80,7 +80,7 @@ class MediaGrids:
 
     def _clip(self, item: Mapping[str, Any]) -> Medium:
         key = clip_id(item["path"], item["start"], item["end"])
-        clip = self._store.info(key)
+        clip = self.store.info(key)
         return {
             "type": "video",
             "key": key,
@@ -92,10 +92,10 @@ class MediaGrids:
         }
 
     def _image(self, path: str) -> Medium:
-        if path not in self._sizes:
+        if path not in self.image_sizes:
             raise UserError(f"image '{path}' has no size in media_index: run the pipeline 'validate' again")
         height, width = smart_resize(
-            *self._sizes[path],
+            *self.image_sizes[path],
             factor=self._images.patch_size * self._images.merge_size,
             min_pixels=self._images.size["shortest_edge"],
             max_pixels=self._images.size["longest_edge"],

@@ -64,7 +64,7 @@ def tokenize(
         UserError: The processor does not fit the model, or counts other tokens than we do.
     """
     from qvl_pipeline.data.processor import check_token_counts, load_processor
-    from qvl_pipeline.data.tokenization import media_grids, tokenize_samples
+    from qvl_pipeline.data.tokenization import media_grids, tokenize_samples, useful_workers
     from qvl_pipeline.media.frame_store import FrameStore
 
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
@@ -74,7 +74,7 @@ def tokenize(
         for item in items:
             first_of_type.setdefault(item["type"], item)
     check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store)
-    batches = tokenize_samples(valid_samples, grids, processor)
+    batches = tokenize_samples(valid_samples, grids, processor, workers=useful_workers(len(valid_samples)))
     return partial(_write_tokenized, batches=batches, total=len(valid_samples))
 
 
