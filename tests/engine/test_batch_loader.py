@@ -132,6 +132,19 @@ def test_training_without_the_skipped_samples_is_exact(
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-4)
 
 
+def test_a_step_of_which_every_sample_was_skipped_has_no_loss(
+    training: TrainSpec, tmp_path: Path, tiny_folders: Callable[[str], Path]
+) -> None:
+    made = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", ("image", "image", "text", "text"), 2)
+    for number in (0, 1):
+        (tmp_path / f"{number}.png").write_bytes(b"no longer an image")
+    made = changed(made, tmp_path / "run", data={"on_bad_sample": "skip"})
+    skipped, other = trained(made, nproc=2)
+    assert (skipped["loss"], skipped["supervised_tokens"], skipped["skipped_samples"]) == (None, 0, 2)
+    assert (skipped["grad_norm"], skipped["loss_by_source"]) == (0.0, {})
+    assert other["loss"] > 0
+
+
 def without(training: TrainSpec, folder: Path, tiny: Path, numbers: Sequence[int]) -> TrainSpec:
     """The same training by a plan that never had these samples."""
     made = make_training(folder, tiny, "qwen3_vl")

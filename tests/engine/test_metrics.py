@@ -19,8 +19,9 @@ from tests.engine.training import changed, make_training, trained
 
 # What makes the host wait for a device tensor.
 SYNCS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-# Modules that ask tensors in host memory: kernels of the CPU, batches before they are copied to the device.
-ON_THE_HOST = {"attention.py", "batch.py", "flops.py"}
+# Modules that ask tensors in host memory: kernels of the CPU, batches before they are copied to the device, what hosts
+# tell each other.
+ON_THE_HOST = {"attention_kernels.py", "batch.py", "checkpoints.py", "flops.py"}
 
 
 @pytest.fixture

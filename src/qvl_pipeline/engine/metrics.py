@@ -28,11 +28,15 @@ class SourceLosses:
         self.sums[0].index_add_(0, sources, losses.detach().double())
         self.sums[1].index_add_(0, sources, torch.ones_like(losses, dtype=torch.float64))
 
-    def means(self, sums: torch.Tensor) -> tuple[float, dict[str, float], int]:
-        """Turn sums over all ranks, `[2, sources]` on the host, into mean loss, mean loss by source, and tokens."""
+    def means(self, sums: torch.Tensor) -> tuple[float | None, dict[str, float], int]:
+        """Turn sums over all ranks, `[2, sources]` on the host, into mean loss, mean loss by source, and tokens.
+
+        Without a token, as when all samples were skipped, there is no loss.
+        """
         loss, count = sums.tolist()
         by_source = {name: total / n for name, total, n in zip(self._sources, loss, count, strict=True) if n > 0}
-        return sum(loss) / sum(count), by_source, int(sum(count))
+        tokens = int(sum(count))
+        return sum(loss) / tokens if tokens else None, by_source, tokens
 
 
 class MetricsWindow:
@@ -115,7 +119,7 @@ class MetricsWindow:
             "fastest_rank": times.index(min(times)),
             "fastest_step_time_s": min(times) / self._steps,
             "data_wait_share": max(waits) / elapsed,
-            "work_imbalance": max(work) * world_size / sum(work),
+            "work_imbalance": max(work) * world_size / sum(work) if sum(work) else None,
             "peak_memory_gib": max(memory),
             "loss_by_source": by_source,
         }

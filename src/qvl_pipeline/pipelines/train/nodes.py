@@ -97,7 +97,7 @@ def train(
     # From the rows, which are those of all legs of a training that was cut off and resumed.
     train_time_s = float((rows["tokens"] / rows["tokens_per_second"]).sum())
     result = json.loads((output_dir / "result.json").read_text()) | {
-        "final_loss": float(rows["loss"].iloc[-1]),
+        "final_loss": _final_loss(rows),
         "train_time_s": train_time_s,
         "tokens_per_second": float(rows["tokens"].sum()) / train_time_s,
         "plan_fingerprint": plan_summary["fingerprint"],
@@ -105,6 +105,12 @@ def train(
         "mlflow_run_id": active.info.run_id if active else None,
     }
     return lambda folder: _publish(output_dir, folder), rows, result
+
+
+def _final_loss(rows: pd.DataFrame) -> float | None:
+    """Return the loss of the last row that has one: samples that are skipped have none."""
+    losses = rows["loss"].dropna()
+    return float(losses.iloc[-1]) if len(losses) else None
 
 
 def _check_inputs(

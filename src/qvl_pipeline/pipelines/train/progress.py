@@ -46,7 +46,8 @@ def training_progress(metrics_path: Path, max_steps: int) -> Iterator[Callable[[
                 return
             read = len(lines)
             row = json.loads(lines[-1])
-            loss, rate = f"{row['loss']:.4f}", f"{row['tokens_per_second']:,.0f}"
+            loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+            rate = f"{row['tokens_per_second']:,.0f}"
             progress.update(task, completed=row["step"], loss=loss, rate=rate)
             tenth = 10 * row["step"] // max_steps
             if not console.is_terminal and tenth > printed:
