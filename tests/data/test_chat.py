@@ -48,6 +48,33 @@ def test_every_turn_of_the_assistant_is_found(processor: ProcessorMixin) -> None
     assert answers(processor, turns) == [f"1{END}", END]
 
 
+def test_thoughts_and_tool_calls_are_trained_on_when_the_assistant_says_them(processor: ProcessorMixin) -> None:
+    """Real vocabularies have them as tokens of their own."""
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    processor.tokenizer.add_tokens(tags)
+    call = '<think>\nThe assistant must look.\n</think>\n\n<tool_call>\n{"name": "zoom"}\n</tool_call>'
+    turns = [
+        ("user", "<tool_call>assistant</tool_call> <think>?</think>"),
+        ("assistant", call),
+        ("user", "<tool_response>\n7\n</tool_response>"),
+        ("assistant", "7"),
+    ]
+    assert answers(processor, turns) == [f"{call}{END}", f"7{END}"]
+    assert trained_text(processor, turns) == f"{call}{END}7{END}"
+
+
+def test_what_the_template_says_for_the_assistant_is_not_trained_on(processor: ProcessorMixin) -> None:
+    """Templates of thinking models begin the thought in the generation prompt."""
+    processor.chat_template = (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+        "{%- if message.role == 'assistant' -%}{{- '<think>\n' -}}{%- endif -%}"
+        "{{- message.content[0].text + '<|im_end|>\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"
+    )
+    turns = [("user", "a"), ("assistant", "so</think>1"), ("user", "b"), ("assistant", "no</think>2")]
+    assert trained_text(processor, turns) == f"so</think>1{END}no</think>2{END}"
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(
     lambda text: "<|" not in text
 )

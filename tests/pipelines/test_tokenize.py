@@ -15,6 +15,7 @@ from kedro_datasets.json import JSONDataset
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig
+from qvl_pipeline.data.plan import make_plan
 from qvl_pipeline.data.processor import load_processor
 from qvl_pipeline.datasets import FileDataset, FolderDataset
 from qvl_pipeline.errors import UserError
@@ -22,7 +23,7 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.pipelines.sample.pipeline import create_pipeline as create_sample
-from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model
+from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, tokenize
 from qvl_pipeline.pipelines.tokenize.pipeline import create_pipeline as create_tokenize
 from tests.data.samples import samples_table, write_images
 from tests.media.clips import index_clips, number_in, write_clip
@@ -180,6 +181,31 @@ def test_the_plan_holds_whole_samples_and_lists_those_that_are_too_long(
     planned = np.concatenate(run["pack_plan"]["sample_rows"].tolist())
     assert sorted([*planned, *long]) == list(range(len(valid_samples)))
     assert run["pack_plan"]["tokens"].tolist() == [lengths[rows].sum() for rows in run["pack_plan"]["sample_rows"]]
+
+
+def test_no_budget_cuts_a_medium(run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame) -> None:
+    """Whatever the budget, a sample is planned with all tokens of its media, or listed: never a part of it."""
+    tokenized = TokenizedSamples(run["tokenized_samples"])
+    processor = load_processor(run["base_model"], model)
+    rows = [tokenized.row(index) for index in range(len(tokenized))]
+    pads = [processor.image_token_id, processor.video_token_id]
+    placeholders = np.array([np.isin(row["input_ids"], pads).sum() for row in rows])
+    with_media = [row["length"] for row in rows if row["media"]]
+    for budget in range(min(with_media), max(with_media) + 1, 3):
+        pack_plan, summary = make_plan(run["tokenized_samples"], BatchingConfig(packing_length=budget), {"source": 1.0})
+        planned = [samples.tolist() for samples in pack_plan["sample_rows"]]
+        listed = [number for number, row in enumerate(rows) if row["sample_id"] in summary["overlong"]]
+        assert sorted([*np.concatenate(planned), *listed]) == list(range(len(rows)))
+        assert listed == [number for number, row in enumerate(rows) if row["length"] > budget]
+        assert pack_plan["vit_patches"].tolist() == [4 * placeholders[samples].sum() for samples in planned]
+
+
+def test_sizes_that_are_not_those_of_the_files_stop_the_stage(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame, media_index: pd.DataFrame
+) -> None:
+    wrong = media_index.assign(width=media_index["width"].where(media_index["type"] != "image", 300))
+    with pytest.raises(UserError, match=r"the processor makes \d+ tokens and \d+ patches of .*, but"):
+        tokenize(valid_samples, wrong, run["video_frames"], run["base_model"], model)
 
 
 def test_the_tiny_model_is_a_folder_that_plain_transformers_loads(run: dict[str, Any], model: ModelConfig) -> None:
