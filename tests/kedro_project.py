@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from qvl_pipeline.config import EvaluateConfig, ModelConfig, TrainConfig
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
+# A seed with which the training takes a second.
+WAITS = 1234
 METRICS = {
     "base": {"video": {"exact_match": 0.1, "n": 3}},
     "trained": {"video": {"exact_match": 0.9, "n": 3}, "kind?": {"exact_match": 1}, "": {"exact_match": 0}},
@@ -47,9 +50,11 @@ def run(folder: Path, *names: str, env: str | None = None, params: dict[str, Any
 def register_pipelines() -> dict[str, Pipeline]:
     """Return pipelines of the real names, with two nodes to fail or to wait in by parameter."""
     nodes = {
-        "ingest": Node(lambda: {"fingerprint": "data-1"}, None, "raw_manifest", name="ingest"),
+        "ingest": Node(lambda: {"fingerprint": "data-1", "files": []}, None, "raw_manifest", name="ingest"),
         "tokenize": Node(_tokenize, "raw_manifest", ["plan_summary", "base_model"], name="tokenize"),
-        "train": Node(_train, ["base_model", "plan_summary", "params:train"], "train_result", name="train"),
+        "train": Node(
+            _train, ["base_model", "plan_summary", "params:train"], ["trained_model", "train_result"], name="train"
+        ),
         "evaluate": Node(
             _evaluate, ["train_result", "params:model", "params:evaluate"], ["metrics", "predictions"], name="evaluate"
         ),
@@ -66,12 +71,19 @@ def _tokenize(raw_manifest: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {"fingerprint": f"plan of {raw_manifest['fingerprint']}"}, write
 
 
-def _train(base_model: Path, plan_summary: dict[str, Any], train: TrainConfig) -> dict[str, Any]:
+def _train(base_model: Path, plan_summary: dict[str, Any], train: TrainConfig) -> tuple[Any, dict[str, Any]]:
     import mlflow
 
     if train.seed < 0:
         raise ZeroDivisionError("a bug")
-    return {"mlflow_run_id": mlflow.active_run().info.run_id}
+    if train.seed == WAITS:
+        time.sleep(1)
+    return _write_model, {"mlflow_run_id": mlflow.active_run().info.run_id}
+
+
+def _write_model(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
 
 
 def _evaluate(

@@ -29,9 +29,11 @@ GLUE = {
     "data.progress",
     "data.runner",
     "errors",
+    "tracking.data_version",
     "tracking.lineage",
     "tracking.mlflow_run",
     "tracking.sinks",
+    "tracking.unsent",
 }
 # Started by `train` in processes of its own, not imported.
 STARTED = {"train": ["engine"]}

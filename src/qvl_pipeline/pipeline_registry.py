@@ -7,7 +7,7 @@ from importlib import import_module
 from kedro.pipeline import Pipeline
 
 STAGES = ("ingest", "validate", "sample", "tokenize", "train", "evaluate")
-TOOLS = ("compare",)
+TOOLS = ("compare", "sync_metrics")
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -70,8 +70,12 @@ def test_a_large_folder_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert content_digest(tmp_path) != digest
 
 
-def test_secrets_are_masked_and_nothing_else() -> None:
+def test_secrets_are_masked_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SOME_KEY", "on")
     values = {
+        "command": "kedro run --params a.token=xyz,b=1 --on 0123456789abcdef",
+        "presigned": "https://host/x?X-Amz-Signature=abc&part=1",
         "hf_token": "abc",
         "nested": [{"password": "p"}, "s3://key:secret@bucket/x"],
         "max_new_tokens": 8,
@@ -79,6 +83,8 @@ def test_secrets_are_masked_and_nothing_else() -> None:
         "url": "https://host/x@y",
     }
     assert without_secrets(values) == {
+        "command": "kedro run --params a.token=***,b=1 --on ***",
+        "presigned": "https://host/x?X-Amz-Signature=***&part=1",
         "hf_token": "***",
         "nested": [{"password": "***"}, "s3://***@bucket/x"],
         "max_new_tokens": 8,

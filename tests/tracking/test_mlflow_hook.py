@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from qvl_pipeline.config import ModelConfig, TrainConfig
 from qvl_pipeline.errors import UserError
-from tests.kedro_project import METRICS, REPOSITORY, make_project, run
+from qvl_pipeline.parameters import BLOCKS
+from qvl_pipeline.tracking.data_version import dvc_md5
+from tests.kedro_project import METRICS, REPOSITORY, WAITS, make_project, run
 
 
 def recorded() -> list[Any]:
@@ -43,6 +49,32 @@ def test_a_kedro_run_is_one_finished_run_named_after_the_profile(project: Path) 
     }
 
 
+def test_a_run_of_single_stages_has_their_names_too(project: Path) -> None:
+    run(project, "tokenize", "ingest")
+    assert recorded()[-1].info.run_name == "base/ingest+tokenize"
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_said_before_a_node_runs(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    before = len(recorded())
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(UserError, match=f"report_to names '{tracker}', which is not installed"):
+        run(project, params={"train": {"report_to": ["mlflow", tracker]}})
+    assert len(recorded()) == before
+    assert not (project / "data").exists()
+
+
+def test_the_experiment_is_one_of_trainings(project: Path) -> None:
+    """MLflow then opens it on its table of runs."""
+    import mlflow
+
+    run(project, "ingest")
+    experiment = mlflow.MlflowClient().get_experiment(recorded()[-1].info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_parameters_are_flat_with_defaults_and_only_of_the_blocks_in_use(project: Path) -> None:
     run(project, params={"train": {"learning_rate": 0.5}, "evaluate": {"max_samples": 7}})
     params = recorded()[-1].data.params
@@ -67,7 +99,7 @@ def test_the_merged_parameters_of_all_blocks_are_an_artifact(project: Path) -> N
     run(project, "ingest", params={"train": {"learning_rate": 0.5}})
     parameters = yaml.safe_load(artifact(recorded()[-1].info.run_id, "parameters.yml").read_text())
     assert parameters["train"]["learning_rate"] == 0.5
-    assert set(parameters) == {"ingest", "validate", "sample", "model", "batching", "train", "evaluate"}
+    assert set(parameters) == BLOCKS.keys()
 
 
 def test_a_value_too_long_for_mlflow_is_cut_and_named(project: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,7 +136,7 @@ def test_a_stage_alone_records_its_inputs_and_the_fingerprints_of_what_is_there(
     new = recorded()[-1]
     used = {entry.dataset.name: entry.dataset for entry in new.inputs.dataset_inputs}
     assert set(used) == {"base_model", "plan_summary"}
-    assert used["base_model"].digest.startswith("sha:")
+    assert used["base_model"].digest == f"md5:{dvc_md5(project / 'data/06_models/base/base').removesuffix('.dir')}"
     assert json.loads(used["base_model"].source) == {"uri": str(project / "data/06_models/base/base")}
     assert (new.data.tags["data_fingerprint"], new.data.tags["plan_fingerprint"]) == ("data-1", "plan of data-1")
     assert new.data.tags["pipelines"] == "train"
@@ -213,12 +245,67 @@ def test_dvc_and_git_are_tags(project: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tags["mlflow.source.git.commit"], tags["git_dirty"]) == (commit, "false")
 
 
-def test_secrets_are_not_recorded(project: Path) -> None:
-    source = {"name": "a", "path": "https://me:pass@host/a.parquet", "data_type": "parquet"}
-    run(project, params={"ingest": {"datasets": [source]}})
-    written = artifact(recorded()[-1].info.run_id, "parameters.yml").read_text()
-    assert "https://***@host/a.parquet" in written
-    assert "pass@" not in written
+def test_the_environment_is_an_artifact(project: Path) -> None:
+    run(project, "ingest")
+    lines = artifact(recorded()[-1].info.run_id, "environment.txt").read_text().splitlines()
+    assert f"# python: {sys.version.split()[0]}" in lines
+    assert f"# cuda: {torch.version.cuda or 'none, torch is built for CPUs'}" in lines
+    assert f"torch=={version('torch')}" in lines
+    assert f"mlflow=={version('mlflow')}" in lines
+
+
+def test_a_trained_model_is_a_pointer_and_on_request_a_version_in_the_registry(project: Path) -> None:
+    import mlflow
+
+    run(project)
+    pointer = json.loads(artifact(recorded()[-1].info.run_id, "model/pointer.json").read_text())
+    assert pointer == {
+        "path": "data/06_models/base/trained",
+        "digest": f"md5:{dvc_md5(project / 'data/06_models/base/trained').removesuffix('.dir')}",
+        "version": "content, not recorded by DVC",
+    }
+    client = mlflow.MlflowClient()
+    assert client.search_registered_models() == []
+    for alias in ("candidate", "champion"):
+        (project / "conf/local/mlflow.yml").write_text(f"register_model: digits-vl\nalias: {alias}\n")
+        run(project)
+    found = {alias: client.get_model_version_by_alias("digits-vl", alias) for alias in ("candidate", "champion")}
+    assert [found[alias].version for alias in ("candidate", "champion")] == ["1", "2"]
+    assert found["champion"].run_id == recorded()[-1].info.run_id
+    assert found["champion"].tags == pointer
+    files = [path.name for path in artifact(found["champion"].run_id, "model").iterdir()]
+    assert files == ["pointer.json"], "no copy of the weights"
+
+
+def test_declared_sources_are_inputs_with_their_version(project: Path) -> None:
+    rows = project / "rows.jsonl"
+    rows.write_text("{}\n")
+    datasets = [
+        {"name": "here", "path": "rows.jsonl", "data_type": "jsonl"},
+        {"name": "there", "path": "s3://bucket/rows.jsonl", "data_type": "jsonl"},
+    ]
+    run(project, "ingest", params={"ingest": {"demo": None, "datasets": datasets}})
+    used = {entry.dataset.name: entry for entry in recorded()[-1].inputs.dataset_inputs}
+    assert used.keys() == {"raw_manifest", "here", "there"}
+    assert used["here"].dataset.digest == f"md5:{hashlib.md5(rows.read_bytes()).hexdigest()}"
+    assert {tag.key: tag.value for tag in used["here"].tags} == {
+        "mlflow.data.context": "raw data",
+        "version": "content, not recorded by DVC",
+    }
+    assert used["there"].dataset.digest.startswith("sha:")
+    assert json.loads(used["there"].dataset.source) == {"uri": "s3://bucket/rows.jsonl"}
+
+
+def test_the_machine_is_watched_in_stages_that_take_long(project: Path) -> None:
+    (project / "conf/local/mlflow.yml").write_text("system_metrics_interval_s: 0.05\n")
+    run(project, "ingest", "tokenize")
+    assert not [name for name in recorded()[-1].data.metrics if name.startswith("system/")]
+    run(project, "train", params={"train": {"seed": WAITS}})
+    assert recorded()[-1].data.metrics["system/cpu_utilization_percentage"] >= 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "system metrics"]
+    (project / "conf/local/mlflow.yml").write_text("system_metrics_interval_s: 0\n")
+    run(project, "train", params={"train": {"seed": WAITS}})
+    assert not [name for name in recorded()[-1].data.metrics if name.startswith("system/")]
 
 
 def test_an_unknown_key_of_mlflow_yml_is_refused(project: Path) -> None:
@@ -249,6 +336,8 @@ def test_a_large_file_stays_out_of_mlflow(
 
 INTERRUPTED = """
 import sys
+import threading
+from importlib.metadata import version
 from pathlib import Path
 from kedro.framework.project import pipelines
 from kedro.framework.startup import bootstrap_project

@@ -52,7 +52,8 @@ def sink(metrics: Path, tracker: Tracker) -> MetricsSink:
 
 
 def poll(sink: MetricsSink) -> None:
-    """Poll, and wait until the rows were sent."""
+    """Poll, and wait until the rows were sent; also when the last time failed a moment ago."""
+    sink._next_try = 0.0
     sink.poll()
     sink._thread.join()
 
@@ -90,6 +91,28 @@ def test_a_tracker_that_is_down_gets_the_rows_later_and_is_warned_of_once(
     write(metrics, range(4, 6))
     poll(sink)
     assert tracker.steps == [1, 2, 3, 4, 5]
+
+
+def test_a_tracker_that_is_down_is_asked_less_and_less_often(
+    sink: MetricsSink, metrics: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, tried = 1000.0, []
+
+    def fail(rows: list[dict[str, Any]]) -> None:
+        tried.append(now)
+        raise ConnectionError
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    sink._send = fail
+    write(metrics, range(1, 4))
+    while now < 1200:
+        sink.poll()
+        sink._thread.join()
+        now += 1
+    assert tried == [1000, 1001, 1003, 1007, 1015, 1031, 1063, 1123, 1183]
+    sink._send = tracker
+    sink.close()
+    assert tracker.steps == [1, 2, 3], "the last time is not waited for"
 
 
 def test_rows_that_no_tracker_took_are_counted_at_the_end(
@@ -146,6 +169,9 @@ def test_a_file_cut_back_to_a_checkpoint_repeats_no_step(
 
 
 def test_the_numbers_of_a_row_are_named_for_the_trackers() -> None:
+    about = {"max_steps": 9, "time": 1.7e9, "mfu": None, "eval_loss": 3.0, "eval_loss_by_source": {"a": 2.0}}
+    evaluated = {"train/eval_loss": 3.0, "train/eval_loss_by_source/a": 2.0}
+    assert training_metrics(row(4)) | evaluated == training_metrics(row(4) | about)
     assert training_metrics(row(4)) == {"train/loss": 0.25, "train/loss_by_source/digits": 2.0}
 
 

@@ -104,6 +104,8 @@ class MetricsWindow:
         elapsed, world_size = max(times), len(times)
         flops_per_second = sum(work) / world_size / elapsed
         row = {
+            # Trackers may get a row long after; sent twice, it is known by its time to be the same.
+            "time": time.time(),
             "loss": loss,
             "tokens_per_second": self._tokens / elapsed,
             "tokens_per_second_per_rank": self._tokens / elapsed / world_size,

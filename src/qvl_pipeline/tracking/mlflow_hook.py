@@ -7,9 +7,7 @@ Here MLflow is imported when a run starts, after everything that can be checked 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +16,22 @@ from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
-from pydantic import BaseModel, ValidationError
+from kedro.pipeline.node import Node
+from pydantic import BaseModel, Field, ValidationError
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.lineage import dvc_tags, git_tags, without_secrets
+from qvl_pipeline.tracking.lineage import dvc_tags, git_tags
+from qvl_pipeline.tracking.sinks import check_installed
+from qvl_pipeline.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from qvl_pipeline.tracking.mlflow_run import MlflowRun
 
 logger = logging.getLogger(__name__)
+
+# Stages that keep a machine busy for long.
+LONG_STAGES = ("sample", "train", "evaluate")
 
 # The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
 TRAIN_RESULT = "train_result"
@@ -40,26 +44,35 @@ class MlflowConfig(Block):
         tracking_uri: Database or server that records runs.
         artifact_location: Folder of artifacts, when `tracking_uri` is a local database.
         experiment: Experiment of every run.
-        run_name: Name of the run.
+        run_name: Name of the run; that of single stages has their names behind it, as in `base/train`.
+        system_metrics_interval_s: Seconds between two samples of CPU, memory, disk, network and GPUs in the stages that
+            take long (`sample`, `train`, `evaluate`); 0 takes none.
+        register_model: Name under which every trained model becomes a version in the model registry, by default none.
+            A version is a pointer to the model: its folder and DVC's md5, not its weights.
+        alias: Alias that the newest version gets, such as `candidate` or `champion`.
     """
 
     tracking_uri: str
     artifact_location: str
     experiment: str
     run_name: str
+    system_metrics_interval_s: float = Field(10.0, ge=0)
+    register_model: str | None = None
+    alias: str | None = Field("candidate", pattern=r"^[A-Za-z][\w-]*$")
 
 
 class MlflowHook:
     """Starts, fills and ends the MLflow run of a session.
 
     Catalog entries say in `metadata.mlflow` what is recorded once they are saved: `metrics` (the numbers of a JSON
-    file), `artifact` (the file), `input` (the run's data, though the run itself wrote it) and `tags` (tag name to key
-    of a JSON file).
+    file), `artifact` (the file), `input` (the run's data, though the run itself wrote it), `tags` (tag name to key
+    of a JSON file), `sources` (the raw files it lists are the run's data) and `model` (a pointer to the folder). A pipeline all of whose nodes have the tag `not_recorded` has no run.
     """
 
     def __init__(self) -> None:
         """Start without a run."""
         self._run: MlflowRun | None = None
+        self._system_metrics: SystemMetrics | None = None
         self._training_run: str | None = None
 
     @hook_impl
@@ -91,28 +104,48 @@ class MlflowHook:
         Of the nodes that train together, only node 0 has a run.
 
         Raises:
-            UserError: The tracking server or database cannot be used.
+            UserError: The tracking server or database cannot be used, or a tracker that the training reports to is not
+                installed.
         """
-        from qvl_pipeline.tracking.mlflow_run import start_run
+        import mlflow
 
-        if "params:train" in pipeline.inputs() and catalog.load("params:train").launch.nodes().node_rank > 0:
+        from qvl_pipeline.tracking.environment import environment_freeze
+        from qvl_pipeline.tracking.mlflow_run import going_on, start_run
+
+        config = self._config
+        if all("not_recorded" in node.tags for node in pipeline.nodes) and pipeline.nodes:
+            mlflow.set_tracking_uri(config.tracking_uri)
             return
+        if "params:train" in pipeline.inputs():
+            train = catalog.load("params:train")
+            if train.launch.nodes().node_rank > 0:
+                return
+            check_installed(train.report_to)
         # An interrupt (Ctrl-C, SIGTERM) passes no hook: what is still open at exit, or when the next session of a
         # notebook starts, was killed. Registered after MLflow's own exit handler, ours is called before it.
         self._finish("KILLED")
         atexit.register(self._finish, "KILLED")
-        config = self._config
-        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, config.run_name)
+        names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
+        run_name = config.run_name if names == ["__default__"] else f"{config.run_name}/{'+'.join(names)}"
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, run_name)
         if TRAIN_RESULT in pipeline.inputs():
             self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
-        names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
-        with _going_on("the parameters and tags of this run"):
+        self._long_nodes = {node.name for stage in LONG_STAGES for node in pipelines[stage].nodes}
+        with going_on("the parameters and tags of this run"):
             self._run.set_tags(self._tags(names, pipeline, catalog))
             self._run.log_yaml(self._parameters, "parameters.yml")
+            self._run.log_text(environment_freeze(), "environment.txt")
             self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
             for name in sorted(pipeline.inputs() & self._paths.keys()):
                 self._run.log_input(name, self._paths[name], context="+".join(names))
-        logger.info("MLflow run %s (%s)", config.run_name, self._run.id)
+        logger.info("MLflow run %s (%s)", run_name, self._run.id)
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """Watch the machine from the first node on that takes long."""
+        interval_s = self._config.system_metrics_interval_s
+        if self._run and interval_s and self._system_metrics is None and node.name in self._long_nodes:
+            self._system_metrics = SystemMetrics(self._run.id, interval_s)
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
@@ -120,11 +153,17 @@ class MlflowHook:
         wanted = self._wanted.get(dataset_name)
         if self._run is None or not wanted:
             return
-        with _going_on(f"'{dataset_name}'"):
+        from qvl_pipeline.tracking.mlflow_run import going_on
+
+        with going_on(f"'{dataset_name}'"):
             if wanted.get("tags"):
                 self._run.set_tags({tag: data[key] for tag, key in wanted["tags"].items()})
             if wanted.get("input"):
                 self._run.log_input(dataset_name, self._paths[dataset_name], context="raw data")
+            if wanted.get("sources"):
+                self._log_sources(data["files"])
+            if wanted.get("model"):
+                self._run.log_model(self._paths[dataset_name], self._config.register_model, self._config.alias)
             if wanted.get("artifact"):
                 self._run.log_artifact(self._paths[dataset_name])
             if wanted.get("metrics"):
@@ -144,9 +183,21 @@ class MlflowHook:
 
     def _finish(self, status: str) -> None:
         run, self._run, self._training_run = self._run, None, None
+        watched, self._system_metrics = self._system_metrics, None
+        if watched is not None:
+            watched.stop()
         if run is not None:
-            with _going_on(f"the end of this run ({status})"):
+            from qvl_pipeline.tracking.mlflow_run import going_on
+
+            with going_on(f"the end of this run ({status})"):
                 run.finish(status)
+
+    def _log_sources(self, files: list[dict[str, Any]]) -> None:
+        """Record every declared source of data: where it is, and its version."""
+        declared = {source["name"]: source["path"] for source in self._parameters["ingest"]["datasets"]}
+        for name, path in declared.items():
+            hashes = {file["path"]: file["sha256"] for file in files if file["source"] == name}
+            self._run.log_source(name, path, hashes)
 
     def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
         tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}
@@ -159,17 +210,6 @@ class MlflowHook:
             # MLflow then shows this run below that of the training.
             tags["mlflow.parentRunId"] = self._training_run
         return tags
-
-
-@contextlib.contextmanager
-def _going_on(what: str) -> Iterator[None]:
-    """Let a failure to record `what` be a warning: work that took hours is not lost to a tracking server."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        logger.warning("MLflow does not have %s: %s", what, without_secrets(str(error)))
 
 
 def _upstream(pipeline: Pipeline) -> set[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import hashlib
 import json
 import logging
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,15 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME,
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.lineage import content_digest, flattened, numbers, without_secrets
+from qvl_pipeline.tracking.data_version import data_version
+from qvl_pipeline.tracking.lineage import flattened, numbers, without_secrets
 
 logger = logging.getLogger(__name__)
 
 # A prediction table of a large eval split belongs to DVC, not into an artifact store.
 MAX_ARTIFACT_BYTES = 50 * 2**20
+# Without it, MLflow opens an experiment on its page for traces of language model applications, not on the runs.
+_OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: str) -> MlflowRun:
@@ -58,7 +64,7 @@ def _experiment_id(name: str, artifact_location: str | None) -> str:
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
     try:
-        return client.create_experiment(name, artifact_location)
+        return client.create_experiment(name, artifact_location, tags=_OF_TRAININGS)
     except MlflowException:
         # Two first runs at once: the other process was faster.
         if found := client.get_experiment_by_name(name):
@@ -73,15 +79,37 @@ def _user() -> str:
         return "unknown"
 
 
-def metric_entries(values: dict[str, Any], step: int = 0) -> list[Metric]:
-    """Return the numbers in nested `values` as metrics, their keys joined by `/`."""
-    now_ms = int(time.time() * 1000)
-    return [Metric(valid_name(key), float(value), now_ms, step) for key, value in numbers(values, "/").items()]
+def metric_entries(values: dict[str, Any], step: int = 0, seconds: float | None = None) -> list[Metric]:
+    """Return the numbers in nested `values` as metrics, their keys joined by `/`.
+
+    Args:
+        values: Nested values; what is no number is left out.
+        step: Optimizer step.
+        seconds: When they were measured, since 1970; by default now.
+    """
+    at_ms = int(1000 * (time.time() if seconds is None else seconds))
+    return [Metric(valid_name(key), float(value), at_ms, step) for key, value in numbers(values, "/").items()]
 
 
 def valid_name(name: str) -> str:
     """Return `name` with every character MLflow does not take replaced by `_`, and not longer than it takes."""
     return re.sub(r"[^\w./ -]|(?<=/)/", "_", name)[:MAX_ENTITY_KEY_LENGTH]
+
+
+@contextlib.contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Let a failure to record `what` be a warning: work that took hours is not lost to a tracking server."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow does not have %s: %s", what, without_secrets(str(error)))
+
+
+def log_json_file(path: Path) -> None:
+    """Log a JSON file, without secrets, as an artifact of the active run; a failure is a warning."""
+    if active := mlflow.active_run():
+        with going_on(f"'{path.name}'"):
+            mlflow.log_dict(without_secrets(json.loads(path.read_text())), path.name, run_id=active.info.run_id)
 
 
 class MlflowRun:
@@ -94,7 +122,9 @@ class MlflowRun:
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Set tags."""
-        self._client.log_batch(self.id, tags=[RunTag(valid_name(key), str(value)) for key, value in tags.items()])
+        self._client.log_batch(
+            self.id, tags=[RunTag(valid_name(key), str(without_secrets(value))) for key, value in tags.items()]
+        )
 
     def log_parameters(self, blocks: dict[str, Any]) -> None:
         """Log nested parameters under flat names (`train.learning_rate`); lists are JSON.
@@ -114,6 +144,10 @@ class MlflowRun:
         """Log `values` as an artifact in YAML."""
         mlflow.log_dict(without_secrets(values), name, run_id=self.id)
 
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text as an artifact."""
+        mlflow.log_text(text, name, run_id=self.id)
+
     def log_metrics(self, values: dict[str, Any], run_id: str | None = None) -> None:
         """Log the numbers in nested `values` (`trained/video/exact_match`), to this or to another run."""
         self._client.log_batch(run_id or self.id, metrics=metric_entries(values))
@@ -126,9 +160,45 @@ class MlflowRun:
             self._client.log_artifact(self.id, str(path))
 
     def log_input(self, name: str, path: Path, context: str) -> None:
-        """Log a file or folder that the run reads, with a digest of its content."""
-        dataset = Dataset(name, content_digest(path), source_type="local", source=json.dumps({"uri": str(path)}))
-        self._client.log_inputs(self.id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])])
+        """Log a file or folder that the run reads, with DVC's md5 of it and whether DVC has it."""
+        version = data_version(path)
+        self._log_dataset(name, version.digest, str(path), {MLFLOW_DATASET_CONTEXT: context, "version": version.origin})
+
+    def log_source(self, name: str, path: str, hashes: dict[str, str]) -> None:
+        """Log a declared source of raw data; of one behind a URL, the version is that of the copies' sha256 `hashes`."""
+        if Path(path).exists():
+            self.log_input(name, Path(path), context="raw data")
+        else:
+            digest = hashlib.sha256(json.dumps(sorted(hashes.values())).encode()).hexdigest()[:32]
+            tags = {MLFLOW_DATASET_CONTEXT: "raw data", "version": "sha256 of the files that were read"}
+            self._log_dataset(name, f"sha:{digest}", path, tags)
+
+    def _log_dataset(self, name: str, digest: str, uri: str, tags: dict[str, str]) -> None:
+        source = json.dumps({"uri": without_secrets(uri)})
+        dataset = Dataset(name, digest, source_type="local", source=source)
+        self._client.log_inputs(self.id, [DatasetInput(dataset, [InputTag(*tag) for tag in tags.items()])])
+
+    def log_model(self, folder: Path, registered_name: str | None, alias: str | None) -> None:
+        """Log where a trained model is and its version, `model/pointer.json`; the weights stay where they are.
+
+        Args:
+            folder: Folder of the model.
+            registered_name: Name in the model registry of which this becomes a version; `None` registers nothing.
+            alias: Alias that this version gets, and the version before it loses.
+        """
+        version = data_version(folder, read_all=registered_name is not None)
+        path = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        pointer = {"path": path.as_posix(), "digest": version.digest, "version": version.origin}
+        mlflow.log_dict(pointer, "model/pointer.json", run_id=self.id)
+        if registered_name is None:
+            return
+        with contextlib.suppress(MlflowException):  # it exists, or the next request says what is wrong
+            self._client.create_registered_model(registered_name)
+        source = f"runs:/{self.id}/model"
+        registered = self._client.create_model_version(registered_name, source, self.id, tags=pointer)
+        if alias:
+            self._client.set_registered_model_alias(registered_name, alias, registered.version)
+        logger.info("model registry: %s version %s%s", registered_name, registered.version, f" ({alias})" * bool(alias))
 
     def finish(self, status: str) -> None:
         """End the run as `FINISHED`, `FAILED` or `KILLED`."""

@@ -22,6 +22,7 @@ from qvl_pipeline.pipelines.train.resuming import checkpoint_to_start_from, run_
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from qvl_pipeline.tracking.lineage import git_tags
 from qvl_pipeline.tracking.sinks import make_sinks
+from qvl_pipeline.tracking.unsent import keep_unsent, only_sender
 
 PUBLISHED = "PUBLISHED"
 # Columns of the metrics that hold more than one number; trackers get them number by number.
@@ -142,6 +143,7 @@ def _prepare(output_dir: Path, *, resume: bool) -> None:
     from qvl_pipeline.engine.metrics import keep_rows_until
     from qvl_pipeline.engine.stopping import STOPPED
 
+    keep_unsent(output_dir)
     if not resume or (output_dir / PUBLISHED).exists():
         shutil.rmtree(output_dir, ignore_errors=True)
     shutil.rmtree(output_dir / "errors", ignore_errors=True)
@@ -169,12 +171,15 @@ def _assist(output_dir: Path, nodes: Nodes, train: TrainConfig, batching: Batchi
 def _run(
     spec_path: Path, metrics_path: Path, nodes: Nodes, train: TrainConfig, batching: BatchingConfig, steps: int
 ) -> None:
+    from qvl_pipeline.tracking.mlflow_run import log_json_file
+
+    log_json_file(spec_path)
     sinks = make_sinks(train.report_to, metrics_path, run_name=spec_path.parents[2].name)
     processes = _processes(nodes, train, batching)
     where = f" on each of {nodes.nnodes} nodes" if nodes.nnodes > 1 else ""
     log_path = spec_path.with_name("engine.log")
     print(f"train: {steps} steps on {processes.per_node} processes{where}; log: {log_path}", flush=True)
-    with training_progress(metrics_path, steps) as update:
+    with only_sender(metrics_path.parent), training_progress(metrics_path, steps) as update:
 
         def poll() -> None:
             update()

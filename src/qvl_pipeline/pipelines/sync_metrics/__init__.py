@@ -1,0 +1,1 @@
+"""Sends training metrics that the tracking server did not get."""
