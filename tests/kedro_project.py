@@ -13,7 +13,7 @@ from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.config import EvaluateConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import EvaluateConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def run(folder: Path, *names: str, env: str | None = None, params: dict[str, Any
 def register_pipelines() -> dict[str, Pipeline]:
     """Return pipelines of the real names, with two nodes to fail or to wait in by parameter."""
     nodes = {
-        "ingest": Node(lambda: {"fingerprint": "data-1", "files": []}, None, "raw_manifest", name="ingest"),
+        "ingest": Node(_ingest, "params:ingest", "raw_manifest", name="ingest"),
         "tokenize": Node(_tokenize, "raw_manifest", ["plan_summary", "base_model"], name="tokenize"),
         "train": Node(
             _train, ["base_model", "plan_summary", "params:train"], ["trained_model", "train_result"], name="train"
@@ -61,6 +61,11 @@ def register_pipelines() -> dict[str, Pipeline]:
     }
     stages = {stage: Pipeline([nodes[stage]] if stage in nodes else []) for stage in STAGES}
     return {**stages, "__default__": sum(stages.values(), start=Pipeline([]))}
+
+
+def _ingest(ingest: IngestConfig) -> dict[str, Any]:
+    files = [{"source": source.name, "path": source.path, "sha256": "0" * 64} for source in ingest.datasets]
+    return {"fingerprint": "data-1", "files": [file for file in files if Path(file["path"]).exists()]}
 
 
 def _tokenize(raw_manifest: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -65,8 +65,10 @@ class MlflowHook:
     """Starts, fills and ends the MLflow run of a session.
 
     Catalog entries say in `metadata.mlflow` what is recorded once they are saved: `metrics` (the numbers of a JSON
-    file), `artifact` (the file), `input` (the run's data, though the run itself wrote it), `tags` (tag name to key
-    of a JSON file), `sources` (the raw files it lists are the run's data) and `model` (a pointer to the folder). A pipeline all of whose nodes have the tag `not_recorded` has no run.
+    file), `artifact` (the file), `input` (the run's data, though the run itself wrote it), `tags` (tag name to key of a
+    JSON file), `sources` (the raw files it lists are the run's data) and `model` (a pointer to the folder).
+
+    A pipeline all of whose nodes have the tag `not_recorded` has no run.
     """
 
     def __init__(self) -> None:
@@ -130,7 +132,7 @@ class MlflowHook:
         self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, run_name)
         if TRAIN_RESULT in pipeline.inputs():
             self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
-        self._long_nodes = {node.name for stage in LONG_STAGES for node in pipelines[stage].nodes}
+        self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
         with going_on("the parameters and tags of this run"):
             self._run.set_tags(self._tags(names, pipeline, catalog))
             self._run.log_yaml(self._parameters, "parameters.yml")
@@ -197,7 +199,8 @@ class MlflowHook:
         declared = {source["name"]: source["path"] for source in self._parameters["ingest"]["datasets"]}
         for name, path in declared.items():
             hashes = {file["path"]: file["sha256"] for file in files if file["source"] == name}
-            self._run.log_source(name, path, hashes)
+            if hashes:
+                self._run.log_source(name, path, hashes)
 
     def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
         tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}

@@ -122,9 +122,8 @@ class MlflowRun:
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Set tags."""
-        self._client.log_batch(
-            self.id, tags=[RunTag(valid_name(key), str(without_secrets(value))) for key, value in tags.items()]
-        )
+        texts = {valid_name(key): str(without_secrets(value)) for key, value in tags.items()}
+        self._client.log_batch(self.id, tags=[RunTag(key, text) for key, text in texts.items()])
 
     def log_parameters(self, blocks: dict[str, Any]) -> None:
         """Log nested parameters under flat names (`train.learning_rate`); lists are JSON.
@@ -165,7 +164,7 @@ class MlflowRun:
         self._log_dataset(name, version.digest, str(path), {MLFLOW_DATASET_CONTEXT: context, "version": version.origin})
 
     def log_source(self, name: str, path: str, hashes: dict[str, str]) -> None:
-        """Log a declared source of raw data; of one behind a URL, the version is that of the copies' sha256 `hashes`."""
+        """Log a declared source of raw data; one behind a URL has the version of its copies, by their sha256."""
         if Path(path).exists():
             self.log_input(name, Path(path), context="raw data")
         else:
