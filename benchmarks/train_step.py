@@ -2,10 +2,10 @@
 
 `python -m benchmarks.train_step [--samples 2000] [--rounds 4] [--quick]`: a tiny Qwen3-VL on two gloo ranks of one
 thread each. All contenders train on the same samples, with skewed lengths and images, in float32, with the same
-clipping and fused AdamW, as many steps and as many samples a step, and load their images inside the timed loop. They take turns,
-in an order that reverses every round; each round is on samples of its own, and the first steps of each turn are not
-timed. Only real tokens count, never padding. Ratios are medians over rounds of turns that follow each other, of CPU
-time as well as of wall time: the former does not mind what else the machine does.
+clipping and fused AdamW, as many steps and as many samples a step, and load their images inside the timed loop. They
+take turns, in an order that reverses every round; each round is on samples of its own, and the first steps of a turn
+are not timed. Only real tokens count, never padding. Ratios are medians over rounds of turns that follow each other, of
+CPU time as well as of wall time: the former does not mind what else the machine does.
 
 Two more figures say what the ratios are made of: the bare loop with its batches loaded beforehand, and the Trainer with
 our patch embedding and batches of like lengths. The Trainer needs the package accelerate.
@@ -263,8 +263,8 @@ def _trainer(spec_path: Path, *, at_its_best: bool = False) -> _Turn:
         spec_path: The run.
         at_its_best: Give it our linear patch embedding in place of its Conv3d, and samples of like lengths in a batch.
     """
+    from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
     from transformers import Trainer as HFTrainer
-    from transformers import TrainerCallback, TrainerState, TrainingArguments
 
     spec = TrainSpec.load(spec_path)
     config = AutoConfig.from_pretrained(spec.model.path)
@@ -299,7 +299,9 @@ def _trainer(spec_path: Path, *, at_its_best: bool = False) -> _Turn:
         dataloader_drop_last=True,
     )
     rows = [samples.row(number) for number in range(len(samples))]
-    HFTrainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Clock()]).train()
+    trainer = HFTrainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return clock.turn
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -167,27 +167,53 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
     not matter, and its output is dropped. Others are batched only with sequences of exactly their length.
     """
-    bounds = segments.cu_seqlens.tolist()
-    batches: dict[int, list[tuple[int, int]]] = {}
+    batches, order = _batches(tuple(segments.cu_seqlens.tolist()), causal, q.device)
+    if order is None:
+        output = attend(*(x[0].unflatten(1, (-1, batches[0].length)).transpose(0, 1) for x in (q, k, v)))
+        return output.permute(0, 2, 1, 3).flatten(0, 1)[None]
+    outputs = []
+    for batch in batches:
+        rows = (x[0].index_select(1, batch.gather).unflatten(1, (-1, batch.length)).transpose(0, 1) for x in (q, k, v))
+        outputs.append(attend(*rows).permute(0, 2, 1, 3).flatten(0, 1).index_select(0, batch.keep))
+    return torch.cat(outputs).index_select(0, order)[None]
+
+
+@dataclass(frozen=True)
+class _SameLength:
+    """Sequences attended to as one batch of rows.
+
+    Attributes:
+        length: Tokens of a row.
+        gather: Tokens of the pack that the rows consist of, one row after the other.
+        keep: Which of these are no filling.
+    """
+
+    length: int
+    gather: Tensor
+    keep: Tensor
+
+
+@lru_cache(maxsize=4)  # every layer of a tower asks for the same; a pack has at most three kinds of bounds
+def _batches(bounds: tuple[int, ...], causal: bool, device: torch.device) -> tuple[list[_SameLength], Tensor | None]:
+    """Group the sequences of a pack by length.
+
+    Returns:
+        The batches, and the order that brings their tokens back into that of the pack: `None` if they are in it.
+    """
+    by_length: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(bounds):
         length = end - start
-        batches.setdefault(_rounded(length) if causal else length, []).append((start, end))
-    if len(batches) == 1 and not causal:
-        length = next(iter(batches))
-        output = attend(*(x[0].unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v)))
-        return output.permute(0, 2, 1, 3).flatten(0, 1)[None]
-    outputs, rows = [], []
-    for length, sequences in batches.items():
+        by_length.setdefault(_rounded(length) if causal else length, []).append((start, end))
+    batches, tokens = [], []
+    for length, sequences in by_length.items():
         starts, ends = torch.tensor(sequences).T
         index = starts[:, None] + torch.arange(length)
         real = index < ends[:, None]
-        gather = index.clamp(max=bounds[-1] - 1).flatten().to(q.device)
-        batch = (x[0].index_select(1, gather).unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))
-        keep = real.flatten().nonzero()[:, 0].to(q.device)
-        outputs.append(attend(*batch).permute(0, 2, 1, 3).flatten(0, 1).index_select(0, keep))
-        rows.append(index[real])
-    order = torch.cat(rows).argsort().to(q.device)
-    return torch.cat(outputs).index_select(0, order)[None]
+        gather, keep = index.clamp(max=bounds[-1] - 1).flatten(), real.flatten().nonzero()[:, 0]
+        batches.append(_SameLength(length, gather.to(device), keep.to(device)))
+        tokens.append(index[real])
+    in_order = len(batches) == 1 and not causal
+    return batches, None if in_order else torch.cat(tokens).argsort().to(device)
 
 
 def _rounded(length: int) -> int:
