@@ -88,6 +88,17 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.TrainConfig, {"lr_scheduler_type": "cosine_with_min_lr"}, "needs min_lr or min_lr_rate"),
         (config.TrainConfig, {"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps"),
         (config.TrainConfig, {"optim": "adam"}, "Input should be 'adamw_torch_fused'"),
+        (
+            config.ModelConfig,
+            {"processor_type": "qwen3_vl", "attn_implementation": "flash"},
+            "attn_implementation\n  Input should be 'auto', 'flash_attention_2'",
+        ),
+        (
+            config.ModelConfig,
+            {"processor_type": "qwen3_vl", "vit_attn_implementation": "xformers"},
+            "vit_attn_implementation\n  Input should be 'auto', 'flash_attention_2'",
+        ),
+        (config.BatchingConfig, {"packing_strategy": "worst_fit"}, "Input should be 'best_fit'"),
         (config.TrainConfig, {"learning_rates": {"lm": 1e-5}}, "Input should be 'vit'"),
         (config.TrainConfig, {"export_ema": True}, "set ema_decay"),
         (config.TrainConfig, {"gradient_checkpointing": ["llms"]}, "Input should be 'llm' or 'vit'"),

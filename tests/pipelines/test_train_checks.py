@@ -62,6 +62,21 @@ def test_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "sentence"),
+    [
+        ({"sp_ulysses_degree": 4}, 2, "sp_ulysses_degree 4 does not divide the number of processes, 2"),
+        ({"sp_ulysses_degree": 2}, 3, "sp_ulysses_degree 2 does not divide the number of processes, 3"),
+        ({"sp_ulysses_degree": 2, "hsdp_shard_size": 4}, 2, "hsdp_shard_size 4 does not divide the 2 ranks"),
+    ],
+)
+def test_more_ways_to_share_than_processes_is_refused(
+    parallel: dict[str, Any], ranks: int, sentence: str, training: TrainSpec, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        checks.check_before_launch(changed(training, tmp_path, parallel=parallel), steps=10, ranks=ranks)
+
+
 def test_what_fits_passes(training: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     groups = {
