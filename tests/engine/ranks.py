@@ -1,7 +1,7 @@
 """Ranks of a job as processes that are forked with everything imported: a job starts in a tenth of a second.
 
 `torchrun` imports torch and transformers anew in every rank, which takes longer than what most tests let them do. What
-a test wants to know about torchrun itself (rendezvous, signals, restarts) it asks `tests.engine.training.torchrun`.
+a test wants to know about torchrun itself (rendezvous, signals, restarts) is in `tests.pipelines.test_train_launch`.
 """
 
 from __future__ import annotations

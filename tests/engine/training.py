@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,16 +206,6 @@ def changed(base: spec.TrainSpec, output_dir: Path, **groups: dict[str, Any]) ->
     return dataclasses.replace(
         base, **{name: dataclasses.replace(getattr(base, name), **values) for name, values in groups.items()}
     )
-
-
-def torchrun(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run the engine and wait for it; a hang ends in a TimeoutExpired."""
-    folder = Path(training.run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    training.save(folder / "train_spec.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += ["-m", "qvl_pipeline.engine", str(folder / "train_spec.json")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 def trained(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> list[dict[str, Any]]:

@@ -259,22 +259,45 @@ class TestFailure:
         assert "missing.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_when_the_parent_is_ended(number: signal.Signals, training: TrainSpec, tmp_path: Path) -> None:
-    spec_path = start(changed(training, tmp_path / "run"))
-    output_dir = spec_path.parent
+def launched(spec_path: Path) -> subprocess.Popen[str]:
+    """Start training from a process of its own, and wait until it has taken a step."""
     code = f"""
 from pathlib import Path
 from qvl_pipeline.launcher import Processes, launch
 launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    wait_until(lambda: (output_dir / "metrics.jsonl").exists(), 120)
-    assert processes_of(spec_path)
-    os.kill(parent.pid, number)
-    assert parent.wait(60) != 0
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    wait_until(lambda: (spec_path.parent / "metrics.jsonl").exists(), 120)
+    assert len(processes_of(spec_path)) == 3
+    return parent
+
+
+def test_nothing_is_left_when_the_parent_is_killed(training: TrainSpec, tmp_path: Path) -> None:
+    spec_path = start(changed(training, tmp_path / "run"))
+    parent = launched(spec_path)
+    parent.kill()
+    parent.wait(60)
     wait_until(lambda: not processes_of(spec_path), 60)
-    assert len(pd.read_json(output_dir / "metrics.jsonl", lines=True)) < 1000
+    assert len(pd.read_json(tmp_path / "run" / "metrics.jsonl", lines=True)) < 1000
+
+
+def test_a_second_interrupt_ends_ranks_that_do_not_get_to_the_end_of_their_step(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    spec_path = start(changed(training, tmp_path / "run"))
+    parent = launched(spec_path)
+    for pid, command in processes_of(spec_path):
+        if "torch.distributed.run" not in command:
+            os.kill(pid, signal.SIGSTOP)
+    os.kill(parent.pid, signal.SIGINT)
+    assert "interrupt again to stop at once" in parent.stdout.readline()
+    assert parent.poll() is None
+    os.kill(parent.pid, signal.SIGINT)
+    assert parent.wait(60) == -signal.SIGINT
+    wait_until(lambda: not processes_of(spec_path), 10)
+    assert not (tmp_path / "run" / "stopped.json").exists()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

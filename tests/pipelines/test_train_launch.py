@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.launcher import Processes, RankFailedError, StoppedOnRequest, environment, launch
+from qvl_pipeline.launcher import Processes, StoppedOnRequest, environment, launch
+from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training, trained
-from tests.pipelines.test_train import processes_of, start, wait_until
+from tests.pipelines.test_train import launched, processes_of, start
 
 # What `kedro run` does on each node, without the rest of the pipeline.
 NODE = """
@@ -77,13 +78,7 @@ def test_a_killed_rank_is_restarted_and_the_training_ends_the_same(undisturbed: 
 def test_stopping_on_request_is_an_end_of_its_own(undisturbed: TrainSpec, tmp_path: Path) -> None:
     long = make_training(tmp_path, Path(undisturbed.model.path), "qwen3_vl", ("text",) * 4000, packs_per_step=2)
     spec_path = start(long)
-    code = f"""
-from pathlib import Path
-from qvl_pipeline.launcher import Processes, launch
-launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 120)
+    parent = launched(spec_path)
     os.kill(parent.pid, signal.SIGUSR1)
     output, _ = parent.communicate(timeout=120)
     assert parent.returncode == StoppedOnRequest.status
@@ -94,13 +89,19 @@ launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
     assert sorted(losses(long)) == list(range(1, step + 1))
 
 
+def fail_in_attempt(number: int, spec_path: Path) -> int:
+    """Run the engine as torchrun does when it has restarted the ranks `number` times; its failure is expected."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    return 0 if main(spec_path) else 1
+
+
 def test_error_of_an_attempt_that_was_restarted_is_kept_but_not_reported(
     undisturbed: TrainSpec, tmp_path: Path
 ) -> None:
-    spec = dataclasses.replace(undisturbed, data=dataclasses.replace(undisturbed.data, tokenized=str(tmp_path / "no")))
-    spec = changed(spec, tmp_path / "run")
-    with pytest.raises(RankFailedError, match="training failed on rank 0 at step 0"):
-        launch(start(spec), Processes(1, max_restarts=1), lambda: None)
+    spec = changed(undisturbed, tmp_path / "run", data={"tokenized": str(tmp_path / "no")})
+    spec_path = start(spec)
+    for attempt in (0, 1):
+        run_ranks(fail_in_attempt, 1, attempt, spec_path, log_dir=tmp_path / "logs")
     errors = tmp_path / "run" / "errors"
     assert {str(path.relative_to(errors)) for path in errors.rglob("*.json")} == {"rank0.json", "attempt0/rank0.json"}
 
