@@ -18,7 +18,7 @@ from qvl_pipeline.tracking import sinks
 from qvl_pipeline.tracking.sinks import MetricsSink, SendToMlflow
 from qvl_pipeline.tracking.unsent import keep_unsent, only_sender, send_unsent
 from tests.kedro_project import run
-from tests.tracking.server import FAULTS, LATE_S, FaultyProxy, mlflow_server
+from tests.tracking.server import FAULTS, LATE_S, FaultyProxy
 
 # What an engine does, as far as trackers see it: it appends rows at its pace, and waits for nobody.
 ENGINE = """
@@ -35,12 +35,6 @@ for step in itertools.count(1):
     if (folder / "stop").exists():
         break
 """
-
-
-@pytest.fixture(scope="module")
-def server(tracking_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with mlflow_server(tracking_database, tmp_path_factory.mktemp("server")) as port:
-        yield port
 
 
 @pytest.fixture
