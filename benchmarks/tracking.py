@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report import report
 from tests.tracking.server import FaultyProxy, mlflow_server
+
+from benchmarks.report import report
 
 STEPS = 60
 REPEATS = 3
@@ -74,14 +75,14 @@ def main() -> None:
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
     import mlflow
 
-    with tempfile.TemporaryDirectory() as name, mlflow_server(f"sqlite:///{name}/mlflow.db", Path(name)) as port:
-        with FaultyProxy(port) as proxy:
-            mlflow.set_tracking_uri(proxy.uri)
-            rows = [
-                train(Path(name) / "models", proxy, failing=failing)
-                for _ in range(REPEATS)
-                for failing in (False, True)
-            ]
+    with (
+        tempfile.TemporaryDirectory() as name,
+        mlflow_server(f"sqlite:///{name}/mlflow.db", Path(name)) as port,
+        FaultyProxy(port) as proxy,
+    ):
+        mlflow.set_tracking_uri(proxy.uri)
+        models = Path(name) / "models"
+        rows = [train(models, proxy, failing=failing) for _ in range(REPEATS) for failing in (False, True)]
     seconds = {
         server: median(row["training_s"] for row in rows if row["server"] == server) for server in ("works", "fails")
     }

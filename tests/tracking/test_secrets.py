@@ -17,7 +17,16 @@ from qvl_pipeline.pipelines.train.spec import make_spec
 from qvl_pipeline.tracking.mlflow_run import going_on, log_json_file
 from qvl_pipeline.tracking.sinks import make_sinks
 
-SUMMARY = {"steps": 1, "fingerprint": "abc", "supervised_tokens": 1, "packs": 1, "tokens": 1, "samples": 1, "epochs": 1}
+SUMMARY = {
+    "steps": 1,
+    "fingerprint": "abc",
+    "supervised_tokens": 1,
+    "packs": 1,
+    "tokens": 1,
+    "samples": 1,
+    "epochs": 1,
+    "tokens_per_epoch": 1,
+}
 # All of them end alike, so that one search finds any.
 PLANTED = "Pl4nted-s3cret"
 
