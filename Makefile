@@ -1,12 +1,16 @@
 # `make run` on a fresh clone needs python3 (3.11 to 3.13), git and make, nothing else.
 
 PROFILE ?=
+RUNS ?=
 PORT ?= 5000
 
 # uv from the machine when there is one, else a private copy in .uv/
 UV = $(shell command -v uv || echo .uv/bin/uv)
 ENVIRONMENT := .venv/.up-to-date
 KEDRO_RUN := kedro run$(if $(PROFILE), --env $(PROFILE))
+EMPTY :=
+# Kedro takes a comma in --params for the start of another parameter.
+COMPARED := $(subst $(EMPTY) $(EMPTY),+,$(strip $(RUNS)))
 
 # Recipes, DVC stages and their children find this project's commands first. Nothing reports home.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -17,10 +21,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export UV_SYSTEM_CERTS := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test ui viz repro clean
+.PHONY: help setup run test compare ui viz viz-static repro clean
 
 help: ## Show this help.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(ENVIRONMENT) ## Make or update .venv; the other targets do it when needed.
 
@@ -37,12 +41,20 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 	@ruff format --check .
 	@echo "==> import rules"
 	@lint-imports
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { [ "$$(id -u)" = 0 ] && \
+	    echo "==> installing Chromium for the tests of pages" && apt-get update --quiet=2 && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends chromium >/dev/null; } || { \
+	    echo "The tests open pages in Chromium: install it (Debian: apt-get install chromium) and try again." >&2; exit 1; }
 	@echo "==> tests"
 	@coverage erase
 	@coverage run -m pytest
 	@echo "==> line coverage of src/, worker processes included"
 	@coverage combine --quiet
 	@coverage report
+
+compare: $(ENVIRONMENT) ## Put trainings side by side on one page: RUNS="base tiny_qwen2_5_vl", profiles or run ids; none for all.
+	@kedro run --pipelines compare$(if $(COMPARED), --params compare.runs=$(COMPARED))
+	@echo "==> data/08_reporting/compare.html"
 
 ui: $(ENVIRONMENT) ## Compare the runs in the browser: MLflow on http://127.0.0.1:5000. PORT=5001 for another port.
 	@echo "==> http://127.0.0.1:$(PORT)/#/experiments/1/runs (Ctrl-C ends it)"
@@ -51,6 +63,10 @@ ui: $(ENVIRONMENT) ## Compare the runs in the browser: MLflow on http://127.0.0.
 
 viz: $(ENVIRONMENT) ## Show the pipelines and the catalog in the browser.
 	@kedro viz run
+
+viz-static: $(ENVIRONMENT) ## Write the same, with what is in data/ now, as a web site into build/.
+	@kedro viz build --include-previews
+	@echo "==> show it with 'python3 -m http.server --directory build 4141'"
 
 repro: $(ENVIRONMENT) ## Run what has changed since the last time, by DVC.
 	@dvc repro

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from kedro.io import AbstractDataset, DatasetError
 from kedro.utils import load_obj
+
+if TYPE_CHECKING:
+    from kedro_datasets._typing import TablePreview
 
 
 class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.DataFrame]):
@@ -56,6 +59,14 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
             if (found := pq.read_schema(partial)) != schema:
                 raise DatasetError(f"{self._filepath} was written with the columns {found.names}, not {schema.names}")
         partial.replace(self._filepath)
+
+    def preview(self, nrows: int = 10) -> TablePreview:
+        """Return the first rows for Kedro-Viz, read without the rest; values that are lists are shown as text."""
+        with pq.ParquetFile(self._filepath) as file:
+            rows = next((batch.to_pylist() for batch in file.iter_batches(nrows)), [])
+            columns = file.schema_arrow.names
+        data = [[str(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
+        return {"index": list(range(len(data))), "columns": columns, "data": data}
 
     def _exists(self) -> bool:
         return self._filepath.exists()
