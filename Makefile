@@ -41,7 +41,7 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 	@ruff format --check .
 	@echo "==> import rules"
 	@lint-imports
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || { [ "$$(id -u)" = 0 ] && \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { [ "$$(id -u)" = 0 ] && \
 	    echo "==> installing Chromium for the tests of pages" && apt-get update --quiet=2 && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends chromium >/dev/null; } || { \
 	    echo "The tests open pages in Chromium: install it (Debian: apt-get install chromium) and try again." >&2; exit 1; }

@@ -34,4 +34,10 @@ class CurvesDataset(CSVDataset):
 def _curve(table: pd.DataFrame, x: str, column: str) -> dict[str, Any]:
     # Not every row has every number: the eval loss is there at some steps only.
     rows = table[[x, column]].dropna()
-    return {"type": "scatter", "mode": "lines", "name": column, "x": rows[x].tolist(), "y": rows[column].tolist()}
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": column,
+        "x": rows[x].tolist(),
+        "y": rows[column].tolist(),
+    }
