@@ -7,7 +7,7 @@ import pytest
 
 from qvl_pipeline.config import IngestConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.parameters import check_parameters
+from qvl_pipeline.parameters import BLOCKS, check_parameters
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def message(conf: Path, runtime: dict[str, Any] | None = None, **blocks: Any) ->
 
 def test_good_parameters_are_models_with_every_block(conf: Path) -> None:
     blocks = check_parameters(parameters(), {}, [conf / "base"])
-    assert set(blocks) == {"data_engine", "ingest", "validate", "sample", "model", "batching", "train", "evaluate"}
+    assert {name: type(block) for name, block in blocks.items()} == BLOCKS
     assert isinstance(blocks["ingest"], IngestConfig)
 
 
