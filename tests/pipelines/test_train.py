@@ -240,7 +240,7 @@ class TestFailure:
         finally:
             image.write_bytes(good)
         message = str(caught.value)
-        assert message.startswith("training failed on rank 1 at step 2: UserError: image ")
+        assert message.startswith("training failed on rank 1 at step 2: BadSampleError: sample 'b/3': image '")
         assert "3.png" in message
         assert "engine.log" in message
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -37,6 +38,7 @@ def main(spec_path: Path) -> int:
 
     def end_hanging(error: StepTimeoutError, where: str) -> None:
         _write_error(errors, rank, trainer, error, where)
+        _end_loaders()
         os._exit(1)
 
     try:
@@ -47,6 +49,12 @@ def main(spec_path: Path) -> int:
         return 1
     dist.destroy_process_group()
     return 0
+
+
+def _end_loaders() -> None:
+    """End the loader processes: one that hangs would outlive this rank, or keep it from ending."""
+    for loader in multiprocessing.active_children():
+        loader.kill()
 
 
 def _set_aside(folder: Path, rank: int) -> None:
@@ -80,6 +88,7 @@ if __name__ == "__main__":
     status = main(Path(sys.argv[1]))
     # Whoever asks a rank to stop repeats it until the rank is gone, and Python no longer listens while it shuts down.
     ignore_stop_signals()
+    _end_loaders()
     if status:
         # Python's own shutdown would wait for the process group's threads.
         sys.stderr.flush()
