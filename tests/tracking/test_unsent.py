@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -153,6 +154,20 @@ def test_what_trains_is_left_alone(run_id: str, folder: Path, caplog: pytest.Log
         with pytest.raises(UserError, match="another process trains there"), only_sender(folder):
             pass
     assert send_unsent(folder.parents[2])[run_id]["sent"] == 3
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with only_sender(folder):
+        assert "cannot be locked" in caplog.text
+    with pytest.raises(BlockingIOError), only_sender(folder):
+        raise BlockingIOError("of the training itself, and not of the lock")
 
 
 def test_a_run_of_another_server_keeps_its_rows(proxy: FaultyProxy, folder: Path) -> None:

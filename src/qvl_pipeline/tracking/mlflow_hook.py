@@ -136,10 +136,11 @@ class MlflowHook:
         with going_on("the parameters and tags of this run"):
             self._run.set_tags(self._tags(names, pipeline, catalog))
             self._run.log_yaml(self._parameters, "parameters.yml")
-            self._run.log_text(environment_freeze(), "environment.txt")
             self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
             for name in sorted(pipeline.inputs() & self._paths.keys()):
                 self._run.log_input(name, self._paths[name], context="+".join(names))
+        with going_on("the environment of this run"):
+            self._run.log_text(environment_freeze(), "environment.txt")
         logger.info("MLflow run %s (%s)", run_name, self._run.id)
 
     @hook_impl

@@ -28,19 +28,27 @@ UNSENT = "unsent"
 def only_sender(folder: Path) -> Iterator[None]:
     """Hold a run's folder: two senders of the same rows would not know of each other.
 
-    The lock is the operating system's, and ends with the process however that ends.
+    The lock is the operating system's, and ends with the process however that ends. On a file system without locks
+    (some of clusters) it is done without.
 
     Raises:
         UserError: Another process holds it.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, folder)
         yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is in use: another process trains there, or sends its metrics") from error
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use: another process trains there, or sends its metrics") from error
+    except OSError as error:
+        logger.info("%s cannot be locked (%s): do not run sync_metrics while this training runs", folder, error)
 
 
 def keep_unsent(folder: Path) -> None:
