@@ -1,6 +1,6 @@
 """How long a checkpoint stops training: written in the background against written at once, on two gloo ranks.
 
-A model of 50M parameters with AdamW state is sharded with FSDP2; `engine.checkpoints.Checkpoints` saves it several
+A model of 25M parameters with AdamW state is sharded with FSDP2; `engine.checkpoints.Checkpoints` saves it several
 times either way, between steps that go on while the background writes. The stall of a save is the time `save` takes on
 the slowest rank. Steps beside a background write are timed as well: what it takes from them is no stall, but no gift.
 """
@@ -26,7 +26,7 @@ from qvl_pipeline.engine.checkpoints import Checkpoints, ModelState, OptimizerSt
 
 RANKS = 2
 SAVES = 3
-WIDTH, LAYERS = 1024, 12
+WIDTH, LAYERS = 1024, 6
 TARGET = 0.15
 
 
