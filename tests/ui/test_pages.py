@@ -81,7 +81,7 @@ def mlflow_ui(recorder: Recorder) -> Iterator[str]:
 
 
 def _wait_for(url: str, process: subprocess.Popen) -> None:
-    for _ in range(600):
+    for _ in range(1800):
         assert process.poll() is None, process.stdout.read()
         try:
             urllib.request.urlopen(url, timeout=5).close()
