@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,7 +17,7 @@ from kedro.config import OmegaConfigLoader
 
 from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
-from tests.kedro_project import make_project
+from tests.dvc_repository import command, make_repository
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "qvl_pipeline"
@@ -44,7 +42,11 @@ def stages() -> dict[str, PipelineStage]:
     return {stage.name: stage for stage in Repo(str(ROOT)).index.stages if isinstance(stage, PipelineStage)}
 
 
-NAMES = sorted(stages())
+# Makes no pipeline's outputs, but the raw data of the embedded dataset.
+DRAW = "draw"
+NAMES = sorted(stages().keys() - {DRAW})
+# Read as raw files, which are known by the content hashes in this entry.
+MEDIA = {"train": {"media_index"}, "evaluate": {"media_index"}}
 
 
 def pipeline_and_env(name: str) -> tuple[str, str]:
@@ -82,9 +84,11 @@ def imported(pipeline: str) -> set[str]:
     relative = {module.removeprefix(f"{PACKAGE}.") for module in modules}
     # The package `config` holds the models of all blocks; a stage depends on those it reads.
     config = {"config.base"} | {f"config.{block}" for block in blocks(pipeline)}
+    # What it draws is the output of the stage `draw`, and its input.
+    drawing = {module for module in relative if pipeline == "ingest" and module.split(".")[0] == "demo"}
     return {
         module
-        for module in relative - GLUE
+        for module in relative - GLUE - drawing
         if module_file(module).name != "__init__.py" and (not module.startswith("config.") or module in config)
     }
 
@@ -126,8 +130,11 @@ def test_a_stage_runs_the_pipeline_of_its_name(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_are_dependencies(name: str) -> None:
     pipeline, env = pipeline_and_env(name)
+    declared = yaml.safe_load((ROOT / "params.yaml").read_text())
     data = {dep.def_path for dep in stages()[name].deps if dep.def_path.startswith("data/")}
-    assert data == paths(register_pipelines()[pipeline].inputs(), env)
+    names = register_pipelines()[pipeline].inputs() | MEDIA.get(pipeline, set())
+    raw = {declared["datasets"][name.split("@")[1]]["raw"]} if pipeline in ("ingest", "validate") else set()
+    assert data == paths(names, env) | raw
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,6 +187,17 @@ def test_files_that_code_reads_are_dependencies_of_a_stage() -> None:
     assert {path.name for path in others if path not in folders} == of_no_stage
 
 
+def test_the_embedded_dataset_is_drawn_where_it_is_read() -> None:
+    draw = stages()[DRAW]
+    parameters = yaml.safe_load((ROOT / "conf/base/parameters_ingest.yml").read_text())["ingest"]
+    assert [out.def_path for out in draw.outs] == [parameters["demo"]["folder"]]
+    assert {params.def_path for params in draw.params} == {"conf/base/parameters_ingest.yml"}
+    assert set(map(str, code_dependencies(DRAW))) == {
+        f"{ROOT}/src/{PACKAGE}/demo",
+        f"{ROOT}/src/{PACKAGE}/pipelines/ingest/embedded.py",
+    }
+
+
 def test_metrics_and_plots_are_declared() -> None:
     evaluate, train = stages()["evaluate@base"], stages()["train@base"]
     assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/base/metrics.json"]
@@ -188,36 +206,16 @@ def test_metrics_and_plots_are_declared() -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_database: str) -> Path:
-    """A commit of this project with a small dataset."""
-    folder = make_project(tmp_path / "project")
-    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-    (folder / "src" / PACKAGE).symlink_to(ROOT / "src" / PACKAGE)
-    parameters = folder / "conf" / "base" / "parameters_ingest.yml"
-    blocks = yaml.safe_load(parameters.read_text())
-    blocks["ingest"]["demo"] |= {"train_samples": 14, "eval_samples": 7}
-    parameters.write_text(yaml.safe_dump(blocks))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_database)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
-        git(folder, *command)
-    return folder
-
-
-def git(folder: Path, *command: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    return subprocess.run(["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
-
-
-def repro(folder: Path) -> str:
-    command = ["dvc", "repro", "ingest@digits"]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    return make_repository(tmp_path / "project")
 
 
 def test_a_second_repro_changes_nothing(repository: Path) -> None:
-    assert "Running stage 'ingest@digits'" in repro(repository)
+    first = command(repository, "dvc repro ingest@digits")
+    assert "Running stage 'draw'" in first
+    assert "Running stage 'ingest@digits'" in first
     lock = (repository / "dvc.lock").read_text()
-    assert "Data and pipelines are up to date." in repro(repository)
+    assert "Data and pipelines are up to date." in command(repository, "dvc repro ingest@digits")
     assert (repository / "dvc.lock").read_text() == lock
-    assert git(repository, "status", "--short") == "?? dvc.lock\n"
+    assert command(repository, "git status --short") == "?? dvc.lock\n"

@@ -1,0 +1,52 @@
+"""A git and DVC repository of this project in a temporary folder, with a dataset that is trained on in seconds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.kedro_project import REPOSITORY, make_project
+
+# 28 samples to train on, two optimizer steps on one process.
+SMALL: dict[str, dict[str, Any]] = {
+    "ingest": {"demo": {"train_samples": 28, "eval_samples": 7}},
+    # Of so few rows, those that are planted to be found are a large share.
+    "validate": {"max_reject_fraction": 1.0},
+    "tokenize": {"num_train_epochs": 1, "data_parallel_size": 1},
+    "train": {"logging_steps": 1, "save_steps": 0},
+}
+
+
+def make_repository(folder: Path) -> Path:
+    """Create the repository, everything committed; its package is this one."""
+    make_project(folder)
+    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml"):
+        shutil.copy(REPOSITORY / name, folder)
+    shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    (folder / "src" / "qvl_pipeline").symlink_to(REPOSITORY / "src" / "qvl_pipeline")
+    for stage, values in SMALL.items():
+        path = folder / "conf" / "base" / f"parameters_{stage}.yml"
+        ((block, parameters),) = yaml.safe_load(path.read_text()).items()
+        for key, value in values.items():
+            parameters[key] = parameters[key] | value if isinstance(value, dict) else value
+        path.write_text(yaml.safe_dump({block: parameters}))
+    command(folder, "git init --quiet")
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    """Commit all that git does not ignore."""
+    command(folder, "git add .")
+    command(folder, "git -c user.name=a -c user.email=a@example.org commit --quiet --message all")
+
+
+def command(folder: Path, line: str) -> str:
+    """Run a command, split at spaces, in a folder; return what it printed."""
+    done = subprocess.run(line.split(" "), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
