@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export UV_SYSTEM_CERTS := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test compare ui viz viz-static repro clean
+.PHONY: help setup run test compare ui viz viz-static repro replay clean
 
 help: ## Show this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,10 @@ viz-static: $(ENVIRONMENT) ## Write the same, with what is in data/ now, as a we
 
 repro: $(ENVIRONMENT) ## Run what has changed since the last time, by DVC.
 	@dvc repro
+
+replay: $(ENVIRONMENT) ## Repeat a run and compare it bit for bit. RUN=<id in MLflow>
+	@test -n "$(RUN)" || { echo "Which run? make replay RUN=<id in MLflow>" >&2; exit 1; }
+	@kedro run --pipelines replay --params run_id=$(RUN)
 
 clean: ## Remove .venv and everything tools have cached. Data, models and MLflow runs stay.
 	rm -rf .venv .uv .pytest_cache .ruff_cache .import_linter_cache .grimp_cache .hypothesis .coverage* htmlcov build dist .viz

@@ -199,7 +199,7 @@ def test_two_profiles_share_a_dataset_and_nothing_else() -> None:
     shared = {name for name in base if base[name]["filepath"] == other[name]["filepath"]}
     pipelines = register_pipelines()
     of_the_dataset = pipelines["ingest"].all_outputs() | pipelines["validate"].all_outputs()
-    assert shared == of_the_dataset | pipelines["compare"].all_outputs()
+    assert shared == of_the_dataset | pipelines["compare"].all_outputs() | pipelines["replay"].all_outputs()
 
 
 def test_the_database_is_in_the_project_whatever_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

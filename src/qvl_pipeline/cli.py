@@ -26,6 +26,8 @@ def _run(**options: Any) -> dict[str, Any]:
     if options["pipeline"] and not options["pipelines"]:
         # The older spelling. Kedro warns that it will go; this project keeps it.
         options["pipelines"], options["pipeline"] = [options["pipeline"]], None
+    if options["pipelines"] == ["replay"] and "run_id" in options["params"]:
+        options["params"]["replay"] = {"run_id": options["params"].pop("run_id")}
     try:
         _check_names(options["pipelines"])
         return kedro_run.callback(**options)

@@ -17,6 +17,7 @@ from qvl_pipeline.config import (
     EvaluateConfig,
     IngestConfig,
     ModelConfig,
+    ReplayConfig,
     SampleConfig,
     TrainConfig,
     ValidateConfig,
@@ -34,6 +35,7 @@ BLOCKS: dict[str, type[Block]] = {
     "evaluate": EvaluateConfig,
     "data_engine": DataEngineConfig,
     "compare": CompareConfig,
+    "replay": ReplayConfig,
 }
 
 Key = tuple[str | int, ...]

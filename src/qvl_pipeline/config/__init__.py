@@ -6,6 +6,7 @@ from qvl_pipeline.config.data_engine import DataEngineConfig
 from qvl_pipeline.config.evaluate import EvaluateConfig
 from qvl_pipeline.config.ingest import DatasetSource, DigitsDemoConfig, IngestConfig
 from qvl_pipeline.config.model import ModelConfig
+from qvl_pipeline.config.replay import ReplayConfig
 from qvl_pipeline.config.sample import SampleConfig
 from qvl_pipeline.config.train import FSDPConfig, TrainConfig
 from qvl_pipeline.config.validate import ValidateConfig
@@ -20,6 +21,7 @@ __all__ = [
     "FSDPConfig",
     "IngestConfig",
     "ModelConfig",
+    "ReplayConfig",
     "SampleConfig",
     "TrainConfig",
     "ValidateConfig",

@@ -24,6 +24,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage import dvc_tags, git_tags
 from qvl_pipeline.tracking.sinks import check_installed
 from qvl_pipeline.tracking.system_metrics import SystemMetrics
+from qvl_pipeline.tracking.uncommitted import PATCH, uncommitted
 
 if TYPE_CHECKING:
     from qvl_pipeline.tracking.mlflow_run import MlflowRun
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Stages that keep a machine busy for long.
 LONG_STAGES = ("sample", "train", "evaluate")
 
+# The parameters without defaults: what a replay gives. Some mean something only by being given.
+GIVEN = "given_parameters.yml"
 # The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
 TRAIN_RESULT = "train_result"
 
@@ -134,8 +137,12 @@ class MlflowHook:
             self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
         self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
         with going_on("the parameters and tags of this run"):
-            self._run.set_tags(self._tags(names, pipeline, catalog))
+            tags = self._tags(names, pipeline, catalog)
+            self._run.set_tags(tags)
+            if tags.get("git_dirty") == "true":
+                self._run.log_text(uncommitted(self._context.project_path), PATCH)
             self._run.log_yaml(self._parameters, "parameters.yml")
+            self._run.log_yaml(self._context.config_loader["parameters"], GIVEN)
             self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
             for name in sorted(pipeline.inputs() & self._paths.keys()):
                 self._run.log_input(name, self._paths[name], context="+".join(names))

@@ -14,6 +14,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.uncommitted import PATCH
 
 PARENT = "mlflow.parentRunId"
+GIVEN = "given_parameters.yml"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class RecordedRun:
         profile: The profile.
         dataset: The dataset of the profile.
         data_fingerprint: Fingerprint of the raw data; empty when it was not known.
-        parameters: All parameters blocks, defaults included.
+        parameters: All parameters blocks as they were given, without defaults.
         inputs: Digest of every catalog entry that the run read from disk.
     """
 
@@ -89,7 +90,7 @@ def _recorded(run: Run) -> RecordedRun:
         profile=tags["profile"],
         dataset=tags["dataset"],
         data_fingerprint=tags.get("data_fingerprint", ""),
-        parameters=yaml.safe_load(_artifact(run, "parameters.yml")),
+        parameters=yaml.safe_load(_artifact(run, GIVEN)),
         inputs={entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs},
     )
 
@@ -110,4 +111,3 @@ def numbers_of(run_id: str) -> dict[tuple[str, int], float]:
         for name, history in histories.items()
         for metric in sorted(history, key=lambda metric: metric.timestamp)
     }
-

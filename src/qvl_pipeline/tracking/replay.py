@@ -23,9 +23,10 @@ from typing import Any
 import mlflow
 import yaml
 from kedro.config import OmegaConfigLoader
+from kedro.framework.project import pipelines
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.lineage import content_digest
+from qvl_pipeline.tracking.data_version import data_version
 from qvl_pipeline.tracking.repeatable import RecordedRun, evaluations, numbers_of, read_run
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,12 @@ PROFILE = "replay"
 MEASURED = re.compile(r"^system/|per_second|_s$|tflops|mfu|slowest|fastest|wait|memory")
 
 
-def replay(run_id: str, project: Path, stages: tuple[str, ...]) -> dict[str, Any]:
+def replay_run(run_id: str, project: Path) -> dict[str, Any]:
     """Repeat a run and its evaluation.
 
     Args:
         run_id: The run.
         project: Root of the project.
-        stages: Names of all stages, in order.
 
     Returns:
         The report: `run_id`, `commit`, `replayed_as` (ids of the new runs), `inputs` (how each was got), `compared`
@@ -58,11 +58,10 @@ def replay(run_id: str, project: Path, stages: tuple[str, ...]) -> dict[str, Any
     new_runs = []
     with _worktree(project, training) as folder:
         _write_profile(folder, training)
-        inputs = _get_data(project, folder, training)
+        inputs = _get_data(project, folder, training, _inputs(runs))
         if remade := [name for name, how in inputs.items() if how == "made again"]:
-            first = min(stages.index(name) for name in training.pipelines)
             logger.info("not in data/ as the run read them: %s", ", ".join(remade))
-            _kedro_run(folder, stages[:first], training)
+            _kedro_run(folder, _stages_before(training), training)
         for run in runs:
             _write_profile(folder, run)
             new_runs.append(_kedro_run(folder, run.pipelines, run))
@@ -117,7 +116,25 @@ def _write_profile(folder: Path, run: RecordedRun) -> None:
     (profile / "parameters.yml").write_text(yaml.safe_dump(run.parameters))
 
 
-def _get_data(project: Path, folder: Path, run: RecordedRun) -> dict[str, str]:
+def _inputs(runs: list[RecordedRun]) -> dict[str, str]:
+    """Return the digest of every entry that `runs` read and did not write themselves."""
+    written = set().union(
+        *(pipelines[name].all_outputs() for run in runs for name in run.pipelines or ("__default__",))
+    )
+    return {name: digest for run in runs for name, digest in run.inputs.items() if name not in written}
+
+
+def _stages_before(run: RecordedRun) -> tuple[str, ...]:
+    """Return the names of the stages that make what `run` reads."""
+    before = []
+    for name in pipelines:
+        if name in run.pipelines:
+            break
+        before.append(name)
+    return tuple(before)
+
+
+def _get_data(project: Path, folder: Path, run: RecordedRun, inputs: dict[str, str]) -> dict[str, str]:
     """Link the raw data and the inputs of the run into the worktree.
 
     Returns:
@@ -127,16 +144,13 @@ def _get_data(project: Path, folder: Path, run: RecordedRun) -> dict[str, str]:
     catalog = OmegaConfigLoader(
         str(folder / "conf"), base_env="base", default_run_env="local", env=PROFILE, merge_strategy={"globals": "soft"}
     )["catalog"]
-    paths = {name: Path(catalog[name]["filepath"]) for name in run.inputs if name in catalog}
+    paths = {name: Path(catalog[name]["filepath"]) for name in inputs if name in catalog}
     raw_is_same = _raw_fingerprint(project / catalog["raw_manifest"]["filepath"]) == run.data_fingerprint
-    demo = run.parameters["ingest"].get("demo")
+    demo = (run.parameters.get("ingest") or {}).get("demo")
     _link(project / RAW, folder / RAW, without=None if raw_is_same or not demo else project / demo["folder"])
-    # What the run itself wrote is recorded as its input, too.
-    if not run.pipelines or "ingest" in run.pipelines:
-        return {}
-    same = raw_is_same and all(
-        (project / path).exists() and content_digest(project / path) == run.inputs[name]
-        for name, path in paths.items()
+    same = (raw_is_same or not paths) and all(
+        (project / path).exists() and data_version(project / path).digest == inputs[name]
+        for name, path in sorted(paths.items())
     )
     if same:
         for path in paths.values():
@@ -209,7 +223,8 @@ def _same(one: float | None, other: float | None) -> bool:
 def _compared_weights(recorded: RecordedRun, new_id: str) -> list[dict[str, Any]]:
     """Return the difference between the digests of the models that two evaluations read, if there is one."""
     new = {
-        entry.dataset.name: entry.dataset.digest for entry in mlflow.MlflowClient().get_run(new_id).inputs.dataset_inputs
+        entry.dataset.name: entry.dataset.digest
+        for entry in mlflow.MlflowClient().get_run(new_id).inputs.dataset_inputs
     }
     before, after = recorded.inputs.get("trained_model"), new.get("trained_model")
     row = {"metric": "weights", "step": None, "recorded": before, "replayed": after}

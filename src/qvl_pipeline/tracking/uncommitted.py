@@ -19,7 +19,10 @@ _PATHS = ("src", "pyproject.toml", ":(glob)conf/*/catalog*.yml")
 def uncommitted(project: Path) -> str:
     """Return the difference between the code and the commit it stands on, new files included, for `git apply`.
 
-    Logins in URLs are masked.
+    Secrets are masked.
+
+    Raises:
+        OSError: Git refuses.
     """
     with tempfile.TemporaryDirectory() as scratch:
         index = Path(scratch) / "index"
@@ -35,4 +38,7 @@ def uncommitted(project: Path) -> str:
 def _git(project: Path, *arguments: str, index: Path | None = None) -> str:
     environment = os.environ | ({"GIT_INDEX_FILE": str(index)} if index else {})
     command = ["git", "-C", str(project), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise OSError(f"git {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout

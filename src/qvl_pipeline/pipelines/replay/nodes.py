@@ -6,23 +6,31 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from qvl_pipeline.config import ReplayConfig
 from qvl_pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("ingest", "validate", "sample", "tokenize", "train", "evaluate")
 MAX_SHOWN = 20
 
 
-def repeat(run_id: str) -> dict[str, Any]:
-    """Repeat a run in a git worktree; see `tracking.replay`.
+def repeat(replay: ReplayConfig) -> dict[str, Any]:
+    """Repeat a run in a git worktree.
+
+    Args:
+        replay: Parameters of the pipeline.
+
+    Returns:
+        The report; see `tracking.replay`.
 
     Raises:
         UserError: It cannot be repeated, or its repetition failed.
     """
-    from qvl_pipeline.tracking.replay import replay
+    from qvl_pipeline.tracking.replay import replay_run
 
-    return replay(str(run_id), Path.cwd(), STAGES)
+    if not replay.run_id:
+        raise UserError("which run? Name it by its id in MLflow: kedro run --pipelines replay --params run_id=<id>")
+    return replay_run(replay.run_id, Path.cwd())
 
 
 def refuse_differences(replay_report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
     """Create the pipeline: a run in, a report of what differs in its repetition out."""
     return Pipeline(
         [
-            Node(repeat, inputs="params:run_id", outputs="replay_report", name="repeat", tags="not_recorded"),
+            Node(repeat, inputs="params:replay", outputs="replay_report", name="repeat", tags="not_recorded"),
             Node(
                 refuse_differences,
                 inputs="replay_report",

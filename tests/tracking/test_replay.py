@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from qvl_pipeline.config import ReplayConfig
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.pipelines.replay.nodes import refuse_differences, repeat
+from qvl_pipeline.tracking.repeatable import read_run
+from qvl_pipeline.tracking.replay import _compared
+from qvl_pipeline.tracking.uncommitted import uncommitted
+from tests.dvc_repository import command, commit
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A git repository with one module and one catalog."""
+    folder = tmp_path / "code"
+    (folder / "src").mkdir(parents=True)
+    (folder / "conf" / "base").mkdir(parents=True)
+    (folder / "src" / "old.py").write_text("one = 1\n")
+    (folder / "conf" / "base" / "catalog.yml").write_text("a: {}\n")
+    (folder / "conf" / "base" / "credentials.yml").write_text("token: none\n")
+    command(tmp_path, f"git init --quiet {folder}")
+    commit(folder)
+    return folder
+
+
+def test_code_of_no_commit_is_recorded_and_applies_to_the_commit(code: Path, tmp_path: Path) -> None:
+    (code / "src" / "old.py").write_text("one = 2\n")
+    (code / "src" / "new.py").write_text("two = 2\n")
+    (code / "conf" / "base" / "catalog.yml").write_text("b: {}\n")
+    (code / "conf" / "base" / "credentials.yml").write_text("token: secret\n")
+    before = command(code, "git status --short")
+    patch = tmp_path / "patch"
+    patch.write_text(uncommitted(code))
+    assert command(code, "git status --short") == before
+    assert "secret" not in patch.read_text()
+    command(tmp_path, f"git clone --quiet {code} {tmp_path / 'copy'}")
+    command(tmp_path / "copy", f"git apply {patch}")
+    for name in ("src/old.py", "src/new.py", "conf/base/catalog.yml"):
+        assert (tmp_path / "copy" / name).read_text() == (code / name).read_text()
+
+
+@pytest.fixture
+def client(tracking_database: str) -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(tracking_database)
+    return mlflow.MlflowClient()
+
+
+def recorded(client: mlflow.MlflowClient, losses: list[float], tags: dict[str, str] | None = None) -> str:
+    run_id = client.create_run("0", tags=tags).info.run_id
+    for step, loss in enumerate(losses):
+        client.log_metric(run_id, "train/loss", loss, step=step)
+        client.log_metric(run_id, "train/tokens_per_second", id(losses) + step, step=step)
+    client.set_terminated(run_id)
+    return run_id
+
+
+def test_the_same_numbers_are_no_difference_whatever_the_speed(client: mlflow.MlflowClient) -> None:
+    nan = float("nan")
+    first, second = recorded(client, [0.1, 0.2, nan]), recorded(client, [0.1, 0.2, nan])
+    assert _compared(first, second) == ([], 3)
+
+
+def test_one_bit_and_a_missing_step_are_differences(client: mlflow.MlflowClient) -> None:
+    differences, compared = _compared(recorded(client, [0.1, 0.3, 0.5]), recorded(client, [0.1, 0.1 + 0.2]))
+    assert compared == 3
+    assert differences == [
+        {"metric": "train/loss", "step": 1, "recorded": 0.3, "replayed": 0.30000000000000004},
+        {"metric": "train/loss", "step": 2, "recorded": 0.5, "replayed": None},
+    ]
+    report = {"run_id": "r", "compared": compared, "differences": differences}
+    with pytest.raises(UserError, match=r"2 of 3 numbers differ\n  train/loss at step 1: recorded 0\.3, now 0\.300"):
+        refuse_differences(report)
+
+
+def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:
+    with pytest.raises(UserError, match="has no run 'nope'"):
+        read_run("nope")
+    with pytest.raises(UserError, match="which run"):
+        repeat(ReplayConfig())
+    with pytest.raises(UserError, match=r"recorded without mlflow\.source\.git\.commit, pipelines, profile"):
+        read_run(recorded(client, []))
+    with pytest.raises(UserError, match="evaluates the training abc: replay that"):
+        read_run(recorded(client, [], {"mlflow.parentRunId": "abc"}))
+    tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "base", "dataset": "digits"}
+    with pytest.raises(UserError, match=r"its artifact uncommitted\.patch is not there"):
+        read_run(recorded(client, [], tags | {"git_dirty": "true"}))
