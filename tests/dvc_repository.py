@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
 def make_repository(folder: Path) -> Path:
     """Create the repository, everything committed; its package is this one."""
     make_project(folder)
+    (folder / "conf" / "local" / ".gitkeep").touch()
     for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
