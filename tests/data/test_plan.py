@@ -267,16 +267,16 @@ def test_an_undeclared_source_is_an_error(tokenized: Path) -> None:
 
 
 def test_the_fingerprint_is_of_content_parameters_and_weights(tokenized: Path, tmp_path: Path) -> None:
-    reference = plan_fingerprint(tokenized, batching(), WEIGHTS)
+    reference = plan_fingerprint([tokenized], batching(), WEIGHTS)
     copy = tmp_path / "copy.arrow"
     copy.write_bytes(tokenized.read_bytes())
-    assert plan_fingerprint(copy, batching(), dict(reversed(WEIGHTS.items()))) == reference
+    assert plan_fingerprint([copy], batching(), dict(reversed(WEIGHTS.items()))) == reference
     assert make_plan(tokenized, batching(), WEIGHTS)[1]["fingerprint"] == reference
     copy.write_bytes(tokenized.read_bytes()[:-1] + b"x")
     others = {
-        plan_fingerprint(copy, batching(), WEIGHTS),
-        plan_fingerprint(tokenized, batching(seed=7), WEIGHTS),
-        plan_fingerprint(tokenized, batching(), WEIGHTS | {"text": 2.0}),
+        plan_fingerprint([copy], batching(), WEIGHTS),
+        plan_fingerprint([tokenized], batching(seed=7), WEIGHTS),
+        plan_fingerprint([tokenized], batching(), WEIGHTS | {"text": 2.0}),
     }
     assert len(others | {reference}) == 4
 

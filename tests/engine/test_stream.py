@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoConfig
 
 from qvl_pipeline.engine.feed import Step
 from qvl_pipeline.engine.spec import StreamSpec, TrainSpec
 from qvl_pipeline.engine.stream import StreamedFeed
-from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from tests.engine.training import SCHEMA, changed, make_training, trained
+from qvl_pipeline.errors import UserError
+from tests.engine.packs import make_builder
+from tests.engine.streams import OVERLONG, TokenizedFile, make_streamed, open_raw, rewritten
+from tests.engine.training import changed, trained
 
 SPEC = StreamSpec(
+    samples="",
     max_steps=12,
     packs_per_step=4,
     packing=True,
@@ -28,40 +33,44 @@ SPEC = StreamSpec(
     packing_vit_patches=64,
     shuffle_buffer_size=64,
     weights={"a": 1.0, "b": 1.0},
-    tokens_per_epoch=1000.0,
+    samples_per_epoch=600.0,
+    filter_overlong=True,
     seed=3,
 )
 
 
+class TableOfSamples:
+    """Facts of samples in shards of 50: a third with media, every 50th too long, every 20th without an answer."""
+
+    num_shards = 12
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.table = [self._sample(number, int(rng.integers(4, 60))) for number in range(50 * self.num_shards)]
+
+    @staticmethod
+    def _sample(number: int, length: int) -> dict[str, Any]:
+        return {
+            "sample_id": str(number),
+            "source": "ab"[number % 2],
+            "length": 200 if number % 50 == 7 else length,
+            "supervised_tokens": 0 if number % 20 == 3 else 2,
+            "vit_patches": 16 if number % 3 == 0 else 0,
+        }
+
+    def sources(self, shard: int) -> tuple[int, list[str]]:
+        return 50 * shard, [row["source"] for row in self.table[50 * shard :][:50]]
+
+    def samples(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return [self.table[row] for row in rows]
+
+
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> TokenizedSamples:
-    """600 samples in shards of 50: a third with media, every 20th of the eval split, every 50th too long."""
-    path = tmp_path_factory.mktemp("stream") / "tokenized.arrow"
-    rng = np.random.default_rng(0)
-    with pa.ipc.new_file(str(path), SCHEMA) as writer:
-        for start in range(0, 600, 50):
-            rows = [row_of(number, int(rng.integers(4, 60))) for number in range(start, start + 50)]
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
-    return TokenizedSamples(path)
+def samples() -> TableOfSamples:
+    return TableOfSamples()
 
 
-def row_of(number: int, length: int) -> dict[str, Any]:
-    length = 200 if number % 50 == 7 else length
-    return dict.fromkeys(SCHEMA.names[:6], "") | {
-        "sample_id": str(number),
-        "source": "ab"[number % 2],
-        "split": "eval" if number % 20 == 3 else "train",
-        "input_ids": list(range(length)),
-        "label_spans": [{"start": length - 2, "end": length}],
-        "length": length,
-        "supervised_tokens": 2,
-        "vit_patches": 16 if number % 3 == 0 else 0,
-        "prompt_length": length - 2,
-        "media": [],
-    }
-
-
-def run(samples: TokenizedSamples, spec: StreamSpec, ranks: int = 1, per_micro_batch: int = 1) -> list[list[Step]]:
+def run(samples: TableOfSamples, spec: StreamSpec, ranks: int = 1, per_micro_batch: int = 1) -> list[list[Step]]:
     """The steps of all ranks, which exchange in turn what each of them asks to sum."""
     feeds = [StreamedFeed(samples, spec, rank, ranks, per_micro_batch, list) for rank in range(ranks)]
     return together(feeds)
@@ -77,7 +86,7 @@ def together(feeds: Sequence[StreamedFeed], done: int = 0) -> list[list[Step]]:
         sums = [sum(values) for values in zip(*said, strict=True)]
         said.clear()
         for feed, step, mine in zip(feeds, steps, taken, strict=True):
-            vision = [bool(patches) for patches in sums[2:]]
+            vision = [bool(patches) for patches in sums[3:]]
             micro_batches = [
                 dataclasses.replace(batch, vision=flag) for batch, flag in zip(step.micro_batches, vision, strict=True)
             ]
@@ -96,15 +105,14 @@ def rows_by_step(ranks: list[list[Step]]) -> list[list[int]]:
     ]
 
 
-def trainable(samples: TokenizedSamples) -> set[int]:
-    table = samples.columns(["split", "length"]).to_pylist()
-    return {number for number, row in enumerate(table) if row["split"] == "train" and row["length"] <= 128}
+def trainable(samples: TableOfSamples) -> set[int]:
+    return {number for number, row in enumerate(samples.table) if row["supervised_tokens"] and row["length"] <= 128}
 
 
 @pytest.mark.parametrize("strategy", ["best_fit", "first_fit"])
-def test_packs_keep_to_the_budgets_and_are_full(samples: TokenizedSamples, strategy: str) -> None:
+def test_packs_keep_to_the_budgets_and_are_full(samples: TableOfSamples, strategy: str) -> None:
     (steps,) = run(samples, dataclasses.replace(SPEC, packing_strategy=strategy))
-    facts = samples.columns(["length", "vit_patches", "supervised_tokens"]).to_pylist()
+    facts = samples.table
     packs = [batch.sample_rows for step in steps for batch in step.micro_batches]
     for pack in packs:
         assert sum(facts[row]["length"] for row in pack) <= 128
@@ -117,12 +125,12 @@ def test_packs_keep_to_the_budgets_and_are_full(samples: TokenizedSamples, strat
     assert fill > {"best_fit": 0.97, "first_fit": 0.95}[strategy]
 
 
-def test_without_packing_each_pack_is_one_sample(samples: TokenizedSamples) -> None:
+def test_without_packing_each_pack_is_one_sample(samples: TableOfSamples) -> None:
     (steps,) = run(samples, dataclasses.replace(SPEC, packing=False))
     assert {len(batch.sample_rows) for step in steps for batch in step.micro_batches} == {1}
 
 
-def test_each_pass_has_every_trainable_sample_once_and_in_another_order(samples: TokenizedSamples) -> None:
+def test_each_pass_has_every_trainable_sample_once_and_in_another_order(samples: TableOfSamples) -> None:
     one_lane = dataclasses.replace(SPEC, packs_per_step=1, packing=False, shuffle_buffer_size=16)
     expected = trainable(samples)
     (steps,) = run(samples, dataclasses.replace(one_lane, max_steps=3 * len(expected)))
@@ -135,7 +143,7 @@ def test_each_pass_has_every_trainable_sample_once_and_in_another_order(samples:
     assert len(set(first) & set(second)) < 50
 
 
-def test_the_shuffle_buffer_mixes_and_a_buffer_of_one_keeps_the_order(samples: TokenizedSamples) -> None:
+def test_the_shuffle_buffer_mixes_and_a_buffer_of_one_keeps_the_order(samples: TableOfSamples) -> None:
     one_lane = dataclasses.replace(SPEC, packs_per_step=1, packing=False, max_steps=40)
     (kept,) = run(samples, dataclasses.replace(one_lane, shuffle_buffer_size=1))
     (mixed,) = run(samples, dataclasses.replace(one_lane, shuffle_buffer_size=200))
@@ -145,9 +153,7 @@ def test_the_shuffle_buffer_mixes_and_a_buffer_of_one_keeps_the_order(samples: T
 
 
 @pytest.mark.parametrize(("weight", "counts"), [(2.0, {2}), (0.5, {0, 1}), (1.0, {1})])
-def test_a_weight_says_how_often_a_pass_has_a_sample(
-    samples: TokenizedSamples, weight: float, counts: set[int]
-) -> None:
+def test_a_weight_says_how_often_a_pass_has_a_sample(samples: TableOfSamples, weight: float, counts: set[int]) -> None:
     spec = dataclasses.replace(
         SPEC, packs_per_step=1, packing=False, shuffle_buffer_size=1, weights={"a": 1.0, "b": weight}
     )
@@ -162,7 +168,7 @@ def test_a_weight_says_how_often_a_pass_has_a_sample(
 
 
 @pytest.mark.parametrize(("ranks", "per_micro_batch"), [(2, 1), (4, 1), (3, 2), (8, 1)])
-def test_steps_are_the_same_on_any_number_of_ranks(samples: TokenizedSamples, ranks: int, per_micro_batch: int) -> None:
+def test_steps_are_the_same_on_any_number_of_ranks(samples: TableOfSamples, ranks: int, per_micro_batch: int) -> None:
     alone, many = run(samples, SPEC), run(samples, SPEC, ranks, per_micro_batch)
     assert rows_by_step(many) == rows_by_step(alone)
     for steps in zip(alone[0], *many, strict=True):
@@ -171,7 +177,7 @@ def test_steps_are_the_same_on_any_number_of_ranks(samples: TokenizedSamples, ra
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 4)])
-def test_a_stream_goes_on_exactly_where_it_was(samples: TokenizedSamples, before: int, after: int) -> None:
+def test_a_stream_goes_on_exactly_where_it_was(samples: TableOfSamples, before: int, after: int) -> None:
     whole = rows_by_step(run(samples, SPEC))
     interrupted = [StreamedFeed(samples, SPEC, rank, before, 1, list) for rank in range(before)]
     # Loader processes make the stream run ahead of what is trained on: that must not move its position.
@@ -187,21 +193,80 @@ def test_a_stream_goes_on_exactly_where_it_was(samples: TokenizedSamples, before
     assert "buffer" in saved["lane3"]
 
 
-def test_fewer_samples_than_packs_per_step_is_an_error(samples: TokenizedSamples) -> None:
-    with pytest.raises(ValueError, match=r"no sample for pack .* lower gradient_accumulation_steps"):
+def test_fewer_samples_than_packs_per_step_is_an_error(samples: TableOfSamples) -> None:
+    with pytest.raises(UserError, match=r"no sample for pack .* lower gradient_accumulation_steps"):
         run(samples, dataclasses.replace(SPEC, packs_per_step=601))
+
+
+class TestRawSamples:
+    """The samples of a real stream."""
+
+    @pytest.fixture
+    def stream(self, tmp_path: Path, tiny_folders: Callable[[str], Path], family: str) -> TrainSpec:
+        spec = make_streamed(tmp_path, tiny_folders(family), family, samples=24)
+        rows = pq.read_table(spec.stream.samples).to_pylist()
+        rewritten(Path(spec.stream.samples), rows, group=5)
+        return spec
+
+    def test_a_stream_is_bit_for_bit_that_of_the_file_tokenised_beforehand(
+        self, stream: TrainSpec, family: str, tmp_path: Path
+    ) -> None:
+        builder = make_builder(AutoConfig.from_pretrained(stream.model.path), family)
+        file = TokenizedFile(tmp_path / "compared.arrow", shard_rows=5)
+        (online,), (offline,) = (run(samples, stream.stream) for samples in (open_raw(stream), file))
+        assert [step.position for step in online] == [step.position for step in offline]
+        for ours, theirs in zip(online, offline, strict=True):
+            for mine, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+                batch, expected = (builder.build(b.samples, vision=b.vision) for b in (mine, other))
+                assert batch.sample_ids == expected.sample_ids
+                for name, tensor in vars(expected).items():
+                    if isinstance(tensor, torch.Tensor):
+                        assert torch.equal(getattr(batch, name), tensor), name
+        assert {s["kind"] for step in online for b in step.micro_batches for s in b.samples} == {
+            *("text", "image", "video")
+        }
+
+    def test_a_stream_of_raw_samples_goes_on_where_it_was(self, stream: TrainSpec) -> None:
+        (whole,) = run(open_raw(stream), stream.stream)
+        feed, resumed = (StreamedFeed(open_raw(stream), stream.stream, 0, 1, 1, list) for _ in range(2))
+        for step in itertools.islice(feed.steps_after(0), 2):
+            feed.finish(step)
+        resumed.load_state_dict(json.loads(json.dumps(feed.state_dict())))
+        assert rows_by_step([list(resumed.steps_after(2))]) == rows_by_step([whole])[2:]
+
+    def test_a_sample_that_is_too_long_is_named_once_or_refused(self, stream: TrainSpec) -> None:
+        long = dataclasses.replace(stream.stream, max_steps=40)
+        (steps,) = run(open_raw(stream), long)
+        assert steps[-1].epoch > 3
+        [left_out] = [bad for step in steps for bad in step.left_out]
+        assert left_out.sample_id == f"source/{OVERLONG}"
+        assert "do not fit into a pack (packing_length 128" in left_out.reason
+        refusing = dataclasses.replace(long, filter_overlong=False)
+        with pytest.raises(UserError, match=rf"'source/{OVERLONG}': its \d+ tokens .* filter_overlong: true"):
+            run(open_raw(stream), refusing)
+
+    def test_a_sample_that_cannot_be_tokenised_is_named_or_refused(self, stream: TrainSpec) -> None:
+        rows = pq.read_table(stream.stream.samples).to_pylist()
+        rows[3]["messages"] = json.dumps([{"role": "user", "content": [{"type": "text", "text": "which digit?"}]}])
+        rewritten(Path(stream.stream.samples), rows, group=5)
+        with pytest.raises(UserError, match="'source/3' has no assistant turn"):
+            run(open_raw(stream), dataclasses.replace(stream.stream, max_steps=20))
+        (steps,) = run(open_raw(stream, skip_bad_samples=True), dataclasses.replace(stream.stream, max_steps=20))
+        left_out = {bad.sample_id for step in steps for bad in step.left_out}
+        assert left_out == {"source/3", f"source/{OVERLONG}"}
+        assert 3 not in {row for rows in rows_by_step([steps]) for row in rows}
 
 
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]) -> Iterator[TrainSpec]:
     """A stream of text, images and clips that two ranks trained on for four steps, with a checkpoint after each."""
-    base = make_training(tmp_path_factory.mktemp("streamed"), tiny_folders("qwen3_vl"), "qwen3_vl", packs_per_step=2)
+    base = make_streamed(tmp_path_factory.mktemp("streamed"), tiny_folders("qwen3_vl"), "qwen3_vl")
     training = changed(
         base,
         Path(base.run.output_dir),
         run={"save_steps": 1, "save_total_limit": 4},
-        stream={"max_steps": 4, "packing": False},
-        data={"pack_plan": "/nonexistent", "num_workers": 1},
+        stream={"packing": False},
+        data={"num_workers": 1},
     )
     trained(training, nproc=2)
     return training
@@ -220,6 +285,8 @@ def test_training_on_a_stream_goes_on_as_if_uninterrupted(streamed: TrainSpec, t
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     for key in ("tokens", "supervised_tokens", "epoch"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected])
+    [left_out] = [json.loads(row) for row in (Path(actual.run.output_dir) / "skipped.jsonl").read_text().splitlines()]
+    assert left_out["sample_id"] == f"source/{OVERLONG}"
     result, before = (
         json.loads((Path(training.run.output_dir) / "result.json").read_text()) for training in (actual, streamed)
     )

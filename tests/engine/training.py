@@ -111,6 +111,7 @@ def make_training(
             on_bad_sample="raise",
         ),
         stream=spec.StreamSpec(
+            samples="",
             max_steps=0,
             packs_per_step=packs_per_step,
             packing=True,
@@ -119,7 +120,8 @@ def make_training(
             packing_vit_patches=None,
             shuffle_buffer_size=8,
             weights={"a": 1.0, "b": 1.0},
-            tokens_per_epoch=float(sum(sample["length"] for sample in samples)),
+            samples_per_epoch=float(len(samples)),
+            filter_overlong=True,
             seed=0,
         ),
         optim=spec.OptimSpec(

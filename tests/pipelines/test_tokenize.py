@@ -109,6 +109,7 @@ def run(
         }
         | {name: FolderDataset(filepath=str(folder / name)) for name in ("video_frames", "base_model")}
         | {"tokenized_samples": FileDataset(filepath=str(folder / "tokenized.arrow"))}
+        | {"stream_samples": FileDataset(filepath=str(folder / "stream.parquet"))}
         | {"plan_summary": JSONDataset(filepath=str(folder / "plan_summary.json"))}
     )
     SequentialRunner().run(create_sample() + create_tokenize(), catalog)
@@ -205,7 +206,7 @@ def test_sizes_that_are_not_those_of_the_files_stop_the_stage(
 ) -> None:
     wrong = media_index.assign(width=media_index["width"].where(media_index["type"] != "image", 300))
     with pytest.raises(UserError, match=r"the processor makes \d+ tokens and \d+ patches of .*, but"):
-        tokenize(valid_samples, wrong, run["video_frames"], run["base_model"], model)
+        tokenize(valid_samples, wrong, run["video_frames"], run["base_model"], model, BATCHING)
 
 
 def test_the_tiny_model_is_a_folder_that_plain_transformers_loads(run: dict[str, Any], model: ModelConfig) -> None:
@@ -252,7 +253,7 @@ def test_a_model_of_another_family_is_an_error(
 
 
 def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan(run["tokenized_samples"], BATCHING, INGEST)
+    plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
     printed = capsys.readouterr().out
     summary = run["plan_summary"]
     for text in (f"{summary['packs']} of 256 tokens", f"{summary['tokens']:,}", "1 left out, the first is source/8"):
@@ -260,7 +261,7 @@ def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.Capt
 
 
 def test_each_source_is_summed_up_and_printed(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan(run["tokenized_samples"], BATCHING, INGEST)
+    plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
     printed = capsys.readouterr().out
     summary = run["plan_summary"]
     [source] = summary["sources"]

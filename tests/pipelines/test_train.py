@@ -27,7 +27,7 @@ from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from tests.engine.training import changed, make_training
 
 MODEL = ModelConfig(processor_type="qwen3_vl")
-SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc", "tokens_per_epoch": 1000.0}
+SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc", "samples_per_epoch": 100.0}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_parameters_that_the_tokens_were_not_made_for_are_refused(tmp_path: Path
     changed_model = MODEL.model_copy(update={"image_max_pixels": 9999})
     ingest = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
     with pytest.raises(UserError, match=r"model.image_max_pixels = 1003520, but this run has 9999.*sample,tokenize"):
-        _check_inputs(tmp_path, tmp_path / "t.arrow", SUMMARY, changed_model, BatchingConfig(), ingest)
+        _check_inputs(tmp_path, [tmp_path / "t.arrow"], SUMMARY, changed_model, BatchingConfig(), ingest)
 
 
 class TestPublishing:
@@ -99,6 +99,7 @@ class TestSpec:
         return make_spec(
             base_model=folder,
             tokenized_samples=Path("tokenized.arrow"),
+            stream_samples=Path("stream.parquet"),
             pack_plan=Path("plan.parquet"),
             video_frames=Path("frames"),
             plan_summary=SUMMARY,

@@ -45,6 +45,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
         ({"model": {"attn_implementation": "flash_attention_2"}}, "'flash_attention_2' needs the package|runs on CUDA"),
         ({"model": {"vit_attn_implementation": "torch_varlen"}}, "vit_attn_implementation 'torch_varlen' runs on CUDA"),
         ({"model": {"attn_implementation": "torch_varlen"}, "data": {"rmpad": False}}, "knows no padding"),
+        ({"stream": {"max_steps": 9}, "validation": {"strategy": "epoch"}}, "'epoch' needs a plan, .*: use 'steps'"),
         ({"optim": {"optim": "adamw_8bit"}}, "needs the package torchao: install it"),
     ],
 )

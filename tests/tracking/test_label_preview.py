@@ -50,9 +50,11 @@ def made(model: ModelConfig, valid_samples: pd.DataFrame, tmp_path_factory: pyte
     side = 2 * model.patch_size
     write_store(folder / "frames", {"clip.mp4": (range(0, 12, 2), 4.0, (2 * side, 3 * side))})
     prepare_base_model(valid_samples, model)(folder / "base")
-    tokenize(valid_samples, media_index, folder / "frames", folder / "base", model)(folder / "tokenized.arrow")
+    tokenize(valid_samples, media_index, folder / "frames", folder / "base", model, BatchingConfig())[0](
+        folder / "tokenized.arrow"
+    )
     ingest = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "json"}])
-    summary = plan(folder / "tokenized.arrow", BatchingConfig(), ingest)[1]
+    summary = plan(folder / "tokenized.arrow", folder / "stream_samples.parquet", BatchingConfig(), ingest)[1]
     tokenized, base = folder / "tokenized.arrow", folder / "base"
     return {"samples": TokenizedSamples(tokenized), "processor": load_processor(base, model)} | {
         "pages": [preview(tokenized, summary, base, model)[1] for _ in range(2)]

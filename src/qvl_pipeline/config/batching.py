@@ -14,8 +14,8 @@ class BatchingConfig(Block):
 
     Attributes:
         dataset_type: `vision` and `qwen3_vl` are map-style: the whole training is planned before it starts. Of the
-            iterable types `vision_iterable` and `qwen3_vl_iterable`, samples are shuffled and packed as they are read,
-            without a plan, for `max_steps` steps, however many passes that takes.
+            iterable types `vision_iterable` and `qwen3_vl_iterable`, samples are tokenised, shuffled and packed as they
+            are read, without a plan, for `max_steps` steps, however many passes that takes.
         packing: Several samples per pack; otherwise each pack is one sample.
         packing_strategy: `best_fit` (best-fit-decreasing over the whole epoch) fills packs best. `first_fit` keeps the
             shuffled order. `balanced` makes packs of equal work, counting attention and vision tower: ranks wait less

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
 from qvl_pipeline.data.packing import PATCH_COST, Packs, balanced, best_fit, first_fit, llm_cost, one_each
@@ -27,6 +29,7 @@ _WITHOUT = {
     "train": "nothing would be trained",
     "eval": "set train.eval_strategy to 'no', or give a source 'split: eval' or set ingest.eval_fraction",
 }
+_NO_WEIGHT = "the weights of the sources leave no sample to train on: raise ingest.datasets[].weight"
 _STRATEGIES = {"best_fit": best_fit, "first_fit": first_fit, "balanced": balanced}
 
 
@@ -56,31 +59,18 @@ def make_plan(
 
     Returns:
         The tables `pack_plan` and `plan_summary` of the contract. `samples` counts the different samples that are
-        trained on; `epochs` is the number of passes over them, a fraction when `max_steps` ends inside of one. For
-        iterable types the plan is empty, and what only its packs would tell is `None`.
+        trained on; `epochs` is the number of passes over them, a fraction when `max_steps` ends inside of one.
 
     Raises:
         UserError: There is nothing to train on, a source is not declared any more, or samples are longer than a pack
             while `filter_overlong` is false.
     """
     samples, overlong = _samples(TokenizedSamples(tokenized_path), "train", batching)
-    undeclared = sorted(set(samples.sources.tolist()) - set(weights))
-    if undeclared:
-        raise UserError(f"source '{undeclared[0]}' is not declared in ingest.datasets any more: run 'ingest' and on")
+    _refuse_undeclared(samples.sources.tolist(), weights)
     per_epoch = sum(weights[source] for source in samples.sources)
-    streamed = batching.streamed
-    packs = None if streamed or per_epoch < 1 else _run_packs(samples, batching, weights)
-    if per_epoch < 1 or not (packs or streamed):
-        raise UserError("the weights of the sources leave no sample to train on: raise ingest.datasets[].weight")
-    tokens_per_epoch = sum(weights[s] * n for s, n in zip(samples.sources, samples.tokens.tolist(), strict=True))
-    facts = {
-        "packing_length": batching.packing_length,
-        "tokens_per_epoch": tokens_per_epoch,
-        "fingerprint": plan_fingerprint(tokenized_path, batching, weights),
-        "overlong": overlong,
-    }
-    if packs is None:
-        return _plan_of_a_stream(samples, batching, facts)
+    packs = _run_packs(samples, batching, weights) if per_epoch >= 1 else None
+    if not packs:
+        raise UserError(_NO_WEIGHT)
     plan, work = _plan_table(packs, samples, batching.packs_per_step)
     tokens = int(plan["tokens"].sum())
     return plan, {
@@ -92,7 +82,10 @@ def make_plan(
         "fill": tokens / (len(plan) * batching.packing_length),
         "imbalance": {part: imbalance(plan, values, batching.data_parallel_size) for part, values in work.items()},
         "epochs": len(packs.samples) / per_epoch,
-        **facts,
+        "packing_length": batching.packing_length,
+        "samples_per_epoch": per_epoch,
+        "fingerprint": plan_fingerprint([tokenized_path], batching, weights),
+        "overlong": overlong,
     }
 
 
@@ -116,18 +109,47 @@ def make_eval_plan(tokenized_path: Path, batching: BatchingConfig) -> pd.DataFra
     return _plan_table(packs, samples, packs_per_step=len(packs))[0]
 
 
-def _plan_of_a_stream(
-    samples: _Samples, batching: BatchingConfig, facts: dict[str, Any]
+def plan_stream(
+    stream_path: Path, tokenized_path: Path, batching: BatchingConfig, weights: Mapping[str, float]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return an empty plan, and what is known of a stream before it runs: all but what depends on its packs."""
+    """Say what is known of a stream before it runs: all but what its tokens and packs would tell.
+
+    Args:
+        stream_path: File of `stream_samples`.
+        tokenized_path: File of `tokenized_samples`, which has some of them, to be looked at.
+        batching: Parameters of the stream.
+        weights: How often each sample of a source is seen per pass.
+
+    Returns:
+        An empty `pack_plan`, and `plan_summary` with `None` for what is not known. `previewed` counts the training
+        samples that are tokenised, and `overlong` is of those.
+
+    Raises:
+        UserError: As for a plan; samples that are too long are refused here when they are among those tokenised.
+    """
+    previewed, overlong = _samples(TokenizedSamples(tokenized_path), "train", batching)
+    sources = Counter(pq.read_table(stream_path, columns=["source"])["source"].to_pylist())
+    _refuse_undeclared(sources, weights)
+    per_epoch = sum(weights[source] * samples for source, samples in sources.items())
+    if per_epoch < 1:
+        raise UserError(_NO_WEIGHT)
     nothing = Packs(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
-    plan, _ = _plan_table(nothing, samples, batching.packs_per_step)
-    known = {
+    return _plan_table(nothing, previewed, batching.packs_per_step)[0], {
         "steps": batching.max_steps,
         "packs": batching.max_steps * batching.packs_per_step,
-        "samples": len(samples.rows),
+        "samples": sources.total(),
+        "previewed": len(previewed.rows) + len(overlong),
+        **dict.fromkeys(["tokens", "supervised_tokens", "fill", "imbalance", "epochs"]),
+        "packing_length": batching.packing_length,
+        "samples_per_epoch": per_epoch,
+        "fingerprint": plan_fingerprint([tokenized_path, stream_path], batching, weights),
+        "overlong": overlong,
     }
-    return plan, known | dict.fromkeys(["tokens", "supervised_tokens", "fill", "imbalance", "epochs"]) | facts
+
+
+def _refuse_undeclared(sources: Iterable[str], weights: Mapping[str, float]) -> None:
+    if undeclared := sorted(set(sources) - set(weights)):
+        raise UserError(f"source '{undeclared[0]}' is not declared in ingest.datasets any more: run 'ingest' and on")
 
 
 def source_weights(ingest: IngestConfig) -> dict[str, float]:
@@ -135,21 +157,25 @@ def source_weights(ingest: IngestConfig) -> dict[str, float]:
     return {source.name: source.weight * source.repeat for source in ingest.datasets}
 
 
-def plan_fingerprint(tokenized_path: Path, batching: BatchingConfig, weights: Mapping[str, float]) -> str:
+def plan_fingerprint(files: Sequence[Path], batching: BatchingConfig, weights: Mapping[str, float]) -> str:
     """Fingerprint of everything a plan depends on.
 
     Args:
-        tokenized_path: File of `tokenized_samples`; its content counts, not its place.
+        files: `tokenized_samples`, and for a stream `stream_samples` too; their content counts, not their place.
         batching: Parameters of the plan.
         weights: Weight of each source.
 
     Returns:
         Hexadecimal SHA-256.
     """
-    with Path(tokenized_path).open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = "".join(_sha256(path) for path in files)
     settings = {"version": PLAN_VERSION, "batching": batching.model_dump(mode="json"), "weights": dict(weights)}
     return hashlib.sha256((content + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) -> tuple[_Samples, list[str]]:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,25 @@ class _MicroBatches(Dataset[Batch]):
     """Micro-batches, built when asked for; reads the tokenized samples in the process that builds."""
 
     def __init__(self, tokenized: Path, builder: BatchBuilder, *, skip_bad_samples: bool) -> None:
-        self._samples = TokenizedSamples(tokenized)
+        self._tokenized = tokenized
         self._builder = builder
         self._skips = skip_bad_samples
 
+    @cached_property
+    def _samples(self) -> TokenizedSamples:
+        return TokenizedSamples(self._tokenized)  # a stream does without
+
+    def _rows(self, micro_batch: MicroBatch) -> Sequence[dict[str, Any]]:
+        if micro_batch.samples is not None:
+            return micro_batch.samples
+        return [self._samples.row(row) for row in micro_batch.sample_rows]
+
     def sample_ids(self, micro_batch: MicroBatch) -> list[str]:
-        return [self._samples.row(row)["sample_id"] for row in micro_batch.sample_rows]
+        return [row["sample_id"] for row in self._rows(micro_batch)]
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch | BadSample:
         """Build a batch, or say which sample cannot be used: an exception would reach the trainer as a wall of text."""
-        rows = [self._samples.row(row) for row in micro_batch.sample_rows]
+        rows = self._rows(micro_batch)
         try:
             return self._builder.build(rows, vision=micro_batch.vision)
         except Exception:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from qvl_pipeline.engine.batch import BadSample
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,17 @@ class Pack:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank computes in one forward and backward pass; `vision`: some rank has media in it."""
+    """What one rank computes in one forward and backward pass.
+
+    Attributes:
+        sample_rows: Rows of `tokenized_samples`, or of `stream_samples`.
+        vision: Some rank has media in it.
+        samples: The samples themselves, where they were tokenised as they were read.
+    """
 
     sample_rows: tuple[int, ...]
     vision: bool
+    samples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Step:
         supervised_tokens: Trained tokens over all ranks: the denominator of the loss.
         epoch: Passes over the data after this step.
         position: Where a stream is after this step; `None` for a plan, whose position is the step.
+        left_out: Samples that this rank's part of a stream met for the first time, and cannot be trained on.
     """
 
     number: int
@@ -49,6 +59,7 @@ class Step:
     supervised_tokens: int
     epoch: float
     position: dict[str, str] | None = None
+    left_out: tuple[BadSample, ...] = ()
 
 
 def read_plan(path: Path) -> list[list[Pack]]:

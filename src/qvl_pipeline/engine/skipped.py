@@ -1,4 +1,4 @@
-"""Samples that were left out because their media failed: counted, named, and taken out of the loss."""
+"""Samples that were left out because they or their media failed: counted, named, and taken out of the loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from qvl_pipeline.engine.batch import BadSample
 class SkippedSamples:
     """What all ranks left out. Ranks exchange it where metrics are logged, and only where skipping is allowed."""
 
-    def __init__(self, path: Path, *, allowed: bool) -> None:
+    def __init__(self, path: Path, *, allowed: bool, streamed: bool = False) -> None:
         """Start with nothing skipped.
 
         Args:
             path: The file `skipped.jsonl`, written by rank 0.
-            allowed: Samples may be skipped.
+            allowed: Samples may be skipped whose media fail.
+            streamed: Samples are left out as they are read, before their tokens count.
         """
-        self._path, self._allowed = path, allowed
+        self._path, self._allowed, self._reports = path, allowed, allowed or streamed
         self._found: list[dict[str, Any]] = []
         self._tokens = 0
 
@@ -57,12 +58,13 @@ class SkippedSamples:
 
     def report(self) -> int:
         """Write down what was skipped since the last call, on any rank, and count it; called by all ranks."""
-        if not self._allowed:
+        if not self._reports:
             return 0
         gathered: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, self._found)
         self._found = []
-        rows = [row for found in gathered for row in found]
+        # Ranks that share a pack have found the same.
+        rows = list({(row["step"], row["sample_id"]): row for found in gathered for row in found}.values())
         if rows and dist.get_rank() == 0:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["step"]))

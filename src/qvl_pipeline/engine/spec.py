@@ -114,18 +114,21 @@ class StreamSpec:
     """Training without a plan: samples are shuffled and packed as they are read.
 
     Attributes:
+        samples: Parquet file of `stream_samples`.
         max_steps: Steps to train; 0 follows the plan instead.
         packs_per_step: Packs of one step over all ranks.
         packing: Several samples per pack; otherwise each is one.
         packing_strategy: `best_fit` or `first_fit`.
-        packing_length: Token budget of a pack; longer samples are left out.
+        packing_length: Token budget of a pack.
         packing_vit_patches: Patch budget of a pack.
         shuffle_buffer_size: Samples that the next one is drawn from, over all ranks.
         weights: How often a sample of each source is seen per pass.
-        tokens_per_epoch: Tokens of one pass.
+        samples_per_epoch: Samples of one pass, those that are left out included.
+        filter_overlong: Leave out samples that do not fit into a pack; otherwise the first is an error.
         seed: Seed of the order.
     """
 
+    samples: str
     max_steps: int
     packs_per_step: int
     packing: bool
@@ -134,7 +137,8 @@ class StreamSpec:
     packing_vit_patches: int | None
     shuffle_buffer_size: int
     weights: dict[str, float]
-    tokens_per_epoch: float
+    samples_per_epoch: float
+    filter_overlong: bool
     seed: int
 
 

@@ -1,32 +1,53 @@
-"""Steps without a plan: samples are read shard by shard, shuffled and packed as they come.
+"""Steps without a plan: samples are read, tokenised, shuffled and packed while training goes on.
 
 The stream has as many lanes as a step has packs. Each lane reads rows of its own, has its own shuffle buffer and
 packer, and gives one pack to every step; rank `r` of `R` runs the lanes `r, r + R, …`. So the steps are the same on any
 number of ranks, and a stream goes on exactly where it was, on any number of ranks: each lane is saved by itself.
+
+The lanes of a rank run in a process of their own, ahead of training; only sums over ranks are made in the trainer.s.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from math import ceil, floor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
 
+from qvl_pipeline.engine.batch import BadSample
 from qvl_pipeline.engine.feed import MicroBatch, Step
 from qvl_pipeline.engine.spec import StreamSpec
-from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.engine.stopping import ignore_stop_signals
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.tokens.raw_samples import Unusable
 
 # Samples that a lane chooses from when it fills a pack: with 64 of log-normal lengths, packs are 99 % full.
 PACK_WINDOW = 64
-
-_COLUMNS = ("split", "source", "length", "vit_patches", "supervised_tokens")
+# Samples that a lane tokenises together.
+TOKENISED_TOGETHER = 16
+# Steps whose packs are made ahead.
+STEPS_AHEAD = 2
 
 Exchange = Callable[[Sequence[int]], list[int]]
+
+
+class Samples(Protocol):
+    """Where a stream comes from: `tokens.raw_samples.RawSamples`."""
+
+    num_shards: int
+
+    def sources(self, shard: int) -> tuple[int, list[str]]:
+        """Return the number of a shard's first row, and the source of each of its rows."""
+
+    def samples(self, rows: Sequence[int]) -> list[dict[str, Any] | Unusable]:
+        """Tokenise rows, by their numbers."""
 
 
 def host_sum(copies: int) -> Exchange:
@@ -52,7 +73,7 @@ class StreamedFeed:
 
     def __init__(
         self,
-        samples: TokenizedSamples,
+        samples: Samples,
         spec: StreamSpec,
         rank: int,
         world_size: int,
@@ -60,12 +81,13 @@ class StreamedFeed:
         exchange: Exchange,
         *,
         always_vision: bool = False,
+        aside: bool = False,
     ) -> None:
         """Stand at the beginning of the stream.
 
         Args:
-            samples: The tokenized samples.
-            spec: How they are shuffled and packed.
+            samples: Where it comes from.
+            spec: How samples are shuffled and packed.
             rank: Data-parallel rank.
             world_size: Data-parallel ranks.
             packs_per_micro_batch: Packs in one forward pass.
@@ -73,51 +95,67 @@ class StreamedFeed:
                 step is prepared: that is how each knows the tokens of all, and in which micro-batches some rank has
                 media.
             always_vision: Call the vision tower in every micro-batch.
+            aside: Read, tokenise and pack in a process aside.
         """
         self.max_steps = spec.max_steps
-        self.tokens = self.supervised_tokens = 0
-        self._spec, self._exchange, self._always_vision = spec, exchange, always_vision
+        self.tokens = self.supervised_tokens = self._passed = 0
+        self._spec, self._exchange, self._always_vision, self._aside = spec, exchange, always_vision, aside
         self._packs_per_micro_batch = packs_per_micro_batch
         self._micro_batches = ceil(ceil(spec.packs_per_step / world_size) / packs_per_micro_batch)
-        shards = _Shards(samples)
-        self._lanes = [Lane(number, shards, spec) for number in range(rank, spec.packs_per_step, world_size)]
-        self._position = self._where(0, 0)
+        self._lanes = [Lane(number, samples, spec) for number in range(rank, spec.packs_per_step, world_size)]
+        self._position = _position(self._lanes, 0, 0, 0)
 
     def steps_after(self, done: int) -> Iterator[Step]:
-        """Prepare the steps after `done`, one after the other, when asked for the next."""
-        tokens, supervised_tokens = self.tokens, self.supervised_tokens
+        """Prepare the steps after `done`, one after the other, when asked for the next.
+
+        Raises:
+            UserError: A sample cannot be used and may not be left out, or there are fewer samples than packs per step.
+        """
+        tokens, supervised_tokens, passed = self.tokens, self.supervised_tokens, self._passed
+        made = iter(self._loader(self.max_steps - done))
         for number in range(done + 1, self.max_steps + 1):
-            packs = [lane.next_pack() for lane in self._lanes]
+            share = next(made)
+            if isinstance(share, UserError):
+                raise share
             starts = range(0, self._micro_batches * self._packs_per_micro_batch, self._packs_per_micro_batch)
-            parts = [packs[start : start + self._packs_per_micro_batch] for start in starts]
-            rows = [[row for pack in part for row in pack] for part in parts]
-            lengths, supervised = (sum(row[fact] for part in rows for row in part) for fact in (1, 3))
-            here = [lengths, supervised, *(sum(row[2] for row in part) for part in rows)]
-            step_tokens, step_supervised, *vision = self._exchange(here)
-            tokens += step_tokens
-            supervised_tokens += step_supervised
+            parts = [share.packs[start : start + self._packs_per_micro_batch] for start in starts]
+            parts = [[sample for pack in part for sample in pack] for part in parts]
+            mine = [sample for part in parts for sample in part]
+            facts = [sum(sample[fact] for sample in mine) for fact in ("length", "supervised_tokens")]
+            patches = [sum(sample["vit_patches"] for sample in part) for part in parts]
+            facts = self._exchange([*facts, len(mine) + share.passed_over, *patches])
+            step_tokens, step_supervised, step_passed, *vision = facts
+            tokens, supervised_tokens = tokens + step_tokens, supervised_tokens + step_supervised
+            passed += step_passed
             yield Step(
                 number=number,
                 micro_batches=tuple(
-                    MicroBatch(tuple(row[0] for row in part), self._always_vision or bool(media))
-                    for part, media in zip(rows, vision, strict=True)
+                    MicroBatch(tuple(s["row"] for s in part), self._always_vision or bool(media), tuple(part))
+                    for part, media in zip(parts, vision, strict=True)
                 ),
                 packs=self._spec.packs_per_step,
                 tokens=step_tokens,
                 supervised_tokens=step_supervised,
-                epoch=tokens / self._spec.tokens_per_epoch,
-                position=self._where(tokens, supervised_tokens),
+                epoch=passed / self._spec.samples_per_epoch,
+                position=_position((), tokens, supervised_tokens, passed) | share.lanes,
+                left_out=share.left_out,
             )
 
-    def _where(self, tokens: int, supervised_tokens: int) -> dict[str, str]:
-        lanes = {f"lane{lane.number}": json.dumps(lane.state()) for lane in self._lanes}
-        return {"tokens": json.dumps([tokens, supervised_tokens])} | lanes
+    def _loader(self, steps: int) -> DataLoader:
+        return DataLoader(
+            _Shares(self._lanes, steps),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=int(self._aside),
+            prefetch_factor=STEPS_AHEAD if self._aside else None,
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),  # training must not notice in its own
+        )
 
     def finish(self, step: Step) -> None:
         """Move on to the position after `step`; steps that are prepared ahead do not count."""
         self._position = step.position
-        self.tokens += step.tokens
-        self.supervised_tokens += step.supervised_tokens
+        self.tokens, self.supervised_tokens, self._passed = json.loads(step.position["counts"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last finished step: that of each lane of this rank, by the lane's name."""
@@ -126,46 +164,66 @@ class StreamedFeed:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a position; `state_dict` has the lanes of this rank, whichever ranks saved them."""
         self._position = dict(state_dict)
-        self.tokens, self.supervised_tokens = json.loads(state_dict["tokens"])
+        self.tokens, self.supervised_tokens, self._passed = json.loads(state_dict["counts"])
         for lane in self._lanes:
             lane.restore(json.loads(state_dict[f"lane{lane.number}"]))
 
 
-class _Shards:
-    """The rows of each shard that can be trained on; lanes read the same shards at about the same time."""
-
-    def __init__(self, samples: TokenizedSamples) -> None:
-        self._samples = samples
-        self.count = samples.num_shards
-        self.read = lru_cache(maxsize=8)(self._read)
-
-    def _read(self, number: int) -> tuple[int, list[tuple[Any, ...]]]:
-        return self._samples.shard(number, _COLUMNS)
-
-    def facts(self, row: int) -> _Row:
-        found = self._samples.row(row)
-        return row, found["length"], found["vit_patches"], found["supervised_tokens"]
+def _position(lanes: Sequence[Lane], *counts: int) -> dict[str, str]:
+    """A position as plain values: tokens, supervised tokens and samples so far, and the state of each lane."""
+    return {"counts": json.dumps(counts)} | {f"lane{lane.number}": json.dumps(lane.state()) for lane in lanes}
 
 
-# Row of `tokenized_samples`, tokens, vision patches, supervised tokens.
-_Row = tuple[int, int, int, int]
+@dataclass(frozen=True)
+class _Share:
+    """What a rank's lanes give to one step: a pack each, and what they passed over on the way."""
+
+    packs: list[list[dict[str, Any]]]
+    lanes: dict[str, str]
+    passed_over: int
+    left_out: tuple[BadSample, ...]
+
+
+class _Shares(IterableDataset[_Share]):
+    """The shares of the next steps. An error is an item too: as an exception it would come as a wall of text."""
+
+    def __init__(self, lanes: Sequence[Lane], steps: int) -> None:
+        self._lanes, self._steps = lanes, steps
+
+    def __iter__(self) -> Iterator[_Share | UserError]:
+        for _ in range(self._steps):
+            try:
+                packs = [lane.next_pack() for lane in self._lanes]
+            except UserError as error:
+                yield error
+                return
+            position = _position(self._lanes)
+            del position["counts"]
+            passed = [lane.take_passed_over() for lane in self._lanes]
+            left_out = tuple(bad for _, bads in passed for bad in bads)
+            yield _Share(packs, position, sum(count for count, _ in passed), left_out)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class Lane:
     """One pack of every step: the rows whose number leaves `lane number` when divided by the number of lanes."""
 
-    def __init__(self, number: int, shards: _Shards, spec: StreamSpec) -> None:
+    def __init__(self, number: int, samples: Samples, spec: StreamSpec) -> None:
         """Stand before the first row."""
         self.number = number
-        self._shards, self._spec = shards, spec
+        self._samples, self._spec = samples, spec
         self._max_patches = spec.packing_vit_patches or 2**62
         self._buffer_size = max(1, ceil(spec.shuffle_buffer_size / spec.packs_per_step))
         self._random = np.random.default_rng([spec.seed, number])
-        self._buffer: list[_Row] = []
-        self._window: list[_Row] = []
+        self._buffer: list[dict[str, Any]] = []
+        self._window: list[dict[str, Any]] = []
+        self._passed_over, self._left_out = 0, []
         self._enter(0, 0, 0)
 
-    def next_pack(self) -> list[_Row]:
+    def next_pack(self) -> list[dict[str, Any]]:
         """Take the samples of the next pack.
 
         The one that waited longest comes first, so none waits for ever. Then those that fit: for `best_fit` the largest
@@ -180,53 +238,97 @@ class Lane:
         taken: set[int] = set()
         tokens = patches = 0
         for place in order:
-            _, length, cost, _ = self._window[place]
+            length, cost = self._window[place]["length"], self._window[place]["vit_patches"]
             if tokens + length <= spec.packing_length and patches + cost <= self._max_patches:
                 taken.add(place)
                 tokens, patches = tokens + length, patches + cost
         pack = [self._window[place] for place in sorted(taken)]
-        self._window = [row for place, row in enumerate(self._window) if place not in taken]
+        self._window = [sample for place, sample in enumerate(self._window) if place not in taken]
         return pack
 
-    def _size(self, row: _Row) -> float:
-        return max(row[1] / self._spec.packing_length, row[2] / self._max_patches)
+    def take_passed_over(self) -> tuple[int, list[BadSample]]:
+        """How many samples were read since the last call and not used, and those of them that were so for once."""
+        taken = self._passed_over, self._left_out
+        self._passed_over, self._left_out = 0, []
+        return taken
 
-    def _draw(self) -> _Row:
-        """Take a random row out of the shuffle buffer, and put the next one that is read into its place."""
+    def _size(self, sample: dict[str, Any]) -> float:
+        return max(sample["length"] / self._spec.packing_length, sample["vit_patches"] / self._max_patches)
+
+    def _draw(self) -> dict[str, Any]:
+        """Take a random sample out of the shuffle buffer, and put the next one that is read into its place."""
         while len(self._buffer) < self._buffer_size:
             self._buffer.append(self._read())
         place = int(self._random.integers(len(self._buffer)))
-        row, self._buffer[place] = self._buffer[place], self._read()
-        return row
+        sample, self._buffer[place] = self._buffer[place], self._read()
+        return sample
 
-    def _read(self) -> _Row:
+    def _read(self) -> dict[str, Any]:
+        """Read on to the next sample that can be used."""
         visited = 0
-        while self._offset == len(self._rows):
-            if visited > 2 * self._shards.count / min(1.0, *self._spec.weights.values()):
-                raise ValueError(
-                    f"the stream has no sample for pack {self.number} of a step: there are fewer samples to train on "
-                    f"than packs per step ({self._spec.packs_per_step}); lower gradient_accumulation_steps"
+        while True:
+            while self._offset == len(self._rows):
+                if visited > 2 * self._samples.num_shards / min(1.0, *self._spec.weights.values()):
+                    raise UserError(
+                        f"the stream has no sample for pack {self.number} of a step: there are fewer samples to train "
+                        f"on than packs per step ({self._spec.packs_per_step}); lower gradient_accumulation_steps"
+                    )
+                visited += 1
+                self._enter(self._epoch, self._shard + 1, 0)
+            if not self._tokenised:
+                rows = self._rows[self._offset : self._offset + TOKENISED_TOGETHER]
+                self._tokenised.extend(self._tokenise(rows))
+            sample = self._tokenised.popleft()
+            self._offset += 1
+            reason = self._why_not(sample)
+            if not reason:
+                return sample
+            self._pass_over(sample, reason)
+
+    def _tokenise(self, rows: Sequence[int]) -> list[dict[str, Any] | Unusable]:
+        samples = self._samples.samples(rows) if rows else []
+        return [s if isinstance(s, Unusable) else s | {"row": row} for row, s in zip(rows, samples, strict=True)]
+
+    def _why_not(self, sample: dict[str, Any] | Unusable) -> str:
+        """Say why a sample cannot be used, or nothing when it can."""
+        if isinstance(sample, Unusable):
+            return sample.reason
+        spec = self._spec
+        if sample["length"] > spec.packing_length or sample["vit_patches"] > self._max_patches:
+            reason = (
+                f"its {sample['length']} tokens and {sample['vit_patches']} patches do not fit into a pack "
+                f"(packing_length {spec.packing_length}, packing_vit_patches {spec.packing_vit_patches})"
+            )
+            if not spec.filter_overlong:
+                raise UserError(
+                    f"sample '{sample['sample_id']}': {reason}: raise the budget, or set filter_overlong: true to "
+                    "leave such samples out"
                 )
-            visited += 1
-            self._enter(self._epoch, self._shard + 1, 0)
-        self._offset += 1
-        return self._rows[self._offset - 1]
+            return reason
+        return "" if sample["supervised_tokens"] else "it has no token to train on"
+
+    def _pass_over(self, sample: dict[str, Any] | Unusable, reason: str) -> None:
+        """Count a sample that is not used; the first time it is met, name it too."""
+        self._passed_over += 1
+        row, repeated = self._rows[self._offset - 1], self._rows[self._offset - 2 : self._offset - 1]
+        if [row] != repeated and _drawn_until(row, self._epoch, self._weights[row]) == 0:
+            name = sample.sample_id if isinstance(sample, Unusable) else sample["sample_id"]
+            self._left_out.append(BadSample(name, 0, reason))
 
     def _enter(self, epoch: int, shard: int, offset: int) -> None:
         """Go to row `offset` of this lane in the `shard`-th shard of a pass; each pass has its own order of shards."""
-        if shard == self._shards.count:
+        if shard == self._samples.num_shards:
             epoch, shard = epoch + 1, 0
         self._epoch, self._shard, self._offset = epoch, shard, offset
-        order = np.random.default_rng([self._spec.seed, epoch]).permutation(self._shards.count)
-        start, values = self._shards.read(int(order[shard]))
-        spec, lanes = self._spec, self._spec.packs_per_step
+        order = np.random.default_rng([self._spec.seed, epoch]).permutation(self._samples.num_shards)
+        start, sources = self._samples.sources(int(order[shard]))
+        lanes = self._spec.packs_per_step
+        places = range((self.number - start) % lanes, len(sources), lanes)
+        self._weights = {start + place: self._spec.weights[sources[place]] for place in places}
         self._rows = []
-        for place in range((self.number - start) % lanes, len(values), lanes):
-            split, source, *facts = values[place]
-            too_long = facts[0] > spec.packing_length or facts[1] > self._max_patches
-            if split == "train" and not too_long:
-                row = (start + place, *facts)
-                self._rows += [row] * _repetitions(row[0], epoch, spec.weights[source])
+        for row, weight in self._weights.items():
+            self._rows += [row] * (_drawn_until(row, epoch + 1, weight) - _drawn_until(row, epoch, weight))
+        self._tokenised: deque[dict[str, Any] | Unusable] = deque()
 
     def state(self) -> dict[str, Any]:
         """Return the position as plain values: rows by their number, no tokens and no pixels."""
@@ -234,20 +336,20 @@ class Lane:
             "epoch": self._epoch,
             "shard": self._shard,
             "offset": self._offset,
-            "buffer": [row[0] for row in self._buffer],
-            "window": [row[0] for row in self._window],
+            "buffer": [sample["row"] for sample in self._buffer],
+            "window": [sample["row"] for sample in self._window],
             "random": self._random.bit_generator.state,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a position."""
         self._enter(state["epoch"], state["shard"], state["offset"])
-        self._buffer = [self._shards.facts(row) for row in state["buffer"]]
-        self._window = [self._shards.facts(row) for row in state["window"]]
+        self._buffer = self._tokenise(state["buffer"])
+        self._window = self._tokenise(state["window"])
         self._random.bit_generator.state = state["random"]
 
 
-def _repetitions(row: int, epoch: int, weight: float) -> int:
-    """How often a pass has a row: the weight on average, and a fraction of 1 reaches every row in turn."""
+def _drawn_until(row: int, epoch: int, weight: float) -> int:
+    """How often the passes before `epoch` have a row: by its weight, and a fraction of 1 reaches every row in turn."""
     phase = row * 0.6180339887498949 % 1.0  # multiples of the golden ratio are spread evenly over 0..1
-    return floor((epoch + 1) * weight + phase) - floor(epoch * weight + phase)
+    return floor(epoch * weight + phase)

@@ -39,6 +39,7 @@ from qvl_pipeline.engine.watchdog import Watchdog, collective_timeout_s, set_col
 from qvl_pipeline.engine.weights import load_weights
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.tokens.raw_samples import RawSamples
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ class Trainer:
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.feed = self._make_feed()
         self.skipped = SkippedSamples(
-            Path(spec.run.output_dir) / "skipped.jsonl", allowed=spec.data.on_bad_sample == "skip"
+            Path(spec.run.output_dir) / "skipped.jsonl",
+            allowed=spec.data.on_bad_sample == "skip",
+            streamed=spec.stream.max_steps > 0,
         )
         self.checkpoints = self._make_checkpoints()
         evaluates = spec.validation.strategy != "no"
@@ -79,8 +82,10 @@ class Trainer:
         share = dp.get_local_rank(), dp.size(), data.packs_per_micro_batch
         always_vision = _trains_vision_only(self.model)
         if self.spec.stream.max_steps:
-            samples, exchange = TokenizedSamples(Path(data.tokenized)), host_sum(self.mesh["sp"].size())
-            return StreamedFeed(samples, self.spec.stream, *share, exchange, always_vision=always_vision)
+            stream, skips = self.spec.stream, data.on_bad_sample == "skip"
+            samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
+            exchange, aside = host_sum(self.mesh["sp"].size()), data.num_workers > 0
+            return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
         plan = read_plan(Path(data.pack_plan))
         steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
         return PlannedFeed(steps)
@@ -106,6 +111,10 @@ class Trainer:
     @property
     def sample_ids(self) -> list[str]:
         """Samples of the micro-batch that is loaded or computed."""
+        if self.micro_batch.samples is not None:
+            return [sample["sample_id"] for sample in self.micro_batch.samples]
+        if not self.micro_batch.sample_rows:
+            return []
         ids = TokenizedSamples(Path(self.spec.data.tokenized)).columns(["sample_id"])["sample_id"]
         return [ids[row].as_py() for row in self.micro_batch.sample_rows]
 
@@ -166,6 +175,7 @@ class Trainer:
                 grad_norm = self._train_step(step, batches, window)
             end_profiled_step()
             window.add_step(step)
+            self.skipped.add(step.number, step.left_out)
             self.feed.finish(step)
             stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
             saves = stops or (bool(run.save_steps) and step.number % run.save_steps == 0)
@@ -283,7 +293,9 @@ def _trains_vision_only(model: PackedVLM) -> bool:
 def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: DeviceMesh) -> BatchBuilder:
     config, image_processor = model.hf.config, processor.image_processor
     patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
-    sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"]
+    sources = spec.stream.weights
+    if not spec.stream.max_steps:
+        sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].to_pylist()
     return BatchBuilder(
         loader=PatchLoader(
             patch_size=patch_size,
@@ -294,7 +306,7 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Devic
         patch_values=3 * temporal_patch_size * patch_size**2,
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=model.family.tokens_per_second(config),
-        sources=tuple(sorted(set(sources.to_pylist()))),
+        sources=tuple(sorted(set(sources))),
         rmpad=spec.data.rmpad,
         share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )

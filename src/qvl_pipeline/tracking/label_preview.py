@@ -76,6 +76,8 @@ def render_label_preview(
         model_name=model_name,
         sources=plan_summary["sources"],
         totals=_totals(plan_summary["sources"]),
+        # Of a stream, some samples stand for all.
+        all_samples=plan_summary["samples"] if "previewed" in plan_summary else None,
         histograms=[
             {"title": _TITLES[name][0], "unit": _TITLES[name][1], **values, "bins": _bars(values["bins"])}
             for name, values in statistics.items()

@@ -195,8 +195,9 @@ def _training_facts(
     result: dict[str, Any], plan: dict[str, Any], training_metrics: pd.DataFrame
 ) -> list[tuple[str, str]]:
     # Of a stream, only the training itself knows how many passes it made and how full its packs were.
-    epochs = plan["epochs"] or result["tokens"] / plan["tokens_per_epoch"]
+    epochs = plan["epochs"] or training_metrics["epoch"].iloc[-1]
     fill = plan["fill"] or result["tokens"] / (plan["packs"] * plan["packing_length"])
+    left_out = len(plan["overlong"]) if plan["epochs"] else result["skipped_samples"]
     facts = [
         ("Optimizer steps", _count(result["steps"])),
         ("Passes over the data", f"{epochs:g}"),
@@ -204,7 +205,7 @@ def _training_facts(
         ("Packs", _count(plan["packs"])),
         ("Pack length, tokens", _count(plan["packing_length"])),
         ("Packs filled to", _percent(fill)),
-        ("Over-long samples left out", _count(len(plan["overlong"]))),
+        ("Over-long samples left out" if plan["epochs"] else "Samples left out", _count(left_out)),
         ("Tokens", _count(result["tokens"])),
         ("Tokens trained on", _count(result["supervised_tokens"])),
         ("Tokens per second", _count(result["tokens_per_second"])),

@@ -46,9 +46,17 @@ def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Calla
 
 
 def tokenize(
-    valid_samples: pd.DataFrame, media_index: pd.DataFrame, video_frames: Path, base_model: Path, model: ModelConfig
-) -> Callable[[Path], None]:
+    valid_samples: pd.DataFrame,
+    media_index: pd.DataFrame,
+    video_frames: Path,
+    base_model: Path,
+    model: ModelConfig,
+    batching: BatchingConfig,
+) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
     """Tokenise every sample, of the eval split too.
+
+    Of iterable types, training samples are tokenised while training reads them: here only the eval split is, and some
+    training samples to be looked at.
 
     Args:
         valid_samples: Samples that passed validation.
@@ -56,14 +64,16 @@ def tokenize(
         video_frames: Frame store of the sampled clips.
         base_model: Folder with the manifest of the model.
         model: Parameters of the model.
+        batching: Whether training is a stream.
 
     Returns:
-        A writer of `tokenized_samples`.
+        Writers of `tokenized_samples`, and of `stream_samples`, which are none for a map-style type.
 
     Raises:
         UserError: The processor does not fit the model, or counts other tokens than we do.
     """
     from qvl_pipeline.data.processor import check_token_counts, load_processor
+    from qvl_pipeline.data.stream_samples import tokenized_beforehand, write_stream_samples
     from qvl_pipeline.data.tokenization import media_grids, tokenize_samples, useful_workers
     from qvl_pipeline.media.frame_store import FrameStore
 
@@ -74,17 +84,29 @@ def tokenize(
         for item in items:
             first_of_type.setdefault(item["type"], item)
     check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store)
-    batches = tokenize_samples(valid_samples, grids, processor, workers=useful_workers(len(valid_samples)))
-    return partial(_write_tokenized, batches=batches, total=len(valid_samples))
+    streamed, now = valid_samples.iloc[:0], valid_samples
+    if batching.streamed:
+        streamed, now = valid_samples, tokenized_beforehand(valid_samples)
+        print(
+            f"tokenize: dataset_type {batching.dataset_type} tokenises while it trains; now {len(now):,} of "
+            f"{len(valid_samples):,} samples are: the eval split, and training samples to be looked at",
+            flush=True,
+        )
+    batches = tokenize_samples(now, grids, processor, workers=useful_workers(len(now)))
+    return (
+        partial(_write_tokenized, batches=batches, total=len(now)),
+        partial(write_stream_samples, samples=streamed, image_sizes=grids.image_sizes),
+    )
 
 
 def plan(
-    tokenized_samples: Path, batching: BatchingConfig, ingest: IngestConfig
+    tokenized_samples: Path, stream_samples: Path, batching: BatchingConfig, ingest: IngestConfig
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Plan every optimizer step, and print what the plan comes to.
 
     Args:
         tokenized_samples: File of the tokenized samples.
+        stream_samples: File of the samples of a stream.
         batching: Parameters of the plan.
         ingest: Declared sources with their weights.
 
@@ -94,11 +116,14 @@ def plan(
     Raises:
         UserError: There is nothing to train on, or a sample is over-long and may not be left out.
     """
-    from qvl_pipeline.data.plan import make_plan, source_weights
+    from qvl_pipeline.data.plan import make_plan, plan_stream, source_weights
     from qvl_pipeline.data.token_statistics import source_table
 
     weights = source_weights(ingest)
-    pack_plan, summary = make_plan(tokenized_samples, batching, weights)
+    if batching.streamed:
+        pack_plan, summary = plan_stream(stream_samples, tokenized_samples, batching, weights)
+    else:
+        pack_plan, summary = make_plan(tokenized_samples, batching, weights)
     summary["sources"] = source_table(tokenized_samples, summary["overlong"], weights)
     _print_summary(summary, batching)
     _print_sources(summary["sources"])
@@ -161,7 +186,8 @@ def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
     overlong = summary["overlong"]
     rows = {"optimizer steps": f"{summary['steps']:,} of {batching.packs_per_step:,} packs"}
     if batching.streamed:
-        rows["samples"] = f"{summary['samples']:,}, packed as they are read"
+        rows["samples"] = f"{summary['samples']:,}, tokenised and packed as they are read"
+        rows["figures below"] = f"of {summary['previewed']:,} samples, tokenised to be looked at"
     else:
         slower = summary["imbalance"]["together"] - 1
         supervised = f"{summary['supervised_tokens']:,} ({summary['supervised_tokens'] / summary['tokens']:.1%})"

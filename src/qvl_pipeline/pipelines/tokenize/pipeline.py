@@ -19,13 +19,20 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 tokenize,
-                inputs=["sampled_samples", "media_index", "video_frames", "base_model", "params:model"],
-                outputs="tokenized_samples",
+                inputs=[
+                    "sampled_samples",
+                    "media_index",
+                    "video_frames",
+                    "base_model",
+                    "params:model",
+                    "params:batching",
+                ],
+                outputs=["tokenized_samples", "stream_samples"],
                 name="tokenize",
             ),
             Node(
                 plan,
-                inputs=["tokenized_samples", "params:batching", "params:ingest"],
+                inputs=["tokenized_samples", "stream_samples", "params:batching", "params:ingest"],
                 outputs=["pack_plan", "plan_summary"],
                 name="plan",
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +32,7 @@ _NESTED = ("loss_by_source", "learning_rates", "eval_loss_by_source")
 def train(
     base_model: Path,
     tokenized_samples: Path,
+    stream_samples: Path,
     pack_plan: pd.DataFrame,
     plan_summary: dict[str, Any],
     video_frames: Path,
@@ -53,7 +54,8 @@ def train(
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
-    _check_inputs(base_model, tokenized_samples, plan_summary, model, batching, ingest)
+    planned = [tokenized_samples, stream_samples] if batching.streamed else [tokenized_samples]
+    _check_inputs(base_model, planned, plan_summary, model, batching, ingest)
     identity = run_identity(base_model, model, train, plan_summary["fingerprint"])
     resume_from = checkpoint_to_start_from(train, identity)
     fingerprint = run_fingerprint(model, train, plan_summary, [base_model, video_frames])
@@ -64,6 +66,7 @@ def train(
     spec = make_spec(
         base_model=base_model,
         tokenized_samples=tokenized_samples,
+        stream_samples=stream_samples,
         pack_plan=plan_path,
         video_frames=video_frames,
         plan_summary=plan_summary,
@@ -116,7 +119,7 @@ def _final_loss(rows: pd.DataFrame) -> float | None:
 
 def _check_inputs(
     base_model: Path,
-    tokenized: Path,
+    planned: Sequence[Path],
     plan_summary: dict[str, Any],
     model: ModelConfig,
     batching: BatchingConfig,
@@ -130,7 +133,7 @@ def _check_inputs(
                 f"base model and tokens were prepared with model.{key} = {prepared.get(key)!r}, but this run has "
                 f"{value!r}: run `kedro run --pipelines sample,tokenize` (with the same --env and --params) first"
             )
-    if plan_fingerprint(tokenized, batching, source_weights(ingest)) != plan_summary["fingerprint"]:
+    if plan_fingerprint(planned, batching, source_weights(ingest)) != plan_summary["fingerprint"]:
         raise UserError(
             "the pack plan was made for other data or other `batching` parameters than this run's: "
             "run `kedro run --pipelines tokenize` (with the same --env) to make it anew"

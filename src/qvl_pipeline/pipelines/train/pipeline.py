@@ -16,6 +16,7 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "base_model",
                     "tokenized_samples",
+                    "stream_samples",
                     "pack_plan",
                     "plan_summary",
                     "video_frames",

@@ -64,6 +64,7 @@ def make_spec(
     *,
     base_model: Path,
     tokenized_samples: Path,
+    stream_samples: Path,
     pack_plan: Path,
     video_frames: Path,
     plan_summary: dict[str, Any],
@@ -81,6 +82,7 @@ def make_spec(
     Args:
         base_model: Folder with `manifest.json`.
         tokenized_samples: Arrow file.
+        stream_samples: Parquet file of the samples of a stream.
         pack_plan: Parquet file.
         video_frames: Folder of the frame store.
         plan_summary: Facts of the plan.
@@ -144,6 +146,7 @@ def make_spec(
             on_bad_sample=train.on_bad_sample,
         ),
         stream=spec.StreamSpec(
+            samples=str(stream_samples.resolve()),
             max_steps=batching.max_steps if batching.streamed else 0,
             packs_per_step=batching.packs_per_step,
             packing=batching.packing,
@@ -152,7 +155,8 @@ def make_spec(
             packing_vit_patches=batching.packing_vit_patches,
             shuffle_buffer_size=batching.shuffle_buffer_size,
             weights=dict(weights),
-            tokens_per_epoch=float(plan_summary["tokens_per_epoch"]),
+            samples_per_epoch=float(plan_summary["samples_per_epoch"]),
+            filter_overlong=batching.filter_overlong,
             seed=batching.seed,
         ),
         optim=spec.OptimSpec(

@@ -1,0 +1,66 @@
+"""What an iterable type trains on: raw samples, tokenised only while training reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qvl_pipeline.tokens.encoding import COPIED
+
+# Rows that a lane of a stream reads together; a rank holds a few times so many.
+ROWS_PER_GROUP = 1024
+# Training samples of a stream that are tokenised before training all the same, to be looked at.
+PREVIEWED = 1000
+
+_MEDIUM = pa.struct(
+    [
+        ("type", pa.string()),
+        ("path", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
+SCHEMA = pa.schema([(name, pa.string()) for name in (*COPIED, "messages")] + [("media", pa.list_(_MEDIUM))])
+
+
+def tokenized_beforehand(samples: pd.DataFrame) -> pd.DataFrame:
+    """Choose the samples that are tokenised before a stream is trained on.
+
+    Args:
+        samples: Table `sampled_samples`.
+
+    Returns:
+        The eval split, and at most `PREVIEWED` training samples spread evenly, in the order of the table.
+    """
+    train = np.flatnonzero(samples["split"] == "train")
+    if len(train) > PREVIEWED:
+        train = train[np.linspace(0, len(train) - 1, PREVIEWED).round().astype(int)]
+    return samples.iloc[np.sort(np.concatenate([train, np.flatnonzero(samples["split"] == "eval")]))]
+
+
+def write_stream_samples(path: Path, samples: pd.DataFrame, image_sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Write the training samples in groups of rows, each image with its size: all that tokenising them takes.
+
+    Args:
+        path: Parquet file to write.
+        samples: Table `sampled_samples`; an empty one for map-style types.
+        image_sizes: Height and width of each upright image, by its path.
+    """
+    train = samples[samples["split"] == "train"]
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for start in range(0, len(train), ROWS_PER_GROUP):
+            rows = train.iloc[start : start + ROWS_PER_GROUP][SCHEMA.names].to_dict("records")
+            for row in rows:
+                sizes = [image_sizes.get(item["path"], (None, None)) for item in row["media"]]
+                row["media"] = [
+                    {**item, "height": height, "width": width}
+                    for item, (height, width) in zip(row["media"], sizes, strict=True)
+                ]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))

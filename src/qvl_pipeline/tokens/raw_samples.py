@@ -1,0 +1,97 @@
+"""The samples of a stream: rows of a Parquet file, tokenised when they are asked for."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from transformers import ProcessorMixin
+
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A sample that cannot be tokenised."""
+
+    sample_id: str
+    reason: str
+
+
+class RawSamples:
+    """The rows of a `stream_samples` file. No more than a few row groups of it are in memory."""
+
+    def __init__(self, path: Path, processor: ProcessorMixin, frame_store: Path, *, skip_bad_samples: bool) -> None:
+        """Open the file.
+
+        Args:
+            path: File written by the `tokenize` stage.
+            processor: The model's processor, with the image limits of the run.
+            frame_store: Folder of the sampled clips.
+            skip_bad_samples: Return an `Unusable` for a sample that cannot be tokenised; otherwise that is an error.
+        """
+        self._opened = path, processor, frame_store
+        self._file = pq.ParquetFile(path, memory_map=True)
+        self._processor, self._store = processor, FrameStore(frame_store)
+        self._skips = skip_bad_samples
+        groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
+        self._starts = list(accumulate(groups, initial=0))
+        self.num_shards = len(groups)
+        # Lanes of a rank read the same row group at about the same time.
+        self._shard = lru_cache(maxsize=4)(self._read)
+
+    def __reduce__(self) -> tuple[partial[RawSamples], tuple[Path, ProcessorMixin, Path]]:
+        """Pickle as what it was opened with: the process aside opens the file anew."""
+        return partial(RawSamples, skip_bad_samples=self._skips), self._opened
+
+    def _read(self, number: int) -> list[dict[str, Any]]:
+        # Without Arrow's threads: this runs in a forked process.
+        table = self._file.read_row_group(number, columns=[*COPIED, "messages", "media"], use_threads=False)
+        return table.to_pylist()
+
+    def sources(self, shard: int) -> tuple[int, list[str]]:
+        """Return the number of a row group's first row, and the source of each of its rows."""
+        return self._starts[shard], [row["source"] for row in self._shard(shard)]
+
+    def samples(self, rows: Sequence[int]) -> list[dict[str, Any] | Unusable]:
+        """Tokenise rows.
+
+        Args:
+            rows: Row numbers.
+
+        Returns:
+            Rows of `tokenized_samples`, in the order of `rows`, as `TokenizedSamples.row` gives them.
+
+        Raises:
+            UserError: A sample cannot be tokenised, and may not be skipped.
+        """
+        raw = [self._row(row) for row in rows]
+        sizes = {m["path"]: (m["height"], m["width"]) for row in raw for m in row["media"] if m["height"] is not None}
+        return list(self._encode(raw, MediaGrids(self._processor, sizes, self._store)))
+
+    def _row(self, row: int) -> dict[str, Any]:
+        shard = bisect_right(self._starts, row) - 1
+        return self._shard(shard)[row - self._starts[shard]]
+
+    def _encode(self, raw: Sequence[dict[str, Any]], grids: MediaGrids) -> Iterator[dict[str, Any] | Unusable]:
+        try:
+            for sample in encode_samples(raw, grids, self._processor):
+                spans = np.array(sample["label_spans"], dtype=np.int32).reshape(-1, 2)
+                yield sample | {"label_spans": spans}
+        except UserError as error:
+            if not self._skips:
+                raise
+            if len(raw) == 1:
+                yield Unusable(raw[0]["sample_id"], str(error))
+                return
+            for row in raw:  # one of many was refused; alone, it is refused by name
+                yield from self._encode([row], grids)
