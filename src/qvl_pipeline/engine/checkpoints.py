@@ -90,8 +90,13 @@ class OptimizerState:
         return get_optimizer_state_dict(self._model, self._optimizers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the state back."""
+        """Put the state of the parameters back; rates, decay and the like stay those of this run, which may differ."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         set_optimizer_state_dict(self._model, self._optimizers, state_dict)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group, own in zip(groups, settings, strict=True):
+            group.update(own)
 
 
 class RandomState:
@@ -117,10 +122,11 @@ class RandomState:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Does without the optimizer's state of parameters that had no gradient before the checkpoint, and so had none.
+    """Does without the state that a checkpoint cannot have, which then starts as in a first step.
 
-    They are those of a vision tower that saw no media yet. Their state is set to what a first step starts from: DCP
-    makes state to load into by taking a step of size zero, which counts.
+    That is the optimizer's of parameters that had no gradient before the checkpoint, those of a vision tower that saw
+    no media yet: DCP makes state to load into by taking a step of size zero, which counts. And it is the loss scale, in
+    the checkpoint of a run in another precision than float16.
     """
 
     def set_up_planner(
@@ -129,7 +135,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         absent = [name for name in self.state_dict if name not in metadata.state_dict_metadata]
         for name in absent:
-            if name.startswith("optimizer.state."):
+            if name.startswith(("optimizer.state.", "loss_scale.")):
                 value = self.state_dict.pop(name)
                 if name.endswith(".step"):
                     value.zero_()

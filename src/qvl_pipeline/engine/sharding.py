@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from qvl_pipeline.engine.families import ModelFamily
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import ParallelSpec
+
+if TYPE_CHECKING:
+    from qvl_pipeline.engine.batch import Batch
 
 
 def start_process_group(sp_ulysses_degree: int, timeout_s: float) -> tuple[DeviceMesh, torch.device]:
@@ -54,7 +57,7 @@ def sequence_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
 
 
 def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[str, Any]:
-    """Shard a model in place over all ranks with FSDP2: layer by layer, then the rest as the root.
+    """Shard a model in place over all ranks with FSDP2: layers, then the vision tower, then the rest as the root.
 
     Args:
         model: The model; on the meta device, if it should never be complete on any rank.
@@ -78,8 +81,11 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[st
         "offload_policy": CPUOffloadPolicy() if offloads(spec, device) else OffloadPolicy(),
     }
     towers = [[module for module in model.modules() if type(module).__name__ == name] for name in names]
+    # What else the tower has is no part of the root, for a group is exchanged in one piece: where only the last of
+    # several micro-batches has media, its gradients are in bfloat16 when the root's were summed in float32.
+    visual = model.hf.model.visual
     for module in reversed(list(model.modules())):  # what lies inside a wrapped layer before the layer itself
-        if type(module).__name__ in names:
+        if module is visual or type(module).__name__ in names:
             fully_shard(module, **options)
     fully_shard(model, **options)
     for tower in towers:
@@ -90,6 +96,7 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[st
             # refuses the pre-multiplied sum that FSDP2 would otherwise use.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _gather_vision_tower_once(model)
     return {
         "wrapped": names,
         "shard_size": mesh["shard"].size(),
@@ -167,3 +174,22 @@ def _prefetch(tower: list[FSDPModule], spec: ParallelSpec) -> None:
             layer.set_modules_to_forward_prefetch(tower[number + 1 : number + 1 + spec.forward_prefetch])
         if spec.backward_prefetch:
             layer.set_modules_to_backward_prefetch(tower[max(0, number - spec.backward_prefetch) : number][::-1])
+
+
+def _gather_vision_tower_once(model: PackedVLM) -> None:
+    """See to it that the tower was gathered before the first backward pass, though no rank has media in it.
+
+    FSDP2 makes a layer's unsharded parameters when it first gathers them. Until then a backward pass that only
+    accumulates, in another type than that of the computation, fails over their absence (torch 2.13,
+    `FSDPParam.to_accumulated_grad_if_needed`): a run in bfloat16 whose first micro-batch of several is text.
+    """
+
+    def gather(_model: nn.Module, inputs: tuple[Batch], _losses: torch.Tensor) -> None:
+        first_forward.remove()
+        if inputs[0].patches is None:
+            for module in model.hf.model.visual.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
+
+    first_forward = model.register_forward_hook(gather)
