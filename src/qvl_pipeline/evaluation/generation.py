@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from qvl_pipeline.config.evaluate import EvaluateConfig
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.prompts import PromptCollator
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
@@ -90,6 +92,19 @@ def generate_answers(
         answers.update(zip(batch, texts, strict=True))
         on_batch(len(batch))
     return [answers[row] for row in rows]
+
+
+def check_generation(evaluate: EvaluateConfig) -> None:
+    """Refuse arguments that transformers does not know: it would keep them, and never look at them.
+
+    Raises:
+        UserError: `evaluate.generation` has such a key; the message names the nearest that is known.
+    """
+    known = set(vars(GenerationConfig()))
+    for key in sorted(set(evaluate.generation) - known):
+        near = get_close_matches(key, known, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else "see transformers.GenerationConfig for those that are"
+        raise UserError(f"evaluate.generation.{key} is no argument of generation: {remedy}")
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerBase, evaluate: EvaluateConfig) -> GenerationConfig:

@@ -19,7 +19,6 @@ RELAXED_TOLERANCE = 0.05  # Methani et al. 2020 (PlotQA), taken over by ChartQA
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _BOX = re.compile(rf"({_NUMBER})" + rf"[\s,;()\[\]]+({_NUMBER})" * 3)
 _ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
-_ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
 _CHOICE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-Z])\)?(?![A-Za-z0-9'])")
 
 

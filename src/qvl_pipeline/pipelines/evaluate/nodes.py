@@ -53,7 +53,7 @@ def generate(
     from transformers import AutoProcessor
 
     from qvl_pipeline.evaluation.answering import Answering, answer_all
-    from qvl_pipeline.evaluation.generation import base_model_path
+    from qvl_pipeline.evaluation.generation import base_model_path, check_generation
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
 
@@ -62,6 +62,7 @@ def generate(
             "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "
             "run `kedro run --pipelines train` (with the same --env) first"
         )
+    check_generation(evaluate)
     samples = TokenizedSamples(tokenized_samples)
     chosen = eval_samples(samples, evaluate.max_samples, evaluate.task_by_source)
     check_scorable(chosen)
