@@ -267,7 +267,7 @@ class FrameStore:
         if info["shard"] is None:
             from qvl_pipeline.media.clip_frames import frames_from_source  # needs PyAV, which stored frames do not
 
-            return frames_from_source(info)
+            return frames_from_source(info)[part]
         frames = self._shard(info["shard"]).get_batch(info["batch"]).column("frame")
         if info["encoding"] == "raw":
             offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)
