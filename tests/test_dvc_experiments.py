@@ -1,21 +1,26 @@
-"""What DVC does with a trained project: experiments, and comparing them."""
+"""What DVC does with a trained project: moving data to another machine, experiments, and comparing them."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import mlflow
 import pytest
+from moto.server import ThreadedMotoServer
 
+from qvl_pipeline.tracking.compare import compare_runs
 from tests.dvc_repository import command, commit, make_repository
 
 RESULT = "data/08_reporting/base/train_result.json"
+METRICS = "data/08_reporting/base/metrics.json"
 PARAMETERS = "conf/base/parameters_train.yml"
 RATES = {"slow": 0.0005, "fast": 0.004}
 
@@ -25,6 +30,8 @@ def environment(tracking_database: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         yield
 
 
@@ -40,6 +47,46 @@ def trained(tmp_path_factory: pytest.TempPathFactory, environment: None) -> Path
 
 def test_the_lock_has_what_a_run_by_kedro_made(trained: Path) -> None:
     assert command(trained, "dvc status") == "Data and pipelines are up to date.\n"
+
+
+def clone(repository: Path, folder: Path) -> Path:
+    command(repository.parent, f"git clone --quiet {repository} {folder}")
+    return folder
+
+
+def test_a_clone_evaluates_without_training(trained: Path, tmp_path: Path, tracking_database: str) -> None:
+    command(trained, f"dvc remote add --local --default storage {tmp_path / 'storage'}")
+    command(trained, "dvc push")
+    copy = clone(trained, tmp_path / "clone")
+    command(copy, f"dvc remote add --local --default storage {tmp_path / 'storage'}")
+    command(copy, "dvc pull")
+    committed = json.loads((copy / METRICS).read_text())
+    shutil.rmtree(copy / "data" / "07_model_output")
+    (copy / METRICS).unlink()
+    command(copy, "kedro run --pipelines evaluate")
+    assert json.loads((copy / METRICS).read_text()) == committed
+    assert not (copy / "data" / "06_models" / "base" / "scratch").exists(), "nothing was trained"
+    # The report tells which run it is of, so that alone may differ.
+    assert "changed deps" not in command(copy, "dvc status")
+
+
+def test_data_goes_through_an_s3_server(trained: Path, tmp_path: Path) -> None:
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="team")
+        copy = clone(trained, tmp_path / "clone")
+        for folder in (trained, copy):
+            command(folder, "dvc remote add --local team s3://team/qvl")
+            command(folder, f"dvc remote modify --local team endpointurl {url}")
+        command(trained, "dvc push --remote team ingest@digits")
+        assert command(copy, "dvc pull --remote team ingest@digits")
+    finally:
+        server.stop()
+    table = "data/02_intermediate/digits/samples.parquet"
+    assert (copy / table).read_bytes() == (trained / table).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +150,14 @@ def test_loss_curves_are_drawn_together(experiments: Path) -> None:
         last = shown(experiments)[name]["metrics"][RESULT]["data"]["final_loss"]
         assert f'"rev": "{name}"' in page
         assert str(last) in page
+
+
+def test_the_comparison_agrees_with_dvc(experiments: Path, tracking_database: str) -> None:
+    mlflow.set_tracking_uri(tracking_database)
+    found = compare_runs(["slow", "fast"])
+    table = shown(experiments)
+    assert list(found.parameters.index) == ["train.learning_rate"]
+    for name, rate in RATES.items():
+        assert json.loads(found.parameters.loc["train.learning_rate", name]) == rate
+        losses = found.curves.query("run == @name and metric == 'train/loss'").sort_values("step")
+        assert losses["value"].iloc[-1] == table[name]["metrics"][RESULT]["data"]["final_loss"]
