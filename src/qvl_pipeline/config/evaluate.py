@@ -18,7 +18,7 @@ class EvaluateConfig(Block):
         max_new_tokens: Longest answer in tokens.
         generation: Arguments of `transformers.GenerationConfig` that replace greedy decoding, such as
             `{do_sample: true, temperature: 0.7}` or `{num_beams: 4}`.
-        seed: Seed of sampled answers.
+        seed: Seed of sampled answers, which depend on the number of processes too.
         max_samples: Most samples evaluated, spread evenly over the eval split; `None` takes all of it.
         task_by_source: Task of all samples of a source, by its name, instead of what its rows say (`exact_match` where
             they say nothing): `exact_match`, `multiple_choice`, `relaxed_accuracy`, `anls`, `iou`, `grounding`,

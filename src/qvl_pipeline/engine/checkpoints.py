@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ class Checkpoints:
         identity: Mapping[str, Any],
         keep: int,
         asynchronous: bool,
+        timeout_s: float = 1800.0,
     ) -> None:
         """Clean the folder of what a killed run left half-written.
 
@@ -172,14 +174,16 @@ class Checkpoints:
             identity: Facts of the run that whoever continues a checkpoint must agree in; written into each.
             keep: Checkpoints kept, at least 1.
             asynchronous: Write in the background.
+            timeout_s: Seconds after which a rank that neither writes nor reads on fails the save or the load.
         """
         self._folder, self._state, self._rank_state = folder, dict(state), dict(rank_state)
         self._identity, self._keep = dict(identity), keep
         self._rank = f"rank{dist.get_rank()}"
-        self._control = dist.new_group(backend="gloo")
+        timeout = timedelta(seconds=timeout_s)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._stager: DefaultStager | None = None
         if asynchronous:
-            self._writers = dist.new_group(backend="gloo")
+            self._writers = dist.new_group(backend="gloo", timeout=timeout)
             cuda = torch.cuda.is_available()
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self.protected_step = 0

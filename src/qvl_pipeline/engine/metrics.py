@@ -25,8 +25,10 @@ class SourceLosses:
 
     def add(self, losses: torch.Tensor, sources: torch.Tensor) -> None:
         """Add the token losses `[S]` of one micro-batch and the number of each one's source."""
-        self.sums[0].index_add_(0, sources, losses.detach().double())
-        self.sums[1].index_add_(0, sources, torch.ones_like(losses, dtype=torch.float64))
+        # Summed by a mask: on a GPU `index_add_` adds in any order, and equal runs would differ in the last bits.
+        mask = sources[:, None] == torch.arange(len(self._sources), device=sources.device)
+        self.sums[0] += (losses.detach().double()[:, None] * mask).sum(0)
+        self.sums[1] += mask.sum(0)
 
     def means(self, sums: torch.Tensor) -> tuple[float | None, dict[str, float], int]:
         """Turn sums over all ranks, `[2, sources]` on the host, into mean loss, mean loss by source, and tokens.

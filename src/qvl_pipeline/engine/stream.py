@@ -13,6 +13,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from math import ceil, floor
 from typing import Any, Protocol
 
@@ -50,15 +51,16 @@ class Samples(Protocol):
         """Tokenise rows, by their numbers."""
 
 
-def host_sum(copies: int) -> Exchange:
+def host_sum(copies: int, timeout_s: float) -> Exchange:
     """Make a function that sums integers over all ranks without touching a GPU.
 
     Args:
         copies: Ranks that hold the same values, and are to count as one: those of a sequence-parallel group.
+        timeout_s: Seconds after which a rank that does not come ends the run.
     """
     if dist.get_world_size() == 1:
         return list
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def exchange(values: Sequence[int]) -> list[int]:
         sums = torch.tensor(values, dtype=torch.int64)

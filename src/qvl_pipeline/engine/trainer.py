@@ -84,7 +84,7 @@ class Trainer:
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
             samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
-            exchange, aside = host_sum(self.mesh["sp"].size()), data.num_workers > 0
+            exchange, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.num_workers > 0
             return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
         plan = read_plan(Path(data.pack_plan))
         steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
@@ -106,6 +106,7 @@ class Trainer:
             identity=run.identity,
             keep=run.save_total_limit,
             asynchronous=run.save_async,
+            timeout_s=run.ddp_timeout,
         )
 
     @property

@@ -108,7 +108,10 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[fl
     """BLEU of each sentence on its own (`sacrebleu.sentence_bleu`, smoothed); see `corpus_bleu` for the mean."""
     from sacrebleu import sentence_bleu
 
-    return [sentence_bleu(answer, list(texts)).score / 100 for answer, texts in zip(answers, references, strict=True)]
+    return [
+        min(sentence_bleu(answer, list(texts)).score / 100, 1.0)
+        for answer, texts in zip(answers, references, strict=True)
+    ]
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
