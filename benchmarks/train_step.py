@@ -141,6 +141,7 @@ def _make_training(folder: Path, count: int, seed: int) -> Path:
     spec = make_spec(
         base_model=model,
         tokenized_samples=tokenized,
+        stream_samples=folder / "no_stream.parquet",
         pack_plan=folder / "pack_plan.parquet",
         video_frames=folder / "video_frames",
         plan_summary=summary,

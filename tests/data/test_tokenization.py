@@ -221,11 +221,15 @@ def test_any_number_of_processes_writes_the_same_bytes_and_names_a_bad_sample(
         list(tokenize_samples(many, grids, processor, workers=2))
 
 
+def _die(status: int) -> None:
+    os._exit(status)
+
+
 class Deadly:
     """Ends the process that it is sent to."""
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
-        return os._exit, (1,)
+        return _die, (1,)
 
 
 def test_a_process_that_dies_is_an_error(samples: pd.DataFrame, grids: MediaGrids) -> None:

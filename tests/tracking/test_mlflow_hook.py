@@ -26,7 +26,8 @@ def recorded() -> list[Any]:
     """Return all runs, the oldest first."""
     import mlflow
 
-    client = mlflow.MlflowClient()
+    # Not MLflow's own default: another test may have left it at another database.
+    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI"))
     experiment = client.get_experiment_by_name("qvl_pipeline")
     return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]) if experiment else []
 

@@ -25,7 +25,7 @@ SUMMARY = {
     "tokens": 1,
     "samples": 1,
     "epochs": 1,
-    "tokens_per_epoch": 1,
+    "samples_per_epoch": 1,
 }
 # All of them end alike, so that one search finds any.
 PLANTED = "Pl4nted-s3cret"
@@ -41,6 +41,7 @@ def _train(
     spec = make_spec(
         base_model=base_model,
         tokenized_samples=Path("tokenized.arrow"),
+        stream_samples=Path("stream.parquet"),
         pack_plan=Path("plan.parquet"),
         video_frames=Path("frames"),
         plan_summary=SUMMARY,

@@ -24,7 +24,7 @@ from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.loading import build_model, load_processor
 from qvl_pipeline.engine.loss_scale import LossScale
 from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
-from qvl_pipeline.engine.nonfinite import FiniteWatch
+from qvl_pipeline.engine.nonfinite import FiniteWatch, NonFiniteError
 from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.profiling import out_of_memory_explained, profiled
@@ -136,7 +136,11 @@ class Trainer:
             profiled(traced, done, output_dir) as end_profiled_step,
         ):
             batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
-            self._train(steps, max_steps, batches, output_dir, end_profiled_step)
+            try:
+                self._train(steps, max_steps, batches, output_dir, end_profiled_step)
+            except NonFiniteError:  # which all ranks find together, so the save under way can still be published
+                self.checkpoints.wait()
+                raise
         set_collective_timeout(spec.run.ddp_timeout, self.mesh)
         self._save()
         self.checkpoints.wait()
