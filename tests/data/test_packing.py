@@ -90,19 +90,26 @@ def reference_best_fit(lengths: np.ndarray, patches: np.ndarray, max_tokens: int
 def test_best_fit_in_bulk_is_best_fit_one_by_one(samples: list[tuple[int, int]], max_patches: int) -> None:
     lengths, patches = arrays(samples)
     packs = best_fit(lengths, patches, max_tokens=20, max_patches=max_patches, rng=np.random.default_rng(0))
-    # The order in which sizes were placed: that of the packs' samples, merged by size.
+    # The order in which samples were placed: by size, each with a noise of its own, text last.
     rng, keys = np.random.default_rng(0), lengths * 100 + patches
     order = rng.permutation(len(keys))
     order = order[np.argsort(keys[order], kind="stable")]
-    kinds = np.unique(keys)
-    noisy = np.maximum(kinds // 100 / 20, kinds % 100 / max_patches) * rng.uniform(0.9, 1.1, len(kinds))
+    noisy = np.maximum(lengths / 20, patches / max_patches)[order] * rng.uniform(0.9, 1.1, len(keys))
     if (patches / lengths).max() * 20 <= max_patches:  # patches never run out, so they do not count
         return
-    placed = sorted(order.tolist(), key=lambda s: (patches[s] == 0, -noisy[np.searchsorted(kinds, keys[s])]))
+    placed = order[np.lexsort([-noisy, patches[order] == 0])].tolist()
     expected = reference_best_fit(lengths[placed], patches[placed], 20, max_patches)
     assert sorted(sorted(zip(lengths[p], patches[p], strict=True)) for p in packs) == sorted(
         sorted(zip(lengths[placed][p], patches[placed][p], strict=True)) for p in expected
     )
+
+
+def test_samples_of_like_size_are_mixed() -> None:
+    # Samples of one kind often have one length: packs of one kind alone would make steps that learn one thing each.
+    lengths = np.repeat([40, 41, 42, 43], 250)
+    packs = best_fit(lengths, np.zeros(1000), max_tokens=1000, max_patches=None, rng=np.random.default_rng(0))
+    different = [len({int(length) for length in lengths[pack]}) for pack in packs]
+    assert np.mean(different) > 3
 
 
 def test_best_fit_puts_the_largest_first_and_each_into_the_fullest_pack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
+from math import ceil
 
 import numpy as np
 
 # Samples are sorted by size up to this relative noise: packs then differ from epoch to epoch, at no loss of fill.
 SIZE_NOISE = 0.1
+# Groups of equal samples that are placed one after another; what bounds the time of packing tens of millions.
+MOST_GROUPS = 200_000
 # Vision patches are counted in units of this fraction of their budget, rounded up: samples of almost the same size are
 # then of the same size, and are packed together.
 PATCH_UNITS = 4096
@@ -113,15 +116,18 @@ def _patch_units(
 def _by_size(
     lengths: np.ndarray, units: np.ndarray, max_tokens: int, budget: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort samples by size: the samples `[N]`, their different sizes (tokens, patches) `[G, 2]` and how many of each.
+    """Sort samples by size: the samples `[N]`, the sizes (tokens, patches) `[G, 2]` of groups, and how many each has.
 
-    Samples of one size are in random order; a size is moved up or down as a whole by the noise.
+    Samples of one size are in random order. Each is moved up or down by a noise of its own, so that packs mix samples
+    of like size, which are often of one kind; only of very many do some of one size move together.
     """
     keys = lengths.astype(np.int64) * (budget + 1) + units
     samples = rng.permutation(len(keys))
     samples = samples[np.argsort(keys[samples], kind="stable")]
     keys = keys[samples]
     starts = np.concatenate([[0], np.flatnonzero(np.diff(keys)) + 1])
+    nth = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
+    starts = np.flatnonzero(nth % ceil(len(keys) / MOST_GROUPS) == 0)
     counts = np.diff(starts, append=len(keys))
     sizes = np.stack(np.divmod(keys[starts], budget + 1), axis=1)
     noise = rng.uniform(1 - SIZE_NOISE, 1 + SIZE_NOISE, size=len(sizes))

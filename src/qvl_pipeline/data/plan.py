@@ -21,7 +21,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 # Changed whenever the same inputs would give another plan.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 logger = logging.getLogger(__name__)
 
