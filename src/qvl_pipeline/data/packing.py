@@ -79,8 +79,8 @@ def best_fit(
     """Pack by best-fit-decreasing: the largest samples first, each into the fullest pack that still holds it.
 
     The fullest pack is the one with the fewest tokens left; among equals, the one with the most patches left. It is
-    found in O(log max_tokens) by a binary tree over the tokens left. Samples of the same size are placed in one go, and
-    packs that hold the same are filled in one go: the effort grows with the number of different sizes.
+    found in O(log max_tokens) by a binary tree over the tokens left. Of more than `MOST_GROUPS` samples, several of one
+    size are placed in one go, and packs that hold the same are filled in one go, which bounds the effort.
 
     Args:
         lengths: Tokens of each sample `[N]`, none above `max_tokens`.
