@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,3 +166,22 @@ def test_a_bad_sample_ends_the_run_by_default(
     report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
     assert (report["step"], report["sample_ids"]) == (2, ["a/4"])
     assert report["message"].startswith("sample 'a/4': image '")
+
+
+LEAVES_A_LOADER = """
+import sys
+
+from torch.utils.data import DataLoader
+
+from qvl_pipeline.engine.stopping import ignore_stop_signals
+
+batches = iter(DataLoader(list(range(100)), num_workers=1, worker_init_fn=ignore_stop_signals))
+sys.modules["kept alive until the end"] = batches
+print(next(batches).item())
+"""
+
+
+def test_a_process_that_leaves_its_loaders_to_python_ends_all_the_same() -> None:
+    # Python asks them to stop, by the signal that they ignore, and waits for them.
+    done = subprocess.run([sys.executable, "-c", LEAVES_A_LOADER], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.engine.stopping import StopRequest, ignore_stop_signals
+from qvl_pipeline.engine.stopping import StopRequest, end_loaders, ignore_stop_signals
 from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.engine.watchdog import StepTimeoutError, Watchdog
 
@@ -38,7 +37,7 @@ def main(spec_path: Path) -> int:
 
     def end_hanging(error: StepTimeoutError, where: str) -> None:
         _write_error(errors, rank, trainer, error, where)
-        _end_loaders()
+        end_loaders()
         os._exit(1)
 
     try:
@@ -49,12 +48,6 @@ def main(spec_path: Path) -> int:
         return 1
     dist.destroy_process_group()
     return 0
-
-
-def _end_loaders() -> None:
-    """End the loader processes: one that hangs would outlive this rank, or keep it from ending."""
-    for loader in multiprocessing.active_children():
-        loader.kill()
 
 
 def _set_aside(folder: Path, rank: int) -> None:
@@ -88,7 +81,7 @@ if __name__ == "__main__":
     status = main(Path(sys.argv[1]))
     # Whoever asks a rank to stop repeats it until the rank is gone, and Python no longer listens while it shuts down.
     ignore_stop_signals()
-    _end_loaders()
+    end_loaders()
     if status:
         # Python's own shutdown would wait for the process group's threads.
         sys.stderr.flush()

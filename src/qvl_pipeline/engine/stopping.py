@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
 
@@ -46,6 +48,16 @@ def ignore_stop_signals(_worker_id: int = 0) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loaders() -> None:
+    """End the loader processes: one that hangs would outlive its rank, or keep it from ending."""
+    for loader in multiprocessing.active_children():
+        loader.kill()
+
+
+# Python, when it exits, ends child processes by SIGTERM and waits for them; this comes before.
+Finalize(None, end_loaders, exitpriority=0)
 
 
 def write_stopped(output_dir: Path, step: int) -> None:
