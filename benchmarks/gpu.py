@@ -2,13 +2,15 @@
 
 `python -m benchmarks.gpu [--models …] [--steps 5] [--tiny]`: random weights of Qwen-VL dimensions, so nothing is
 downloaded; steps of 16,384 tokens with images. It needs what the engine needs and nothing more. `--tiny` is a small
-model of each family on whatever device there is. What a device cannot run is a row that says why.
+model of each family on whatever device there is. What a device cannot run is a row that says why. Each model leaves
+`results/gpu_<model>.json` as soon as it is measured. Numerics are of the same widths with a few layers.
 
 A step is whole: the batch to the device, forward, backward, clipping, fused AdamW. Weights, gradients and optimizer
 state are float32 and the computation is bfloat16: in ours by FSDP2's policy, as the engine trains, in the comparator by
 autocast, as transformers' Trainer does. The comparator is the model of transformers with its own forward pass and loss,
 on padded rows of the same samples, with gradients accumulated over as many rows at a time as fit into memory. It is
-measured as it comes, and with our patch embedding in place of its Conv3d.
+measured as it comes, and with our patch embedding in place of its Conv3d. Activations are kept where they fit into
+memory, and else computed again in the backward pass, of the language model first; MFU never counts what is recomputed.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +33,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
-from benchmarks.report import report
+from benchmarks.report import print_table, report
 from qvl_pipeline.engine.attention import use_packed_attention
 from qvl_pipeline.engine.batch import Batch
 from qvl_pipeline.engine.families import FAMILIES
@@ -47,10 +51,13 @@ ATTENTION = ("flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa")
 # Attention of the comparator, and whether it has our patch embedding.
 PADDED = (("sdpa", False), ("sdpa", True), ("flash_attention_2", True))
 WARMUP_STEPS = 2
-ROWS_AT_ONCE = (32, 16, 8, 4, 2, 1)
+# What to try until a step fits into memory: of ours, whose activations to recompute; of the comparator, which has one
+# switch for all, how many rows to do at once as well.
+RECOMPUTED: tuple[tuple[str, ...], ...] = ((), ("llm",), ("llm", "vit"))
+ROWS_AT_ONCE = ((8, False), (4, False), (2, False), (1, False), (8, True), (2, True), (1, True))
 MEAN_AND_STD = [0.5] * 3
 # Whatever a kernel or model raises that is not there or does not run here.
-_CANNOT = (ValueError, ImportError, RuntimeError)
+_CANNOT = (ValueError, ImportError, RuntimeError, TypeError)
 _OPTIM = OptimSpec(
     optim="adamw_torch_fused",
     learning_rate=1e-5,
@@ -84,61 +91,69 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, in both")
     parser.add_argument("--tiny", action="store_true", help="small models, on any device")
     options = parser.parse_args()
     configs = TINY if options.tiny else {name: MODELS[name] for name in options.models}
     tokens, steps = (256, 1) if options.tiny else (options.tokens, options.steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    errors = [{"model": name, **row} for name, config in configs.items() for row in numerics(config, device)]
-    report("gpu_numerics", errors, ratios={}, targets={})
-    rows, ratios = compare(configs, tokens, steps, recompute=options.recompute)
-    report("gpu", rows, ratios=ratios, targets={"best_mfu": ">= 0.40"})
-
-
-def compare(
-    configs: dict[str, Any], tokens: int, steps: int, *, recompute: bool = False
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Measure every model under every kernel that runs here, and as transformers runs it.
-
-    Returns:
-        One row for each combination, and the ratios.
-    """
-    rows = []
-    with _one_rank() as device:
+    for name, config in configs.items():
+        report(f"gpu_numerics_{name}", numerics(shallow(config), device), ratios={}, targets={})
+    with _one_rank():
         for name, config in configs.items():
-            bench = _Bench(config, device, tokens, steps, recompute)
-            for attention in ATTENTION:
-                for liger in (False, True) if device.type == "cuda" else (False,):
-                    rows.append({"model": name, "stack": "ours", **bench.ours(attention, liger)})
-            for attention, linear in PADDED:
-                stack = "transformers, linear patches" if linear else "transformers"
-                rows.append({"model": name, "stack": stack, **bench.padded(attention, linear)})
-    ratios = {}
-    for name in configs:
-        mine = [row for row in rows if row["model"] == name and row["tokens_per_second"]]
-        best = {
-            key: max((row["tokens_per_second"] for row in mine if row["stack"].startswith(key)), default=0.0)
-            for key in ("ours", "transformers")
-        }
-        plain = max((row["tokens_per_second"] for row in mine if row["stack"] == "transformers"), default=0.0)
-        for key, other in (("transformers", plain), ("transformers_at_its_best", best["transformers"])):
-            if other:
-                ratios[f"{name}_ours_over_{key}"] = best["ours"] / other
-    if mfus := [row["mfu"] for row in rows if row["stack"] == "ours" and row["mfu"]]:
-        ratios["best_mfu"] = max(mfus)
-    return rows, ratios
+            rows = compare(config, device, tokens, steps)
+            report(f"gpu_{name}", rows, ratios=ratios(rows), targets={"best_mfu": ">= 0.40"})
+
+
+def shallow(config: Any) -> Any:
+    """The same model with few layers: what rounding does there needs no more, and float32 gradients fit twice."""
+    config = copy.deepcopy(config)
+    text, vision = config.text_config, config.vision_config
+    text.num_hidden_layers, vision.depth = min(text.num_hidden_layers, 4), min(vision.depth, 4)
+    if hasattr(text, "layer_types"):
+        text.layer_types = text.layer_types and text.layer_types[: text.num_hidden_layers]
+    for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
+        if hasattr(vision, name):
+            setattr(vision, name, [vision.depth - 1])
+    return config
+
+
+def compare(config: Any, device: torch.device, tokens: int, steps: int) -> list[dict[str, Any]]:
+    """Measure a model under every kernel that runs here, and as transformers runs it: a row for each."""
+    bench = _Bench(config, device, tokens, steps)
+    rows = []
+    for attention in ATTENTION:
+        for liger in (False, True) if device.type == "cuda" else (False,):
+            rows.append({"stack": "ours", **bench.ours(attention, liger)})
+            print_table(rows[-1:])
+    for attention, linear in PADDED:
+        stack = "transformers, linear patches" if linear else "transformers"
+        rows.append({"stack": stack, **bench.padded(attention, linear)})
+        print_table(rows[-1:])
+    return rows
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Compare the fastest of each stack, as far as they ran."""
+
+    def best(of: str, key: str = "tokens_per_second") -> float:
+        return max((row[key] for row in rows if row["stack"].startswith(of) and row[key]), default=0.0)
+
+    plain = max((row["tokens_per_second"] or 0.0 for row in rows if row["stack"] == "transformers"), default=0.0)
+    others = {"ours_over_transformers": plain, "ours_over_transformers_at_its_best": best("transformers")}
+    return {name: best("ours") / other for name, other in others.items() if other} | (
+        {"best_mfu": mfu} if (mfu := best("ours", "mfu")) else {}
+    )
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[torch.device]:
+def _one_rank() -> Iterator[None]:
     """The engine's process group, of this process alone."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     before = {key: os.environ.get(key) for key in alone}
     os.environ.update(alone)
-    _, device = start_process_group(1, timeout_s=600)
+    start_process_group(1, timeout_s=600)
     try:
-        yield device
+        yield
     finally:
         dist.destroy_process_group()
         os.environ.update({key: value for key, value in before.items() if value is not None})
@@ -149,8 +164,8 @@ def _one_rank() -> Iterator[torch.device]:
 class _Bench:
     """One model on one device: the same samples for everyone."""
 
-    def __init__(self, config: Any, device: torch.device, tokens: int, steps: int, recompute: bool) -> None:
-        self._config, self._device, self._steps, self._recompute = config, device, steps, recompute
+    def __init__(self, config: Any, device: torch.device, tokens: int, steps: int) -> None:
+        self._config, self._device, self._steps = config, device, steps
         self._samples = make_samples(config, tokens)
         self._pack = make_batch(config, self._samples)
         skeleton = build(config, torch.device("meta"), torch.float32, "sdpa", False)
@@ -159,21 +174,21 @@ class _Bench:
     def ours(self, attention: str, liger: bool) -> dict[str, Any]:
         """Time steps of the engine's model on a pack."""
 
-        def make_step(_rows: int) -> Callable[[], None]:
+        def make_step(recomputed: Sequence[str]) -> Callable[[], None]:
             model = build(self._config, self._device, torch.float32, attention, liger, half=True)
-            if self._recompute:
-                recompute_activations(model.hf, ("llm", "vit"))
-            shard(model, self._device, _PARALLEL)
+            recompute_activations(model.hf, recomputed)
+            shard(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=bool(recomputed)))
             (optimizer,) = make_optimizers(model, _OPTIM)
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])
 
-        return {"attention": attention, "liger": liger} | self._measure(make_step, (len(self._samples),))
+        ladder = {"+".join(parts) or "nothing": partial(make_step, parts) for parts in RECOMPUTED}
+        return {"attention": attention, "liger": liger} | self._measure(ladder)
 
     def padded(self, attention: str, linear: bool) -> dict[str, Any]:
         """Time steps of transformers' model on padded rows."""
 
-        def make_step(rows: int) -> Callable[[], None]:
+        def make_step(rows: int, recompute: bool) -> Callable[[], None]:
             torch.manual_seed(0)
             with self._device:
                 hf = AutoModelForImageTextToText.from_config(
@@ -181,7 +196,7 @@ class _Bench:
                 ).train()
             if linear:
                 use_linear_patch_embedding(hf)
-            if self._recompute:
+            if recompute:
                 hf.gradient_checkpointing_enable()
             optimizer = torch.optim.AdamW(hf.parameters(), lr=_OPTIM.learning_rate, weight_decay=0.0, fused=True)
             parts = [self._samples[start : start + rows] for start in range(0, len(self._samples), rows)]
@@ -194,22 +209,27 @@ class _Bench:
 
             return lambda: _step(hf, optimizer, [lambda batch=batch: loss(batch) for batch in inputs])
 
-        return {"attention": attention, "liger": False} | self._measure(make_step, ROWS_AT_ONCE)
+        ladder = {
+            f"{'all' if recompute else 'nothing'}, {rows} rows at once": partial(make_step, rows, recompute)
+            for rows, recompute in ROWS_AT_ONCE
+        }
+        return {"attention": attention, "liger": False} | self._measure(ladder)
 
-    def _measure(self, make_step: Callable[[int], Callable[[], None]], rows_at_once: Sequence[int]) -> dict[str, Any]:
-        """Time the step that `make_step` makes for the most samples at once that fit into memory."""
-        row: dict[str, Any] = dict.fromkeys(("rows_at_once", "tokens_per_second", "mfu", "step_s", "memory_gib"))
+    def _measure(self, ladder: Mapping[str, Callable[[], Callable[[], None]]]) -> dict[str, Any]:
+        """Time a step of the first way, of those named in `ladder`, that fits into memory."""
+        row: dict[str, Any] = dict.fromkeys(("tokens_per_second", "mfu", "step_s", "memory_gib", "recomputed"))
         note = ""
-        for rows in rows_at_once:
+        for name, make_step in ladder.items():
             gc.collect()  # FSDP's hooks make cycles, which would keep the model before this one in memory
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                return row | {"rows_at_once": rows} | self._time(make_step(rows)) | {"note": ""}
+                return row | self._time(make_step()) | {"recomputed": name, "note": ""}
             except torch.OutOfMemoryError as error:
                 note = _first_line(error)
             except _CANNOT as error:
-                return row | {"note": _first_line(error)}
+                note = _first_line(error)
+                break
         return row | {"note": note}
 
     def _time(self, step: Callable[[], None]) -> dict[str, Any]:
@@ -282,7 +302,7 @@ def numerics(config: Any, device: torch.device) -> list[dict[str, Any]]:
 def _loss_and_gradients(model: PackedVLM, batch: Batch) -> tuple[float, list[torch.Tensor]]:
     loss = model(batch).mean()
     loss.backward()
-    return float(loss.detach()), [p.grad.float().cpu() for p in model.parameters()]
+    return float(loss.detach()), [p.grad.float() for p in model.parameters()]
 
 
 def build(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import gpu
 from benchmarks.gpu import build, numerics, padded_inputs
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
 from transformers import AutoModelForImageTextToText
@@ -23,7 +24,7 @@ from pathlib import Path
 from benchmarks import gpu, report
 
 report.RESULTS = Path({results!r})
-sys.argv = ["gpu", "--tiny", "--recompute"]
+sys.argv = ["gpu", "--tiny"]
 gpu.main()
 """
 
@@ -33,15 +34,30 @@ def test_runs_on_a_bare_node_and_says_what_cannot_run_there(tmp_path: Path) -> N
     program = BARE_NODE.format(missing=missing, results=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "gpu.json").read_text())
     for name in TINY:
-        rows = [row for row in result["rows"] if row["model"] == name]
-        measured = {(row["stack"], row["attention"]) for row in rows if row["tokens_per_second"]}
+        result = json.loads((tmp_path / f"gpu_{name}.json").read_text())
+        measured = {(row["stack"], row["attention"]) for row in result["rows"] if row["tokens_per_second"]}
         stacks = ("ours", "transformers", "transformers, linear patches")
         assert measured == {(stack, "sdpa") for stack in stacks}
-        assert all(bool(row["note"]) != bool(row["tokens_per_second"]) for row in rows)
-        assert result["ratios"][f"{name}_ours_over_transformers"] > 0
-    assert (tmp_path / "gpu_numerics.json").exists()
+        assert all(bool(row["note"]) != bool(row["tokens_per_second"]) for row in result["rows"])
+        assert result["ratios"]["ours_over_transformers"] > 0
+        assert (tmp_path / f"gpu_numerics_{name}.json").exists()
+
+
+@pytest.mark.parametrize("part", ["ours", "padded"])
+def test_what_does_not_fit_is_tried_with_less_in_memory(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(bench: object, step: object) -> dict[str, float]:
+        tried.append(step)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return {"step_s": 1.0}
+
+    tried: list[object] = []
+    monkeypatch.setattr(gpu._Bench, "_time", full)
+    bench = gpu._Bench(TINY["tiny_qwen3_vl"], torch.device("cpu"), 256, 1)
+    with gpu._one_rank():
+        row = bench.ours("sdpa", False) if part == "ours" else bench.padded("sdpa", True)
+    assert (row["recomputed"], row["note"]) == ("llm" if part == "ours" else "nothing, 4 rows at once", "")
 
 
 @pytest.mark.parametrize("name", TINY)
