@@ -62,7 +62,9 @@ def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, log_dir: Pat
         process.kill()
         process.join()
     if reason:
-        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(log_dir.glob("rank*.log")))
+        # A trainer says in `errors/` why it fails, and nothing in its output.
+        files = sorted([*log_dir.glob("rank*.log"), *log_dir.parent.glob("errors/*.json")])
+        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in files)
         raise JobFailedError(f"{reason}\n{logs}")
 
 
