@@ -31,7 +31,7 @@ _GROUPS = (48, 250)  # frames between keyframes: as a website encodes, and x264'
 _PATCH_SIZE = 16
 _RULES = {"fps": 1.0, "video_min_pixels": 12_544, "video_max_pixels": 50_176}
 _ROUNDS = 3
-_ENCODINGS = ("raw", "png", "jpeg")
+_ENCODINGS = ("raw", "zstd", "png", "jpeg")
 
 
 def measure(rows: int) -> Section:
@@ -40,7 +40,7 @@ def measure(rows: int) -> Section:
         paths = [write_clip(Path(folder) / f"{group}.mp4", group) for group in _GROUPS]
         sampling, ratios = _measure_sampling([path for path in paths for _ in range(2)])
         reading, shares = _measure_reading(Path(folder), paths[0])
-    fast = ("loading_raw_over_decoding", "loading_jpeg_over_decoding")
+    fast = [f"loading_{name}_over_decoding" for name in _ENCODINGS if name != "png"]
     return Section(
         sampling + reading,
         ratios=ratios | shares,
@@ -123,12 +123,13 @@ def _theirs(backend: str, path: Path) -> list[int]:
 def _measure_reading(folder: Path, path: Path) -> tuple[list[Row], dict[str, float]]:
     """Time what the training loader does for one clip: from its frames, stored or not, to patches."""
     torch.set_num_threads(1)
-    rows = {}
+    rows, sizes = {}, {}
     for name in ("decoded on the fly", *_ENCODINGS):
         encoding = {"frame_encoding": name} if name in _ENCODINGS else {"materialize": False}
         clip = _sample(path, SampleConfig(**encoding, **_RULES))
         with FrameStoreWriter(folder / name) as store:
             store.add(clip)
+        sizes[name] = sum(shard.stat().st_size for shard in (folder / name).glob("*.arrow"))
         loader = PatchLoader(patch_size=_PATCH_SIZE, frame_store=folder / name)
         grid = {"grid_t": len(clip.frame_indices) // 2, "grid_h": clip.height // _PATCH_SIZE}
         media = [{"type": "video", "key": str(path), "grid_w": clip.width // _PATCH_SIZE, **grid}]
@@ -140,4 +141,5 @@ def _measure_reading(folder: Path, path: Path) -> tuple[list[Row], dict[str, flo
         rows[name] = Row(f"loading: {name}", len(clip.frame_indices), min(seconds))
     slow = rows["decoded on the fly"]
     shares = {f"loading_{name}_over_decoding": slow.seconds / rows[name].seconds for name in _ENCODINGS}
+    shares |= {f"bytes_{name}_over_raw": sizes[name] / sizes["raw"] for name in _ENCODINGS if name != "raw"}
     return list(rows.values()), shares

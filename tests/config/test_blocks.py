@@ -52,7 +52,8 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.BatchingConfig, {"max_steps": 0}, "nothing would be trained"),
         (config.SampleConfig, {"video_max_pixels": 50176}, "lower video_min_pixels with it"),
         (config.SampleConfig, {"video_min_frames": 9, "video_max_frames": 8}, "lower video_min_frames"),
-        (config.SampleConfig, {"materialize": False, "frame_encoding": "jpeg"}, "set frame_encoding: png"),
+        (config.SampleConfig, {"frame_encoding": "webp"}, "Input should be 'zstd', 'png', 'raw' or 'jpeg'"),
+        (config.SampleConfig, {"materialize": False, "frame_encoding": "jpeg"}, "set frame_encoding: zstd"),
         (
             config.ModelConfig,
             {"processor_type": "qwen3_vl", "image_min_pixels": 9, "image_max_pixels": 8},

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip, encode_frame
+from qvl_pipeline.media.frame_encoding import encode_frame
+from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
 
 # Texts of the tests, and enough blank lines for the tokenizer to learn them as one token.
 CORPUS = [

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from qvl_pipeline.engine import spec
 from qvl_pipeline.engine.__main__ import main
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip, encode_frame
+from qvl_pipeline.media.frame_encoding import encode_frame
+from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
 from tests.engine.ranks import run_ranks
 
 SCHEMA = pa.schema(

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter, StoredClip, clip_id, encode_frame
+from qvl_pipeline.media.frame_encoding import encode_frame
+from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter, StoredClip, clip_id
 
 
 def pictures(seed: int, n_frames: int = 4, height: int = 32, width: int = 48) -> np.ndarray:
@@ -31,7 +32,7 @@ def stored(path: str, frames: np.ndarray, encoding: str = "png", start: float | 
     )
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("encoding", ["raw", "zstd", "png"])
 def test_lossless_encodings_give_the_pixels_back(tmp_path: Path, encoding: str) -> None:
     clips = {name: pictures(seed, n_frames=seed + 2) for seed, name in enumerate(["a.mp4", "b.mp4", "c.mp4"])}
     with FrameStoreWriter(tmp_path) as writer:

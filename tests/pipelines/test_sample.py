@@ -138,14 +138,14 @@ def test_frames_fit_the_patches_of_the_model(
 
 @pytest.fixture
 def many_clips(media_index: pd.DataFrame, clip: Callable[..., Any]) -> pd.DataFrame:
-    """Eight clips, six of which fill a shard each time when `small_shards`."""
+    """Eight clips, two to a shard when `small_shards`."""
     return table_of(*(clip(name, start, start + 2) for name in ("constant", "variable") for start in range(4)))
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard is full with two clips."""
-    monkeypatch.setattr(frame_store.FrameStoreWriter.__init__, "__defaults__", (3000, None))
+    monkeypatch.setattr(frame_store.FrameStoreWriter.__init__, "__defaults__", (350, None))
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ from qvl_pipeline.pipelines.sample.nodes import sample_clips
 
 if __name__ == "__main__":
     arguments, folder, shards = pickle.loads(Path(sys.argv[1]).read_bytes())
-    frame_store.FrameStoreWriter.__init__.__defaults__ = (3000, None)
+    frame_store.FrameStoreWriter.__init__.__defaults__ = (350, None)
     keep = FrameCache.keep
 
     def keep_and_wait(self, *arguments):
@@ -394,7 +394,7 @@ def test_memory_holds_back_the_number_of_processes(media_index: pd.DataFrame, cl
         workers(gib // 2, memory_gib=2)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("encoding", ["raw", "zstd", "png"])
 def test_frames_decoded_on_the_fly_are_those_that_would_be_stored(
     tmp_path: Path, media_index: pd.DataFrame, many_clips: pd.DataFrame, encoding: str
 ) -> None:

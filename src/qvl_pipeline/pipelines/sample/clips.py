@@ -17,7 +17,8 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.clip_frames import resized_frames
 from qvl_pipeline.media.decode_worker import ClipError
 from qvl_pipeline.media.decoding import read_frame_table
-from qvl_pipeline.media.frame_store import StoredClip, clip_id, encode_frame
+from qvl_pipeline.media.frame_encoding import encode_frame
+from qvl_pipeline.media.frame_store import StoredClip, clip_id
 from qvl_pipeline.media.sampling import frame_range, rate_within, smart_nframes, spread_frames, video_size
 
 # Changes when the same settings give other frames than they did.
@@ -36,7 +37,7 @@ _DECISIVE = (
     "jpeg_quality",
 )
 # Bytes of a pixel of natural video; noise takes more.
-_BYTES_PER_PIXEL = {"raw": 3.0, "png": 1.8, "jpeg": 0.6}
+_BYTES_PER_PIXEL = {"raw": 3.0, "zstd": 1.6, "png": 1.8, "jpeg": 0.6}
 
 
 @dataclass(frozen=True)
