@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu [--models …] [--steps 5] [--tiny]`: random weights of Qwen-VL dimensions, so nothing is
 downloaded; steps of 16,384 tokens with images. It needs what the engine needs and nothing more. `--tiny` is a small
-model of each family on whatever device there is. What a device cannot run is a row that says why. Each model leaves
+model of each family on whatever device there is. What a device cannot run is a row that says why. Each row is in
 `results/gpu_<model>.json` as soon as it is measured. Numerics are of the same widths with a few layers.
 
 A step is whole: the batch to the device, forward, backward, clipping, fused AdamW. Weights, gradients and optimizer
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import gc
 import os
 import time
@@ -33,9 +32,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
-from benchmarks.report import print_table, report
+from benchmarks.report import report
 from qvl_pipeline.engine.attention import use_packed_attention
+from qvl_pipeline.engine.attention_kernels import why_not
 from qvl_pipeline.engine.batch import Batch
+from qvl_pipeline.engine.compilation import compile_blocks
 from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.flops import flops_of, peak_flops
 from qvl_pipeline.engine.kernels import use_liger_kernels
@@ -48,8 +49,9 @@ from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec
 from qvl_pipeline.media.pixels import normalize_patches
 
 ATTENTION = ("flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa")
+BLOCKS = ("eager", "liger", "compiled")
 # Attention of the comparator, and whether it has our patch embedding.
-PADDED = (("sdpa", False), ("sdpa", True), ("flash_attention_2", True))
+PADDED = (("sdpa", True), ("sdpa", False), ("flash_attention_2", True))
 WARMUP_STEPS = 2
 # What to try until a step fits into memory: of ours, whose activations to recompute; of the comparator, which has one
 # switch for all, how many rows to do at once as well.
@@ -74,7 +76,7 @@ _OPTIM = OptimSpec(
 )
 _PARALLEL = ParallelSpec(
     wrap=(),
-    reshard_after_forward=False,
+    reshard_after_forward=True,
     hsdp_shard_size=0,
     forward_prefetch=0,
     backward_prefetch=0,
@@ -97,11 +99,14 @@ def main() -> None:
     tokens, steps = (256, 1) if options.tiny else (options.tokens, options.steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, config in configs.items():
-        report(f"gpu_numerics_{name}", numerics(shallow(config), device), ratios={}, targets={})
+        if name != "qwen2_5_vl_7b":  # the 3B has the same kernels
+            report(f"gpu_numerics_{name}", numerics(shallow(config), device), ratios={}, targets={})
     with _one_rank():
         for name, config in configs.items():
-            rows = compare(config, device, tokens, steps)
-            report(f"gpu_{name}", rows, ratios=ratios(rows), targets={"best_mfu": ">= 0.40"})
+            rows: list[dict[str, Any]] = []
+            for row in compare(config, device, tokens, steps):
+                rows.append(row)
+                report(f"gpu_{name}", rows, ratios=ratios(rows), targets={"best_mfu": ">= 0.40"})
 
 
 def shallow(config: Any) -> Any:
@@ -117,19 +122,17 @@ def shallow(config: Any) -> Any:
     return config
 
 
-def compare(config: Any, device: torch.device, tokens: int, steps: int) -> list[dict[str, Any]]:
-    """Measure a model under every kernel that runs here, and as transformers runs it: a row for each."""
+def compare(config: Any, device: torch.device, tokens: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Measure a model under every kernel that runs here, and as transformers runs it: a row for each, best first."""
     bench = _Bench(config, device, tokens, steps)
-    rows = []
-    for attention in ATTENTION:
-        for liger in (False, True) if device.type == "cuda" else (False,):
-            rows.append({"stack": "ours", **bench.ours(attention, liger)})
-            print_table(rows[-1:])
+    cuda = device.type == "cuda"
+    runs = [name for name in ATTENTION if why_not(name, device, half=True) is None]
+    for blocks in BLOCKS if cuda else BLOCKS[:1]:
+        yield {"stack": "ours", **bench.ours(runs[0], blocks)}
     for attention, linear in PADDED:
-        stack = "transformers, linear patches" if linear else "transformers"
-        rows.append({"stack": stack, **bench.padded(attention, linear)})
-        print_table(rows[-1:])
-    return rows
+        yield {"stack": "transformers, linear patches" if linear else "transformers", **bench.padded(attention, linear)}
+    for attention in (name for name in ATTENTION if name != runs[0]):
+        yield {"stack": "ours", **bench.ours(attention, "liger" if cuda else "eager")}
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -171,19 +174,21 @@ class _Bench:
         skeleton = build(config, torch.device("meta"), torch.float32, "sdpa", False)
         self._flops = flops_of(skeleton).count(self._pack)
 
-    def ours(self, attention: str, liger: bool) -> dict[str, Any]:
-        """Time steps of the engine's model on a pack."""
+    def ours(self, attention: str, blocks: str) -> dict[str, Any]:
+        """Time steps of the engine's model on a pack, with its blocks as they are, with Liger's kernels or compiled."""
 
         def make_step(recomputed: Sequence[str]) -> Callable[[], None]:
-            model = build(self._config, self._device, torch.float32, attention, liger, half=True)
+            model = build(self._config, self._device, torch.float32, attention, blocks == "liger", half=True)
             recompute_activations(model.hf, recomputed)
-            shard(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=bool(recomputed)))
+            if blocks == "compiled":
+                compile_blocks(model.hf, model.family, backend="inductor", mode="default")
+            shard(model, self._device, _PARALLEL)
             (optimizer,) = make_optimizers(model, _OPTIM)
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])
 
         ladder = {"+".join(parts) or "nothing": partial(make_step, parts) for parts in RECOMPUTED}
-        return {"attention": attention, "liger": liger} | self._measure(ladder)
+        return {"attention": attention, "blocks": blocks} | self._measure(ladder)
 
     def padded(self, attention: str, linear: bool) -> dict[str, Any]:
         """Time steps of transformers' model on padded rows."""
@@ -213,7 +218,7 @@ class _Bench:
             f"{'all' if recompute else 'nothing'}, {rows} rows at once": partial(make_step, rows, recompute)
             for rows, recompute in ROWS_AT_ONCE
         }
-        return {"attention": attention, "liger": False} | self._measure(ladder)
+        return {"attention": attention, "blocks": "eager"} | self._measure(ladder)
 
     def _measure(self, ladder: Mapping[str, Callable[[], Callable[[], None]]]) -> dict[str, Any]:
         """Time a step of the first way, of those named in `ladder`, that fits into memory."""

@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+# Whether there is a GPU is asked of NVML: of CUDA itself, the answer would spoil it for the ranks, which are forked.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     [

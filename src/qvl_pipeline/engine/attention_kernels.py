@@ -6,9 +6,10 @@ Every kernel attends within the sequences of a pack, which lie end to end in one
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -130,12 +131,18 @@ def _flash_attention_3(*arguments: Any) -> Tensor:
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = _repeat_heads(q, k, v)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     bounds, longest = segments.cu_seqlens, segments.longest
     # A window of (-1, 0) is causal attention: every earlier key, no later one.
     window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)[None]
+    options = {"scale": scaling, "window_size": window} | _grouped_heads(varlen_attn)
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)[None]
+
+
+@cache
+def _grouped_heads(varlen_attn: Kernel) -> dict[str, bool]:
+    """Allow fewer key heads than query heads where that must be said; torch 2.11 does not ask, and takes them."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
