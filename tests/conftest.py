@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kedro.framework.project import pipelines
 
+from tests.dvc_repository import command, commit, make_repository
 from tests.kedro_project import make_project, use_quick_nodes
 
 
@@ -29,3 +34,32 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_database: 
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
     pipelines.configure("qvl_pipeline.pipeline_registry")
+
+
+@contextlib.contextmanager
+def _commands(tracking_database: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _trained(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> Path:
+    with _commands(tracking_database):
+        folder = make_repository(tmp_path_factory.mktemp("trained") / "project")
+        command(folder, "kedro run --pipelines ingest,validate,sample,tokenize")
+        command(folder, "kedro run --pipelines train,evaluate")
+        command(folder, "dvc commit --force")
+    commit(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(_trained: Path, tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> Iterator[Path]:
+    """A repository as its owner would leave it, for one module, and the environment for commands in it.
+
+    All stages have run, and `dvc.lock` is committed.
+    """
+    with _commands(tracking_database):
+        yield shutil.copytree(_trained, tmp_path_factory.mktemp("repository") / "project", symlinks=True)

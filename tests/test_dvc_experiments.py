@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +14,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from qvl_pipeline.tracking.compare import compare_runs
-from tests.dvc_repository import command, commit, make_repository
+from tests.dvc_repository import command
 
 RESULT = "data/08_reporting/base/train_result.json"
 METRICS = "data/08_reporting/base/metrics.json"
 PARAMETERS = "conf/base/parameters_train.yml"
 RATES = {"slow": 0.0005, "fast": 0.004}
-
-
-@pytest.fixture(scope="module")
-def environment(tracking_database: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", tracking_database)
-        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        yield
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, environment: None) -> Path:
-    """A repository as its owner would leave it: all stages run, `dvc.lock` committed."""
-    folder = make_repository(tmp_path_factory.mktemp("dvc") / "project")
-    command(folder, "kedro run")
-    command(folder, "dvc commit --force")
-    commit(folder)
-    return folder
 
 
 def test_the_lock_has_what_a_run_by_kedro_made(trained: Path) -> None:
@@ -70,7 +47,9 @@ def test_a_clone_evaluates_without_training(trained: Path, tmp_path: Path, track
     assert "changed deps" not in command(copy, "dvc status")
 
 
-def test_data_goes_through_an_s3_server(trained: Path, tmp_path: Path) -> None:
+def test_data_goes_through_an_s3_server(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     server = ThreadedMotoServer(port=0)
     server.start()
     try:

@@ -128,6 +128,14 @@ def test_a_template_without_an_end_of_turn_is_an_error(processor: ProcessorMixin
         answers(processor, [("user", "a"), ("assistant", "1")])
 
 
+def test_a_template_with_nothing_before_the_answer_is_an_error(processor: ProcessorMixin) -> None:
+    """Its first token would be predicted from the last one of the sample before it in the pack."""
+    processor.chat_template = "{%- for message in messages -%}{{ message.content[0].text }}<|im_end|>{%- endfor -%}"
+    assert answers(processor, [("user", "a"), ("assistant", "1")]) == [f"1{END}"]
+    with pytest.raises(UserError, match="sample 'a': the chat template renders nothing before the answer"):
+        answers(processor, [("assistant", "1")])
+
+
 def test_a_refused_conversation_is_named_among_many(processor: ProcessorMixin) -> None:
     processor.chat_template = "{{ raise_exception('no tools here') if messages[0].role == 'tool' else 'x' }}"
     chats = [conversation([(role, "a"), ("assistant", "1")])[0] for role in ("user", "tool", "user")]

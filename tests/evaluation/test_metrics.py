@@ -18,7 +18,7 @@ from qvl_pipeline.evaluation.metrics import (
 
 
 def samples(**columns: list[str]) -> pd.DataFrame:
-    given = {"sample_id": ["a/0", "a/1"], "kind": ["text", "video"], "task": ["exact_match"] * 2}
+    given = {"sample_id": ["a/0", "a/1"], "kind": ["text", "video"], "task": ["exact_match"] * 2, "expected": ["7"] * 2}
     return pd.DataFrame({**given, **columns})
 
 
@@ -31,6 +31,8 @@ def test_scorable_samples_pass() -> None:
     [
         (samples(task=["exact_match", "exactmatch"]), "sample 'a/1' has the task 'exactmatch'.*exact_match"),
         (samples(kind=["text", "overall"]), "kind 'overall'"),
+        (samples(task=["exact_match", "iou"]), "sample 'a/1': task 'iou' expects four numbers.*'7'"),
+        (samples(task=["multiple_choice"] * 2, expected=['["A", "b)"]', "red"]), "sample 'a/1': .*an option's letter"),
         (samples().head(0), "eval split is empty.*eval_fraction"),
     ],
 )

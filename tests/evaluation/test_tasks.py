@@ -36,25 +36,53 @@ def test_exact_match_ignores_case_and_white_space_only(answer: str, expected: st
     assert exact_match(answer, expected) == right
 
 
+# The spellings that MMMU's `parse_multi_choice_response` looks for (mmmu/utils/eval_utils.py, also lmms-eval's
+# tasks/mmmu/utils.py): "(B)", "B ", "B."; and those that VLMEvalKit's `can_infer_option` reads (vlmeval/utils/
+# matching_util.py): a letter that stands alone once these are blanks: . ( ) [ ] , : ; ! * # { }
+CONVENTIONS = ["B", "(B)", "B.", "B)", "[B]", "**B**", "B: a red car", "(B) a red car", "B. a red car", "{B}", "B!"]
+
+
+@pytest.mark.parametrize("answer", CONVENTIONS)
+@pytest.mark.parametrize("small", [False, True])
+def test_options_are_read_as_other_harnesses_do_whatever_their_case(answer: str, small: bool) -> None:
+    assert multiple_choice(answer.lower() if small else answer, "B") == 1
+    assert multiple_choice(answer.lower() if small else answer, "C") == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("B", 1),
-        ("b", 1),
-        ("(B)", 1),
-        ("B. a red car", 1),
         ("The answer is B.", 1),
+        ("Answer: B", 1),
+        ("answer: b", 1),
+        ("The correct option is (b).", 1),
         ("Answer: (B) because it is red", 1),
         ("A man holds it, so B", 1),
+        ("B. A red car", 1),
+        ("b) I see a car", 1),
         ("C", 0),
         ("A or B", 0),
         ("Both", 0),
         ("It's a Boat", 0),
+        ("b and c", 0),
+        ("be it so", 0),
+        ("best", 0),
         ("", 0),
     ],
 )
-def test_the_chosen_option_is_the_one_capital_that_stands_alone(answer: str, right: int) -> None:
+def test_the_chosen_option_is_the_one_that_stands_alone(answer: str, right: int) -> None:
     assert multiple_choice(answer, "B") == right
+
+
+@pytest.mark.parametrize("expected", ["b", "(B)", "B.", "B. a red car"])
+def test_the_expected_option_may_be_written_in_the_same_ways(expected: str) -> None:
+    assert multiple_choice("B", expected) == 1
+    assert multiple_choice("A", expected) == 0
+
+
+def test_an_expected_answer_that_is_no_option_is_refused() -> None:
+    with pytest.raises(UserError, match=r"task 'multiple_choice' expects an option's letter, but .* 'a red car'"):
+        multiple_choice("B", "a red car")
 
 
 # The docstring of `relaxed_correctness` in google-research/pix2struct, and ChartQA, section 5.1: "5 % for numbers".

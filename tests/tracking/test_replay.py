@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mlflow
@@ -9,7 +10,7 @@ from qvl_pipeline.config import ReplayConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.replay.nodes import refuse_differences, repeat
 from qvl_pipeline.tracking.repeatable import read_run
-from qvl_pipeline.tracking.replay import _compared
+from qvl_pipeline.tracking.replay_comparison import compare_numbers, compare_weights, is_same
 from qvl_pipeline.tracking.uncommitted import uncommitted
 from tests.dvc_repository import command, commit
 
@@ -61,20 +62,50 @@ def recorded(client: mlflow.MlflowClient, losses: list[float], tags: dict[str, s
 
 def test_the_same_numbers_are_no_difference_whatever_the_speed(client: mlflow.MlflowClient) -> None:
     nan = float("nan")
-    first, second = recorded(client, [0.1, 0.2, nan]), recorded(client, [0.1, 0.2, nan])
-    assert _compared(first, second) == ([], 3)
+    rows = compare_numbers(recorded(client, [0.1, 0.2, nan]), recorded(client, [0.1, 0.2, nan]), scores=True)
+    assert [row["step"] for row in rows if is_same(row)] == [0, 1, 2]
 
 
-def test_one_bit_and_a_missing_step_are_differences(client: mlflow.MlflowClient) -> None:
-    differences, compared = _compared(recorded(client, [0.1, 0.3, 0.5]), recorded(client, [0.1, 0.1 + 0.2]))
-    assert compared == 3
+def test_one_bit_and_a_missing_step_are_differences_and_the_first_is_named(client: mlflow.MlflowClient) -> None:
+    first, second = recorded(client, [0.1, 0.3, 0.5]), recorded(client, [0.1, 0.1 + 0.2])
+    # Scores come after the curves, though they are at step 0.
+    client.log_metric(first, "base/overall/loss", 1.0, step=0)
+    rows = compare_numbers(first, second, scores=True)
+    differences = [row for row in rows if not is_same(row)]
+    assert len(rows) == 4
     assert differences == [
         {"metric": "train/loss", "step": 1, "recorded": 0.3, "replayed": 0.30000000000000004},
         {"metric": "train/loss", "step": 2, "recorded": 0.5, "replayed": None},
+        {"metric": "base/overall/loss", "step": 0, "recorded": 1.0, "replayed": None},
     ]
-    report = {"run_id": "r", "compared": compared, "differences": differences}
-    with pytest.raises(UserError, match=r"2 of 3 numbers differ\n  train/loss at step 1: recorded 0\.3, now 0\.300"):
+    data = {"metric": "pack_plan", "step": None, "recorded": "md5:a", "replayed": "md5:b"}
+    report = {"run_id": "r", "compared": 5, "differences": [data, *differences]}
+    expected = (
+        r"run r is not repeated: 4 of 5 numbers and digests differ, the first number is train/loss at step 1: "
+        r"recorded 0\.3, now 0\.30000000000000004\n  pack_plan: recorded 'md5:a', now 'md5:b'\n  train/loss at step 1"
+    )
+    with pytest.raises(UserError, match=expected):
         refuse_differences(report)
+    report["differences"] = 30 * [data]
+    with pytest.raises(UserError, match=r"30 of 5 numbers and digests differ\n  pack_plan(.|\n)*\n  and 10 more$"):
+        refuse_differences(report)
+
+
+def test_scores_of_an_evaluation_that_is_not_repeated_are_not_missed(client: mlflow.MlflowClient) -> None:
+    first, second = recorded(client, [0.1]), recorded(client, [0.1])
+    client.log_metric(first, "base/overall/loss", 1.0, step=0)
+    assert [row["metric"] for row in compare_numbers(first, second, scores=False)] == ["train/loss"]
+
+
+def test_weights_are_compared_by_their_digest(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    experiment = client.create_experiment("weights", tmp_path.as_uri())
+    first, second, none = (client.create_run(experiment).info.run_id for _ in range(3))
+    for run_id, digest in ((first, "md5:a"), (second, "md5:b")):
+        client.log_text(run_id, json.dumps({"digest": digest}), "model/pointer.json")
+    (row,) = compare_weights(first, second)
+    assert row == {"metric": "weights", "step": None, "recorded": "md5:a", "replayed": "md5:b"}
+    assert not is_same(compare_weights(first, none)[0])
+    assert compare_weights(none, first) == []
 
 
 def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.tasks import BY_ANSWER, NOT_A_MEAN, TASKS, TOGETHER, best_reference
+from qvl_pipeline.evaluation.tasks import BY_ANSWER, FORMAL, NOT_A_MEAN, TASKS, TOGETHER, best_reference
 
 OVERALL = "overall"
 # Of the teacher-forced answer: lower is better, and no score.
@@ -22,10 +22,11 @@ def check_scorable(samples: pd.DataFrame) -> None:
     """Refuse samples that could not be scored, before anything is generated.
 
     Args:
-        samples: Columns `sample_id`, `kind` and `task`.
+        samples: Columns `sample_id`, `kind`, `task` and `expected`.
 
     Raises:
-        UserError: There is no sample, a task has no metric, or a sample kind is called `overall`.
+        UserError: There is no sample, a task has no metric or not the form of answer that its metric needs, or a sample
+            kind is called `overall`.
     """
     if samples.empty:
         raise UserError(
@@ -42,6 +43,12 @@ def check_scorable(samples: pd.DataFrame) -> None:
         )
     if OVERALL in set(samples["kind"]):
         raise UserError(f"the sample kind '{OVERALL}' is the name of the mean over all kinds: rename it in the source")
+    for row in samples[samples["task"].isin(FORMAL)].itertuples():
+        try:
+            for text in references(row.expected):
+                BY_ANSWER[row.task](text, text)
+        except UserError as error:
+            raise UserError(f"sample '{row.sample_id}': {error}") from error
 
 
 def references(expected: str) -> list[str]:

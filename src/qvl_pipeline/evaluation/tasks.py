@@ -20,6 +20,12 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _BOX = re.compile(rf"({_NUMBER})" + rf"[\s,;()\[\]]+({_NUMBER})" * 3)
 _ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
 _CHOICE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-Z])\)?(?![A-Za-z0-9'])")
+# All of the answer, after what introduces it, or its beginning with a mark behind it.
+_MARKED_CHOICE = re.compile(
+    r"(?:(?:the )?(?:(?:correct|best|final) )?(?:answer|option|choice)(?: is)?:? *)?"
+    r"[(\[{*]*([a-z])(?:[)\]}.:,;!*]*$|[)\].:] )",
+    re.IGNORECASE,
+)
 
 
 def exact_match(answer: str, expected: str) -> float:
@@ -32,16 +38,31 @@ def exact_match(answer: str, expected: str) -> float:
 
 
 def multiple_choice(answer: str, expected: str) -> float:
-    """Tell whether the option chosen is the expected letter.
+    """Tell whether the option chosen is the expected one.
 
-    The option is the answer's only capital letter that stands alone (`B`, `(B)`, `B.`, `The answer is B`). Several
-    different ones decide nothing and are wrong. A lone `A` or `I` that
-    begins a sentence is a word, not an option.
+    The option is a letter that is all of the answer (`B`, `(b)`, `Answer: B.`) or marked as an option at its beginning
+    (`b) a red car`); else it is the only capital letter that stands alone (`It is red, so B`), where an `A` or `I` that
+    begins a sentence is a word. Several different ones decide nothing and are wrong.
+
+    The conventions are those of MMMU (Yue et al. 2024; `parse_multi_choice_response`, which lmms-eval took over) and of
+    VLMEvalKit (`can_infer_option`). They know the letters of the sample's options, and MMMU takes the last of several
+    and guesses where there is none.
+
+    Raises:
+        UserError: The expected text is no option.
     """
-    letters = set(_CHOICE.findall(_ARTICLE.sub("", answer.strip())))
-    if len(answer.strip()) == 1:
-        letters = {answer.strip().upper()}
-    return float(letters == {expected.strip().strip("().").upper()})
+    wanted = _options(expected)
+    if len(wanted) != 1:
+        raise UserError(f"task 'multiple_choice' expects an option's letter, but the dataset's answer is {expected!r}")
+    return float(_options(answer) == wanted)
+
+
+def _options(text: str) -> set[str]:
+    """Return the letters of all options that a text names, as capitals."""
+    text = text.strip()
+    if marked := _MARKED_CHOICE.match(text):
+        return {marked[1].upper()}
+    return set(_CHOICE.findall(_ARTICLE.sub("", text)))
 
 
 def relaxed_accuracy(answer: str, expected: str) -> float:
@@ -178,3 +199,5 @@ TOGETHER: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[floa
 # Tasks whose score of many answers is not the mean of their scores.
 NOT_A_MEAN: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {"bleu": corpus_bleu}
 TASKS = (*BY_ANSWER, *TOGETHER)
+# Tasks whose expected answers have a form.
+FORMAL = ("multiple_choice", "iou", "grounding")

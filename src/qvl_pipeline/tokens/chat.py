@@ -49,8 +49,8 @@ def render_chats(
         The rendered conversations.
 
     Raises:
-        UserError: The template refuses a conversation, or renders its beginning in another way than the whole, or the
-            conversation has no assistant turn. The message names the sample.
+        UserError: The template refuses a conversation, renders its beginning in another way than the whole, or nothing
+            before an answer, or the conversation has no assistant turn. The message names the sample.
     """
     turns = [
         (owner, number)
@@ -80,6 +80,11 @@ def _answer_range(chat: RenderedChat, prompt: str, answered: str) -> tuple[int, 
         raise UserError(
             f"sample '{chat.name}': the chat template renders the beginning of the conversation in another way than "
             "the whole, so the tokens to train on cannot be found; use a template that does not rewrite earlier turns"
+        )
+    if not prompt:
+        raise UserError(
+            f"sample '{chat.name}': the chat template renders nothing before the answer, so there is no token that "
+            "could predict its first; use a template that opens the assistant's turn, as ChatML does"
         )
     end = answered.rfind(END_OF_TURN, len(prompt))
     if end < 0:

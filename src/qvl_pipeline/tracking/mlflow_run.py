@@ -185,7 +185,8 @@ class MlflowRun:
             registered_name: Name in the model registry of which this becomes a version; `None` registers nothing.
             alias: Alias that this version gets, and the version before it loses.
         """
-        version = data_version(folder, read_all=registered_name is not None)
+        # Read whatever its size: DVC's record would be believed if its size is right, and so is that of any training.
+        version = data_version(folder, read_all=True)
         path = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         pointer = {"path": path.as_posix(), "digest": version.digest, "version": version.origin}
         mlflow.log_dict(pointer, "model/pointer.json", run_id=self.id)

@@ -7,11 +7,8 @@ and the data it read, told by digest. Its runs go to the same MLflow, tagged `re
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,20 +19,17 @@ from typing import Any
 
 import mlflow
 import yaml
-from kedro.config import OmegaConfigLoader
 from kedro.framework.project import pipelines
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.data_version import data_version
-from qvl_pipeline.tracking.repeatable import RecordedRun, evaluations, numbers_of, read_run
+from qvl_pipeline.tracking.repeatable import RecordedRun, evaluations, read_run
+from qvl_pipeline.tracking.replay_comparison import compare_data, compare_numbers, compare_weights, is_same
+from qvl_pipeline.tracking.replay_data import MADE_AGAIN, get_data
 
 logger = logging.getLogger(__name__)
 
 WORKTREES = Path("data/replay")
-RAW = Path("data/01_raw")
 PROFILE = "replay"
-# How fast it went, with how much memory, and which rank was the slowest: no property of what was computed.
-MEASURED = re.compile(r"^system/|per_second|_s$|tflops|mfu|slowest|fastest|wait|memory")
 
 
 def replay_run(run_id: str, project: Path) -> dict[str, Any]:
@@ -47,35 +41,35 @@ def replay_run(run_id: str, project: Path) -> dict[str, Any]:
 
     Returns:
         The report: `run_id`, `commit`, `replayed_as` (ids of the new runs), `inputs` (how each was got), `compared`
-        (numbers that were compared), `differences` (`metric`, `step`, `recorded`, `replayed`; `None` where one of them
-        has no such number).
+        (how many numbers and digests), `differences` (`metric`, `step`, `recorded`, `replayed`; `None` where one of
+        them has no such number): those of the data first, then by step.
 
     Raises:
         UserError: The run cannot be repeated, or its repetition failed.
     """
     training = read_run(run_id)
     runs = [training, *evaluations(training)]
-    new_runs = []
+    inputs = _inputs(runs)
+    new = []
     with _worktree(project, training) as folder:
         _write_profile(folder, training)
-        inputs = _get_data(project, folder, training, _inputs(runs))
-        if remade := [name for name, how in inputs.items() if how == "made again"]:
-            logger.info("not in data/ as the run read them: %s", ", ".join(remade))
+        how = get_data(project, folder, PROFILE, training, inputs)
+        if remade := [name for name, way in how.items() if way == MADE_AGAIN]:
+            logger.info("neither data/ nor DVC has %s as the run read it", ", ".join(remade))
             _kedro_run(folder, _stages_before(training), training)
         for run in runs:
             _write_profile(folder, run)
-            new_runs.append(_kedro_run(folder, run.pipelines, run))
-    differences, compared = _compared(training.id, new_runs[0])
-    for recorded, new in zip(runs[1:], new_runs[1:], strict=True):
-        compared += 1
-        differences += _compared_weights(recorded, new)
+            new.append(_kedro_run(folder, run.pipelines, run))
+    scored = len(runs) > 1 or "evaluate" in (training.pipelines or ("evaluate",))
+    compared = compare_data(training.id, new[0], inputs) + compare_numbers(training.id, new[0], scores=scored)
+    compared += compare_weights(training.id, new[0])
     return {
         "run_id": run_id,
         "commit": training.commit,
-        "replayed_as": new_runs,
-        "inputs": inputs,
-        "compared": compared,
-        "differences": differences,
+        "replayed_as": new,
+        "inputs": how,
+        "compared": len(compared),
+        "differences": [row for row in compared if not is_same(row)],
     }
 
 
@@ -105,12 +99,14 @@ def _git(folder: Path, *arguments: str, given: str | None = None) -> None:
 
 
 def _write_profile(folder: Path, run: RecordedRun) -> None:
-    """Give the worktree a profile with exactly the parameters of the run."""
+    """Give the worktree a profile with exactly the parameters of the run, and the catalog of its profile."""
     # A merge could not take away what these add to a mapping.
     for path in (folder / "conf" / "base").glob("parameters*.yml"):
         path.unlink()
     profile = folder / "conf" / PROFILE
     profile.mkdir(exist_ok=True)
+    for path in (folder / "conf" / run.profile).glob("catalog*.yml"):
+        shutil.copy(path, profile)
     names = {"profile": run.profile, "dataset": run.dataset}
     (profile / "globals.yml").write_text(yaml.safe_dump(names))
     (profile / "parameters.yml").write_text(yaml.safe_dump(run.parameters))
@@ -134,54 +130,6 @@ def _stages_before(run: RecordedRun) -> tuple[str, ...]:
     return tuple(before)
 
 
-def _get_data(project: Path, folder: Path, run: RecordedRun, inputs: dict[str, str]) -> dict[str, str]:
-    """Link the raw data and the inputs of the run into the worktree.
-
-    Returns:
-        How each input was got: `linked` (it is in the project as the run read it), or `made again`, which is then all
-        of them, from the raw data on.
-    """
-    catalog = OmegaConfigLoader(
-        str(folder / "conf"), base_env="base", default_run_env="local", env=PROFILE, merge_strategy={"globals": "soft"}
-    )["catalog"]
-    paths = {name: Path(catalog[name]["filepath"]) for name in inputs if name in catalog}
-    raw_is_same = _raw_fingerprint(project / catalog["raw_manifest"]["filepath"]) == run.data_fingerprint
-    demo = (run.parameters.get("ingest") or {}).get("demo")
-    _link(project / RAW, folder / RAW, without=None if raw_is_same or not demo else project / demo["folder"])
-    same = (raw_is_same or not paths) and all(
-        (project / path).exists() and data_version(project / path).digest == inputs[name]
-        for name, path in sorted(paths.items())
-    )
-    if same:
-        for path in paths.values():
-            _link(project / path, folder / path)
-    return dict.fromkeys(paths, "linked" if same else "made again")
-
-
-def _raw_fingerprint(manifest: Path) -> str:
-    return json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else ""
-
-
-def _link(source: Path, target: Path, without: Path | None = None) -> None:
-    """Copy a file or folder by hard links, which take no space; nothing that a run reads is written to."""
-    if source.is_dir():
-        left_out = [without.name] if without else []
-        shutil.copytree(
-            source, target, copy_function=_link_file, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*left_out)
-        )
-    elif source.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _link_file(source, target)
-
-
-def _link_file(source: str | Path, target: str | Path) -> None:
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
-
-
 def _kedro_run(folder: Path, names: tuple[str, ...], run: RecordedRun) -> str:
     """Run pipelines in the worktree; return the id of their MLflow run."""
     label = f"replay of {run.id} {uuid.uuid4().hex[:8]}"
@@ -198,34 +146,3 @@ def _kedro_run(folder: Path, names: tuple[str, ...], run: RecordedRun) -> str:
     (new,) = client.search_runs([run.experiment_id], f"attributes.run_name LIKE '{label}%'")
     client.set_tag(new.info.run_id, "replay_of", run.id)
     return new.info.run_id
-
-
-def _compared(recorded_id: str, new_id: str) -> tuple[list[dict[str, Any]], int]:
-    """Return every number that differs, and how many were compared."""
-    recorded, new = (
-        {key: value for key, value in numbers_of(run_id).items() if not MEASURED.search(key[0])}
-        for run_id in (recorded_id, new_id)
-    )
-    keys = sorted(recorded.keys() | new.keys())
-    differences = [
-        {"metric": name, "step": step, "recorded": recorded.get((name, step)), "replayed": new.get((name, step))}
-        for name, step in keys
-        if not _same(recorded.get((name, step)), new.get((name, step)))
-    ]
-    return differences, len(keys)
-
-
-def _same(one: float | None, other: float | None) -> bool:
-    both_nan = one is not None and other is not None and math.isnan(one) and math.isnan(other)
-    return one == other or both_nan
-
-
-def _compared_weights(recorded: RecordedRun, new_id: str) -> list[dict[str, Any]]:
-    """Return the difference between the digests of the models that two evaluations read, if there is one."""
-    new = {
-        entry.dataset.name: entry.dataset.digest
-        for entry in mlflow.MlflowClient().get_run(new_id).inputs.dataset_inputs
-    }
-    before, after = recorded.inputs.get("trained_model"), new.get("trained_model")
-    row = {"metric": "weights", "step": None, "recorded": before, "replayed": after}
-    return [] if before == after else [row]

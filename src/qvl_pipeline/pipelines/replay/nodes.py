@@ -37,16 +37,20 @@ def refuse_differences(replay_report: dict[str, Any]) -> None:
     """Say that both runs are the same, bit for bit.
 
     Raises:
-        UserError: They are not; has the table of differences.
+        UserError: They are not; names the first metric and step that differs, and has the table of all.
     """
-    differences = replay_report["differences"]
-    compared = f"{len(differences)} of {replay_report['compared']} numbers"
-    if differences:
-        lines = [
-            f"  {row['metric']}{'' if row['step'] is None else ' at step ' + str(row['step'])}: "
-            f"recorded {row['recorded']!r}, now {row['replayed']!r}"
-            for row in differences[:MAX_SHOWN]
-        ]
-        more = [f"  and {len(differences) - MAX_SHOWN} more"] if len(differences) > MAX_SHOWN else []
-        raise UserError("\n".join([f"run {replay_report['run_id']} is not repeated: {compared} differ", *lines, *more]))
-    logger.info("run %s is repeated bit for bit: %s differ", replay_report["run_id"], compared)
+    run_id, differences = replay_report["run_id"], replay_report["differences"]
+    compared = f"{len(differences)} of {replay_report['compared']} numbers and digests"
+    if not differences:
+        logger.info("run %s is repeated bit for bit: %s differ", run_id, compared)
+        return
+    numbers = [row for row in differences if row["step"] is not None]
+    first = f", the first number is {_shown(numbers[0])}" if numbers else ""
+    more = [f"and {len(differences) - MAX_SHOWN} more"] if len(differences) > MAX_SHOWN else []
+    lines = [f"run {run_id} is not repeated: {compared} differ{first}", *map(_shown, differences[:MAX_SHOWN]), *more]
+    raise UserError("\n  ".join(lines))
+
+
+def _shown(row: dict[str, Any]) -> str:
+    step = "" if row["step"] is None else f" at step {row['step']}"
+    return f"{row['metric']}{step}: recorded {row['recorded']!r}, now {row['replayed']!r}"
