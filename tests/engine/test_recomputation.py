@@ -82,6 +82,7 @@ def test_text_only_rank_recomputes_the_tower_as_often_as_the_others(
     run_ranks(same_calls_on_all_ranks, 2, spec, log_dir=tmp_path / "logs", timeout_s=60)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # a cache that it would trace through
 @pytest.mark.parametrize("family", ["qwen2_5_vl"])
 def test_compiled_blocks_compute_the_same_for_packs_of_any_length(
     packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]

@@ -168,6 +168,7 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
+@torch.compiler.disable(reason="the lengths of sequences are read on the host")
 def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
     """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
 
