@@ -30,6 +30,7 @@ GLUE = {
     "tracking.data_version",
     "tracking.lineage",
     "tracking.mlflow_run",
+    "tracking.outbox",
     "tracking.sinks",
     "tracking.unsent",
 }

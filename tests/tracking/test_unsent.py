@@ -194,5 +194,5 @@ def test_kedro_sends_them_and_makes_no_run_of_its_own(project: Path, tracking_da
     report = json.loads((project / "data/08_reporting/base/sync_report.json").read_text())
     assert report == {run_id: {"sent": 3, "left": 0}}
     sink_of("0" * 32, folder)
-    with pytest.raises(UserError, match="MLflow did not take all metrics of 0000"):
+    with pytest.raises(UserError, match="MLflow did not take all of 0000"):
         run(project, "sync_metrics")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+import yaml
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME, MLFLOW_USER
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
@@ -23,6 +24,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.data_version import data_version
 from qvl_pipeline.tracking.lineage import flattened, numbers, without_secrets
+from qvl_pipeline.tracking.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -106,24 +108,29 @@ def going_on(what: str) -> Iterator[None]:
 
 
 def log_json_file(path: Path) -> None:
-    """Log a JSON file, without secrets, as an artifact of the active run; a failure is a warning."""
+    """Log a JSON file, without secrets, as an artifact of the active run; one that is not taken is sent later."""
     if active := mlflow.active_run():
         with going_on(f"'{path.name}'"):
-            mlflow.log_dict(without_secrets(json.loads(path.read_text())), path.name, run_id=active.info.run_id)
+            values = without_secrets(json.loads(path.read_text()))
+            MlflowRun(active.info.run_id).log_text(json.dumps(values, indent=2), path.name)
 
 
 class MlflowRun:
-    """A run of this process. Written through a client, so that it does not matter in which thread."""
+    """A run of this process. Written through a client, so that it does not matter in which thread.
+
+    What the server does not take now is kept, and sent at the end of the run or later (`tracking/outbox.py`).
+    """
 
     def __init__(self, run_id: str) -> None:
         """Take over the run `run_id`."""
         self.id = run_id
-        self._client = mlflow.MlflowClient()
+        self._outbox = Outbox()
+        self._written = {run_id}
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Set tags."""
         texts = {valid_name(key): str(without_secrets(value)) for key, value in tags.items()}
-        self._client.log_batch(self.id, tags=[RunTag(key, text) for key, text in texts.items()])
+        self._send("tags", {"kind": "tags", "texts": texts})
 
     def log_parameters(self, blocks: dict[str, Any]) -> None:
         """Log nested parameters under flat names (`train.learning_rate`); lists are JSON.
@@ -132,31 +139,35 @@ class MlflowRun:
         """
         leaves = flattened(without_secrets(blocks), ".")
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
-        self._client.log_batch(
-            self.id, params=[Param(valid_name(key), text[:MAX_PARAM_VAL_LENGTH]) for key, text in texts.items()]
-        )
+        short = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in texts.items()}
+        self._send("parameters", {"kind": "parameters", "texts": short})
         if cut := [key for key, text in texts.items() if len(text) > MAX_PARAM_VAL_LENGTH]:
             self.set_tags({"parameters_cut": ", ".join(cut)})
             logger.warning("MLflow shows only the start of %s; parameters.yml of the run has all of it", ", ".join(cut))
 
     def log_yaml(self, values: dict[str, Any], name: str) -> None:
         """Log `values` as an artifact in YAML."""
-        mlflow.log_dict(without_secrets(values), name, run_id=self.id)
+        self.log_text(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True), name)
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text as an artifact."""
-        mlflow.log_text(text, name, run_id=self.id)
+        self._send(f"'{name}'", {"kind": "text", "text": text, "name": name})
 
     def log_metrics(self, values: dict[str, Any], run_id: str | None = None) -> None:
         """Log the numbers in nested `values` (`trained/video/exact_match`), to this or to another run."""
-        self._client.log_batch(run_id or self.id, metrics=metric_entries(values))
+        points = [(point.key, point.value, point.timestamp, point.step) for point in metric_entries(values)]
+        self._send("metrics", {"kind": "metrics", "points": points}, run_id=run_id)
 
     def log_artifact(self, path: Path) -> None:
         """Log a file, unless it is larger than `MAX_ARTIFACT_BYTES`."""
         if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
             logger.info("%s (%d MiB) is not copied into MLflow", path.name, size // 2**20)
         else:
-            self._client.log_artifact(self.id, str(path))
+            self._send(f"'{path.name}'", {"kind": "artifact", "name": path.name}, path)
+
+    def _send(self, what: str, entry: dict[str, Any], file: Path | None = None, run_id: str | None = None) -> None:
+        self._written.add(run_id or self.id)
+        self._outbox.send(run_id or self.id, what, entry, file)
 
     def log_input(self, name: str, path: Path, context: str) -> None:
         """Log a file or folder that the run reads, with DVC's md5 of it and whether DVC has it."""
@@ -174,8 +185,9 @@ class MlflowRun:
 
     def _log_dataset(self, name: str, digest: str, uri: str, tags: dict[str, str]) -> None:
         source = json.dumps({"uri": without_secrets(uri)})
-        dataset = Dataset(name, digest, source_type="local", source=source)
-        self._client.log_inputs(self.id, [DatasetInput(dataset, [InputTag(*tag) for tag in tags.items()])])
+        self._send(
+            f"the input '{name}'", {"kind": "input", "name": name, "digest": digest, "source": source, "tags": tags}
+        )
 
     def log_model(self, folder: Path, registered_name: str | None, alias: str | None) -> None:
         """Log where a trained model is and its version, `model/pointer.json`; the weights stay where they are.
@@ -189,21 +201,23 @@ class MlflowRun:
         version = data_version(folder, read_all=True)
         path = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         pointer = {"path": path.as_posix(), "digest": version.digest, "version": version.origin}
-        mlflow.log_dict(pointer, "model/pointer.json", run_id=self.id)
+        self.log_text(json.dumps(pointer, indent=2), "model/pointer.json")
         if registered_name is None:
             return
+        client = mlflow.MlflowClient()
         with contextlib.suppress(MlflowException):  # it exists, or the next request says what is wrong
-            self._client.create_registered_model(registered_name)
-        source = f"runs:/{self.id}/model"
-        registered = self._client.create_model_version(registered_name, source, self.id, tags=pointer)
+            client.create_registered_model(registered_name)
+        registered = client.create_model_version(registered_name, f"runs:/{self.id}/model", self.id, tags=pointer)
         if alias:
-            self._client.set_registered_model_alias(registered_name, alias, registered.version)
+            client.set_registered_model_alias(registered_name, alias, registered.version)
         logger.info("model registry: %s version %s%s", registered_name, registered.version, f" ({alias})" * bool(alias))
 
     def finish(self, status: str) -> None:
-        """End the run as `FINISHED`, `FAILED` or `KILLED`."""
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after another try to send what was kept."""
+        ended = int(1000 * time.time())
+        self._outbox.send_kept(self._written)
         active = mlflow.active_run()
         if active is not None and active.info.run_id == self.id:
-            mlflow.end_run(status)
-        else:
-            self._client.set_terminated(self.id, status)
+            with contextlib.suppress(MlflowException, OSError):  # no longer active in any case; the end is sent below
+                mlflow.end_run(status)
+        self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended})

@@ -1,1 +1,1 @@
-"""Sends training metrics that the tracking server did not get."""
+"""Sends to MLflow what it did not get of earlier runs: training metrics, scores, artifacts."""

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.outbox import Outbox
 from qvl_pipeline.tracking.unsent import send_unsent
 
 logger = logging.getLogger(__name__)
@@ -14,21 +15,24 @@ MODELS = Path("data/06_models")
 
 
 def sync_metrics() -> dict[str, dict[str, int]]:
-    """Send the unsent rows of all profiles' trainings to MLflow.
+    """Send what MLflow has not got of all runs: rows of trainings' curves, and whatever else was kept.
 
     Returns:
-        Rows `sent` and `left` by MLflow run; empty when nothing was unsent.
+        Rows and entries `sent` and `left` by MLflow run; empty when nothing was unsent.
 
     Raises:
         UserError: The server did not take all of them; they are kept.
     """
     outcome = send_unsent(MODELS)
-    for run_id, rows in outcome.items():
-        logger.info("MLflow run %s: %d rows sent, %d left", run_id, rows["sent"], rows["left"])
-    if left := [run_id for run_id, rows in outcome.items() if rows["left"]]:
+    for run_id, entries in Outbox().send_kept().items():
+        rows = outcome.get(run_id, {"sent": 0, "left": 0})
+        outcome[run_id] = {key: rows[key] + entries[key] for key in entries}
+    for run_id, counts in outcome.items():
+        logger.info("MLflow run %s: %d sent, %d left", run_id, counts["sent"], counts["left"])
+    if left := [run_id for run_id, counts in outcome.items() if counts["left"]]:
         raise UserError(
-            f"MLflow did not take all metrics of {', '.join(left)}: see the warnings above, and run it again when the "
-            "server that has these runs answers"
+            f"MLflow did not take all of {', '.join(left)}: see the warnings above, and run it again when the server "
+            "that has these runs answers"
         )
-    logger.info("MLflow has all metrics" if not outcome else "MLflow now has all metrics")
+    logger.info("MLflow has all of every run" if not outcome else "MLflow now has all of every run")
     return outcome

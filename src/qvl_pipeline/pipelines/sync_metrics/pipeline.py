@@ -8,5 +8,5 @@ from qvl_pipeline.pipelines.sync_metrics.nodes import sync_metrics
 
 
 def create_pipeline() -> Pipeline:
-    """Create the pipeline: unsent metrics of earlier trainings go to MLflow."""
+    """Create the pipeline: what MLflow has not got of earlier runs goes there."""
     return Pipeline([Node(sync_metrics, inputs=None, outputs="sync_report", name="sync_metrics", tags="not_recorded")])
