@@ -11,8 +11,12 @@ from math import ceil
 
 import numpy as np
 
-# Samples are sorted by size up to this relative noise: packs then differ from epoch to epoch, at no loss of fill.
-SIZE_NOISE = 0.1
+# Samples are sorted by size up to this relative noise. It makes packs differ from epoch to epoch and mixes sizes in
+# them: samples of one size are often of one kind, and a step on packs of one kind learns one thing. Small samples fill
+# what large ones leave, so that it costs no fill, or one percent where most samples take a tenth of a pack or more.
+SIZE_NOISE = 0.5
+# `balanced` spreads samples over packs in the order of their work, which must not be that wrong.
+BALANCED_NOISE = 0.1
 # Groups of equal samples that are placed one after another; what bounds the time of packing tens of millions.
 MOST_GROUPS = 200_000
 # Vision patches are counted in units of this fraction of their budget, rounded up: samples of almost the same size are
@@ -341,7 +345,7 @@ def balanced(
     fewest = max(lengths.sum() / max_tokens, patches.sum() / budget) / BALANCED_FILL
     packs = [(0.0, number, max_tokens, budget) for number in range(int(np.ceil(fewest)))]
     noisy = np.maximum(lengths / max_tokens, patches / budget)
-    noisy = noisy * rng.uniform(1 - SIZE_NOISE, 1 + SIZE_NOISE, size=len(lengths))
+    noisy = noisy * rng.uniform(1 - BALANCED_NOISE, 1 + BALANCED_NOISE, size=len(lengths))
     placed, numbers = array("q"), array("q")
     # Text comes last: it also fits where no patches are left.
     for chosen in (patches > 0, patches == 0):

@@ -21,7 +21,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 # Changed whenever the same inputs would give another plan.
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 logger = logging.getLogger(__name__)
 
