@@ -26,7 +26,7 @@ def measure(rows: int) -> Section:
             "peak_gib": large.peak_gib,
             "memory_growth_over_10x_rows": large.peak_gib / small.peak_gib,
         },
-        targets={"peak_gib": "<= 2", "memory_growth_over_10x_rows": "<= 1.2"},
+        targets={"peak_gib": "<= 2", "memory_growth_over_10x_rows": "<= 1.1"},
     )
 
 

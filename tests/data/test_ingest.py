@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
+from qvl_pipeline.data import ingest, readers
 from qvl_pipeline.data.ingest import ingest_sources
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.raw import list_files
+from qvl_pipeline.data.readers import Slab, read_slabs
 from qvl_pipeline.data.rejection import REJECT_RULES
 from qvl_pipeline.data.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
@@ -276,6 +280,82 @@ def test_assigned_split_never_changes() -> None:
 )
 def test_kind_by_media(images: int, videos: int, kind: str) -> None:
     assert derive_kind([Media("image", "a.png")] * images + [Media("video", "a.mp4")] * videos) == kind
+
+
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slab is about 1,000 rows of these tests, and tables are written in groups of 100 rows."""
+    monkeypatch.setattr(readers, "_PIECE_BYTES", 1 << 15)
+    monkeypatch.setattr(ingest, "_SLABS_IN_LIMIT", 1 << 12)
+    monkeypatch.setattr(ingest, "_ROW_GROUP_ROWS", 100)
+
+
+def _many(rows: int) -> list[dict[str, Any]]:
+    return [_row(f"Which is number {number}? " * 20, "a.png") for number in range(rows)]
+
+
+def test_no_slab_is_in_memory_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch, small_slabs: None) -> None:
+    sizes, held = [], []
+
+    def watched(*arguments: Any) -> Iterator[Slab]:
+        slabs = read_slabs(*arguments)
+        empty = pa.total_allocated_bytes()
+        while (slab := next(slabs, None)) is not None:
+            sizes.append(slab.rows.nbytes)
+            handed_over = [slab]
+            del slab
+            yield handed_over.pop()
+            held.append(pa.total_allocated_bytes() - empty)
+
+    monkeypatch.setattr(ingest, "read_slabs", watched)
+    _ingest(_write("a.jsonl", _many(8000)))
+    assert len(held) > 3
+    assert max(held) < max(sizes) / 2
+
+
+def _ingest_until(slabs: int, *sources: dict[str, Any]) -> list[int]:
+    """Ingest until so many slabs are worked on, and be interrupted then; the number of rows of each of them."""
+    worked_on: list[int] = []
+    apply = ingest._apply
+
+    def counted(function: Any, rows: pa.Table, *arguments: Any) -> pa.Table:
+        if len(worked_on) == slabs:
+            raise KeyboardInterrupt
+        worked_on.append(rows.num_rows)
+        return apply(function, rows, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(ingest, "_apply", counted)
+        _ingest(*sources)
+    return worked_on
+
+
+def _written() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+
+def test_an_interrupted_run_goes_on_where_it_was(small_slabs: None) -> None:
+    sources = [_write("a.jsonl", [*_many(5000), b"{"]), _write("b.jsonl", _many(5000)), _write("c.jsonl", _many(10))]
+    undisturbed, expected = _ingest_until(99, *sources), _written()
+    assert _ingest_until(4, *sources) == undisturbed[:4]
+    assert _ingest_until(99, *sources) == undisturbed[4:]
+    assert _written() == expected
+    assert list(Path("data/01_raw/cache/unfinished").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["split", "file", "code"])
+def test_what_was_finished_otherwise_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, small_slabs: None, change: str
+) -> None:
+    source = _write("a.jsonl", _many(5000))
+    assert len(_ingest_until(2, source)) == 2
+    if change == "split":
+        source |= {"split": "eval"}
+    elif change == "file":
+        _write("a.jsonl", _many(5001))
+    else:
+        monkeypatch.setattr(ingest, "hash_code", lambda package: "another")
+    assert sum(_ingest_until(99, source)) == (5001 if change == "file" else 5000)
 
 
 def test_two_runs_give_the_same_bytes() -> None:

@@ -130,7 +130,7 @@ def test_dataset_is_built_again(builds: list[Path], monkeypatch: pytest.MonkeyPa
     prepare_raw(_demo())
     image = Path("digits/image.png")
     if reason == "other builder":
-        monkeypatch.setattr(embedded, "_builder_version", lambda: "another")
+        monkeypatch.setattr(embedded, "hash_code", lambda package: "another")
     elif reason == "file changed":
         image.write_text("an imagE")
     elif reason == "file lost":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,8 +18,10 @@ import pyarrow.parquet as pq
 from daft.exceptions import DaftCoreException
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
+from qvl_pipeline.data.finished import finished_part
 from qvl_pipeline.data.paths import project_path
 from qvl_pipeline.data.progress import ingest_bar
+from qvl_pipeline.data.raw import fingerprint, hash_code
 from qvl_pipeline.data.readers import read_slabs
 from qvl_pipeline.data.remote import copy_remote, is_url
 from qvl_pipeline.data.rows import READ_ROW, RowReader, assign_split
@@ -40,6 +44,8 @@ def ingest_sources(
     The rows are in the order of the sources and of their files; each is in one of the tables. Memory depends on
     `engine.memory_limit_gib`, not on the number of rows; the bytes written do not depend on `engine` at all.
 
+    What is done is kept in `cache_folder` until all is: after an interruption, it is not done again.
+
     Args:
         config: Declared sources, and how splits are assigned.
         files: Files of the raw manifest: `source` and `path` of each, those of a source in order.
@@ -50,6 +56,8 @@ def ingest_sources(
         UserError: A file as a whole cannot be read.
     """
     use_runner(engine)
+    names = [[source.name, source.path] for source in config.datasets]
+    finished = Path(config.cache_folder) / "unfinished" / fingerprint(names)[:16]
     with ExitStack() as stack:
         samples = stack.enter_context(_TableWriter(folder / "samples.parquet", SAMPLES))
         rejects = stack.enter_context(_TableWriter(folder / "rejects.parquet", REJECTS))
@@ -58,31 +66,46 @@ def ingest_sources(
             own = [file for file in files if file["source"] == source.name]
             task = bar.add_task(source.name, total=sum(file["bytes"] for file in own), rows=0)
             read = rejected = 0
-            for rows, done_bytes in _read_source(source, own, config, engine):
+            for rows, done_bytes in _read_source(source, own, config, engine, finished):
                 rows = _number(rows, source.name, read)
                 bad = rows.filter(pc.is_valid(rows["rule"]))
                 rejects.write(bad.select(REJECTS.names).cast(REJECTS))
                 samples.write(_as_samples(rows.filter(pc.is_null(rows["rule"])), source, config))
                 read, rejected = read + rows.num_rows, rejected + bad.num_rows
                 bar.update(task, completed=done_bytes, rows=read)
+                del rows, bad  # slices, which keep all of the slab in memory
             _LOGGER.info("%s: %s rows read, %s of them rejected", source.name, f"{read:,}", f"{rejected:,}")
+    shutil.rmtree(finished, ignore_errors=True)
 
 
 def _read_source(
-    source: DatasetSource, files: Sequence[dict[str, Any]], config: IngestConfig, engine: DataEngineConfig
+    source: DatasetSource,
+    files: Sequence[dict[str, Any]],
+    config: IngestConfig,
+    engine: DataEngineConfig,
+    finished: Path,
 ) -> Iterator[tuple[pa.Table, float]]:
     """Yield the rows of a source piece by piece, and how many bytes of its files are read with each."""
     reader = RowReader(source, config)
     slab_bytes = int(engine.memory_limit_gib * 2**30 / _SLABS_IN_LIMIT)
-    left, before = source.limit, 0
+    read = before = 0
+    # With the code and the file itself, what decides what is read.
+    settings = [source.model_dump(), config.model_dump(exclude={"datasets"}), str(Path.cwd()), slab_bytes]
+    code = hash_code(Path(__file__).parent)
     for file in files:
         read_rows = _row_function(reader, file.get("split"), engine.batch_rows)
         for slab in read_slabs(Path(file["path"]), source.data_type, slab_bytes):
-            if left == 0:
+            if read == source.limit:
                 return
-            rows = slab.rows.slice(0, left)
-            yield _apply(read_rows, rows, engine.batch_rows, file["path"]), before + slab.done * file["bytes"]
-            left = None if left is None else left - rows.num_rows
+            rows = slab.rows if source.limit is None else slab.rows.slice(0, source.limit - read)
+            work = partial(_apply, read_rows, rows, engine.batch_rows, file["path"])
+            table = finished_part(finished, [code, settings, file, read], work)
+            read += table.num_rows
+            done_bytes = before + slab.done * file["bytes"]
+            del slab, rows, work  # of the same rows
+            for start in range(0, table.num_rows, engine.batch_rows):
+                yield table.slice(start, engine.batch_rows), done_bytes
+            del table  # nor is it to be there while the next slab is read
         before += file["bytes"]
 
 
@@ -152,6 +175,8 @@ class _TableWriter:
         while self._held.num_rows >= _ROW_GROUP_ROWS:
             self._write_group(self._held.slice(0, _ROW_GROUP_ROWS))
             self._held = self._held.slice(_ROW_GROUP_ROWS)
+        # Copied, because a slice keeps all that it was cut from in memory.
+        self._held = self._held.take(pa.array(range(self._held.num_rows), pa.int64()))
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is None and self._held.num_rows:

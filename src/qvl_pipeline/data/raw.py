@@ -62,6 +62,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_code(folder: Path) -> str:
+    """Return one sha256 over the Python files of a package: another version of it may make something else."""
+    return fingerprint([hash_file(path) for path in sorted(folder.glob("*.py"))])
+
+
 def hash_folder(folder: Path, exclude: str) -> str:
     """Return one sha256 over the names and contents of all files of a folder, but for the one named `exclude`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != exclude)

@@ -74,17 +74,20 @@ def _slabs(pieces: Iterable[_Piece], slab_bytes: int) -> Iterator[Slab]:
         size += piece.records.nbytes
         if size >= slab_bytes:
             yield _join(held)
-            held, size = [], 0
+            size = 0
     if held:
         yield _join(held)
 
 
 def _join(pieces: list[_Piece]) -> Slab:
+    """Make a slab of pieces and let go of them: how long its rows are in memory is up to the caller."""
     records = pa.chunked_array([piece.records for piece in pieces])
     problems = pa.chunked_array(
         [pa.array(piece.problems or [None] * len(piece.records), pa.string()) for piece in pieces]
     )
-    return Slab(pa.table({"record": records, "problem": problems}), pieces[-1].done)
+    done = pieces[-1].done
+    pieces.clear()
+    return Slab(pa.table({"record": records, "problem": problems}), done)
 
 
 def _read_jsonl(path: Path) -> Iterator[_Piece]:

@@ -9,7 +9,7 @@ import orjson
 
 import qvl_pipeline.demo
 from qvl_pipeline.config import DigitsDemoConfig
-from qvl_pipeline.data.raw import fingerprint, hash_file, hash_folder
+from qvl_pipeline.data.raw import hash_code, hash_folder
 from qvl_pipeline.errors import UserError
 
 MARKER = "built.json"
@@ -31,7 +31,8 @@ def ensure_digits(demo: DigitsDemoConfig) -> str:
     """
     folder = Path(demo.folder)
     marker = folder / MARKER
-    plan = {"settings": demo.model_dump(), "builder": _builder_version()}
+    (package,) = qvl_pipeline.demo.__path__
+    plan = {"settings": demo.model_dump(), "builder": hash_code(Path(package))}
     if marker.exists():
         content = hash_folder(folder, exclude=MARKER)
         if marker.read_bytes() == orjson.dumps(plan | {"content": content}):
@@ -51,9 +52,3 @@ def _build(folder: Path, demo: DigitsDemoConfig) -> None:
         build_digits(folder, seed=demo.seed, train_samples=demo.train_samples, eval_samples=demo.eval_samples)
     except FileExistsError as error:
         raise UserError(f"ingest.demo.folder: {error}") from error
-
-
-def _builder_version() -> str:
-    """Hash of the source code that draws."""
-    (package,) = qvl_pipeline.demo.__path__
-    return fingerprint([hash_file(path) for path in sorted(Path(package).glob("*.py"))])
