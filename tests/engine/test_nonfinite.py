@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -56,16 +57,16 @@ def training(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[s
     return changed(base, folder / "run", run={"save_steps": 2, "logging_steps": 4, "save_total_limit": 9})
 
 
-def failed(training: TrainSpec, function: Callable[[Path], int]) -> list[dict]:
-    """Run the training, which must fail; return the error reports of the ranks."""
+def failed(training: TrainSpec, function: Callable[[Path], int], last_good: int = 2) -> list[dict]:
+    """Run the training, which must fail after step `last_good`; return the error reports of the ranks."""
     folder = Path(training.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     training.save(folder / "train_spec.json")
     with pytest.raises(JobFailedError, match="exit codes"):
         run_ranks(function, 2, folder / "train_spec.json", log_dir=folder / "logs")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2]
-    assert [step for step, _ in completed(folder / "checkpoints")] == [2]
+    assert [row["step"] for row in rows] == [last_good]
+    assert [step for step, _ in completed(folder / "checkpoints")] == [last_good]
     assert not (folder / "export").exists()
     return [json.loads(path.read_text()) for path in (folder / "errors").glob("rank*.json")]
 
@@ -88,3 +89,18 @@ def test_bad_gradient_under_finite_losses_names_the_samples_of_its_step(training
         assert (report["type"], report["step"]) == ("NonFiniteError", BAD_STEP)
         assert report["sample_ids"] == ["a/4", "b/5"]
         assert "though all its losses are" in report["message"]
+
+
+def test_bad_loss_in_an_evaluation_stops_the_run_too(training: TrainSpec, tmp_path: Path) -> None:
+    # No loss is better than one that is not a number, nor worse: with it no step could be told to be the best.
+    plan = pd.read_parquet(training.data.pack_plan).iloc[[0, BAD_SAMPLE]].assign(step=0, pack=[0, 1])
+    plan.astype({"step": "int32", "pack": "int32"}).to_parquet(tmp_path / "eval_plan.parquet", index=False)
+    evaluated = {"strategy": "steps", "steps": 2, "plan": str(tmp_path / "eval_plan.parquet"), "load_best": True}
+    reports = failed(
+        changed(training, tmp_path, run={"save_steps": 1}, validation=evaluated), main_with_bad_pixels, last_good=1
+    )
+    assert reports
+    for report in reports:
+        assert (report["type"], report["step"], report["rank"]) == ("NonFiniteError", 2, 1)
+        assert report["sample_ids"] == [f"b/{BAD_SAMPLE}"]
+        assert "an evaluation loss of step 2 on rank 1 is not finite" in report["message"]

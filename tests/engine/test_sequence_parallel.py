@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.packed_vlm import PackedVLM
@@ -45,7 +45,8 @@ def compare_with_one_rank(folder: str, family: str, alone: str) -> None:
     rank, degree = dist.get_rank(), dist.get_world_size()
     model = load_packed(Path(folder), family, sp_group=dist.group.WORLD)
     idle = 0
-    for (kinds, vision), expected in zip(MICRO_BATCHES, torch.load(alone), strict=True):
+    for expected in torch.load(alone):
+        kinds, vision = expected["micro_batch"]
         losses, grads, calls = train(model, family, kinds, vision, SequenceShare(rank, degree))
         assert calls == expected["calls"], "every rank calls its vision tower equally often"
         parts: list[torch.Tensor] = [torch.empty(0)] * degree
@@ -84,10 +85,32 @@ def test_losses_and_gradients_are_those_of_one_rank(
     family: str, degree: int, packed: PackedVLM, tiny_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     # With two key heads, each of four ranks gets a repeated one.
-    alone = [train(packed, family, kinds, vision, SequenceShare()) for kinds, vision in MICRO_BATCHES]
-    assert [calls for *_, calls in alone] == [2, 2, 0, 2, 2, 2]
-    torch.save([dict(zip(("losses", "gradients", "calls"), row, strict=True)) for row in alone], tmp_path / "alone.pt")
-    arguments = (str(tiny_folders(family)), family, str(tmp_path / "alone.pt"))
+    assert_shared_as_alone(packed, tiny_folders(family), degree, tmp_path)
+
+
+def test_eight_ranks_share_a_pack(tiny_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_folders("qwen3_vl"))
+    config.text_config.num_attention_heads, config.text_config.num_hidden_layers = 8, 2
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    packed = load_packed(tmp_path / "model", "qwen3_vl")
+    assert_shared_as_alone(packed, tmp_path / "model", 8, tmp_path, (MICRO_BATCHES[0], *MICRO_BATCHES[2:4]))
+
+
+def assert_shared_as_alone(
+    packed: PackedVLM,
+    folder: Path,
+    degree: int,
+    tmp_path: Path,
+    micro_batches: Sequence[tuple[Sequence[str], bool]] = MICRO_BATCHES,
+) -> None:
+    alone = []
+    for kinds, vision in micro_batches:
+        losses, grads, calls = train(packed, packed.family.name, kinds, vision, SequenceShare())
+        assert calls == (2 if vision or set(kinds) != {"text"} else 0)
+        alone.append({"micro_batch": (kinds, vision), "losses": losses, "gradients": grads, "calls": calls})
+    torch.save(alone, tmp_path / "alone.pt")
+    arguments = (str(folder), packed.family.name, str(tmp_path / "alone.pt"))
     run_ranks(compare_with_one_rank, degree, *arguments, log_dir=tmp_path, timeout_s=60)
 
 
@@ -116,8 +139,12 @@ def compare_attention(heads: tuple[tuple[int, int], ...]) -> None:
     dist.destroy_process_group()
 
 
-def test_any_number_of_key_heads_is_shared(tmp_path: Path) -> None:
-    run_ranks(compare_attention, 4, ((8, 8), (8, 4), (8, 2), (8, 1), (12, 6), (12, 3)), log_dir=tmp_path, timeout_s=60)
+@pytest.mark.parametrize(
+    ("degree", "heads"),
+    [(4, ((8, 8), (8, 4), (8, 2), (8, 1), (12, 6), (12, 3))), (8, ((16, 16), (16, 8), (32, 4), (8, 2), (24, 12)))],
+)
+def test_any_number_of_key_heads_is_shared(degree: int, heads: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
+    run_ranks(compare_attention, degree, heads, log_dir=tmp_path, timeout_s=60)
 
 
 def medium(t: int, h: int, w: int) -> dict:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from qvl_pipeline.engine.feed import Step
 from qvl_pipeline.engine.spec import StreamSpec, TrainSpec
-from qvl_pipeline.engine.stream import StreamedFeed
+from qvl_pipeline.engine.stream import Lane, StreamedFeed
 from qvl_pipeline.errors import UserError
 from tests.engine.packs import make_builder
 from tests.engine.streams import OVERLONG, TokenizedFile, make_streamed, open_raw, rewritten
@@ -193,9 +193,15 @@ def test_a_stream_goes_on_exactly_where_it_was(samples: TableOfSamples, before: 
     assert "buffer" in saved["lane3"]
 
 
-def test_fewer_samples_than_packs_per_step_is_an_error(samples: TableOfSamples) -> None:
-    with pytest.raises(UserError, match=r"no sample for pack .* lower gradient_accumulation_steps"):
-        run(samples, dataclasses.replace(SPEC, packs_per_step=601))
+def test_a_pack_that_no_sample_is_for_is_an_error(samples: TableOfSamples) -> None:
+    with pytest.raises(UserError, match=r"every 601th sample .* for pack 601 none is there: lower gradient_accum"):
+        Lane(600, samples, dataclasses.replace(SPEC, packs_per_step=601)).next_pack()
+
+
+def test_a_pack_that_has_samples_but_none_to_train_on_is_another_error(samples: TableOfSamples) -> None:
+    reason = r"none can be trained on \(the last of them, '303': it has no token to train on\): lower gradient_accum"
+    with pytest.raises(UserError, match=rf"every 300th sample .* for pack 4 {reason}"):
+        run(samples, dataclasses.replace(SPEC, packs_per_step=300))
 
 
 class TestRawSamples:

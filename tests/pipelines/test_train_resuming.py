@@ -66,3 +66,13 @@ def test_a_run_from_a_checkpoint_has_checkpoints_of_its_own() -> None:
         for value in ("auto", "none", "p")
     )
     assert auto == none != path
+
+
+def test_evaluations_count_where_they_choose_what_is_exported() -> None:
+    def fingerprint(**train: object) -> str:
+        return run_fingerprint(MODEL, TrainConfig(**train), SUMMARY, [])
+
+    every_step, every_other = ({"eval_strategy": "steps", "eval_steps": steps} for steps in (1, 2))
+    assert fingerprint(**every_step) == fingerprint(**every_other) == fingerprint()
+    best = {"load_best_model_at_end": True}
+    assert len({fingerprint(**every_step, **best), fingerprint(**every_other, **best), fingerprint()}) == 3

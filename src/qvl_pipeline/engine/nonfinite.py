@@ -33,8 +33,14 @@ class FiniteWatch:
     What is on disk is never from after a bad step, and the first bad micro-batch is still known.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Watch nothing yet."""
+    def __init__(self, device: torch.device, losses: str = "a loss") -> None:
+        """Watch nothing yet.
+
+        Args:
+            device: This rank's device.
+            losses: What to call a loss in an error.
+        """
+        self._losses = losses
         self._micro_batches: list[tuple[int, list[str]]] = []
         # Number of the first bad micro-batch in the list above; first step with a bad gradient norm.
         self._first = torch.full((2,), _NEVER, dtype=torch.int64, device=device)
@@ -73,7 +79,7 @@ class FiniteWatch:
         remedy = "nothing after the last checkpoint was kept: lower learning_rate, or look at the samples named here"
         bad_gradient = min(number for _, number in firsts)
         if step <= bad_gradient:
-            message = f"a loss of step {step} on rank {rank} is not finite; {remedy}"
+            message = f"{self._losses} of step {step} on rank {rank} is not finite; {remedy}"
             return NonFiniteError(message, rank=rank, step=step, sample_ids=sample_ids)
         sample_ids = [name for rank_ in seen for step_, names in rank_ if step_ == bad_gradient for name in names]
         message = f"the gradient of step {bad_gradient} is not finite, though all its losses are; {remedy}"

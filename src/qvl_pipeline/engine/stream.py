@@ -267,14 +267,11 @@ class Lane:
 
     def _read(self) -> dict[str, Any]:
         """Read on to the next sample that can be used."""
-        visited = 0
+        visited, unusable = 0, ""
         while True:
             while self._offset == len(self._rows):
                 if visited > 2 * self._samples.num_shards / min(1.0, *self._spec.weights.values()):
-                    raise UserError(
-                        f"the stream has no sample for pack {self.number} of a step: there are fewer samples to train "
-                        f"on than packs per step ({self._spec.packs_per_step}); lower gradient_accumulation_steps"
-                    )
+                    raise UserError(self._says_it_is_empty(unusable))
                 visited += 1
                 self._enter(self._epoch, self._shard + 1, 0)
             if not self._tokenised:
@@ -285,7 +282,17 @@ class Lane:
             reason = self._why_not(sample)
             if not reason:
                 return sample
+            unusable = f"'{_id(sample)}': {reason}"
             self._pass_over(sample, reason)
+
+    def _says_it_is_empty(self, unusable: str) -> str:
+        packs = self._spec.packs_per_step
+        why = f"can be trained on (the last of them, {unusable})" if unusable else "is there"
+        return (
+            f"each of the {packs} packs of a step (gradient_accumulation_steps x per_device_train_batch_size x "
+            f"data_parallel_size) is made of every {packs}th sample of the stream, and of those for pack "
+            f"{self.number + 1} none {why}: lower gradient_accumulation_steps, or add samples"
+        )
 
     def _tokenise(self, rows: Sequence[int]) -> list[dict[str, Any] | Unusable]:
         samples = self._samples.samples(rows) if rows else []
@@ -314,8 +321,7 @@ class Lane:
         self._passed_over += 1
         row, repeated = self._rows[self._offset - 1], self._rows[self._offset - 2 : self._offset - 1]
         if [row] != repeated and _drawn_until(row, self._epoch, self._weights[row]) == 0:
-            name = sample.sample_id if isinstance(sample, Unusable) else sample["sample_id"]
-            self._left_out.append(BadSample(name, 0, reason))
+            self._left_out.append(BadSample(_id(sample), 0, reason))
 
     def _enter(self, epoch: int, shard: int, offset: int) -> None:
         """Go to row `offset` of this lane in the `shard`-th shard of a pass; each pass has its own order of shards."""
@@ -349,6 +355,10 @@ class Lane:
         self._buffer = self._tokenise(state["buffer"])
         self._window = self._tokenise(state["window"])
         self._random.bit_generator.state = state["random"]
+
+
+def _id(sample: dict[str, Any] | Unusable) -> str:
+    return sample.sample_id if isinstance(sample, Unusable) else sample["sample_id"]
 
 
 def _drawn_until(row: int, epoch: int, weight: float) -> int:

@@ -18,6 +18,7 @@ from qvl_pipeline.engine.batch import BatchBuilder
 from qvl_pipeline.engine.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed import read_plan, share_out
 from qvl_pipeline.engine.metrics import SourceLosses, read_rows
+from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import TrainSpec
 
@@ -57,9 +58,13 @@ class Validation:
 
         Returns:
             `eval_loss`, `eval_loss_by_source`, `eval_tokens` (supervised tokens) and `eval_time_s`.
+
+        Raises:
+            NonFiniteError: A loss is not a number, so that no evaluation can be the best.
         """
         started = time.perf_counter()
         losses = SourceLosses(self._builder.sources, self._device)
+        finite = FiniteWatch(self._device, "an evaluation loss")
         cuda = [self._device] if self._device.type == "cuda" else []
         # A data loader draws from the global generator, and training must not notice.
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
@@ -70,11 +75,14 @@ class Validation:
             micro_batches = [micro_batch for step in self._steps for micro_batch in step.micro_batches]
             for batch in load_batches(micro_batches, Path(self._spec.data.tokenized), self._builder, options):
                 batch = batch.to(self._device)
-                losses.add(model(batch), batch.target_source)
+                of_tokens = model(batch)
+                losses.add(of_tokens, batch.target_source)
+                finite.add_losses(step, batch.sample_ids, of_tokens)
             model.train()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # no backward pass does it here
+        finite.check()
         dist.all_reduce(losses.sums)
         loss, by_source, tokens = losses.means(losses.sums.cpu())
         if loss < self._best_loss:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 # Parameters that change what is shown, not what is computed: a run may be resumed under other values of these.
 _DOES_NOT_CHANGE_TRAINING = (
     "logging_steps",
-    "eval_strategy",
-    "eval_steps",
     "profile_steps",
     "memory_snapshot_on_oom",
     "save_steps",
@@ -35,12 +33,17 @@ _DOES_NOT_CHANGE_TRAINING = (
     "launch",
     "sp_ulysses_degree",
 )
+# Evaluations are not noticed by training either, but choose its result where the best step is exported.
+_CHOOSES_THE_BEST = ("eval_strategy", "eval_steps")
 
 
 def run_fingerprint(
     model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any], contents: Sequence[Path]
 ) -> str:
     """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
+
+    Images are the exception. They lie outside of the project, maybe by the million on slow storage, where even their
+    times say little: a copy has others. Whoever changes an image in place under an unfinished run starts it afresh.
 
     Args:
         model: Parameters of the model.
@@ -51,7 +54,8 @@ def run_fingerprint(
     Returns:
         16 hexadecimal digits.
     """
-    training = {key: value for key, value in train.model_dump().items() if key not in _DOES_NOT_CHANGE_TRAINING}
+    left_out = {*_DOES_NOT_CHANGE_TRAINING, *(() if train.load_best_model_at_end else _CHOOSES_THE_BEST)}
+    training = {key: value for key, value in train.model_dump().items() if key not in left_out}
     # Where a training starts counts; `auto` and `none` both start at the base model.
     if training["resume_from_checkpoint"] in ("auto", "none"):
         del training["resume_from_checkpoint"]
