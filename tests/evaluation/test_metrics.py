@@ -88,6 +88,13 @@ def test_slices_are_by_source_and_by_quarters_of_the_prompt_length() -> None:
     }
 
 
+def test_prompts_of_one_length_are_one_slice() -> None:
+    found = slices(predictions().assign(prompt_length=40), "trained")["prompt_length"]
+    assert {name: entry["n"] for name, entry in found.items()} == {"40-40": 4}
+    found = slices(predictions().assign(prompt_length=[9, 9, 9, 40]), "trained")["prompt_length"]
+    assert {name: entry["n"] for name, entry in found.items()} == {"9-9": 3, "40-40": 1}
+
+
 def test_a_regression_is_a_score_below_that_of_the_base_model_by_more_than_is_allowed() -> None:
     base = {"video": {"exact_match": 0.5, "loss": 1.0, "n": 4}, "overall": {"exact_match": 0.5, "loss": 1.0, "n": 9}}
     worse = {"video": {"exact_match": 0.4, "loss": 9.0, "n": 4}, "overall": {"exact_match": 0.6, "loss": 9.0, "n": 9}}
@@ -105,3 +112,12 @@ def test_acceptable_answers_are_a_json_list_or_one_text() -> None:
     assert references('["7", 8]') == ['["7", 8]']
     assert references('["7"') == ['["7"']
     assert score_answers(["seven", "8"], ['["7", "seven"]', "7"], ["exact_match"] * 2) == [1.0, 0.0]
+
+
+def test_a_list_that_was_asked_for_is_right_when_it_is_answered() -> None:
+    asked = '["cat", "dog"]'
+    assert score_answers([asked, asked, '["dog", "cat"]'], [asked] * 3, ["exact_match", "rouge_l", "exact_match"]) == [
+        1.0,
+        1.0,
+        0.0,
+    ]

@@ -21,7 +21,7 @@ from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.launcher import Processes, RankFailedError, _describe_failure, launch
-from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepare, _processes, _publish
+from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepared, _processes, _publish
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
 from tests.engine.training import changed, make_training
@@ -181,7 +181,8 @@ class TestPreparing:
 
     def test_cut_off_run_keeps_its_checkpoint_and_the_rows_up_to_it(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
-        _prepare(folder, resume=True)
+        with _prepared(folder, resume=True):
+            pass
         assert (folder / "checkpoints" / "checkpoint-2" / "COMPLETE").exists()
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
         assert not (folder / "errors").exists()
@@ -189,18 +190,31 @@ class TestPreparing:
     def test_run_that_was_not_published_is_kept_whole(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         (folder / "result.json").touch()
-        _prepare(folder, resume=True)
+        with _prepared(folder, resume=True):
+            pass
         assert (folder / "result.json").exists()
 
     def test_published_run_starts_afresh(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         (folder / "PUBLISHED").touch()
-        _prepare(folder, resume=True)
+        with _prepared(folder, resume=True):
+            pass
         assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize("resume", [True, False])
+    def test_what_another_process_trains_is_not_touched(self, tmp_path: Path, resume: bool) -> None:
+        folder = tmp_path / "scratch"
+        with _prepared(folder, resume=resume):
+            self.interrupted(folder)
+            with pytest.raises(UserError, match="another process trains there"), _prepared(folder, resume=resume):
+                pass
+            assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+            assert (folder / "errors").exists()
 
     def test_resuming_can_be_refused(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
-        _prepare(folder, resume=False)
+        with _prepared(folder, resume=False):
+            pass
         assert list(folder.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.tasks import BY_ANSWER, FORMAL, NOT_A_MEAN, TASKS, TOGETHER, best_reference
+from qvl_pipeline.evaluation.tasks import BY_ANSWER, FORMAL, NOT_A_MEAN, TASKS, TOGETHER, best_reference, exact_match
 
 OVERALL = "overall"
 # Of the teacher-forced answer: lower is better, and no score.
@@ -68,20 +68,23 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequen
 
     Args:
         answers: Generated texts `[N]`.
-        expected: The dataset's answers `[N]`; see `references`.
+        expected: The dataset's answers `[N]`; see `references`. An answer that repeats one as it is, where it is scored
+            by itself, is right: a list of texts may have been asked for.
         tasks: Task names `[N]`, all in `TASKS`.
 
     Returns:
         Scores `[N]`.
     """
-    table = pd.DataFrame({"answer": list(answers), "expected": [references(text) for text in expected]})
+    table = pd.DataFrame({"answer": list(answers), "text": list(expected)})
+    table["expected"] = [references(text) for text in expected]
     scores = pd.Series(0.0, index=table.index)
     for task, rows in table.groupby(pd.Series(list(tasks), index=table.index)):
         given, wanted = rows["answer"].tolist(), rows["expected"].tolist()
         together = TOGETHER.get(str(task))
         if together is None:
             score = partial(best_reference, BY_ANSWER[str(task)])
-            scores[rows.index] = [score(*pair) for pair in zip(given, wanted, strict=True)]
+            triples = zip(given, wanted, rows["text"], strict=True)
+            scores[rows.index] = [exact_match(answer, text) or score(answer, texts) for answer, texts, text in triples]
         else:
             scores[rows.index] = together(given, wanted)
     return scores.tolist()
@@ -103,7 +106,9 @@ def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str,
 
 
 def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Average the scores of one model by source, and by the length of the prompt in tokens (in quarters).
+    """Average the scores of one model by source, and by the length of the prompt in tokens.
+
+    Lengths are cut in quarters of the samples; those of one length are together, so that there may be fewer.
 
     Args:
         predictions: Table `predictions`, with the column `prompt_length`.
@@ -113,7 +118,7 @@ def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[st
         `{"source": {name: {task: score, "n": answers}}, "prompt_length": {"12-40": …}}`.
     """
     length = predictions["prompt_length"]
-    quarters = pd.qcut(length.rank(method="first"), min(4, len(predictions)), labels=False)
+    quarters = ((length.rank(method="min") - 1) * 4) // len(predictions)
     by_length = {
         f"{rows['prompt_length'].min()}-{rows['prompt_length'].max()}": _by_task(rows, model)
         for _, rows in predictions.groupby(quarters, sort=True)

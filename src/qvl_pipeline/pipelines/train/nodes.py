@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +51,8 @@ def train(
         A writer of the trained model's folder, the logged steps, and the result.
 
     Raises:
-        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here.
+        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; or another
+            process trains the same.
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
@@ -85,14 +87,14 @@ def train(
     print(f"train: attention kernels: {text} in the language model, {vision} in the vision tower", flush=True)
     if nodes.node_rank > 0:
         _assist(output_dir, nodes, train, batching)
-    _prepare(output_dir, resume=train.resume_from_checkpoint != "none")
-    pack_plan.to_parquet(plan_path, index=False)
-    if eval_plan is not None:
-        eval_plan.to_parquet(eval_plan_path, index=False)
-    spec.save(spec_path)
     metrics_path = output_dir / "metrics.jsonl"
-    if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
-        _run(spec_path, metrics_path, nodes, train, batching, plan_summary["steps"])
+    with _prepared(output_dir, resume=train.resume_from_checkpoint != "none"):
+        pack_plan.to_parquet(plan_path, index=False)
+        if eval_plan is not None:
+            eval_plan.to_parquet(eval_plan_path, index=False)
+        spec.save(spec_path)
+        if not (output_dir / "result.json").exists():  # else trained to the end, but cut off before it was published
+            _run(spec_path, metrics_path, nodes, train, batching, plan_summary["steps"])
     rows = pd.read_json(metrics_path, lines=True)
     rows = rows.drop(columns=[name for name in _NESTED if name in rows])
     import mlflow
@@ -140,18 +142,33 @@ def _check_inputs(
         )
 
 
-def _prepare(output_dir: Path, *, resume: bool) -> None:
-    """Make the scratch folder; a published run, or one that must not be resumed, starts afresh."""
+@contextlib.contextmanager
+def _prepared(output_dir: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the scratch folder; a published run, or one that must not be resumed, starts afresh in it.
+
+    Raises:
+        UserError: Another process trains there. Nothing of it was touched.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with only_sender(output_dir):
+        _make_ready(output_dir, resume=resume)
+        yield
+
+
+def _make_ready(output_dir: Path, *, resume: bool) -> None:
     from qvl_pipeline.engine.checkpoints import completed
     from qvl_pipeline.engine.metrics import keep_rows_until
     from qvl_pipeline.engine.stopping import STOPPED
 
     keep_unsent(output_dir)
     if not resume or (output_dir / PUBLISHED).exists():
-        shutil.rmtree(output_dir, ignore_errors=True)
+        for left_behind in output_dir.iterdir():  # not the folder itself, which is held
+            if left_behind.is_dir():
+                shutil.rmtree(left_behind, ignore_errors=True)
+            else:
+                left_behind.unlink()
     shutil.rmtree(output_dir / "errors", ignore_errors=True)
     (output_dir / STOPPED).unlink(missing_ok=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
     done = max((step for step, _ in completed(output_dir / "checkpoints")), default=0)
     if done:
         print(f"train: continuing after step {done}, the newest checkpoint of this very run", flush=True)
@@ -182,7 +199,7 @@ def _run(
     where = f" on each of {nodes.nnodes} nodes" if nodes.nnodes > 1 else ""
     log_path = spec_path.with_name("engine.log")
     print(f"train: {steps} steps on {processes.per_node} processes{where}; log: {log_path}", flush=True)
-    with only_sender(metrics_path.parent), training_progress(metrics_path, steps) as update:
+    with training_progress(metrics_path, steps) as update:
 
         def poll() -> None:
             update()
