@@ -8,9 +8,10 @@ import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.config import TrainConfig
+from qvl_pipeline.config import EvaluateConfig, TrainConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.hooks import EarlyChecks, _check_node
+from tests.evaluation.world import write_tokenized
 from tests.kedro_project import register_pipelines, run
 
 
@@ -93,3 +94,37 @@ def test_of_several_nodes_only_the_first_runs_more_than_training(
         return
     with pytest.raises(UserError, match=r"node 1 of 2 can only join the training: run `kedro run --pipelines train`"):
         _check_node(pipeline, catalog)
+
+
+@pytest.mark.parametrize(
+    ("task", "evaluate", "reason"),
+    [
+        ("vqa", {}, "sample 'a/0' has the task 'vqa'"),
+        ("anls", {"generation": {"temperatur": 1.0}}, "did you mean 'temperature'"),
+        ("anls", {"task_by_source": {"b": "anls"}}, "names the source 'b'"),
+        ("anls", {"must_not_regress": {"vide": 0.0}}, "names the sample kind 'vide'.* video, overall"),
+    ],
+)
+def test_nothing_is_trained_when_the_evaluation_that_follows_would_fail(
+    task: str, evaluate: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    row = {"sample_id": "a/0", "source": "a", "split": "eval", "kind": "video", "task": task, "answer": "7"}
+    write_tokenized(tmp_path / "tokenized.arrow", [row])
+    train = Node(lambda tokens: tokens, "tokenized_samples", "trained_model", name="train")
+    generate = Node(lambda *_: None, ["trained_model", "params:evaluate"], None, name="generate")
+    config = EvaluateConfig(**evaluate)
+    catalog = DataCatalog(
+        {
+            "tokenized_samples": MemoryDataset(tmp_path / "tokenized.arrow"),
+            "params:evaluate": MemoryDataset(config, copy_mode="assign"),
+        }
+    )
+    checks = EarlyChecks()
+    checks.after_catalog_created({})
+    run_params = {"project_path": str(tmp_path), "env": None, "pipeline_names": None}
+    checks.before_pipeline_run(run_params, Pipeline([train, generate]), catalog)
+    with pytest.raises(UserError, match=f"nothing was trained, because 'evaluate'.*{reason}"):
+        checks.before_node_run(train, catalog)
+    checks.before_node_run(generate, catalog)
+    checks.before_pipeline_run(run_params, Pipeline([train]), catalog)
+    checks.before_node_run(train, catalog)

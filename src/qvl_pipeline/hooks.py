@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyChecks:
-    """Checks the profile and the parameters of a session, and the inputs of a pipeline."""
+    """Checks the profile and the parameters of a session, the inputs of a pipeline, and what training is for."""
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context: KedroContext) -> None:
@@ -54,6 +54,7 @@ class EarlyChecks:
             UserError: Names every missing input, the pipeline that makes it, and the command to run first. Or this is
                 one of several nodes, and not the one that runs other pipelines than training.
         """
+        self._evaluates = "generate" in {node.name for node in pipeline.nodes}
         _check_node(pipeline, catalog)
         missing = _missing(pipeline, catalog)
         if not missing:
@@ -63,6 +64,25 @@ class EarlyChecks:
         lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
         advice = _advice(missing, catalog, run_params["env"])
         raise UserError("\n".join([f"{names} cannot start, inputs do not exist yet:", *lines, advice]))
+
+    @hook_impl
+    def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
+        """Refuse before training what the evaluation that follows it would refuse.
+
+        Raises:
+            UserError: Says what, and how to train all the same.
+        """
+        if node.name != "train" or not self._evaluates:
+            return
+        from qvl_pipeline.evaluation.checks import checked_samples
+
+        try:
+            checked_samples(catalog.load("tokenized_samples"), catalog.load("params:evaluate"))
+        except UserError as error:
+            raise UserError(
+                f"nothing was trained, because 'evaluate', which follows, would fail: {error}. To train without an "
+                "evaluation, run `kedro run --pipelines train` (with the same --env)"
+            ) from error
 
 
 class Progress:

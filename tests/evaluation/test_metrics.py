@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pandas as pd
 import pytest
@@ -39,6 +40,13 @@ def test_scorable_samples_pass() -> None:
 def test_samples_without_a_score_are_refused(bad: pd.DataFrame, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_scorable(bad)
+
+
+def test_a_package_that_a_metric_needs_is_missed_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_scorable(samples(task=["cider"] * 2))
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match="'cider' needs pycocoevalcap"):
+        check_scorable(samples(task=["cider"] * 2))
 
 
 def predictions(**columns: list) -> pd.DataFrame:

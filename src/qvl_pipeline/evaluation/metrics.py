@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.tasks import BY_ANSWER, FORMAL, NOT_A_MEAN, TASKS, TOGETHER, best_reference, exact_match
+from qvl_pipeline.evaluation.tasks import (
+    BY_ANSWER,
+    FORMAL,
+    NOT_A_MEAN,
+    TASKS,
+    TOGETHER,
+    best_reference,
+    exact_match,
+    import_cider,
+)
 
 OVERALL = "overall"
 # Of the teacher-forced answer: lower is better, and no score.
@@ -25,8 +34,8 @@ def check_scorable(samples: pd.DataFrame) -> None:
         samples: Columns `sample_id`, `kind`, `task` and `expected`.
 
     Raises:
-        UserError: There is no sample, a task has no metric or not the form of answer that its metric needs, or a sample
-            kind is called `overall`.
+        UserError: There is no sample, a task has no metric, not the form of answer or not the package that its metric
+            needs, or a sample kind is called `overall`.
     """
     if samples.empty:
         raise UserError(
@@ -41,6 +50,8 @@ def check_scorable(samples: pd.DataFrame) -> None:
             f"({len(unknown)} such samples): change it in the source, or by evaluate.task_by_source, to one of "
             f"{', '.join(sorted(TASKS))}"
         )
+    if "cider" in set(samples["task"]):
+        import_cider()
     if OVERALL in set(samples["kind"]):
         raise UserError(f"the sample kind '{OVERALL}' is the name of the mean over all kinds: rename it in the source")
     for row in samples[samples["task"].isin(FORMAL)].itertuples():
@@ -49,6 +60,24 @@ def check_scorable(samples: pd.DataFrame) -> None:
                 BY_ANSWER[row.task](text, text)
         except UserError as error:
             raise UserError(f"sample '{row.sample_id}': {error}") from error
+
+
+def check_gate(kinds: Iterable[str], allowed: Mapping[str, float]) -> None:
+    """Refuse a gate on kinds that are not evaluated.
+
+    Args:
+        kinds: Kinds of the evaluated samples.
+        allowed: By sample kind (or `overall`), how much lower a score may be.
+
+    Raises:
+        UserError: A kind is not among the evaluated ones.
+    """
+    known = [*sorted(set(kinds) - {OVERALL}), OVERALL]
+    if unknown := [kind for kind in allowed if kind not in known]:
+        raise UserError(
+            f"evaluate.must_not_regress names the sample kind '{unknown[0]}', which the eval split does not have: "
+            f"use one of {', '.join(known)}"
+        )
 
 
 def references(expected: str) -> list[str]:
@@ -140,13 +169,9 @@ def regressions(metrics: Mapping[str, Any], allowed: Mapping[str, float]) -> lis
     Raises:
         UserError: A kind is not among the evaluated ones.
     """
+    check_gate(metrics["trained"], allowed)
     found = []
     for kind, drop in allowed.items():
-        if kind not in metrics["trained"]:
-            raise UserError(
-                f"evaluate.must_not_regress names the sample kind '{kind}', which the eval split does not have: "
-                f"use one of {', '.join(metrics['trained'])}"
-            )
         for name, trained in metrics["trained"][kind].items():
             base = metrics["base"][kind][name]
             if name not in ("n", *LOSSES) and trained < base - drop:

@@ -153,16 +153,26 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     Raises:
         UserError: pycocoevalcap is not installed.
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ModuleNotFoundError as error:
-        raise UserError("task 'cider' needs pycocoevalcap: `uv pip install pycocoevalcap`") from error
+    scorer = import_cider()()
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     split = Tokenizer13a()
     candidates = {number: [split(answer.lower())] for number, answer in enumerate(answers)}
     wanted = {number: [split(text.lower()) for text in texts] for number, texts in enumerate(references)}
-    return [float(score) for score in Cider().compute_score(wanted, candidates)[1]]
+    return [float(score) for score in scorer.compute_score(wanted, candidates)[1]]
+
+
+def import_cider() -> type:
+    """Import the scorer of CIDEr.
+
+    Raises:
+        UserError: pycocoevalcap is not installed.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ModuleNotFoundError as error:
+        raise UserError("task 'cider' needs pycocoevalcap: `uv pip install pycocoevalcap`") from error
+    return Cider
 
 
 def _normalise(text: str) -> str:

@@ -13,8 +13,8 @@ from rich.table import Table
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, check_scorable, regressions, slices
-from qvl_pipeline.evaluation.predictions import eval_samples, prediction_table
+from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
+from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 FAMILY_NAMES = {"qwen3_vl": "Qwen3-VL", "qwen2_5_vl": "Qwen2.5-VL"}
@@ -53,7 +53,8 @@ def generate(
     from transformers import AutoProcessor
 
     from qvl_pipeline.evaluation.answering import Answering, answer_all
-    from qvl_pipeline.evaluation.generation import base_model_path, check_generation
+    from qvl_pipeline.evaluation.checks import checked_samples
+    from qvl_pipeline.evaluation.generation import base_model_path
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
 
@@ -62,10 +63,8 @@ def generate(
             "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "
             "run `kedro run --pipelines train` (with the same --env) first"
         )
-    check_generation(evaluate)
+    chosen = checked_samples(tokenized_samples, evaluate)
     samples = TokenizedSamples(tokenized_samples)
-    chosen = eval_samples(samples, evaluate.max_samples, evaluate.task_by_source)
-    check_scorable(chosen)
     rows = chosen.index.tolist()
     processor = AutoProcessor.from_pretrained(trained_model)
     paths = {"base": base_model_path(base_model)} if evaluate.compare_base else {}

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.outbox import Outbox
 from qvl_pipeline.tracking.unsent import send_unsent
 
 logger = logging.getLogger(__name__)
@@ -23,6 +22,8 @@ def sync_metrics() -> dict[str, dict[str, int]]:
     Raises:
         UserError: The server did not take all of them; they are kept.
     """
+    from qvl_pipeline.tracking.outbox import Outbox  # imports MLflow
+
     outcome = send_unsent(MODELS)
     for run_id, entries in Outbox().send_kept().items():
         rows = outcome.get(run_id, {"sent": 0, "left": 0})
