@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from pydantic import ValidationError
 
@@ -22,9 +24,9 @@ def test_unknown_key_is_an_error(block: type[Block]) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
 def test_every_parameter_is_documented(block: type[Block]) -> None:
-    documentation = block.__doc__ or ""
+    documentation = inspect.getdoc(block) or ""
     for name in block.model_fields:
-        assert f"\n        {name}: " in documentation, f"{block.__name__}.{name} is missing in the docstring"
+        assert f"\n    {name}: " in documentation, f"{block.__name__}.{name} is missing in the docstring"
 
 
 def test_misspelt_key_names_the_nearest() -> None:
