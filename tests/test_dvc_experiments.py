@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,34 @@ def test_the_lock_has_what_a_run_by_kedro_made(trained: Path) -> None:
     assert command(trained, "dvc status") == "Data and pipelines are up to date.\n"
 
 
-def clone(repository: Path, folder: Path) -> Path:
-    command(repository.parent, f"git clone --quiet {repository} {folder}")
-    return folder
+@pytest.fixture
+def s3(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """DVC's configuration of a remote behind an S3 server."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="team")
+    yield f"[core]\nremote = team\n['remote \"team\"']\nurl = s3://team/qvl\nendpointurl = {url}\n"
+    server.stop()
 
 
-def test_a_clone_evaluates_without_training(trained: Path, tmp_path: Path, tracking_database: str) -> None:
-    command(trained, f"dvc remote add --local --default storage {tmp_path / 'storage'}")
+def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
+    trained: Path, tmp_path: Path, s3: str
+) -> None:
+    copy = tmp_path / "clone"
+    command(trained.parent, f"git clone --quiet {trained} {copy}")
+    for folder in (trained, copy):
+        (folder / ".dvc/config.local").write_text(s3)
     command(trained, "dvc push")
-    copy = clone(trained, tmp_path / "clone")
-    command(copy, f"dvc remote add --local --default storage {tmp_path / 'storage'}")
+    (trained / ".dvc/config.local").unlink()
     command(copy, "dvc pull")
+    for layer in ("data/02_intermediate", "data/06_models/base/trained"):
+        files = [path.relative_to(trained) for path in (trained / layer).rglob("*") if path.is_file()]
+        assert files
+        assert all((copy / file).read_bytes() == (trained / file).read_bytes() for file in files)
     committed = json.loads((copy / METRICS).read_text())
     shutil.rmtree(copy / "data" / "07_model_output")
     (copy / METRICS).unlink()
@@ -45,27 +63,6 @@ def test_a_clone_evaluates_without_training(trained: Path, tmp_path: Path, track
     assert not (copy / "data" / "06_models" / "base" / "scratch").exists(), "nothing was trained"
     # The report tells which run it is of, so that alone may differ.
     assert "changed deps" not in command(copy, "dvc status")
-
-
-def test_data_goes_through_an_s3_server(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        url = f"http://{host}:{port}"
-        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="team")
-        copy = clone(trained, tmp_path / "clone")
-        for folder in (trained, copy):
-            command(folder, "dvc remote add --local team s3://team/qvl")
-            command(folder, f"dvc remote modify --local team endpointurl {url}")
-        command(trained, "dvc push --remote team ingest@digits")
-        assert command(copy, "dvc pull --remote team ingest@digits")
-    finally:
-        server.stop()
-    table = "data/02_intermediate/digits/samples.parquet"
-    assert (copy / table).read_bytes() == (trained / table).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +76,14 @@ def experiments(trained: Path) -> Path:
     while "Success" not in (status := command(trained, "dvc queue status")):
         assert "Failed" not in status, command(trained, "dvc queue logs fast")
         assert time.monotonic() < deadline, status
-        time.sleep(1)
+        time.sleep(2)
     return trained
 
 
-def shown(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what `dvc exp show` has of every experiment: its parameters and metrics by file."""
-    (head,) = (entry for entry in json.loads(command(folder, "dvc exp show --json")) if entry["experiments"])
+@pytest.fixture(scope="module")
+def table(experiments: Path) -> dict[str, dict[str, Any]]:
+    """What `dvc exp show` has of every experiment: its parameters and metrics by file."""
+    (head,) = (entry for entry in json.loads(command(experiments, "dvc exp show --json")) if entry["experiments"])
     return {experiment["name"]: experiment["revs"][0]["data"] for experiment in head["experiments"]}
 
 
@@ -96,8 +94,7 @@ def mlflow_run(experiment: str, database: str) -> mlflow.entities.Run:
     return run
 
 
-def test_experiments_are_in_mlflow_and_agree_with_dvc(experiments: Path, tracking_database: str) -> None:
-    table = shown(experiments)
+def test_experiments_are_in_mlflow_and_agree_with_dvc(table: dict[str, dict[str, Any]], tracking_database: str) -> None:
     assert sorted(table) == ["fast", "slow"]
     losses = {}
     for name, rate in RATES.items():
@@ -113,28 +110,26 @@ def test_experiments_are_in_mlflow_and_agree_with_dvc(experiments: Path, trackin
     assert losses["slow"] != losses["fast"]
 
 
-def test_metrics_are_compared(experiments: Path) -> None:
-    table = shown(experiments)
+def test_metrics_are_compared(experiments: Path, table: dict[str, dict[str, Any]]) -> None:
     before, after = (table[name]["metrics"][RESULT]["data"]["final_loss"] for name in ("slow", "fast"))
     changed = json.loads(command(experiments, "dvc metrics diff slow fast --json"))[RESULT]["final_loss"]
     assert (changed["old"], changed["new"]) == (before, after)
     assert changed["diff"] == pytest.approx(after - before)
 
 
-def test_loss_curves_are_drawn_together(experiments: Path) -> None:
+def test_loss_curves_are_drawn_together(experiments: Path, table: dict[str, dict[str, Any]]) -> None:
     command(experiments, "dvc plots diff slow fast --out curves")
     page = (experiments / "curves" / "index.html").read_text()
     assert "Training loss" in page
     for name in RATES:
-        last = shown(experiments)[name]["metrics"][RESULT]["data"]["final_loss"]
+        last = table[name]["metrics"][RESULT]["data"]["final_loss"]
         assert f'"rev": "{name}"' in page
         assert str(last) in page
 
 
-def test_the_comparison_agrees_with_dvc(experiments: Path, tracking_database: str) -> None:
+def test_the_comparison_agrees_with_dvc(table: dict[str, dict[str, Any]], tracking_database: str) -> None:
     mlflow.set_tracking_uri(tracking_database)
     found = compare_runs(["slow", "fast"])
-    table = shown(experiments)
     assert list(found.parameters.index) == ["train.learning_rate"]
     for name, rate in RATES.items():
         assert json.loads(found.parameters.loc["train.learning_rate", name]) == rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 EXPERIMENT = "qvl_pipeline"
+# As in tracking/mlflow_run.py.
+OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 STEPS = 40
 
 
@@ -41,11 +44,13 @@ def predictions(right: dict[str, list[bool]], answer: str = "7") -> pd.DataFrame
 class Recorder:
     """Writes runs into one database."""
 
-    def __init__(self, folder: Path) -> None:
-        self.uri = f"sqlite:///{folder}/mlflow.db"
+    def __init__(self, folder: Path, empty_database: Path) -> None:
+        self.uri = f"sqlite:///{shutil.copy(empty_database, folder)}"
         self.client = MlflowClient(self.uri)
         self.folder = folder
-        self._experiment = self.client.create_experiment(EXPERIMENT, (folder / "mlartifacts").as_uri())
+        self._experiment = self.client.create_experiment(
+            EXPERIMENT, (folder / "mlartifacts").as_uri(), tags=OF_TRAININGS
+        )
 
     def training(
         self,

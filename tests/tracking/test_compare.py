@@ -17,8 +17,8 @@ EASY, HARD = [True] * 9 + [False], [True] * 3 + [False] * 7
 
 
 @pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    return Recorder(tmp_path_factory.mktemp("mlflow"))
+def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Recorder:
+    return Recorder(tmp_path_factory.mktemp("mlflow"), empty_database)
 
 
 @pytest.fixture(autouse=True)

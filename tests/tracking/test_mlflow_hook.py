@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -375,9 +376,12 @@ def test_an_interrupted_run_is_killed(project: Path, name: str, returncode: int)
     assert recorded()[-1].info.status == "KILLED"
 
 
-def test_without_a_server_the_database_is_in_the_project(tmp_path: Path) -> None:
+def test_without_a_server_the_database_is_in_the_project(tmp_path: Path, empty_database: Path) -> None:
+    from mlflow import MlflowClient
+
     folder = make_project(tmp_path / "with spaces")
     (folder / "notebooks").mkdir()
+    shutil.copy(empty_database, folder)
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     script = (
@@ -385,6 +389,7 @@ def test_without_a_server_the_database_is_in_the_project(tmp_path: Path) -> None
         "quick.use_quick_nodes(folder); quick.run(folder)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=folder / "notebooks", env=environment, check=True)
-    assert (folder / "mlflow.db").stat().st_size > 0
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    assert len(client.search_runs([client.get_experiment_by_name("qvl_pipeline").experiment_id])) == 1
     assert len(list((folder / "mlartifacts").rglob("metrics.json"))) == 1
     assert list((folder / "notebooks").iterdir()) == []

@@ -17,8 +17,10 @@ def outputs(cells: list[dict[str, Any]], kind: str) -> list[str]:
     return ["".join(out["data"][kind]) for cell in cells for out in cell["outputs"] if kind in out.get("data", {})]
 
 
-def test_the_notebook_shows_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(tmp_path)
+def test_the_notebook_shows_what_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
+) -> None:
+    recorder = Recorder(tmp_path, empty_database)
     recorder.training("base", 2e-3, predictions({"video": [True, False] * 5}))
     recorder.training("other", 1e-3, predictions({"video": [True] * 10}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", recorder.uri)

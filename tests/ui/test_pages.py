@@ -47,9 +47,9 @@ def shown(page: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Recorder:
     """Trainings of two profiles."""
-    recorder = Recorder(tmp_path_factory.mktemp("mlflow"))
+    recorder = Recorder(tmp_path_factory.mktemp("mlflow"), empty_database)
     half, most = [True, False] * 20, [True] * 35 + [False] * 5
     recorder.training("base", 2e-3, predictions({"video": half, "text": most}), final_loss=0.3)
     recorder.training("tiny_qwen2_5_vl", 1e-3, predictions({"video": most, "text": most}, answer="8"), final_loss=0.2)
