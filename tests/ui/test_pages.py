@@ -58,7 +58,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
 
 @pytest.fixture(scope="module")
 def mlflow_ui(recorder: Recorder) -> Iterator[str]:
-    """The address of what `make ui` starts."""
+    """The address that `make ui` prints, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,9 +71,9 @@ def mlflow_ui(recorder: Recorder) -> Iterator[str]:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    address = f"http://127.0.0.1:{port}"
     try:
-        _wait_for(f"{address}/health", process)
+        address = process.stdout.readline().decode().split()[1]
+        _wait_for(f"http://127.0.0.1:{port}/health", process)
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -92,8 +92,9 @@ def _wait_for(url: str, process: subprocess.Popen) -> None:
 
 
 def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
-    text = shown(open_page(f"{mlflow_ui}/#/experiments/1/runs", "mlflow-runs"))
+    text = shown(open_page(mlflow_ui, "mlflow-runs"))
     assert "2 matching runs" in text
+    assert "Playground" not in text, "the menu of another kind of work"
     assert " base " in text
     assert " tiny_qwen2_5_vl " in text
 
@@ -101,7 +102,8 @@ def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
 def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorder) -> None:
     runs = quote(json.dumps(recorder.runs()))
     experiments = quote('["1"]')
-    page = open_page(f"{mlflow_ui}/#/compare-runs?runs={runs}&experiments={experiments}", "mlflow-compare", height=1900)
+    site = mlflow_ui.partition("#")[0]
+    page = open_page(f"{site}#/compare-runs?runs={runs}&experiments={experiments}", "mlflow-compare", height=1900)
     text = shown(page)
     assert "Comparing 2 Runs from 1 Experiment" in text
     assert re.search(r"train\.learning_rate (0\.001 0\.002|0\.002 0\.001)", text)
@@ -109,7 +111,7 @@ def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorde
     # Where a click on `train/loss` leads.
     metric, metrics = quote('"train/loss"'), quote('["train/loss"]')
     chosen = f"runs={runs}&metric={metric}&experiments={experiments}&plot_metric_keys={metrics}"
-    page = open_page(f"{mlflow_ui}/#/metric?{chosen}", "mlflow-curves")
+    page = open_page(f"{site}#/metric?{chosen}", "mlflow-curves")
     assert len(re.findall(r'class="trace scatter', page)) >= 2
     assert "base (train/loss)" in shown(page)
     assert "tiny_qwen2_5_vl (train/loss)" in shown(page)
