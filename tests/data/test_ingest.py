@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
-from qvl_pipeline.data import ingest, readers
+from qvl_pipeline.data import batches, ingest, readers
 from qvl_pipeline.data.ingest import ingest_sources
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.raw import list_files
@@ -287,7 +287,7 @@ def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slab is about 1,000 rows of these tests, and tables are written in groups of 100 rows."""
     monkeypatch.setattr(readers, "_PIECE_BYTES", 1 << 15)
     monkeypatch.setattr(ingest, "_SLABS_IN_LIMIT", 1 << 12)
-    monkeypatch.setattr(ingest, "_ROW_GROUP_ROWS", 100)
+    monkeypatch.setattr(batches, "ROW_GROUP_ROWS", 100)
 
 
 def _many(rows: int) -> list[dict[str, Any]]:

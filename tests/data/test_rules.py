@@ -206,11 +206,11 @@ def test_a_rule_that_later_stages_rely_on_cannot_be_softened() -> None:
 
 def test_a_duplicate_has_the_split_turns_contents_and_parts_of_an_earlier_sample() -> None:
     one = _sample()
-    first = {one.fingerprint: "s/0"}
     moved = replace(one, sample_id="s/1", media=[Media("image", "c.png"), one.media[1]])
     moved = replace(moved, probes={**one.probes, ("image", "c.png"): IMAGE})
-    assert duplicate(one, first) is None
-    assert duplicate(moved, first) == "has the same turns and files as s/0"
+    assert moved.fingerprint == one.fingerprint
+    assert duplicate(one, "s/0") is None
+    assert duplicate(moved, "s/0") == "has the same turns and files as s/0"
     part = replace(one, media=[one.media[0], PART])
     for other in (replace(one, split="eval"), _sample(clip=replace(CLIP, content_hash="h9")), part):
         assert other.fingerprint != one.fingerprint

@@ -21,11 +21,12 @@ TABLES = ("samples", "rejects", "valid_samples", "quarantine", "media_index")
 SCRIPT = """
 import atexit, os, sys
 from pathlib import Path
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
 from qvl_pipeline.data.ingest import ingest_sources
 from qvl_pipeline.data.raw import list_files
-from qvl_pipeline.data.validate import validate_samples
+from qvl_pipeline.data.validate import validate_samples, write_valid
 
 project, runner, batch_rows, memory = Path(sys.argv[1]), *sys.argv[2:]
 cluster = None
@@ -42,9 +43,10 @@ config = IngestConfig(datasets=[{"path": "a.jsonl", "data_folder": "media", "dat
 out = project / runner
 out.mkdir()
 ingest_sources(config, list_files(config), engine, out)
-tables = [pq.read_table(out / f"{name}.parquet") for name in ("samples", "rejects")]
-validation = validate_samples(*tables, ValidateConfig())
-for name in ("valid_samples", "quarantine", "media_index"):
+samples, rejects = ds.dataset(out / "samples.parquet"), pq.read_table(out / "rejects.parquet")
+validation = validate_samples(samples, rejects, ValidateConfig(), batch_rows)
+write_valid(samples, validation.quarantine, out / "valid_samples.parquet", batch_rows)
+for name in ("quarantine", "media_index"):
     pq.write_table(getattr(validation, name), out / f"{name}.parquet")
 """
 

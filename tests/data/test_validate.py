@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.data import batches
 from qvl_pipeline.data.media_index import probe_files
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
 from qvl_pipeline.data.rules import RULES
 from qvl_pipeline.data.tables import MEDIA_INDEX, QUARANTINE, REJECTS, SAMPLES
-from qvl_pipeline.data.validate import TooManyRejectsError, check_reject_fraction, validate_samples
+from qvl_pipeline.data.validate import (
+    TooManyRejectsError,
+    Validation,
+    check_reject_fraction,
+    validate_samples,
+    write_valid,
+)
 from qvl_pipeline.errors import UserError
 from tests.media.files import cut, write_image, write_png_bomb, write_video
 
@@ -51,16 +60,27 @@ def _samples(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(numbered, SAMPLES)
 
 
+def _validate(
+    samples: pa.Table, rejects: pa.Table = NO_REJECTS, config: ValidateConfig = CONFIG, batch_rows: int = 2
+) -> Validation:
+    return validate_samples(ds.dataset(samples), rejects, config, batch_rows)
+
+
+def _valid(samples: pa.Table, outcome: Validation, path: Path = Path("valid.parquet")) -> pa.Table:
+    write_valid(ds.dataset(samples), outcome.quarantine, path, batch_rows=2)
+    return pq.read_table(path)
+
+
 def _broken(samples: pa.Table, config: ValidateConfig = CONFIG) -> dict[str, str]:
-    quarantine = validate_samples(samples, NO_REJECTS, config).quarantine
+    quarantine = _validate(samples, NO_REJECTS, config).quarantine
     return dict(zip(quarantine["sample_id"].to_pylist(), quarantine["rule"].to_pylist(), strict=True))
 
 
 def test_tables_have_the_columns_of_the_contract() -> None:
     write_image(Path("a.png"))
     samples = _samples(_row("a.png"), _row("none.png"))
-    outcome = validate_samples(samples, NO_REJECTS, CONFIG)
-    assert outcome.valid_samples.equals(samples.slice(0, 1))
+    outcome = _validate(samples, NO_REJECTS, CONFIG)
+    assert _valid(samples, outcome).equals(samples.slice(0, 1))
     assert outcome.quarantine.schema == QUARANTINE
     assert outcome.quarantine.to_pylist() == [
         {
@@ -83,7 +103,7 @@ def test_every_row_is_counted_once() -> None:
     write_image(Path("a.png"))
     rejects = pa.Table.from_pylist([{"source": "s", "row": 9, "rule": "unreadable_row", "detail": "row 9: …"}], REJECTS)
     rows = [_row("a.png"), _row("none.png"), _row(answer=" "), _row(answer="<|im_end|>"), _row("none.png", "a.png")]
-    outcome = validate_samples(_samples(*rows), rejects, CONFIG)
+    outcome = _validate(_samples(*rows), rejects, CONFIG)
     assert outcome.report["counts"] == {"ingested": 6, "valid": 1, "quarantined": 4, "rejected": 1}
     assert list(outcome.report["rules"]) == [*REJECT_RULES, *RULES]
     assert {rule: count for rule, count in outcome.report["rules"].items() if count} == {
@@ -119,7 +139,7 @@ def test_corrupt_media_are_found_for_what_they_are() -> None:
         "good.mp4": None,
     }
     samples = _samples(*(_row(path) for path in expected))
-    outcome = validate_samples(samples, NO_REJECTS, CONFIG)
+    outcome = _validate(samples, NO_REJECTS, CONFIG)
     index = outcome.media_index
     assert dict(zip(index["path"].to_pylist(), index["rule"].to_pylist(), strict=True)) == expected
     assert _broken(samples) == {f"s/{row}": rule for row, rule in enumerate(expected.values()) if rule}
@@ -150,7 +170,7 @@ def test_probes_belong_to_their_files() -> None:
 def test_slow_file_is_quarantined() -> None:
     Image.new("RGB", (8000, 6000)).save("slow.png", compress_level=1)
     config = ValidateConfig(probe_timeout_s=0.02)
-    outcome = validate_samples(_samples(_row("slow.png")), NO_REJECTS, config)
+    outcome = _validate(_samples(_row("slow.png")), NO_REJECTS, config)
     assert outcome.quarantine["rule"].to_pylist() == ["undecodable_media"]
     assert outcome.quarantine["detail"][0].as_py().endswith("took longer than 0.02 s to probe")
 
@@ -160,10 +180,66 @@ def test_training_samples_with_content_of_the_eval_split_are_quarantined() -> No
     shutil.copy("a.png", "copy.png")
     write_image(Path("b.png"), seed=2)
     rows = [_row("b.png"), _row("b.png", "copy.png"), _row("a.png", split="eval"), _row("a.png", split="eval")]
-    outcome = validate_samples(_samples(*rows), NO_REJECTS, CONFIG)
+    outcome = _validate(_samples(*rows), NO_REJECTS, CONFIG)
     assert [(row["sample_id"], row["rule"], row["detail"]) for row in outcome.quarantine.to_pylist()] == [
         ("s/1", "leakage", "image 'copy.png' is also in the eval sample s/2")
     ]
+
+
+def test_what_samples_break_because_of_others_does_not_depend_on_the_batches() -> None:
+    """Across batches: an eval sample after the training sample, a repeated one, and one that repeats a leaked one."""
+    for name in ("a.png", "b.png"):
+        write_image(Path(name), seed=ord(name[0]))
+    again = _row("b.png", answer="Again.")
+    rows = [_row("a.png"), again, _row("b.png"), _row("a.png"), again, _row(answer=" "), _row(answer=" "), again]
+    samples = _samples(*rows, _row("a.png", split="eval"))
+    outcomes = [_validate(samples, batch_rows=batch_rows) for batch_rows in (1, 3, 4096)]
+    assert [(row["sample_id"], row["rule"]) for row in outcomes[0].quarantine.to_pylist()] == [
+        ("s/0", "leakage"),
+        ("s/3", "leakage"),
+        ("s/5", "empty_turn"),
+        ("s/6", "empty_turn"),
+    ]
+    assert [(row["sample_id"], row["detail"]) for row in outcomes[0].warnings.to_pylist()] == [
+        ("s/4", "has the same turns and files as s/1"),
+        ("s/7", "has the same turns and files as s/1"),
+    ]
+    for outcome in outcomes[1:]:
+        assert outcome.quarantine.equals(outcomes[0].quarantine)
+        assert outcome.warnings.equals(outcomes[0].warnings)
+        assert outcome.report == outcomes[0].report
+
+
+class Watched:
+    """A table that notes how much memory Arrow has given out each time that rows are read of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = ds.dataset(path)
+        self._before = pa.total_allocated_bytes()
+        self.held: list[int] = []
+
+    def count_rows(self) -> int:
+        return self._table.count_rows()
+
+    def to_batches(self, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in self._table.to_batches(**options):
+            self.held.append(pa.total_allocated_bytes() - self._before)
+            yield batch
+
+
+def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "ROW_GROUP_ROWS", 500)
+    peaks = []
+    for count in (2000, 10_000):
+        samples = _samples(*(_row(answer=f"{number} {'x' * 2000}") for number in range(count)))
+        pq.write_table(samples, "samples.parquet", row_group_size=500)
+        del samples
+        table = Watched(Path("samples.parquet"))
+        outcome = validate_samples(table, NO_REJECTS, CONFIG, batch_rows=100)
+        write_valid(table, outcome.quarantine, Path("valid.parquet"), batch_rows=100)
+        assert pq.read_metadata("valid.parquet").num_rows == count
+        peaks.append(max(table.held))
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_an_eval_sample_that_is_not_valid_costs_no_training_sample() -> None:
@@ -173,7 +249,7 @@ def test_an_eval_sample_that_is_not_valid_costs_no_training_sample() -> None:
 
 
 def test_no_samples_at_all() -> None:
-    outcome = validate_samples(_samples(), NO_REJECTS, CONFIG)
+    outcome = _validate(_samples(), NO_REJECTS, CONFIG)
     assert outcome.report["counts"] == {"ingested": 0, "valid": 0, "quarantined": 0, "rejected": 0}
     assert (outcome.media_index.num_rows, outcome.media_index.schema) == (0, MEDIA_INDEX)
     check_reject_fraction(outcome.report, CONFIG)
@@ -185,8 +261,9 @@ def test_two_runs_give_the_same_bytes() -> None:
     cut(Path("7.png"), 0.5)
     samples = _samples(*(_row(f"{n}.png", split="eval" if n < 5 else "train") for n in reversed(range(41))))
     for run in ("1", "2"):
-        outcome = validate_samples(samples, NO_REJECTS, CONFIG)
-        for name in ("valid_samples", "quarantine", "media_index"):
+        outcome = _validate(samples, NO_REJECTS, CONFIG)
+        _valid(samples, outcome, Path(f"valid_samples{run}"))
+        for name in ("quarantine", "media_index"):
             pq.write_table(getattr(outcome, name), f"{name}{run}")
         Path(f"report{run}").write_bytes(orjson.dumps(outcome.report))
     for name in ("valid_samples", "quarantine", "media_index", "report"):

@@ -27,6 +27,16 @@ def test_column_without_a_value_keeps_its_type(tmp_path: Path) -> None:
     assert dataset.load()["media"][0].tolist() == SAMPLE["media"]
 
 
+def test_a_streamed_table_is_loaded_without_reading_it(tmp_path: Path) -> None:
+    dataset = TableDataset(
+        filepath=str(tmp_path / "s.parquet"), schema="qvl_pipeline.data.tables.SAMPLES", streamed=True
+    )
+    dataset.save(pd.DataFrame([SAMPLE, SAMPLE]))
+    table = dataset.load()
+    assert table.schema == SAMPLES
+    assert [batch.to_pylist() for batch in table.to_batches(batch_size=1)] == [[SAMPLE], [SAMPLE]]
+
+
 def test_nullable_integers_stay_integers(tmp_path: Path) -> None:
     dataset = TableDataset(filepath=str(tmp_path / "i.parquet"), schema="qvl_pipeline.data.tables.MEDIA_INDEX")
     row = dict.fromkeys(MEDIA_INDEX.names)

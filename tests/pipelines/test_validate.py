@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
 from qvl_pipeline.config import DataEngineConfig, ValidateConfig
@@ -22,12 +26,23 @@ ANSWER = '{"role":"assistant","content":[{"type":"text","text":"b"}]}]'
 BLANK = GOOD.replace('"b"', '" "')
 
 
-def _samples(*messages: str) -> pd.DataFrame:
+ENGINE = DataEngineConfig()
+
+
+def _samples(*messages: str, media: Sequence[Path] = ()) -> ds.Dataset:
     rows = [
         {"sample_id": f"s/{row}", "source": "s", "row": row, "split": "train", "messages": text, "media": []}
         for row, text in enumerate(messages)
     ]
-    return to_frame(SAMPLES.empty_table().from_pylist(rows, SAMPLES))
+    for row, path in zip(rows, media, strict=False):
+        row["media"] = [{"type": "image", "path": str(path), "start": None, "end": None}]
+    return ds.dataset(pa.Table.from_pylist(rows, SAMPLES))
+
+
+def _kept(write: Callable[[Path], None], folder: Path) -> list[str]:
+    """Ids in the table that is written."""
+    write(folder / "valid.parquet")
+    return pq.read_table(folder / "valid.parquet", schema=SAMPLES)["sample_id"].to_pylist()
 
 
 def _rejects(*details: str) -> pd.DataFrame:
@@ -35,41 +50,37 @@ def _rejects(*details: str) -> pd.DataFrame:
     return to_frame(REJECTS.empty_table().from_pylist(rows, REJECTS))
 
 
-def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_and_an_example_of_each_rule_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rejects = _rejects("row 9: 'a[red].png' is a URL", "row 10: another")
     config = ValidateConfig(max_reject_fraction=1)
-    quarantine, _, media_index, report = validate_rows(
-        _samples(GOOD, BLANK, BLANK), rejects, config, DataEngineConfig()
-    )
-    valid = keep_valid(_samples(GOOD, BLANK, BLANK), quarantine, report, "<html>", config)
+    quarantine, _, media_index, report = validate_rows(_samples(GOOD, BLANK, BLANK), rejects, config, ENGINE)
+    write = keep_valid(_samples(GOOD, BLANK, BLANK), quarantine, report, "<html>", config, ENGINE)
     printed = capsys.readouterr().out
     assert "ingested 5 = valid 1 + quarantined 2 + rejected 2" in printed
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
     assert "unknown_format 2 s/9: row 9: 'a[red].png' is a URL" in lines
     assert "empty_turn 2 s/1: turn 1 (assistant) says nothing" in lines
     assert "leakage" not in printed
-    assert valid["sample_id"].tolist() == ["s/0"]
+    assert _kept(write, tmp_path) == ["s/0"]
     assert (len(quarantine), len(media_index)) == (2, 0)
 
 
 def test_what_is_wrong_is_printed_and_kept_before_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     samples, config = _samples(GOOD, BLANK, BLANK), ValidateConfig(max_reject_fraction=0.6)
-    quarantine, _, _, report = validate_rows(samples, _rejects(), config, DataEngineConfig())
+    quarantine, _, _, report = validate_rows(samples, _rejects(), config, ENGINE)
     assert quarantine["sample_id"].tolist() == ["s/1", "s/2"]
     with pytest.raises(TooManyRejectsError, match=r"^2 of 3 rows \(66.7%\) .* by empty_turn \(2\):.*quarantine"):
-        keep_valid(samples, quarantine, report, "<html>", config)
+        keep_valid(samples, quarantine, report, "<html>", config, ENGINE)
     assert "ingested 3 = valid 1 + quarantined 2 + rejected 0" in capsys.readouterr().out
 
 
 def test_nothing_broken_prints_the_counts_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    validate_rows(_samples(GOOD), _rejects(), ValidateConfig(), DataEngineConfig())
+    validate_rows(_samples(GOOD), _rejects(), ValidateConfig(), ENGINE)
     assert capsys.readouterr().out == "ingested 1 = valid 1 + quarantined 0 + rejected 0\n"
 
 
 def test_a_sample_that_only_warns_is_used_printed_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    quarantine, warnings, _, report = validate_rows(
-        _samples(GOOD, GOOD), _rejects(), ValidateConfig(), DataEngineConfig()
-    )
+    quarantine, warnings, _, report = validate_rows(_samples(GOOD, GOOD), _rejects(), ValidateConfig(), ENGINE)
     assert "used, with a warning: duplicate (1)" in capsys.readouterr().out
     assert (len(quarantine), report["counts"]["valid"], report["warnings"]) == (0, 2, {"duplicate": 1})
     assert warnings[["sample_id", "rule", "detail"]].to_numpy().tolist() == [
@@ -81,12 +92,11 @@ def test_the_page_shows_counts_histograms_and_pictures_of_sound_files_alone(tmp_
     good, broken = write_image(tmp_path / "good.png"), tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     asked = '[{"role":"user","content":[{"type":"image"},{"type":"text","text":"<b>Which?"}]},' + ANSWER
-    samples = _samples(asked, asked)
-    samples["media"] = [[{"type": "image", "path": str(path), "start": None, "end": None}] for path in (good, broken)]
-    samples["messages"] = [asked, asked.replace("Which", "<|im_end|>")]
-    tables = validate_rows(samples, _rejects("<i>bad</i>"), ValidateConfig(), DataEngineConfig())
+    reserved = asked.replace("Which", "<|im_end|>")
+    samples = _samples(asked, reserved, media=(good, broken))
+    tables = validate_rows(samples, _rejects("<i>bad</i>"), ValidateConfig(), ENGINE)
     quarantine, warnings, media_index, report = tables
-    html = write_page(samples, _rejects("<i>bad</i>"), quarantine, warnings, media_index, report)
+    html = write_page(samples, _rejects("<i>bad</i>"), quarantine, warnings, media_index, report, ENGINE)
     assert "&lt;i&gt;bad&lt;/i&gt;" in html
     assert "<i>bad" not in html
     assert "the text of turn 0 holds &lt;|im_end|&gt;" in html
@@ -94,6 +104,6 @@ def test_the_page_shows_counts_histograms_and_pictures_of_sound_files_alone(tmp_
     assert "Text of a sample" in html
     assert "Resolution of a file" in html
     assert not re.search(r"url\(|@import|https?:|<script", html)
-    samples["messages"] = [asked.replace("Which", "<|im_end|>"), asked]
-    quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), DataEngineConfig())
-    assert write_page(samples, _rejects(), quarantine, warnings, media_index, report).count("<img") == 1
+    samples = _samples(reserved, asked, media=(good, broken))
+    quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), ENGINE)
+    assert write_page(samples, _rejects(), quarantine, warnings, media_index, report, ENGINE).count("<img") == 1

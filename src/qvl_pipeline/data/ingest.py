@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import daft
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from daft.exceptions import DaftCoreException
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
+from qvl_pipeline.data.batches import TableWriter
 from qvl_pipeline.data.finished import finished_part
 from qvl_pipeline.data.paths import project_path
 from qvl_pipeline.data.progress import ingest_bar
@@ -31,7 +30,6 @@ from qvl_pipeline.errors import UserError
 
 # Share of the memory limit that a slab of raw rows may take: parsed, converted and written, it is many times as large.
 _SLABS_IN_LIMIT = 64
-_ROW_GROUP_ROWS = 8192
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -59,8 +57,8 @@ def ingest_sources(
     names = [[source.name, source.path] for source in config.datasets]
     finished = Path(config.cache_folder) / "unfinished" / fingerprint(names)[:16]
     with ExitStack() as stack:
-        samples = stack.enter_context(_TableWriter(folder / "samples.parquet", SAMPLES))
-        rejects = stack.enter_context(_TableWriter(folder / "rejects.parquet", REJECTS))
+        samples = stack.enter_context(TableWriter(folder / "samples.parquet", SAMPLES))
+        rejects = stack.enter_context(TableWriter(folder / "rejects.parquet", REJECTS))
         bar = stack.enter_context(ingest_bar())
         for source in config.datasets:
             own = [file for file in files if file["source"] == source.name]
@@ -157,32 +155,3 @@ def _with_copies(samples: pa.Table, source: DatasetSource, config: IngestConfig)
         [{**use, "path": paths.get(use["path"], use["path"])} for use in uses] for uses in samples["media"].to_pylist()
     ]
     return samples.set_column(SAMPLES.names.index("media"), SAMPLES.field("media"), pa.array(media, MEDIA))
-
-
-class _TableWriter:
-    """Writes Parquet in row groups of a fixed size, whatever the pieces that it gets."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file = pq.ParquetWriter(path, schema)
-        self._held = schema.empty_table()
-
-    def __enter__(self) -> _TableWriter:
-        return self
-
-    def write(self, table: pa.Table) -> None:
-        """Add rows."""
-        self._held = pa.concat_tables([self._held, table])
-        while self._held.num_rows >= _ROW_GROUP_ROWS:
-            self._write_group(self._held.slice(0, _ROW_GROUP_ROWS))
-            self._held = self._held.slice(_ROW_GROUP_ROWS)
-        # Copied, because a slice keeps all that it was cut from in memory.
-        self._held = self._held.take(pa.array(range(self._held.num_rows), pa.int64()))
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        if kind is None and self._held.num_rows:
-            self._write_group(self._held)
-        self._file.close()
-
-    def _write_group(self, rows: pa.Table) -> None:
-        # In one chunk, because Parquet ends a page where a chunk ends.
-        self._file.write_table(rows.combine_chunks())

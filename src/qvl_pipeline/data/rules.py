@@ -27,6 +27,9 @@ RESERVED_TOKENS = (
     "<|video_pad|>",
 )
 
+# Two of a billion different samples have the same with a probability of 1e-21.
+FINGERPRINT_BYTES = 16
+
 Broken = tuple[str, str]  # rule, detail
 Probes = Mapping[tuple[str, str], Probe]  # by (type, path)
 
@@ -50,10 +53,10 @@ class Sample:
     probes: Probes
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> bytes:
         """Digest of split, turns, content of the files, and the parts of clips that are used."""
         uses = [[content_hash, *use[2:]] for content_hash, use in zip(self.content_hashes, self.media, strict=True)]
-        return hashlib.sha256(orjson.dumps([self.split, self.messages, uses])).hexdigest()
+        return hashlib.sha256(orjson.dumps([self.split, self.messages, uses])).digest()[:FINGERPRINT_BYTES]
 
     @property
     def content_hashes(self) -> list[str | None]:
@@ -195,18 +198,17 @@ def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
     return f"has more than 8 bits a channel (mode {probe.mode}) and would turn nearly white: convert it to 8 bits"
 
 
-def duplicate(sample: Sample, first: Mapping[str, str]) -> str | None:
+def duplicate(sample: Sample, first: str) -> str | None:
     """No other sample of the split has the same turns and the same content of its files.
 
     Args:
         sample: Sample of any split.
-        first: By `Sample.fingerprint`, the first sample that has it.
+        first: Id of the first sample that has its fingerprint.
     """
-    other = first[sample.fingerprint]
-    return None if other == sample.sample_id else f"has the same turns and files as {other}"
+    return None if first == sample.sample_id else f"has the same turns and files as {first}"
 
 
-def leakage(sample: Sample, held_out: Mapping[str, str]) -> str | None:
+def leakage(sample: Sample, held_out: Mapping[str | None, str]) -> str | None:
     """No training sample uses a file whose content is in a valid sample of the eval split.
 
     Args:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.dataset as ds
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +17,7 @@ from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 
 
 def validate_rows(
-    samples: pd.DataFrame, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
+    samples: ds.Dataset, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Apply every rule to every sample, and print what came of it.
 
@@ -21,29 +25,30 @@ def validate_rows(
         samples: Rows that could be read.
         rejects: Rows that could not.
         validate: Limits.
-        data_engine: Where to work.
+        data_engine: Where to work, and how many rows at a time.
 
     Returns:
         The tables `quarantine`, `validation_warnings` and `media_index`, and the report.
     """
     from qvl_pipeline.data.runner import use_runner
-    from qvl_pipeline.data.tables import REJECTS, SAMPLES, from_frame, to_frame
+    from qvl_pipeline.data.tables import REJECTS, from_frame, to_frame
     from qvl_pipeline.data.validate import validate_samples
 
     use_runner(data_engine)
-    outcome = validate_samples(from_frame(samples, SAMPLES), from_frame(rejects, REJECTS), validate)
+    outcome = validate_samples(samples, from_frame(rejects, REJECTS), validate, data_engine.batch_rows)
     quarantine = to_frame(outcome.quarantine)
     Console().print(summarize(outcome.report, quarantine, rejects))
     return quarantine, to_frame(outcome.warnings), to_frame(outcome.media_index), outcome.report
 
 
 def write_page(
-    samples: pd.DataFrame,
+    samples: ds.Dataset,
     rejects: pd.DataFrame,
     quarantine: pd.DataFrame,
     validation_warnings: pd.DataFrame,
     media_index: pd.DataFrame,
     validation_report: dict[str, Any],
+    data_engine: DataEngineConfig,
 ) -> str:
     """Write the validation page.
 
@@ -54,10 +59,12 @@ def write_page(
         validation_warnings: Valid samples that broke a rule which only warns.
         media_index: Every media file as probed.
         validation_report: Report of the validation.
+        data_engine: How many rows to read at a time.
 
     Returns:
         HTML.
     """
+    from qvl_pipeline.data.batches import read_batches
     from qvl_pipeline.tracking.pictures import image_uri
     from qvl_pipeline.tracking.validation_page import render_validation
 
@@ -65,9 +72,8 @@ def write_page(
     sound = media_index[(media_index["type"] == "image") & media_index["rule"].isna()]
     decodable = set(sound["path"])
     return render_validation(
-        dataset=", ".join(sorted(set(samples["source"]) | set(rejects["source"]))) or "no data",
         report=validation_report,
-        samples=samples,
+        samples=read_batches(samples, ["sample_id", "source", "split", "messages", "media"], data_engine.batch_rows),
         rejects=rejects,
         quarantine=quarantine,
         warnings=validation_warnings,
@@ -77,12 +83,13 @@ def write_page(
 
 
 def keep_valid(
-    samples: pd.DataFrame,
+    samples: ds.Dataset,
     quarantine: pd.DataFrame,
     validation_report: dict[str, Any],
     validation_page: str,
     validate: ValidateConfig,
-) -> pd.DataFrame:
+    data_engine: DataEngineConfig,
+) -> Callable[[Path], None]:
     """Take the samples that broke no rule. The list of those that did is on disk by now, also when this refuses.
 
     Args:
@@ -91,17 +98,19 @@ def keep_valid(
         validation_report: Report of the validation.
         validation_page: The page, which is thereby written first.
         validate: Limits.
+        data_engine: How many rows to read at a time.
 
     Returns:
-        The table `valid_samples`.
+        A writer of the table `valid_samples`.
 
     Raises:
         TooManyRejectsError: Too much of the dataset is unusable.
     """
-    from qvl_pipeline.data.validate import check_reject_fraction
+    from qvl_pipeline.data.tables import QUARANTINE, from_frame
+    from qvl_pipeline.data.validate import check_reject_fraction, write_valid
 
     check_reject_fraction(validation_report, validate)
-    return samples[~samples["sample_id"].isin(quarantine["sample_id"])].reset_index(drop=True)
+    return partial(write_valid, samples, from_frame(quarantine, QUARANTINE), batch_rows=data_engine.batch_rows)
 
 
 def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame) -> Group:

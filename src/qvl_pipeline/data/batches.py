@@ -1,0 +1,67 @@
+"""Tables that are larger than memory: read batch by batch, written in row groups of a fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+ROW_GROUP_ROWS = 8192
+
+
+def read_batches(table: ds.Dataset, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Read some columns of a table, in order.
+
+    Args:
+        table: The table.
+        columns: Which.
+        batch_rows: Most rows of a batch.
+
+    Yields:
+        Batches. Row groups are read one at a time: by default, Arrow reads so far ahead that all of them are in memory.
+    """
+    options = ds.ParquetFragmentScanOptions(pre_buffer=False)
+    yield from table.to_batches(
+        columns=columns, batch_size=batch_rows, batch_readahead=0, fragment_scan_options=options, use_threads=False
+    )
+
+
+class TableWriter:
+    """Writes Parquet in row groups of a fixed size, whatever the pieces that it gets."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        """Start a file.
+
+        Args:
+            path: File to write.
+            schema: Its columns.
+        """
+        self._file = pq.ParquetWriter(path, schema)
+        self._held = schema.empty_table()
+
+    def __enter__(self) -> TableWriter:
+        """Enter the context, at whose end the file is complete."""
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows."""
+        self._held = pa.concat_tables([self._held, table])
+        while self._held.num_rows >= ROW_GROUP_ROWS:
+            self._write_group(self._held.slice(0, ROW_GROUP_ROWS))
+            self._held = self._held.slice(ROW_GROUP_ROWS)
+        # Copied, because a slice keeps all that it was cut from in memory.
+        self._held = self._held.take(pa.array(range(self._held.num_rows), pa.int64()))
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        """Write what is left, unless an error ended the work."""
+        if kind is None and self._held.num_rows:
+            self._write_group(self._held)
+        self._file.close()
+
+    def _write_group(self, rows: pa.Table) -> None:
+        # In one chunk, because Parquet ends a page where a chunk ends.
+        self._file.write_table(rows.combine_chunks())
