@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from qvl_pipeline.media.frame_encoding import encode_frame
@@ -41,6 +43,13 @@ def conversation(
             media.append({"type": kind, "path": path, "start": start, "end": end})
         messages.append({"role": role, "content": content})
     return messages, media
+
+
+def as_file(table: pa.Table) -> pq.ParquetFile:
+    """A table as the nodes get one that is too large for memory."""
+    written = pa.BufferOutputStream()
+    pq.write_table(table, written)
+    return pq.ParquetFile(pa.BufferReader(written.getvalue()))
 
 
 def samples_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
 from qvl_pipeline.data.validate import validate_samples
+from tests.data.samples import as_file
 from tests.media.clips import write_clip
 from tests.media.files import cut, write_image, write_png_bomb, write_video
 
@@ -141,7 +141,7 @@ def test_every_bad_file_is_named_by_its_rule_and_no_good_one_is(tmp_path: Path) 
     write_video(Path("good.mp4"))
     names = [name for _, name, _ in BAD] + good
     samples = pa.Table.from_pylist([_row(n, name, f"Which {n}?") for n, name in enumerate(names)], SAMPLES)
-    outcome = validate_samples(ds.dataset(samples), REJECTS.empty_table(), CONFIG, batch_rows=10)
+    outcome = validate_samples(as_file(samples), REJECTS.empty_table(), CONFIG, batch_rows=10)
     found = dict(zip(outcome.quarantine["row"].to_pylist(), outcome.quarantine["rule"].to_pylist(), strict=True))
     assert {names[row]: rule for row, rule in found.items()} == {name: rule for rule, name, _ in BAD}
     details = dict(zip(outcome.quarantine["row"].to_pylist(), outcome.quarantine["detail"].to_pylist(), strict=True))

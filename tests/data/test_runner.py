@@ -21,7 +21,6 @@ TABLES = ("samples", "rejects", "valid_samples", "quarantine", "media_index")
 SCRIPT = """
 import atexit, os, sys
 from pathlib import Path
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
 from qvl_pipeline.data.ingest import ingest_sources
@@ -43,9 +42,9 @@ config = IngestConfig(datasets=[{"path": "a.jsonl", "data_folder": "media", "dat
 out = project / runner
 out.mkdir()
 ingest_sources(config, list_files(config), engine, out)
-samples, rejects = ds.dataset(out / "samples.parquet"), pq.read_table(out / "rejects.parquet")
-validation = validate_samples(samples, rejects, ValidateConfig(), batch_rows)
-write_valid(samples, validation.quarantine, out / "valid_samples.parquet", batch_rows)
+samples, rejects = pq.ParquetFile(out / "samples.parquet"), pq.read_table(out / "rejects.parquet")
+validation = validate_samples(samples, rejects, ValidateConfig(), engine.batch_rows)
+write_valid(samples, validation.quarantine, out / "valid_samples.parquet", engine.batch_rows)
 for name in ("quarantine", "media_index"):
     pq.write_table(getattr(validation, name), out / f"{name}.parquet")
 """

@@ -9,7 +9,6 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -29,6 +28,7 @@ from qvl_pipeline.data.validate import (
     write_valid,
 )
 from qvl_pipeline.errors import UserError
+from tests.data.samples import as_file
 from tests.media.files import cut, write_image, write_png_bomb, write_video
 
 CONFIG = ValidateConfig(max_image_pixels=1_000_000)
@@ -63,11 +63,11 @@ def _samples(*rows: dict[str, Any]) -> pa.Table:
 def _validate(
     samples: pa.Table, rejects: pa.Table = NO_REJECTS, config: ValidateConfig = CONFIG, batch_rows: int = 2
 ) -> Validation:
-    return validate_samples(ds.dataset(samples), rejects, config, batch_rows)
+    return validate_samples(as_file(samples), rejects, config, batch_rows)
 
 
 def _valid(samples: pa.Table, outcome: Validation, path: Path = Path("valid.parquet")) -> pa.Table:
-    write_valid(ds.dataset(samples), outcome.quarantine, path, batch_rows=2)
+    write_valid(as_file(samples), outcome.quarantine, path, batch_rows=2)
     return pq.read_table(path)
 
 
@@ -210,19 +210,16 @@ def test_what_samples_break_because_of_others_does_not_depend_on_the_batches() -
         assert outcome.report == outcomes[0].report
 
 
-class Watched:
+class Watched(pq.ParquetFile):
     """A table that notes how much memory Arrow has given out each time that rows are read of it."""
 
     def __init__(self, path: Path) -> None:
-        self._table = ds.dataset(path)
+        super().__init__(path, pre_buffer=False)
         self._before = pa.total_allocated_bytes()
         self.held: list[int] = []
 
-    def count_rows(self) -> int:
-        return self._table.count_rows()
-
-    def to_batches(self, **options: Any) -> Iterator[pa.RecordBatch]:
-        for batch in self._table.to_batches(**options):
+    def iter_batches(self, *arguments: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in super().iter_batches(*arguments, **options):
             self.held.append(pa.total_allocated_bytes() - self._before)
             yield batch
 

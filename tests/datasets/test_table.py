@@ -33,8 +33,8 @@ def test_a_streamed_table_is_loaded_without_reading_it(tmp_path: Path) -> None:
     )
     dataset.save(pd.DataFrame([SAMPLE, SAMPLE]))
     table = dataset.load()
-    assert table.schema == SAMPLES
-    assert [batch.to_pylist() for batch in table.to_batches(batch_size=1)] == [[SAMPLE], [SAMPLE]]
+    assert table.schema_arrow == SAMPLES
+    assert [batch.to_pylist() for batch in table.iter_batches(1)] == [[SAMPLE], [SAMPLE]]
 
 
 def test_nullable_integers_stay_integers(tmp_path: Path) -> None:

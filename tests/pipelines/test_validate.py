@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,6 +15,7 @@ from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
 from qvl_pipeline.data.validate import TooManyRejectsError
 from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows, write_page
+from tests.data.samples import as_file
 from tests.media.files import write_image
 
 GOOD = (
@@ -29,14 +29,14 @@ BLANK = GOOD.replace('"b"', '" "')
 ENGINE = DataEngineConfig()
 
 
-def _samples(*messages: str, media: Sequence[Path] = ()) -> ds.Dataset:
+def _samples(*messages: str, media: Sequence[Path] = ()) -> pq.ParquetFile:
     rows = [
         {"sample_id": f"s/{row}", "source": "s", "row": row, "split": "train", "messages": text, "media": []}
         for row, text in enumerate(messages)
     ]
     for row, path in zip(rows, media, strict=False):
         row["media"] = [{"type": "image", "path": str(path), "start": None, "end": None}]
-    return ds.dataset(pa.Table.from_pylist(rows, SAMPLES))
+    return as_file(pa.Table.from_pylist(rows, SAMPLES))
 
 
 def _kept(write: Callable[[Path], None], folder: Path) -> list[str]:

@@ -7,13 +7,12 @@ from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 ROW_GROUP_ROWS = 8192
 
 
-def read_batches(table: ds.Dataset, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+def read_batches(table: pq.ParquetFile, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Read some columns of a table, in order.
 
     Args:
@@ -22,12 +21,9 @@ def read_batches(table: ds.Dataset, columns: list[str], batch_rows: int) -> Iter
         batch_rows: Most rows of a batch.
 
     Yields:
-        Batches. Row groups are read one at a time: by default, Arrow reads so far ahead that all of them are in memory.
+        Batches. Nothing is read ahead, as `pyarrow.dataset` does, by so much that all of a table may be in memory.
     """
-    options = ds.ParquetFragmentScanOptions(pre_buffer=False)
-    yield from table.to_batches(
-        columns=columns, batch_size=batch_rows, batch_readahead=0, fragment_scan_options=options, use_threads=False
-    )
+    yield from table.iter_batches(batch_rows, columns=columns, use_threads=False)
 
 
 class TableWriter:

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.batches import TableWriter, read_batches
@@ -72,7 +72,7 @@ class _Judged(NamedTuple):
     held_out: dict[str | None, str]
 
 
-def validate_samples(samples: ds.Dataset, rejects: pa.Table, config: ValidateConfig, batch_rows: int) -> Validation:
+def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: ValidateConfig, batch_rows: int) -> Validation:
     """Apply every rule to every sample.
 
     The samples are read three times, a batch at a time: for the files that they use, for what each of them breaks by
@@ -93,7 +93,7 @@ def validate_samples(samples: ds.Dataset, rejects: pa.Table, config: ValidateCon
     probes = probe_files((Media(**use) for use in uses), config)
     judged = _judge_alone(_parsed(read(["sample_id", "split", "messages", "media"]), probes), config)
     quarantine, warned = _judge_together(read([*QUARANTINE.names[:-2], "media"]), probes, judged, config)
-    total = samples.count_rows()
+    total = samples.metadata.num_rows
     counts = {
         "ingested": total + rejects.num_rows,
         "valid": total - quarantine.num_rows,
@@ -110,7 +110,7 @@ def validate_samples(samples: ds.Dataset, rejects: pa.Table, config: ValidateCon
     return Validation(quarantine, warned, index_media(probes, config), report)
 
 
-def write_valid(samples: ds.Dataset, quarantine: pa.Table, path: Path, batch_rows: int) -> None:
+def write_valid(samples: pq.ParquetFile, quarantine: pa.Table, path: Path, batch_rows: int) -> None:
     """Write the samples that are not in quarantine.
 
     Args:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from kedro.io import AbstractDataset, DatasetError
 from kedro.utils import load_obj
@@ -17,12 +16,12 @@ if TYPE_CHECKING:
     from kedro_datasets._typing import TablePreview
 
 
-class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], "pd.DataFrame | ds.Dataset"]):
+class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.DataFrame | pq.ParquetFile]):
     """Parquet with a given Arrow schema.
 
     Plain pandas would write a column as type `null` when no row has a value in it, and write over the old file. A table
     that is too large for a data frame is saved as a function that is called with the path of a file to write, and
-    loaded as a `pyarrow.dataset.Dataset`, of which whoever gets it reads as much at a time as it likes.
+    loaded as a `pyarrow.parquet.ParquetFile`, of which whoever gets it reads as much at a time as it likes.
     """
 
     def __init__(
@@ -41,12 +40,12 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], "pd.Dat
         self._streamed = streamed
         self.metadata = metadata
 
-    def load(self) -> pd.DataFrame | ds.Dataset:
+    def load(self) -> pd.DataFrame | pq.ParquetFile:
         """Load the table; integers stay integers where there are nulls."""
         if not self._exists():
             raise DatasetError(f"{self._filepath} does not exist")
         if self._streamed:
-            return ds.dataset(self._filepath, format="parquet")
+            return pq.ParquetFile(self._filepath, pre_buffer=False)
         return pq.read_table(self._filepath).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
 
     def save(self, data: pd.DataFrame | Callable[[Path], Any]) -> None:

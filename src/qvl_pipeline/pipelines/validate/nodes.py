@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +17,7 @@ from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 
 
 def validate_rows(
-    samples: ds.Dataset, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
+    samples: pq.ParquetFile, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Apply every rule to every sample, and print what came of it.
 
@@ -42,7 +42,7 @@ def validate_rows(
 
 
 def write_page(
-    samples: ds.Dataset,
+    samples: pq.ParquetFile,
     rejects: pd.DataFrame,
     quarantine: pd.DataFrame,
     validation_warnings: pd.DataFrame,
@@ -83,7 +83,7 @@ def write_page(
 
 
 def keep_valid(
-    samples: ds.Dataset,
+    samples: pq.ParquetFile,
     quarantine: pd.DataFrame,
     validation_report: dict[str, Any],
     validation_page: str,
