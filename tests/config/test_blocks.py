@@ -29,6 +29,10 @@ def test_every_parameter_is_documented(block: type[Block]) -> None:
         assert f"\n    {name}: " in documentation, f"{block.__name__}.{name} is missing in the docstring"
 
 
+def test_a_switch_is_taken_where_one_is_meant() -> None:
+    assert config.TrainConfig(gradient_checkpointing=True, load_best_model_at_end=False).gradient_checkpointing is True
+
+
 def test_misspelt_key_names_the_nearest() -> None:
     with pytest.raises(ValidationError, match="unknown key 'learning_rat': did you mean 'learning_rate'"):
         config.TrainConfig.model_validate({"learning_rat": 1e-4})
@@ -49,6 +53,16 @@ def test_misspelt_key_names_the_nearest() -> None:
             STREAM | {"packing": False, "group_by_length": True},
             "group_by_length needs the lengths",
         ),
+        (config.TrainConfig, {"report_to": ["mlflow", "mlflow"]}, "report_to names 'mlflow' twice"),
+        (config.TrainConfig, {"learning_rate": float("inf")}, "should be a finite number"),
+        (config.EvaluateConfig, {"must_not_regress": {"overall": float("nan")}}, "should be a finite number"),
+        (config.TrainConfig, {"save_steps": True}, "a number is needed"),
+        (config.TrainConfig, {"nproc_per_node": True}, "a number is needed"),
+        (config.EvaluateConfig, {"max_samples": True}, "a number is needed"),
+        (config.BatchingConfig, {"seed": -1}, "greater than or equal to 0"),
+        (config.IngestConfig, {"datasets": [{"path": "", "data_type": "json"}]}, "at least 1 character"),
+        (config.SampleConfig, {"frame_num": 8}, "frame_num is for video_sampling_strategy: frame_num, but"),
+        (config.SampleConfig, {"jpeg_quality": 80}, "jpeg_quality is for frame_encoding: jpeg, but"),
         (config.TrainConfig, {"dataloader_prefetch_factor": 4}, "set dataloader_num_workers"),
         (config.TrainConfig, {"on_bad_sample": "skip", "sp_ulysses_degree": 2}, "'skip' needs sp_ulysses_degree 1"),
         (config.BatchingConfig, {"max_steps": 0}, "nothing would be trained"),

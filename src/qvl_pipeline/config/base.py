@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 
 class Block(BaseModel):
     """A parameters block that refuses unknown keys and names the nearest known one.
 
-    No key is accepted and ignored: a misspelt `learning_rat` would otherwise train with the default for days.
+    No key is accepted and ignored: a misspelt `learning_rat` would otherwise train with the default for days. Numbers
+    are finite, and `true` is none: pydantic would take `limit: yes` for one row.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_switches_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("a number is needed")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -28,3 +41,10 @@ class Block(BaseModel):
                 hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
                 raise ValueError(f"unknown key '{key}': {hint}")
         return values
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the members of a union, without their limits; of any other annotation itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for member in get_args(annotation) for kind in _kinds(member)}
+    return _kinds(get_args(annotation)[0]) if get_origin(annotation) is Annotated else {annotation}

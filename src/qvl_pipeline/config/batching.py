@@ -48,7 +48,7 @@ class BatchingConfig(Block):
     max_steps: int = Field(default=-1, ge=-1)
     group_by_length: bool = False
     shuffle_buffer_size: int = Field(default=10_000, ge=1)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
 
     @model_validator(mode="after")
     def _iterable_needs_steps(self) -> BatchingConfig:

@@ -39,7 +39,7 @@ class DatasetSource(Block):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    path: str
+    path: str = Field(min_length=1)
     data_folder: str = ""
     data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset"]
     format: Literal["auto", "openai", "sharegpt", "llava"] = "auto"
@@ -81,7 +81,7 @@ class DigitsDemoConfig(Block):
     """
 
     folder: str = "data/01_raw/digits"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     train_samples: int = Field(default=4000, ge=1)
     eval_samples: int = Field(default=280, ge=1)
 

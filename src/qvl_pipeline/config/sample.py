@@ -66,6 +66,18 @@ class SampleConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _given_values_are_used(self) -> SampleConfig:
+        for key, switch, needed in (
+            ("frame_num", "video_sampling_strategy", "frame_num"),
+            ("jpeg_quality", "frame_encoding", "jpeg"),
+        ):
+            if key in self.model_fields_set and getattr(self, switch) != needed:
+                raise ValueError(
+                    f"{key} is for {switch}: {needed}, but {switch} is '{getattr(self, switch)}': set it, or drop {key}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _same_pixels_on_the_fly(self) -> SampleConfig:
         if not self.materialize and self.frame_encoding == "jpeg":
             raise ValueError(

@@ -253,6 +253,12 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _every_tracker_once(self) -> TrainConfig:
+        if doubled := [tracker for tracker in self.report_to if self.report_to.count(tracker) > 1]:
+            raise ValueError(f"report_to names '{doubled[0]}' twice: it would get every number twice")
+        return self
+
+    @model_validator(mode="after")
     def _none_stands_alone(self) -> TrainConfig:
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"report_to: 'none' excludes every other tracker, but got {self.report_to}")
