@@ -23,6 +23,7 @@ from qvl_pipeline.data.readers import Slab, read_slabs
 from qvl_pipeline.data.rejection import REJECT_RULES
 from qvl_pipeline.data.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
+from qvl_pipeline.evaluation.metrics import references
 
 Tables = tuple[pa.Table, pa.Table]
 
@@ -102,6 +103,13 @@ def test_default_answer_is_the_text_of_the_last_assistant_turn() -> None:
     only_user = {"messages": turns[:1]}
     samples, _ = _ingest(_write("a.jsonl", [{"messages": turns}, only_user, _row(answer=5), _row(answer="")]))
     assert samples["answer"].to_pylist() == ["No, that.", "", "5", ""]
+
+
+def test_a_list_that_the_assistant_says_is_one_answer_and_no_choice_of_them() -> None:
+    said = {"role": "assistant", "content": '["cat", "dog"]'}
+    stated = '["7", "seven"]'
+    samples, _ = _ingest(_write("a.jsonl", [{"messages": [said]}, {"messages": [said], "answer": stated}]))
+    assert [references(answer) for answer in samples["answer"].to_pylist()] == [['["cat", "dog"]'], ["7", "seven"]]
 
 
 REJECTED = {

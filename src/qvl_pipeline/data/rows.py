@@ -138,7 +138,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
 
 def _last_answer(messages: Sequence[Message]) -> str:
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
-    return "".join(item["text"] for item in turns[-1] if item["type"] == "text") if turns else ""
+    text = "".join(item["text"] for item in turns[-1] if item["type"] == "text") if turns else ""
+    # A JSON list of texts would be a choice of acceptable answers. This one is what the assistant says.
+    return orjson.dumps([text]).decode() if text.lstrip().startswith('["') else text
 
 
 def _text(row: Row, column: str) -> str | None:

@@ -18,7 +18,6 @@ from qvl_pipeline.evaluation.tasks import (
     TASKS,
     TOGETHER,
     best_reference,
-    exact_match,
     import_cider,
 )
 
@@ -97,23 +96,20 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequen
 
     Args:
         answers: Generated texts `[N]`.
-        expected: The dataset's answers `[N]`; see `references`. An answer that repeats one as it is, where it is scored
-            by itself, is right: a list of texts may have been asked for.
+        expected: The dataset's answers `[N]`; see `references`.
         tasks: Task names `[N]`, all in `TASKS`.
 
     Returns:
         Scores `[N]`.
     """
-    table = pd.DataFrame({"answer": list(answers), "text": list(expected)})
-    table["expected"] = [references(text) for text in expected]
+    table = pd.DataFrame({"answer": list(answers), "expected": [references(text) for text in expected]})
     scores = pd.Series(0.0, index=table.index)
     for task, rows in table.groupby(pd.Series(list(tasks), index=table.index)):
         given, wanted = rows["answer"].tolist(), rows["expected"].tolist()
         together = TOGETHER.get(str(task))
         if together is None:
             score = partial(best_reference, BY_ANSWER[str(task)])
-            triples = zip(given, wanted, rows["text"], strict=True)
-            scores[rows.index] = [exact_match(answer, text) or score(answer, texts) for answer, texts, text in triples]
+            scores[rows.index] = [score(*pair) for pair in zip(given, wanted, strict=True)]
         else:
             scores[rows.index] = together(given, wanted)
     return scores.tolist()
