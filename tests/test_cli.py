@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -100,6 +101,18 @@ def test_an_error_while_saving_is_shown_without_what_kedro_wraps_around_it(
 
     use(monkeypatch, Node(lambda: write, None, "base_model"))
     assert kedro_run("--pipelines", "ingest").output.endswith("Error: the disk is full\n")
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_a_full_disk_is_one_sentence(project: Path, monkeypatch: pytest.MonkeyPatch, saving: bool) -> None:
+    def write(folder: Path | None = None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/mnt/full")
+
+    use(monkeypatch, Node((lambda: write) if saving else write, None, "base_model"))
+    result = kedro_run("--pipelines", "ingest")
+    assert result.exit_code == 1
+    assert "Error: No space left on device ('/mnt/full'): make room or" in result.output
+    assert "Traceback" not in result.output
 
 
 def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

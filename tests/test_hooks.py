@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ def test_an_unknown_profile_names_the_nearest_and_all_of_them(project: Path) -> 
     (line,) = refusal(project, env="tiny_qwen2_5")
     assert line.startswith("there is no profile 'tiny_qwen2_5'; did you mean 'tiny_qwen2_5_vl'?")
     assert "base, qwen2_5_vl_7b, qwen3_vl_8b, tiny_qwen2_5_vl" in line
+
+
+@pytest.mark.parametrize("names_its_place", [True, False])
+def test_a_copied_profile_that_would_overwrite_the_other_is_refused(project: Path, names_its_place: bool) -> None:
+    shutil.copytree(project / "conf/tiny_qwen2_5_vl", project / "conf/mine")
+    if not names_its_place:  # the one of base is taken
+        (project / "conf/mine/globals.yml").unlink()
+    place = "tiny_qwen2_5_vl" if names_its_place else "base"
+    assert refusal(project, "ingest", env="mine") == [
+        f"the profile 'mine' would overwrite the results of the profile '{place}': write `profile: mine` into "
+        "conf/mine/globals.yml"
+    ]
+    (project / "conf/mine/globals.yml").write_text("profile: mine\n")
+    run(project, "ingest", env="mine")
 
 
 def test_a_wrong_parameter_of_a_later_stage_stops_an_early_one(project: Path) -> None:

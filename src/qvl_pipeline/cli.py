@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import signal
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,6 +18,8 @@ from qvl_pipeline.errors import UserError
 
 # What a person can mend: data, parameters or the environment; and configuration files that cannot be read.
 MENDABLE = (UserError, YAMLError, OmegaConfBaseException)
+# So are these, whoever comes upon them: no space or quota left, a read-only file system, no right to a file.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 cli = click.Group(name="qvl_pipeline", help="Commands of this project.")
 
@@ -33,7 +36,7 @@ def _run(**options: Any) -> dict[str, Any]:
         return kedro_run.callback(**options)
     except Exception as error:
         if cause := _mendable(error):
-            raise click.ClickException(str(cause)) from error
+            raise click.ClickException(_sentence(cause)) from error
         raise
 
 
@@ -53,8 +56,17 @@ def _check_names(names: list[str]) -> None:
 def _mendable(error: BaseException | None) -> BaseException | None:
     """Return the mendable error that `error` is or was caused by: Kedro wraps what a dataset raises while saving."""
     while error is not None and not isinstance(error, MENDABLE):
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            return error
         error = error.__cause__
     return error
+
+
+def _sentence(error: BaseException) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" ('{error.filename}')" if error.filename else ""
+    return f"{error.strerror}{where}: make room or give the right to it, and run the same command again"
 
 
 run = click.Command("run", params=kedro_run.params, callback=_run, help=kedro_run.help)

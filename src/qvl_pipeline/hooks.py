@@ -31,12 +31,15 @@ class EarlyChecks:
         """Refuse an unknown profile, and parameters that no stage could use.
 
         Raises:
-            UserError: `conf/` has no such profile, or a parameters block is wrong; also one of a later stage.
+            UserError: `conf/` has no such profile, it would write where another one does, or a parameters block is
+                wrong; also one of a later stage.
         """
         loader = context.config_loader
         conf = Path(loader.conf_source)
         profile = conf / (context.env or loader.default_run_env)
         _check_profile(profile)
+        if context.env not in (None, loader.default_run_env, loader.base_env):
+            _check_place(profile, loader["globals"].get("profile"))
         # Paths in parameters and tables start at the project root, wherever the command was started.
         os.chdir(context.project_path)
         check_parameters(loader["parameters"], loader.runtime_params or {}, [profile, conf / loader.base_env])
@@ -112,6 +115,19 @@ def _check_profile(folder: Path) -> None:
     nearest = difflib.get_close_matches(folder.name, profiles, n=1)
     hint = f"did you mean '{nearest[0]}'? " if nearest else ""
     raise UserError(f"there is no profile '{folder.name}'; {hint}The profiles in conf/ are {', '.join(profiles)}")
+
+
+def _check_place(folder: Path, place: str | None) -> None:
+    """Refuse a profile that was copied and still writes where the other does: it would replace its model."""
+    if place == folder.name or not (folder.parent / str(place) / "globals.yml").exists():
+        return
+    from qvl_pipeline.tracking.replay import PROFILE
+
+    if folder.name != PROFILE:  # which repeats another one, in a worktree of its own
+        raise UserError(
+            f"the profile '{folder.name}' would overwrite the results of the profile '{place}': write `profile: "
+            f"{folder.name}` into {'/'.join(folder.parts[-2:])}/globals.yml"
+        )
 
 
 def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
