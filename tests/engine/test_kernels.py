@@ -13,11 +13,11 @@ from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.kernels import use_liger_kernels
 
 CUDA = torch.device("cuda")  # only named: nothing is computed
-# Four decoder layers with two norms each and a final one; Qwen3-VL also norms queries and keys. The four vision blocks
+# Three decoder layers with two norms each and a final one; Qwen3-VL also norms queries and keys. The two vision blocks
 # of Qwen2.5-VL have two norms each, and the merger one.
 EXPECTED = {
-    "qwen3_vl": {"Qwen3VLTextMLP": 4, "Qwen3VLTextRMSNorm": 17},
-    "qwen2_5_vl": {"Qwen2MLP": 4, "Qwen2_5_VLMLP": 4, "Qwen2_5_VLRMSNorm": 18},
+    "qwen3_vl": {"Qwen3VLTextMLP": 3, "Qwen3VLTextRMSNorm": 13},
+    "qwen2_5_vl": {"Qwen2MLP": 3, "Qwen2_5_VLMLP": 2, "Qwen2_5_VLRMSNorm": 12},
 }
 
 
