@@ -314,8 +314,9 @@ def damaged_in_the_middle(path: Path) -> pd.DataFrame:
 
 
 def test_a_clip_damaged_in_the_middle_costs_its_sample_only(
-    tmp_path: Path, media_index: pd.DataFrame, clip: Callable[..., Any]
+    tmp_path: Path, media_index: pd.DataFrame, clip: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     path = tmp_path / "damaged.mkv"
     index = pd.concat([media_index, damaged_in_the_middle(path)], ignore_index=True)
     rows = [[clip("constant")], [clip("variable"), ("video", str(path), None, None)], [clip("variable")]]
@@ -324,6 +325,8 @@ def test_a_clip_damaged_in_the_middle_costs_its_sample_only(
     assert rule == "clip_undecodable"
     assert str(path) in detail
     assert list(FrameStore(tmp_path / "store")) == [clip("constant")[1], clip("variable")[1]]
+    assert "valid 3 = sampled 2 + quarantined 1; 34 frames of 2 clips" in caplog.messages
+    assert f"clip_undecodable: 1, for example source/1: {detail}" in caplog.messages
 
 
 def test_a_clip_that_hangs_is_given_up_in_time(

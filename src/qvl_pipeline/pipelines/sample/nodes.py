@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from qvl_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from qvl_pipeline.media.decode_worker import Failure
+
+logger = logging.getLogger(__name__)
 
 
 def sample_clips(
@@ -53,7 +56,7 @@ def sample_clips(
 
 
 def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """List the samples with a clip that could not be sampled.
+    """List the samples with a clip that could not be sampled, and say how many of each rule there are.
 
     Args:
         valid_samples: Samples whose media are valid.
@@ -77,6 +80,11 @@ def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple
         "failed_clips": len(failed),
         "frames": sum(n_frames),
     }
+    line = "valid {valid:,} = sampled {sampled:,} + quarantined {quarantined:,}; {frames:,} frames of {clips:,} clips"
+    logger.info(line.format(**counts))
+    for rule, rows in lost.groupby("rule"):
+        example = rows.iloc[0]
+        logger.info("%s: %s, for example %s: %s", rule, f"{len(rows):,}", example["sample_id"], example["detail"])
     return lost, {"counts": counts, "rules": lost["rule"].value_counts().sort_index().to_dict()}
 
 
