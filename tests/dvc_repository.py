@@ -16,6 +16,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "ingest": {"demo": {"train_samples": 28, "eval_samples": 7}},
     # Of so few rows, those that are planted to be found are a large share.
     "validate": {"max_reject_fraction": 1.0},
+    # Every decoding process imports its libraries anew.
+    "sample": {"num_workers": 1},
     "tokenize": {"num_train_epochs": 1, "data_parallel_size": 1},
     "train": {"logging_steps": 1, "save_steps": 0},
 }
