@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import time
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -335,15 +334,16 @@ def test_a_large_clip_costs_no_more_text_than_its_temporal_patches(
     assert sum(text.count("<|video_pad|>") for text in texts) == 10
 
 
-def test_tokenising_is_five_times_as_fast_as_the_processor(
-    samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, store: FrameStore
+def test_tokenising_touches_no_pixel(
+    samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = pd.concat([samples] * 60, ignore_index=True)
-    list(tokenize_samples(many, grids, processor))
-    start = time.process_time()
-    list(tokenize_samples(many, grids, processor))
-    ours = (time.process_time() - start) / len(many)
-    start = time.process_time()
-    for _, sample in samples.iterrows():
-        by_processor(sample, processor, store)
-    assert 5 * ours < (time.process_time() - start) / len(samples)
+    """Which is what makes it several times as fast as the processor (`benchmarks.data tokenize`)."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("media were read")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(FrameStore, "frames", refuse)
+    monkeypatch.setattr(processor.image_processor, "preprocess", refuse)
+    monkeypatch.setattr(processor.video_processor, "preprocess", refuse)
+    assert sum(batch.num_rows for batch in tokenize_samples(samples, grids, processor)) == len(samples)
