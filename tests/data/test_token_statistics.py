@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvl_pipeline.config import BatchingConfig
@@ -98,6 +98,7 @@ def test_what_no_sample_has_is_left_out(tmp_path: Path) -> None:
     assert list(token_statistics(tmp_path / "text.arrow")) == ["tokens", "supervised_tokens"]
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.lists(st.integers(0, 200_000), min_size=1, max_size=40).map(np.array),
