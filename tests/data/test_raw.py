@@ -36,6 +36,19 @@ def test_a_folder_stands_for_its_files_of_the_type_by_name() -> None:
     assert paths == ["data/a.jsonl", "data/b.jsonl", "data/more/c.jsonl"]
 
 
+def test_a_file_of_rows_in_a_folder_is_read_or_named(caplog: pytest.LogCaptureFixture) -> None:
+    Path("data/d.JSONL.GZ").touch()
+    assert [entry["path"] for entry in list_files(_config("data"))][-2:] == ["data/d.JSONL.GZ", "data/more/c.jsonl"]
+    assert caplog.messages == []
+    Path("data/e.Parquet").touch()
+    Path("data/f.jsonl.bz2").touch()
+    list_files(_config("data"))
+    (message,) = caplog.messages
+    assert message.startswith(
+        "ingest.datasets[0].path: 'data' also holds 2 files that are not jsonl and are not read, the first is 'e.Parq"
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [

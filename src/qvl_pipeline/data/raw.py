@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from qvl_pipeline.data.paths import project_path
 from qvl_pipeline.data.remote import copy_remote, is_url, list_remote
 from qvl_pipeline.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
+
 # How a file type is recognised in a folder.
 _ENDINGS = {
     "parquet": (".parquet",),
@@ -21,6 +24,8 @@ _ENDINGS = {
     "hf_dataset": (".json", ".arrow"),
     **{kind: (f".{kind}", f".{kind}.gz", f".{kind}.zst") for kind in ("json", "jsonl", "csv")},
 }
+# Rows, too, by the look of their names, that a folder of another type does not give.
+_LIKE_ROWS = tuple({ending for endings in _ENDINGS.values() for ending in endings} | {".ndjson", ".bz2", ".xz", ".zip"})
 # How Hugging Face datasets name the splits of a `DatasetDict`.
 _HF_SPLITS = {"train": "train"} | dict.fromkeys(("eval", "validation", "valid", "val", "dev", "test"), "eval")
 
@@ -87,10 +92,17 @@ def _source_files(source: DatasetSource, cache: Path, parameter: str) -> list[_F
         raise UserError(f"{parameter}: '{source.path}' does not exist or is empty; name it from the project root on")
     endings = _ENDINGS[source.data_type]
     # A file that is named itself may have any name.
-    found = {name: place for name, place in found.items() if not name or name.endswith(endings)}
+    left_out = {name: None for name in found if name and not name.lower().endswith(endings)}
+    found = {name: place for name, place in found.items() if name not in left_out}
     if not found:
         kind = f"'{source.path}' holds no file *{' or *'.join(endings)}"
         raise UserError(f"{parameter}: the folder {kind}; check data_type")
+    if rows := [name for name in left_out if name.lower().endswith(_LIKE_ROWS)]:
+        _LOGGER.warning(
+            "%s: '%s' also holds %d files that are not %s and are not read, the first is '%s': make them a source of "
+            "their own, or ignore this",
+            *(parameter, source.path, len(rows), source.data_type, rows[0]),
+        )
     files = {name: _File(Path(place)) for name, place in found.items()}
     if remote:
         copies = copy_remote(found.values(), source.storage_options, cache)
