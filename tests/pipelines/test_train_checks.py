@@ -46,6 +46,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
         ({"model": {"vit_attn_implementation": "torch_varlen"}}, "vit_attn_implementation 'torch_varlen' runs on CUDA"),
         ({"model": {"attn_implementation": "torch_varlen"}, "data": {"rmpad": False}}, "knows no padding"),
         ({"stream": {"max_steps": 9}, "validation": {"strategy": "epoch"}}, "'epoch' needs a plan, .*: use 'steps'"),
+        ({"run": {"profile_steps": (11, 12)}}, r"profile_steps \[11, 12\] begin after the last step of the plan, 10"),
+        (
+            {"model": {"torch_compile": True, "torch_compile_backend": "inducter"}},
+            "torch_compile_backend 'inducter' is not there: did you mean 'inductor'",
+        ),
         ({"optim": {"optim": "adamw_8bit"}}, "needs the package torchao: install it"),
     ],
 )
@@ -61,6 +66,17 @@ def test_refused_in_one_sentence(
     with pytest.raises(UserError, match=sentence) as caught:
         checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4)
     assert "\n" not in str(caught.value)
+
+
+def test_a_warmup_longer_than_the_training_is_warned_of(
+    training: TrainSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checks.check_before_launch(changed(training, tmp_path, optim={"warmup_steps": 10}), steps=10, ranks=1)
+    assert caplog.messages == []
+    checks.check_before_launch(changed(training, tmp_path, optim={"warmup_steps": 11}), steps=10, ranks=1)
+    assert caplog.messages == [
+        "warmup_steps is 11, but the plan has 10 steps: the learning rate never reaches its peak"
+    ]
 
 
 @pytest.mark.parametrize(

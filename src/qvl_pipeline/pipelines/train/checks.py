@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,8 @@ from qvl_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
+
+logger = logging.getLogger(__name__)
 
 
 def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, str]:
@@ -23,8 +27,9 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         The attention kernels that will be used in the language model and in the vision tower.
 
     Raises:
-        UserError: A name in `freeze_modules`, `learning_rates` or `transformer_layer_cls_to_wrap` fits nothing that is
-            there, the schedule is impossible, a package is missing, or the machine cannot run it as asked.
+        UserError: A name in `freeze_modules`, `learning_rates`, `transformer_layer_cls_to_wrap` or
+            `torch_compile_backend` fits nothing that is there, the schedule is impossible, there is no step to profile,
+            a package is missing, or the machine cannot run it as asked.
     """
     import torch
 
@@ -44,6 +49,17 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
     if spec.stream.max_steps and spec.validation.strategy == "epoch":
         raise UserError("eval_strategy 'epoch' needs a plan, which iterable dataset types do not have: use 'steps'")
+    if (profiled := spec.run.profile_steps) and profiled[0] > steps:
+        raise UserError(
+            f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
+        )
+    if spec.optim.warmup_steps > steps:
+        logger.warning(
+            "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
+            *(spec.optim.warmup_steps, steps),
+        )
+    if spec.model.torch_compile:
+        _check_backend(spec.model.torch_compile_backend)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
@@ -58,3 +74,12 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     except ValueError as error:
         raise UserError(str(error)) from error
     return kernels
+
+
+def _check_backend(name: str) -> None:
+    from torch._dynamo import list_backends
+
+    if name not in (known := list_backends(exclude_tags=None)):
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known are {', '.join(known)}"
+        raise UserError(f"torch_compile_backend '{name}' is not there: {hint}")
