@@ -105,6 +105,14 @@ def test_default_answer_is_the_text_of_the_last_assistant_turn() -> None:
     assert samples["answer"].to_pylist() == ["No, that.", "", "5", ""]
 
 
+def test_a_source_without_rows_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    samples, rejects = _ingest(_write("a.jsonl", []))
+    assert (samples.num_rows, rejects.num_rows) == (0, 0)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "a: 0 rows read, 0 of them rejected")
+    ]
+
+
 def test_a_list_that_the_assistant_says_is_one_answer_and_no_choice_of_them() -> None:
     said = {"role": "assistant", "content": '["cat", "dog"]'}
     stated = '["7", "seven"]'

@@ -72,7 +72,8 @@ def ingest_sources(
                 read, rejected = read + rows.num_rows, rejected + bad.num_rows
                 bar.update(task, completed=done_bytes, rows=read)
                 del rows, bad  # slices, which keep all of the slab in memory
-            _LOGGER.info("%s: %s rows read, %s of them rejected", source.name, f"{read:,}", f"{rejected:,}")
+            level = logging.INFO if read else logging.WARNING
+            _LOGGER.log(level, "%s: %s rows read, %s of them rejected", source.name, f"{read:,}", f"{rejected:,}")
     shutil.rmtree(finished, ignore_errors=True)
 
 

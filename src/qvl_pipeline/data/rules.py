@@ -54,9 +54,9 @@ class Sample:
 
     @property
     def fingerprint(self) -> bytes:
-        """Digest of split, turns, content of the files, and the parts of clips that are used."""
+        """Digest of turns, content of the files, and the parts of clips that are used."""
         uses = [[content_hash, *use[2:]] for content_hash, use in zip(self.content_hashes, self.media, strict=True)]
-        return hashlib.sha256(orjson.dumps([self.split, self.messages, uses])).digest()[:FINGERPRINT_BYTES]
+        return hashlib.sha256(orjson.dumps([self.messages, uses])).digest()[:FINGERPRINT_BYTES]
 
     @property
     def content_hashes(self) -> list[str | None]:
@@ -199,7 +199,7 @@ def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
 
 
 def duplicate(sample: Sample, first: str) -> str | None:
-    """No other sample of the split has the same turns and the same content of its files.
+    """No other sample has the same turns and the same content of its files: of either split, for texts leak too.
 
     Args:
         sample: Sample of any split.
