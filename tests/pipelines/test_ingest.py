@@ -52,7 +52,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _run(folder: Path) -> dict[str, Any]:
     """Run both stages with the digits, and return what they left on disk."""
     entries = {
-        name: TableDataset(filepath=str(folder / f"{name}.parquet"), schema=f"qvl_pipeline.data.tables.{schema}")
+        name: TableDataset(
+            filepath=str(folder / f"{name}.parquet"),
+            schema=f"qvl_pipeline.data.tables.{schema}",
+            streamed=name == "samples",  # as in the catalog
+        )
         for name, schema in TABLES.items()
     }
     for name in ("raw_manifest", "validation_report"):
