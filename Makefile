@@ -47,7 +47,7 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 	    echo "The tests open pages in Chromium: install it (Debian: apt-get install chromium) and try again." >&2; exit 1; }
 	@echo "==> tests"
 	@coverage erase
-	@OMP_NUM_THREADS=1 coverage run -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	@OMP_NUM_THREADS=1 coverage run -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	@echo "==> line coverage of src/, worker processes included"
 	@coverage combine --quiet
 	@coverage report

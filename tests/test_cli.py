@@ -63,7 +63,7 @@ def test_several_pipelines_run_as_one(project: Path) -> None:
         ),
         (["--pipelines", "trian"], "there is no pipeline 'trian': did you mean 'train'?"),
         (["--pipelines", "xyz"], "there is no pipeline 'xyz': the pipelines are ingest, validate, sample,"),
-        (["--env", "nope"], "there is no profile 'nope'; The profiles in conf/ are base, qwen2_5_vl_7b"),
+        (["--env", "nope"], "there is no profile 'nope': the profiles in conf/ are base, qwen2_5_vl_7b"),
         (["--params", "train.learning_rat=1"], "unknown key 'learning_rat': did you mean 'learning_rate'? (--params)"),
     ],
 )

@@ -58,7 +58,7 @@ def test_an_input_that_no_pipeline_makes_is_yours_to_provide(project: Path) -> N
 
 def test_an_unknown_profile_names_the_nearest_and_all_of_them(project: Path) -> None:
     (line,) = refusal(project, env="tiny_qwen2_5")
-    assert line.startswith("there is no profile 'tiny_qwen2_5'; did you mean 'tiny_qwen2_5_vl'?")
+    assert line.startswith("there is no profile 'tiny_qwen2_5': did you mean 'tiny_qwen2_5_vl'? The profiles")
     assert "base, qwen2_5_vl_7b, qwen3_vl_8b, tiny_qwen2_5_vl" in line
 
 

@@ -113,8 +113,8 @@ def _check_profile(folder: Path) -> None:
         return
     profiles = sorted(path.parent.name for path in folder.parent.glob("*/globals.yml"))
     nearest = difflib.get_close_matches(folder.name, profiles, n=1)
-    hint = f"did you mean '{nearest[0]}'? " if nearest else ""
-    raise UserError(f"there is no profile '{folder.name}'; {hint}The profiles in conf/ are {', '.join(profiles)}")
+    hint = f"did you mean '{nearest[0]}'? The" if nearest else "the"
+    raise UserError(f"there is no profile '{folder.name}': {hint} profiles in conf/ are {', '.join(profiles)}")
 
 
 def _check_place(folder: Path, place: str | None) -> None:

@@ -19,7 +19,8 @@ from rich.text import Text
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Render items per second."""
-        return TaskProgressColumn.render_speed(task.finished_speed or task.speed)
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.{0 if speed >= 10 else 1}f} it/s" if speed else "")
 
 
 def progress_bar() -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +13,11 @@ from qvl_pipeline.evaluation.metrics import check_gate, check_scorable
 from qvl_pipeline.evaluation.predictions import eval_samples
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
+logger = logging.getLogger(__name__)
+
 
 def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
-    """Choose the samples to evaluate, all of which can be scored.
+    """Choose the samples to evaluate, all of which can be scored; warn of answers that will be cut.
 
     Args:
         tokenized: Arrow file of the tokenized samples.
@@ -28,7 +31,25 @@ def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
             generation that `evaluate` names is not there.
     """
     check_generation(evaluate)
-    chosen = eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source)
+    samples = TokenizedSamples(tokenized)
+    chosen = eval_samples(samples, evaluate.max_samples, evaluate.task_by_source)
     check_scorable(chosen)
     check_gate(chosen["kind"], evaluate.must_not_regress)
+    _warn_of_cut_answers(samples, chosen, evaluate.max_new_tokens)
     return chosen
+
+
+def _warn_of_cut_answers(samples: TokenizedSamples, chosen: pd.DataFrame, max_new_tokens: int) -> None:
+    table = samples.columns(["prompt_length", "length"]).to_pandas().loc[chosen.index]
+    tokens = table["length"] - table["prompt_length"] - 2  # `<|im_end|>` and a newline stand behind the answer
+    cut = tokens > max_new_tokens
+    if cut.any():
+        logger.warning(
+            "%d of %d expected answers are longer than evaluate.max_new_tokens (%d): answers are cut there, and cannot "
+            "match. The longest, of sample %s, has %d tokens",
+            cut.sum(),
+            len(cut),
+            max_new_tokens,
+            chosen.loc[tokens.idxmax(), "sample_id"],
+            tokens.max(),
+        )

@@ -39,7 +39,7 @@ def check_scorable(samples: pd.DataFrame) -> None:
     if samples.empty:
         raise UserError(
             "the eval split is empty, so there is nothing to evaluate: give a source 'split: eval' or its rows a "
-            "column 'split', or set 'eval_fraction' of 'ingest'; then run from the pipeline 'ingest' on"
+            "column 'split', or raise 'eval_fraction' of 'ingest'; then run from the pipeline 'ingest' on"
         )
     unknown = samples[~samples["task"].isin(TASKS)]
     if len(unknown):

@@ -66,7 +66,7 @@ def write_store(
             workers=_count_workers(rest, sizes, sample),
             timeout_s=sample.decode_timeout_s,
         )
-        task = bar.add_task("Clips", total=len(clips), completed=done)
+        task = bar.add_task("Clips", total=len(clips), completed=done, visible=bool(clips))
         with closing(outcomes):
             for clip, key, outcome in zip(rest, keys[done:], outcomes, strict=True):
                 if isinstance(outcome, Failure):
