@@ -97,17 +97,18 @@ def _processes(evaluate: EvaluateConfig) -> int:
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:
-    """Print the scores of every kind, one column a model."""
-    table = Table("kind", "samples", *(f"{name} model" for name in metrics))
+    """Print the scores of every kind, and the loss, of each model."""
+    table = Table("kind", "samples", *(heading for name in metrics for heading in (f"{name} model", "loss")))
     for kind, scores in next(iter(metrics.values())).items():
-        values = (model[kind] for model in metrics.values())
-        table.add_row(kind, str(scores["n"]), *(_percentages(value) for value in values))
+        values = [
+            cell for model in metrics.values() for cell in (_percentages(model[kind]), f"{model[kind]['loss']:.3f}")
+        ]
+        table.add_row(kind, str(scores["n"]), *values)
     Console().print(table)
 
 
 def _percentages(scores: dict[str, float]) -> str:
-    shown = (f"{metric} {value:.1%}" for metric, value in scores.items() if metric not in ("n", *LOSSES))
-    return ", ".join([*shown, f"loss {scores['loss']:.3f}"])
+    return ", ".join(f"{metric} {value:.1%}" for metric, value in scores.items() if metric not in ("n", *LOSSES))
 
 
 def refuse_regressions(metrics: dict[str, Any], report: str, evaluate: EvaluateConfig) -> None:
