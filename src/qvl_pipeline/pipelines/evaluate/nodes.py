@@ -98,12 +98,10 @@ def _processes(evaluate: EvaluateConfig) -> int:
 
 def _print_scores(metrics: dict[str, Any]) -> None:
     """Print the scores of every kind, and the loss, of each model."""
-    table = Table("kind", "samples", *(heading for name in metrics for heading in (f"{name} model", "loss")))
+    table = Table("kind", "n", *(heading for name in metrics for heading in (name, "loss")))
     for kind, scores in next(iter(metrics.values())).items():
-        values = [
-            cell for model in metrics.values() for cell in (_percentages(model[kind]), f"{model[kind]['loss']:.3f}")
-        ]
-        table.add_row(kind, str(scores["n"]), *values)
+        own = [model[kind] for model in metrics.values()]
+        table.add_row(kind, str(scores["n"]), *(cell for of in own for cell in (_percentages(of), f"{of['loss']:.3f}")))
     Console().print(table)
 
 
