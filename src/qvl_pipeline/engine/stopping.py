@@ -52,8 +52,9 @@ def ignore_stop_signals(_worker_id: int = 0) -> None:
 
 def end_loaders() -> None:
     """End the loader processes: one that hangs would outlive its rank, or keep it from ending."""
-    for loader in multiprocessing.active_children():
-        loader.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:  # as those of a DataLoader are; what is none is waited for, and ends by itself
+            child.kill()
 
 
 # Python, when it exits, ends child processes by SIGTERM and waits for them; this comes before.

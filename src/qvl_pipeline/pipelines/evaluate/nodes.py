@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,10 @@ def _processes(evaluate: EvaluateConfig) -> int:
 
 def _print_scores(metrics: dict[str, Any]) -> None:
     """Print the scores of every kind, and the loss, of each model."""
-    table = Table("kind", "n", *(heading for name in metrics for heading in (name, "loss")))
+    table = Table("kind", "n", *chain.from_iterable([name, "loss"] for name in metrics))
     for kind, scores in next(iter(metrics.values())).items():
-        own = [model[kind] for model in metrics.values()]
-        table.add_row(kind, str(scores["n"]), *(cell for of in own for cell in (_percentages(of), f"{of['loss']:.3f}")))
+        cells = [[_percentages(model[kind]), f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
+        table.add_row(kind, str(scores["n"]), *chain.from_iterable(cells))
     Console().print(table)
 
 
