@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import signal
@@ -15,7 +14,7 @@ from kedro.framework.project import pipelines
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qvl_pipeline.errors import UserError
+from qvl_pipeline.errors import UserError, did_you_mean
 
 # What a person can mend: data, parameters or the environment; and configuration files that cannot be read.
 MENDABLE = (UserError, YAMLError, OmegaConfBaseException)
@@ -52,8 +51,7 @@ def _leave(signum: int, _frame: FrameType | None) -> NoReturn:
 def _check_names(names: list[str]) -> None:
     for name in names:
         if name not in pipelines:
-            nearest = difflib.get_close_matches(name, pipelines, n=1)
-            hint = f"did you mean '{nearest[0]}'?" if nearest else f"the pipelines are {', '.join(pipelines)}"
+            hint = did_you_mean(name, pipelines, f"the pipelines are {', '.join(pipelines)}")
             raise UserError(f"there is no pipeline '{name}': {hint}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import time
@@ -16,7 +15,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
-from qvl_pipeline.errors import UserError
+from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.parameters import check_parameters
 from qvl_pipeline.pipeline_registry import STAGES
 
@@ -112,9 +111,11 @@ def _check_profile(folder: Path) -> None:
     if folder.is_dir():
         return
     profiles = sorted(path.parent.name for path in folder.parent.glob("*/globals.yml"))
-    nearest = difflib.get_close_matches(folder.name, profiles, n=1)
-    hint = f"did you mean '{nearest[0]}'? The" if nearest else "the"
-    raise UserError(f"there is no profile '{folder.name}': {hint} profiles in conf/ are {', '.join(profiles)}")
+    hint = did_you_mean(folder.name, profiles, otherwise="")
+    raise UserError(
+        f"there is no profile '{folder.name}': {f'{hint} The' if hint else 'the'} profiles in conf/ are "
+        f"{', '.join(profiles)}"
+    )
 
 
 def _check_place(folder: Path, place: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from qvl_pipeline.config import (
     ValidateConfig,
 )
 from qvl_pipeline.config.base import Block
-from qvl_pipeline.errors import UserError
+from qvl_pipeline.errors import UserError, did_you_mean
 
 BLOCKS: dict[str, type[Block]] = {
     "ingest": IngestConfig,
@@ -66,8 +65,7 @@ def check_parameters(parameters: dict[str, Any], runtime: dict[str, Any], folder
 
 
 def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, BLOCKS, n=1)
-    return f"unknown block: {f'did you mean {nearest[0]!r}?' if nearest else 'known blocks: ' + ', '.join(BLOCKS)}"
+    return "unknown block: " + did_you_mean(name, BLOCKS, f"known blocks: {', '.join(BLOCKS)}")
 
 
 def _by_key(block: str, parameters: dict[str, Any], error: ValidationError) -> dict[Key, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+from qvl_pipeline.errors import did_you_mean
 
 
 class Block(BaseModel):
@@ -37,8 +38,7 @@ class Block(BaseModel):
         known = list(cls.model_fields)
         for key in values:
             if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
+                hint = did_you_mean(str(key), known, f"known keys: {', '.join(sorted(known))}")
                 raise ValueError(f"unknown key '{key}': {hint}")
         return values
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from qvl_pipeline.errors import did_you_mean
 
 # Arguments beside warmup and training steps. A test holds this against the installed transformers.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -47,8 +48,7 @@ def check_schedule(name: str, kwargs: Mapping[str, Any]) -> None:
             "step alone, so that a resumed run equals an uninterrupted one: use cosine_with_min_lr"
         )
     if name not in SCHEDULES:
-        nearest = difflib.get_close_matches(name, SCHEDULES, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known are {', '.join(SCHEDULES)}"
+        hint = did_you_mean(name, SCHEDULES, f"known are {', '.join(SCHEDULES)}")
         raise ValueError(f"unknown lr_scheduler_type '{name}': {hint}")
     for key in kwargs:
         if key not in SCHEDULES[name]:

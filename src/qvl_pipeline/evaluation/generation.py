@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from qvl_pipeline.config.evaluate import EvaluateConfig
-from qvl_pipeline.errors import UserError
+from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.evaluation.prompts import PromptCollator
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
@@ -102,8 +101,7 @@ def check_generation(evaluate: EvaluateConfig) -> None:
     """
     known = set(vars(GenerationConfig()))
     for key in sorted(set(evaluate.generation) - known):
-        near = get_close_matches(key, known, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else "see transformers.GenerationConfig for those that are"
+        remedy = did_you_mean(key, known, "see transformers.GenerationConfig for those that are")
         raise UserError(f"evaluate.generation.{key} is no argument of generation: {remedy}")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from qvl_pipeline.errors import UserError
+from qvl_pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
@@ -80,6 +79,5 @@ def _check_backend(name: str) -> None:
     from torch._dynamo import list_backends
 
     if name not in (known := list_backends(exclude_tags=None)):
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known are {', '.join(known)}"
+        hint = did_you_mean(name, known, f"known are {', '.join(known)}")
         raise UserError(f"torch_compile_backend '{name}' is not there: {hint}")
