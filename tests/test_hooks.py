@@ -111,6 +111,29 @@ def test_of_several_nodes_only_the_first_runs_more_than_training(
         _check_node(pipeline, catalog)
 
 
+TRAIN = Node(lambda tokens: tokens, "tokenized_samples", "trained_model", name="train")
+GENERATE = Node(lambda *_: None, ["trained_model", "tokenized_samples", "params:evaluate"], None, name="generate")
+
+
+def start(nodes: list[Node], folder: Path, config: EvaluateConfig, **row: Any) -> None:
+    """Call the hook before each node of a run, on one sample of the eval split."""
+    row = {"sample_id": "a/0", "source": "a", "split": "eval", "kind": "video", "task": "anls", "answer": "7"} | row
+    write_tokenized(folder / "tokenized.arrow", [row])
+    catalog = DataCatalog(
+        {
+            "trained_model": MemoryDataset(folder),
+            "tokenized_samples": MemoryDataset(folder / "tokenized.arrow"),
+            "params:evaluate": MemoryDataset(config, copy_mode="assign"),
+        }
+    )
+    checks = EarlyChecks()
+    checks.after_catalog_created({})
+    run_params = {"project_path": str(folder), "env": None, "pipeline_names": None}
+    checks.before_pipeline_run(run_params, Pipeline(nodes), catalog)
+    for node in nodes:
+        checks.before_node_run(node, catalog)
+
+
 @pytest.mark.parametrize(
     ("task", "evaluate", "reason"),
     [
@@ -123,23 +146,19 @@ def test_of_several_nodes_only_the_first_runs_more_than_training(
 def test_nothing_is_trained_when_the_evaluation_that_follows_would_fail(
     task: str, evaluate: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    row = {"sample_id": "a/0", "source": "a", "split": "eval", "kind": "video", "task": task, "answer": "7"}
-    write_tokenized(tmp_path / "tokenized.arrow", [row])
-    train = Node(lambda tokens: tokens, "tokenized_samples", "trained_model", name="train")
-    generate = Node(lambda *_: None, ["trained_model", "params:evaluate"], None, name="generate")
     config = EvaluateConfig(**evaluate)
-    catalog = DataCatalog(
-        {
-            "tokenized_samples": MemoryDataset(tmp_path / "tokenized.arrow"),
-            "params:evaluate": MemoryDataset(config, copy_mode="assign"),
-        }
-    )
-    checks = EarlyChecks()
-    checks.after_catalog_created({})
-    run_params = {"project_path": str(tmp_path), "env": None, "pipeline_names": None}
-    checks.before_pipeline_run(run_params, Pipeline([train, generate]), catalog)
     with pytest.raises(UserError, match=f"nothing was trained, because 'evaluate'.*{reason}"):
-        checks.before_node_run(train, catalog)
-    checks.before_node_run(generate, catalog)
-    checks.before_pipeline_run(run_params, Pipeline([train]), catalog)
-    checks.before_node_run(train, catalog)
+        start([TRAIN, GENERATE], tmp_path, config, task=task)
+    with pytest.raises(UserError, match=f"^(?!nothing was trained).*{reason}"):
+        start([GENERATE], tmp_path, config, task=task)
+    start([TRAIN], tmp_path, config, task=task)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "warnings"), [([TRAIN, GENERATE], 1), ([GENERATE], 1), ([TRAIN], 0)], ids=["both", "evaluate", "train"]
+)
+def test_answers_that_will_be_cut_are_warned_of_once(
+    nodes: list[Node], warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(nodes, tmp_path, EvaluateConfig(max_new_tokens=4), prompt_length=10, length=20)
+    assert sum("longer than evaluate.max_new_tokens" in message for message in caplog.messages) == warnings

@@ -56,7 +56,8 @@ class EarlyChecks:
             UserError: Names every missing input, the pipeline that makes it, and the command to run first. Or this is
                 one of several nodes, and not the one that runs other pipelines than training.
         """
-        self._evaluates = "generate" in {node.name for node in pipeline.nodes}
+        evaluation = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
+        self._evaluation_checked_before = evaluation[0] if "generate" in evaluation else None
         _check_node(pipeline, catalog)
         missing = _missing(pipeline, catalog)
         if not missing:
@@ -69,18 +70,23 @@ class EarlyChecks:
 
     @hook_impl
     def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
-        """Refuse before training what the evaluation that follows it would refuse.
+        """Refuse what the evaluation would refuse, and warn of answers that it will cut: before a training that it
+        follows, else before it starts.
 
         Raises:
             UserError: Says what, and how to train all the same.
         """
-        if node.name != "train" or not self._evaluates:
+        if node.name != self._evaluation_checked_before:
             return
-        from qvl_pipeline.evaluation.checks import checked_samples
+        from qvl_pipeline.evaluation.checks import checked_samples, warn_of_cut_answers
 
+        tokenized, evaluate = catalog.load("tokenized_samples"), catalog.load("params:evaluate")
         try:
-            checked_samples(catalog.load("tokenized_samples"), catalog.load("params:evaluate"))
+            chosen = checked_samples(tokenized, evaluate)
+            warn_of_cut_answers(tokenized, chosen, evaluate.max_new_tokens)
         except UserError as error:
+            if node.name == "generate":
+                raise
             raise UserError(
                 f"nothing was trained, because 'evaluate', which follows, would fail: {error}. To train without an "
                 "evaluation, run `kedro run --pipelines train` (with the same --env)"

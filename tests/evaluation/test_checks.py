@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qvl_pipeline.config import EvaluateConfig
-from qvl_pipeline.evaluation.checks import checked_samples
+from qvl_pipeline.evaluation.checks import checked_samples, warn_of_cut_answers
 from tests.evaluation.world import write_tokenized
 
 
@@ -18,9 +18,10 @@ def test_answers_that_will_be_cut_are_warned_of(tmp_path: Path, caplog: pytest.L
         for answer in (3, 4, 6, 5)
     ]
     write_tokenized(tmp_path / "tokenized.arrow", rows)
-    checked_samples(tmp_path / "tokenized.arrow", EvaluateConfig(max_new_tokens=6))
+    chosen = checked_samples(tmp_path / "tokenized.arrow", EvaluateConfig(max_new_tokens=4))
+    warn_of_cut_answers(tmp_path / "tokenized.arrow", chosen, max_new_tokens=6)
     assert not caplog.messages
-    checked_samples(tmp_path / "tokenized.arrow", EvaluateConfig(max_new_tokens=4))
+    warn_of_cut_answers(tmp_path / "tokenized.arrow", chosen, max_new_tokens=4)
     (warning,) = caplog.messages
     assert warning.startswith("2 of 4 expected answers are longer than evaluate.max_new_tokens (4)")
     assert warning.endswith("of sample made/6, has 6 tokens")

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
-    """Choose the samples to evaluate, all of which can be scored; warn of answers that will be cut.
+    """Choose the samples to evaluate, all of which can be scored.
 
     Args:
         tokenized: Arrow file of the tokenized samples.
@@ -31,16 +31,21 @@ def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
             generation that `evaluate` names is not there.
     """
     check_generation(evaluate)
-    samples = TokenizedSamples(tokenized)
-    chosen = eval_samples(samples, evaluate.max_samples, evaluate.task_by_source)
+    chosen = eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source)
     check_scorable(chosen)
     check_gate(chosen["kind"], evaluate.must_not_regress)
-    _warn_of_cut_answers(samples, chosen, evaluate.max_new_tokens)
     return chosen
 
 
-def _warn_of_cut_answers(samples: TokenizedSamples, chosen: pd.DataFrame, max_new_tokens: int) -> None:
-    table = samples.columns(["prompt_length", "length"]).to_pandas().loc[chosen.index]
+def warn_of_cut_answers(tokenized: Path, chosen: pd.DataFrame, max_new_tokens: int) -> None:
+    """Log how many expected answers are longer than what is generated.
+
+    Args:
+        tokenized: Arrow file of the tokenized samples.
+        chosen: The samples to evaluate, as `checked_samples` gives them.
+        max_new_tokens: Longest answer in tokens.
+    """
+    table = TokenizedSamples(tokenized).columns(["prompt_length", "length"]).to_pandas().loc[chosen.index]
     tokens = table["length"] - table["prompt_length"] - 2  # `<|im_end|>` and a newline stand behind the answer
     cut = tokens > max_new_tokens
     if cut.any():
