@@ -70,8 +70,7 @@ class EarlyChecks:
 
     @hook_impl
     def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
-        """Refuse what the evaluation would refuse, and warn of answers that it will cut: before a training that it
-        follows, else before it starts.
+        """Refuse what the evaluation would refuse, and warn of answers that it will cut: before it or its training.
 
         Raises:
             UserError: Says what, and how to train all the same.

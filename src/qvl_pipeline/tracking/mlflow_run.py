@@ -94,8 +94,25 @@ def metric_entries(values: dict[str, Any], step: int = 0, seconds: float | None 
 
 
 def valid_name(name: str) -> str:
-    """Return `name` with every character MLflow does not take replaced by `_`, and not longer than it takes."""
-    return re.sub(r"[^\w./ -]|(?<=/)/", "_", name)[:MAX_ENTITY_KEY_LENGTH]
+    """Return `name` as MLflow takes it; different names stay different.
+
+    Characters that it refuses become `_`. A part between slashes that is changed, and a name that is cut, end in the
+    start of a digest: `a+b` and `a,b` would be one metric otherwise, and the second would overwrite the first.
+    """
+    valid = "/".join(map(_valid_part, name.split("/")))
+    if len(valid) <= MAX_ENTITY_KEY_LENGTH:
+        return valid
+    return f"{valid[: MAX_ENTITY_KEY_LENGTH - 7]}-{_short_digest(name)}"
+
+
+def _valid_part(part: str) -> str:
+    valid = re.sub(r"[^\w. -]", "_", part)
+    # MLflow takes a name for a path, and none that has a shorter form.
+    return part if valid == part and part not in ("", ".", "..") else f"{valid}-{_short_digest(part)}"
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 @contextlib.contextmanager
