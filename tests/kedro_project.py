@@ -13,7 +13,7 @@ from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.config import EvaluateConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import CompareConfig, EvaluateConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -60,7 +60,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         ),
     }
     stages = {stage: Pipeline([nodes[stage]] if stage in nodes else []) for stage in STAGES}
-    return {**stages, "__default__": sum(stages.values(), start=Pipeline([]))}
+    compare = Pipeline([Node(_compare, "params:compare", None, name="compare", tags="not_recorded")])
+    return {**stages, "compare": compare, "__default__": sum(stages.values(), start=Pipeline([]))}
 
 
 def _ingest(ingest: IngestConfig) -> dict[str, Any]:
@@ -95,3 +96,9 @@ def _evaluate(
     train_result: dict[str, Any], model: ModelConfig, evaluate: EvaluateConfig
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     return METRICS, pd.DataFrame({"sample_id": ["a/0"]})
+
+
+def _compare(compare: CompareConfig) -> None:
+    import mlflow
+
+    mlflow.search_experiments()

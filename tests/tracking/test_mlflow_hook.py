@@ -122,8 +122,8 @@ def test_metrics_artifacts_tags_and_data_of_saved_entries_are_recorded(project: 
         "base/video/n": 3,
         "trained/video/exact_match": 0.9,
         "trained/video/n": 3,
-        "trained/kind_/exact_match": 1,
-        "trained/_exact_match": 0,
+        "trained/kind_-1f15a3/exact_match": 1,
+        "trained/-e3b0c4/exact_match": 0,
     }
     assert json.loads(artifact(new.info.run_id, "metrics.json").read_text()) == METRICS
     for name in ("predictions.parquet", "plan_summary.json", "train_result.json"):
@@ -325,6 +325,25 @@ def test_a_tracking_server_that_cannot_be_used_is_said_before_a_node_runs_and_wi
         run(project, "ingest")
     assert "secret" not in str(caught.value)
     assert not (project / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "place", "reason"),
+    [
+        ("ingest", "", "it is a folder"),
+        ("ingest", "README.md", "file is not a database"),
+        ("compare", "README.md/mlflow.db", "File exists|Not a directory"),
+    ],
+)
+def test_a_database_that_cannot_be_opened_is_said_at_once(
+    project: Path, monkeypatch: pytest.MonkeyPatch, pipeline: str, place: str, reason: str
+) -> None:
+    (project / "README.md").write_text("Digits\n" * 100)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / place}")
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
+    with pytest.raises(UserError, match=rf"MLflow cannot record runs in sqlite:///.*: .*({reason})") as caught:
+        run(project, pipeline)
+    assert "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file" in str(caught.value)
 
 
 def test_a_large_file_stays_out_of_mlflow(

@@ -112,14 +112,12 @@ class MlflowHook:
             UserError: The tracking server or database cannot be used, or a tracker that the training reports to is not
                 installed.
         """
-        import mlflow
-
         from qvl_pipeline.tracking.environment import environment_freeze
-        from qvl_pipeline.tracking.mlflow_run import going_on, start_run
+        from qvl_pipeline.tracking.mlflow_run import going_on, start_run, use_server
 
         config = self._config
         if all("not_recorded" in node.tags for node in pipeline.nodes) and pipeline.nodes:
-            mlflow.set_tracking_uri(config.tracking_uri)
+            use_server(config.tracking_uri)
             return
         if "params:train" in pipeline.inputs():
             train = catalog.load("params:train")

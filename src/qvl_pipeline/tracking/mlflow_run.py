@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,28 @@ MAX_ARTIFACT_BYTES = 50 * 2**20
 _OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
+def use_server(tracking_uri: str) -> None:
+    """Let MLflow record in, and read from, a tracking server or database.
+
+    A database in a file is opened once: where that fails, MLflow would try again for a minute.
+
+    Raises:
+        UserError: The database cannot be opened.
+    """
+    if tracking_uri.startswith("sqlite:///"):
+        path = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute("PRAGMA schema_version")
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                f"MLflow cannot record runs in {tracking_uri}: {'it is a folder' if path.is_dir() else error}. Let "
+                "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file that can be written"
+            ) from error
+    mlflow.set_tracking_uri(tracking_uri)
+
+
 def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: str) -> MlflowRun:
     """Create a new run and make it the active one.
 
@@ -46,7 +69,7 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
     Raises:
         UserError: The tracking server or database cannot be used.
     """
-    mlflow.set_tracking_uri(tracking_uri)
+    use_server(tracking_uri)
     local = tracking_uri.startswith("sqlite:")
     try:
         experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if local else None)
