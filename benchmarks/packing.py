@@ -1,4 +1,4 @@
-"""How full packs are, and what packing costs: `python -m benchmarks.packing [--samples N]`.
+"""How full packs are, how even, and what packing costs: `python -m benchmarks.packing [--samples N]`.
 
 Three data sets are packed to 16,384 tokens: log-normal text; text, images and clips; and the same where vision patches
 have a budget of their own that is about as scarce as the tokens, the hardest case. Every row is measured in a
@@ -13,12 +13,16 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from benchmarks.report import report
-from qvl_pipeline.data.packing import PATCH_COST, Packs, balanced, best_fit, first_fit, llm_cost
+from qvl_pipeline.data.packing import Packs, balanced, best_fit, first_fit
+from qvl_pipeline.engine.stream_packing import PACK_WINDOW, fill_pack
+from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 MAX_TOKENS = 16_384
 PATCH_BUDGETS = {"log_normal": None, "mixed": None, "mixed_two_budgets": 49_152}
@@ -40,11 +44,46 @@ def next_fit(
     return Packs(order, np.array([*bounds, len(order)]))
 
 
+def streamed(
+    lengths: np.ndarray,
+    patches: np.ndarray,
+    *,
+    max_tokens: int,
+    max_patches: int | None,
+    rng: np.random.Generator,
+    strategy: str,
+) -> Packs:
+    """Pack in shuffled order as a lane of a stream does, which sees a few samples at a time."""
+    budget = 2**62 if max_patches is None else max_patches
+    usual = float(_work(lengths, patches).sum() / lengths.sum())
+    order = rng.permutation(len(lengths))
+    coming = iter(order.tolist())
+    waiting: list[dict[str, int]] = []
+    packed, bounds = [], [0]
+    while True:
+        for sample in islice(coming, PACK_WINDOW - len(waiting)):
+            waiting.append({"number": sample, "length": int(lengths[sample]), "vit_patches": int(patches[sample])})
+        if not waiting:
+            return Packs(np.array(packed), np.array(bounds))
+        taken = fill_pack(waiting, strategy=strategy, max_tokens=max_tokens, max_patches=budget, work_per_token=usual)
+        packed += [waiting[place]["number"] for place in taken]
+        bounds.append(len(packed))
+        waiting = [sample for place, sample in enumerate(waiting) if place not in taken]
+
+
+def _work(lengths: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    return llm_cost(lengths) + vision_cost(patches)
+
+
 STRATEGIES: dict[str, Callable[..., Packs]] = {
     "best_fit": best_fit,
     "balanced": balanced,
     "first_fit": first_fit,
     "next_fit": next_fit,
+    **{
+        f"stream, {strategy}": partial(streamed, strategy=strategy)
+        for strategy in ("best_fit", "first_fit", "balanced")
+    },
 }
 
 
@@ -76,7 +115,7 @@ def measure(strategy: str, data: str, count: int) -> dict[str, Any]:
     )
     elapsed = time.perf_counter() - started
     fewest = max(lengths.sum() / MAX_TOKENS, patches.sum() / budget if budget else 0)
-    work = packs.sums(llm_cost(lengths) + PATCH_COST * patches)
+    work = packs.sums(_work(lengths, patches))
     return {
         "data": data,
         "samples": count,
@@ -106,6 +145,7 @@ def main(count: int) -> None:
             f"time_s_{data}_x10": large["time_s"],
             f"peak_memory_gib_{data}_x10": large["peak_memory_gib"],
             f"packs_of_next_fit_over_ours_{data}": found["next_fit", data, count]["packs"] / ours["packs"],
+            f"work_spread_of_a_stream_{data}": found["stream, balanced", data, count]["work_spread"],
         }
         targets |= {
             f"fill_{data}": ">= 0.99",

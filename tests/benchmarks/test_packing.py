@@ -21,3 +21,10 @@ def test_best_fit_fills_packs_better_than_next_fit(data: str) -> None:
     ours, theirs = (measure(strategy, data, 5_000) for strategy in ("best_fit", "next_fit"))
     assert ours["fill"] > max(0.95, theirs["fill"] + 0.05)
     assert ours["packs"] * 16_384 >= samples(data, 5_000)[0].sum()
+
+
+@pytest.mark.parametrize("data", PATCH_BUDGETS)
+def test_a_stream_can_be_balanced_and_full(data: str) -> None:
+    even, plain = (measure(f"stream, {strategy}", data, 5_000) for strategy in ("balanced", "best_fit"))
+    assert even["work_spread"] < plain["work_spread"]
+    assert even["fill"] > 0.9

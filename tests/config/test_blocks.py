@@ -45,11 +45,6 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.BatchingConfig, {"shuffle_buffer_size": 100}, "shuffle_buffer_size is for iterable types"),
         (
             config.BatchingConfig,
-            STREAM | {"packing_strategy": "balanced"},
-            "'balanced' needs the lengths of all samples",
-        ),
-        (
-            config.BatchingConfig,
             STREAM | {"packing": False, "group_by_length": True},
             "group_by_length needs the lengths",
         ),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvl_pipeline.data.packing import PATCH_COST, SIZE_NOISE, Packs, balanced, best_fit, first_fit, llm_cost, one_each
+from qvl_pipeline.data.packing import SIZE_NOISE, Packs, balanced, best_fit, first_fit, one_each
+from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 PACKERS = [best_fit, first_fit, balanced]
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 300)), max_size=60)
@@ -149,7 +150,7 @@ def test_first_fit_takes_the_first_pack_that_has_room(samples, max_patches) -> N
 @pytest.mark.parametrize("max_patches", [None, 24_576])
 def test_balanced_packs_are_of_more_equal_work(max_patches: int | None) -> None:
     lengths, patches = images_and_text(20_000, 16_384)
-    work = llm_cost(lengths) + PATCH_COST * patches
+    work = llm_cost(lengths) + vision_cost(patches)
     spread = {}
     for packer in PACKERS:
         rng = np.random.default_rng(0)

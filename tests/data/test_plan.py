@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
-from qvl_pipeline.data.packing import PATCH_COST, llm_cost
 from qvl_pipeline.data.plan import imbalance, make_plan, plan_fingerprint, source_weights
 from qvl_pipeline.data.tokenization import SCHEMA
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 N_TRAIN = {"text": 120, "images": 80}
 WEIGHTS = {"text": 1.0, "images": 1.0}
@@ -167,7 +167,7 @@ def test_steps_are_not_in_order_of_sample_length(tmp_path: Path, changes: dict[s
 
 
 def work_of(plan: pd.DataFrame, table: pd.DataFrame) -> np.ndarray:
-    work = llm_cost(table["length"].to_numpy()) + PATCH_COST * table["vit_patches"].to_numpy()
+    work = llm_cost(table["length"].to_numpy()) + vision_cost(table["vit_patches"].to_numpy())
     return np.array([work[rows].sum() for rows in plan["sample_rows"]])
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from qvl_pipeline.engine.feed import Step
+from qvl_pipeline.engine.feed import MicroBatch, Step
 from qvl_pipeline.engine.spec import StreamSpec, TrainSpec
 from qvl_pipeline.engine.stream import Lane, StreamedFeed
+from qvl_pipeline.engine.stream_packing import work
 from qvl_pipeline.errors import UserError
 from tests.engine.packs import make_builder
 from tests.engine.streams import OVERLONG, TokenizedFile, make_streamed, open_raw, rewritten
@@ -109,7 +110,7 @@ def trainable(samples: TableOfSamples) -> set[int]:
     return {number for number, row in enumerate(samples.table) if row["supervised_tokens"] and row["length"] <= 128}
 
 
-@pytest.mark.parametrize("strategy", ["best_fit", "first_fit"])
+@pytest.mark.parametrize("strategy", ["best_fit", "first_fit", "balanced"])
 def test_packs_keep_to_the_budgets_and_are_full(samples: TableOfSamples, strategy: str) -> None:
     (steps,) = run(samples, dataclasses.replace(SPEC, packing_strategy=strategy))
     facts = samples.table
@@ -122,7 +123,36 @@ def test_packs_keep_to_the_budgets_and_are_full(samples: TableOfSamples, strateg
         assert step.tokens == sum(facts[row]["length"] for row in rows)
         assert step.supervised_tokens == 2 * len(rows)
     fill = sum(step.tokens for step in steps) / (128 * len(packs))
-    assert fill > {"best_fit": 0.97, "first_fit": 0.95}[strategy]
+    assert fill > {"best_fit": 0.97, "first_fit": 0.95, "balanced": 0.95}[strategy]
+
+
+def side_by_side(samples: TableOfSamples, spec: StreamSpec, ranks: int) -> np.ndarray:
+    """Work of the packs `[turns, ranks]` that ranks train on at the same time."""
+
+    def pack_work(batch: MicroBatch) -> float:
+        return sum(work(samples.table[row]) for row in batch.sample_rows)
+
+    taken = run(samples, spec, ranks)
+    return np.array([[pack_work(batch) for step in steps for batch in step.micro_batches] for steps in taken]).T
+
+
+def test_balanced_packs_weigh_nearly_the_same() -> None:
+    samples = TableOfSamples()
+    for row in samples.table:
+        row["vit_patches"] *= 25  # media are heavy: 40 tokens' worth
+    spec = dataclasses.replace(SPEC, packing_length=256, packing_vit_patches=None, max_steps=50)
+
+    def excess(strategy: str) -> float:
+        turns = side_by_side(samples, dataclasses.replace(spec, packing_strategy=strategy), ranks=4)
+        return turns.max(axis=1).sum() / turns.mean(axis=1).sum() - 1
+
+    assert excess("balanced") < 0.6 * min(excess("best_fit"), excess("first_fit"))
+
+
+def test_each_rank_trains_on_its_heavy_packs_first(samples: TableOfSamples) -> None:
+    turns = side_by_side(samples, SPEC, ranks=2).reshape(SPEC.max_steps, 2, 2)
+    assert (turns[:, 0] >= turns[:, 1]).all()
+    assert (turns[:, 0] > turns[:, 1]).any()
 
 
 def test_without_packing_each_pack_is_one_sample(samples: TableOfSamples) -> None:
@@ -176,17 +206,21 @@ def test_steps_are_the_same_on_any_number_of_ranks(samples: TableOfSamples, rank
         assert len({tuple(batch.vision for batch in step.micro_batches) for step in steps[1:]}) == 1
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 4)])
-def test_a_stream_goes_on_exactly_where_it_was(samples: TableOfSamples, before: int, after: int) -> None:
-    whole = rows_by_step(run(samples, SPEC))
-    interrupted = [StreamedFeed(samples, SPEC, rank, before, 1, list) for rank in range(before)]
+@pytest.mark.parametrize(
+    ("before", "after", "strategy"),
+    [(1, 1, "best_fit"), (2, 2, "best_fit"), (2, 1, "first_fit"), (1, 4, "balanced"), (1, 1, "balanced")],
+)
+def test_a_stream_goes_on_exactly_where_it_was(samples: TableOfSamples, before: int, after: int, strategy: str) -> None:
+    spec = dataclasses.replace(SPEC, packing_strategy=strategy)
+    whole = rows_by_step(run(samples, spec))
+    interrupted = [StreamedFeed(samples, spec, rank, before, 1, list) for rank in range(before)]
     # Loader processes make the stream run ahead of what is trained on: that must not move its position.
     prepared = [list(itertools.islice(feed.steps_after(0), 8)) for feed in interrupted]
     for feed, steps in zip(interrupted, prepared, strict=True):
         for step in steps[:5]:
             feed.finish(step)
     saved = json.loads(json.dumps({key: value for feed in interrupted for key, value in feed.state_dict().items()}))
-    resumed = [StreamedFeed(samples, SPEC, rank, after, 1, list) for rank in range(after)]
+    resumed = [StreamedFeed(samples, spec, rank, after, 1, list) for rank in range(after)]
     for feed in resumed:
         feed.load_state_dict({key: saved[key] for key in feed.state_dict()})
     assert rows_by_step(prepared)[:5] + rows_by_step(together(resumed, done=5)) == whole

@@ -19,7 +19,7 @@ class BatchingConfig(Block):
         packing: Several samples per pack; otherwise each pack is one sample.
         packing_strategy: `best_fit` (best-fit-decreasing over the whole epoch) fills packs best. `first_fit` keeps the
             shuffled order. `balanced` makes packs of equal work, counting attention and vision tower: ranks wait less
-            for each other, and packs are about 98 % full.
+            for each other, and packs are about 98 % full. Iterable types choose among the samples that wait.
         packing_length: Token budget of one pack.
         packing_vit_patches: Vision patch budget of one pack; `None` sets none.
         filter_overlong: Leave out samples longer than `packing_length` (each is listed); `false` refuses them.
@@ -66,11 +66,6 @@ class BatchingConfig(Block):
                     f"shuffle_buffer_size is for iterable types: dataset_type '{self.dataset_type}' shuffles everything"
                 )
             return self
-        if self.packing and self.packing_strategy == "balanced":
-            raise ValueError(
-                f"packing_strategy 'balanced' needs the lengths of all samples, which dataset_type "
-                f"'{self.dataset_type}' does not have: use 'best_fit' or 'first_fit'"
-            )
         if not self.packing and self.group_by_length:
             raise ValueError(
                 f"group_by_length needs the lengths of all samples, which dataset_type '{self.dataset_type}' does not "

@@ -11,6 +11,8 @@ from math import ceil
 
 import numpy as np
 
+from qvl_pipeline.tokens.work import llm_cost, vision_cost
+
 # Samples are sorted by size up to this relative noise. It makes packs differ from epoch to epoch and mixes sizes in
 # them: samples of one size are often of one kind, and a step on packs of one kind learns one thing. Small samples fill
 # what large ones leave, so that it costs no fill, or one percent where most samples take a tenth of a pack or more.
@@ -24,12 +26,6 @@ MOST_GROUPS = 200_000
 PATCH_UNITS = 4096
 # How full `balanced` means its packs to be on average: the room that is left is what they are balanced with.
 BALANCED_FILL = 0.98
-# Work of the vision tower on one patch, in tokens of the language model: its parameters are about a tenth of an 8B
-# model's, so a patch costs about a tenth of a token.
-PATCH_COST = 0.1
-# Tokens at which causal attention costs as much as all matrix products of a decoder layer: with hidden size H the
-# products take 24 * H**2 FLOPs a token and attention over T tokens 2 * H * T, which is equal at 12 * H; H is 4096.
-ATTENTION_TOKENS = 49_152
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,6 @@ class Packs:
         dtype = np.int64 if np.issubdtype(values.dtype, np.integer) else np.float64
         totals = np.concatenate([np.zeros(1, dtype), np.cumsum(values[self.samples], dtype=dtype)])
         return totals[self.bounds[1:]] - totals[self.bounds[:-1]]
-
-
-def llm_cost(lengths: np.ndarray) -> np.ndarray:
-    """Work of the language model on samples `[N]`, in tokens; attention makes it grow faster than their length."""
-    return lengths * (1 + lengths / ATTENTION_TOKENS)
 
 
 def best_fit(
@@ -341,7 +332,7 @@ def balanced(
         The packs; samples are in the order in which a pack was filled.
     """
     budget = int(patches.sum()) + 1 if max_patches is None else max_patches
-    work = llm_cost(lengths) + PATCH_COST * patches
+    work = llm_cost(lengths) + vision_cost(patches)
     fewest = max(lengths.sum() / max_tokens, patches.sum() / budget) / BALANCED_FILL
     packs = [(0.0, number, max_tokens, budget) for number in range(int(np.ceil(fewest)))]
     noisy = np.maximum(lengths / max_tokens, patches / budget)

@@ -16,9 +16,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
-from qvl_pipeline.data.packing import PATCH_COST, Packs, balanced, best_fit, first_fit, llm_cost, one_each
+from qvl_pipeline.data.packing import Packs, balanced, best_fit, first_fit, one_each
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 # Changed whenever the same inputs would give another plan.
 PLAN_VERSION = 4
@@ -255,7 +256,7 @@ def _plan_table(packs: Packs, samples: _Samples, packs_per_step: int) -> tuple[p
     step = (np.arange(len(packs)) // packs_per_step).astype(np.int32)
     work = {
         "language_model": packs.sums(llm_cost(samples.tokens)),
-        "vision": packs.sums(PATCH_COST * samples.patches),
+        "vision": packs.sums(vision_cost(samples.patches)),
     }
     work["together"] = work["language_model"] + work["vision"]
     order = np.lexsort([-work["together"], step])

@@ -118,7 +118,7 @@ class StreamSpec:
         max_steps: Steps to train; 0 follows the plan instead.
         packs_per_step: Packs of one step over all ranks.
         packing: Several samples per pack; otherwise each is one.
-        packing_strategy: `best_fit` or `first_fit`.
+        packing_strategy: `best_fit`, `first_fit` or `balanced`.
         packing_length: Token budget of a pack.
         packing_vit_patches: Patch budget of a pack.
         shuffle_buffer_size: Samples that the next one is drawn from, over all ranks.

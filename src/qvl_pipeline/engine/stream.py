@@ -26,11 +26,10 @@ from qvl_pipeline.engine.batch import BadSample
 from qvl_pipeline.engine.feed import MicroBatch, Step
 from qvl_pipeline.engine.spec import StreamSpec
 from qvl_pipeline.engine.stopping import ignore_stop_signals
+from qvl_pipeline.engine.stream_packing import PACK_WINDOW, fill_pack, work
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tokens.raw_samples import Unusable
 
-# Samples that a lane chooses from when it fills a pack: with 64 of log-normal lengths, packs are 99 % full.
-PACK_WINDOW = 64
 # Samples that a lane tokenises together.
 TOKENISED_TOGETHER = 16
 # Steps whose packs are made ahead.
@@ -195,7 +194,8 @@ class _Shares(IterableDataset[_Share]):
     def __iter__(self) -> Iterator[_Share | UserError]:
         for _ in range(self._steps):
             try:
-                packs = [lane.next_pack() for lane in self._lanes]
+                # The heavy ones first: ranks take theirs side by side, and wait for each other after each.
+                packs = sorted((lane.next_pack() for lane in self._lanes), key=_pack_work, reverse=True)
             except UserError as error:
                 yield error
                 return
@@ -204,6 +204,10 @@ class _Shares(IterableDataset[_Share]):
             passed = [lane.take_passed_over() for lane in self._lanes]
             left_out = tuple(bad for _, bads in passed for bad in bads)
             yield _Share(packs, position, sum(count for count, _ in passed), left_out)
+
+
+def _pack_work(pack: Sequence[dict[str, Any]]) -> float:
+    return sum(map(work, pack))
 
 
 def _as_it_is(item: Any) -> Any:
@@ -222,29 +226,26 @@ class Lane:
         self._random = np.random.default_rng([spec.seed, number])
         self._buffer: list[dict[str, Any]] = []
         self._window: list[dict[str, Any]] = []
+        # Of all samples ever drawn, whatever became of them: what is left in the window is a choice.
+        self._drawn_work, self._drawn_tokens = 0.0, 0
         self._passed_over, self._left_out = 0, []
         self._enter(0, 0, 0)
 
     def next_pack(self) -> list[dict[str, Any]]:
-        """Take the samples of the next pack.
-
-        The one that waited longest comes first, so none waits for ever. Then those that fit: for `best_fit` the largest
-        first, for `first_fit` in their order.
-        """
+        """Take the samples of the next pack."""
         spec = self._spec
         while len(self._window) < (PACK_WINDOW if spec.packing else 1):
             self._window.append(self._draw())
-        order = list(range(len(self._window)))
-        if spec.packing_strategy == "best_fit":
-            order[1:] = sorted(order[1:], key=lambda place: -self._size(self._window[place]))
-        taken: set[int] = set()
-        tokens = patches = 0
-        for place in order:
-            length, cost = self._window[place]["length"], self._window[place]["vit_patches"]
-            if tokens + length <= spec.packing_length and patches + cost <= self._max_patches:
-                taken.add(place)
-                tokens, patches = tokens + length, patches + cost
-        pack = [self._window[place] for place in sorted(taken)]
+            self._drawn_work += work(self._window[-1])
+            self._drawn_tokens += self._window[-1]["length"]
+        taken = fill_pack(
+            self._window,
+            strategy=spec.packing_strategy,
+            max_tokens=spec.packing_length,
+            max_patches=self._max_patches,
+            work_per_token=self._drawn_work / self._drawn_tokens,
+        )
+        pack = [self._window[place] for place in taken]
         self._window = [sample for place, sample in enumerate(self._window) if place not in taken]
         return pack
 
@@ -253,9 +254,6 @@ class Lane:
         taken = self._passed_over, self._left_out
         self._passed_over, self._left_out = 0, []
         return taken
-
-    def _size(self, sample: dict[str, Any]) -> float:
-        return max(sample["length"] / self._spec.packing_length, sample["vit_patches"] / self._max_patches)
 
     def _draw(self) -> dict[str, Any]:
         """Take a random sample out of the shuffle buffer, and put the next one that is read into its place."""
@@ -346,6 +344,7 @@ class Lane:
             "offset": self._offset,
             "buffer": [sample["row"] for sample in self._buffer],
             "window": [sample["row"] for sample in self._window],
+            "drawn": [self._drawn_work, self._drawn_tokens],
             "random": self._random.bit_generator.state,
         }
 
@@ -354,6 +353,7 @@ class Lane:
         self._enter(state["epoch"], state["shard"], state["offset"])
         self._buffer = self._tokenise(state["buffer"])
         self._window = self._tokenise(state["window"])
+        self._drawn_work, self._drawn_tokens = state["drawn"]
         self._random.bit_generator.state = state["random"]
 
 
