@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import gc
 import os
 import time
@@ -53,9 +54,16 @@ BLOCKS = ("eager", "liger", "compiled")
 # Attention of the comparator, and whether it has our patch embedding.
 PADDED = (("sdpa", True), ("sdpa", False), ("flash_attention_2", True))
 WARMUP_STEPS = 2
-# What to try until a step fits into memory: of ours, whose activations to recompute; of the comparator, which has one
-# switch for all, how many rows to do at once as well.
-RECOMPUTED: tuple[tuple[str, ...], ...] = ((), ("llm",), ("llm", "vit"))
+# What to try until a step fits into memory: of ours, whose activations to recompute, and whether the weights are cast
+# to bfloat16 once more for the backward pass (`reshard_after_forward`); of the comparator, which has one switch for
+# all, how many rows to do at once as well.
+RECOMPUTED: tuple[tuple[tuple[str, ...], bool], ...] = (
+    ((), False),
+    ((), True),
+    (("llm",), False),
+    (("llm", "vit"), False),
+    (("llm", "vit"), True),
+)
 ROWS_AT_ONCE = ((8, False), (4, False), (2, False), (1, False), (8, True), (2, True), (1, True))
 MEAN_AND_STD = [0.5] * 3
 # Whatever a kernel or model raises that is not there or does not run here.
@@ -76,7 +84,7 @@ _OPTIM = OptimSpec(
 )
 _PARALLEL = ParallelSpec(
     wrap=(),
-    reshard_after_forward=True,
+    reshard_after_forward=False,
     hsdp_shard_size=0,
     forward_prefetch=0,
     backward_prefetch=0,
@@ -177,17 +185,20 @@ class _Bench:
     def ours(self, attention: str, blocks: str) -> dict[str, Any]:
         """Time steps of the engine's model on a pack, with its blocks as they are, with Liger's kernels or compiled."""
 
-        def make_step(recomputed: Sequence[str]) -> Callable[[], None]:
+        def make_step(recomputed: Sequence[str], reshard: bool) -> Callable[[], None]:
             model = build(self._config, self._device, torch.float32, attention, blocks == "liger", half=True)
             recompute_activations(model.hf, recomputed)
             if blocks == "compiled":
                 compile_blocks(model.hf, model.family, backend="inductor", mode="default")
-            shard(model, self._device, _PARALLEL)
+            shard(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=reshard))
             (optimizer,) = make_optimizers(model, _OPTIM)
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])
 
-        ladder = {"+".join(parts) or "nothing": partial(make_step, parts) for parts in RECOMPUTED}
+        ladder = {
+            ", ".join([*parts, *(["weights"] if reshard else [])]) or "nothing": partial(make_step, parts, reshard)
+            for parts, reshard in RECOMPUTED
+        }
         return {"attention": attention, "blocks": blocks} | self._measure(ladder)
 
     def padded(self, attention: str, linear: bool) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_tried_with_less_in_memory(part: str, monkeypatch: 
     bench = gpu._Bench(TINY["tiny_qwen3_vl"], torch.device("cpu"), 256, 1)
     with gpu._one_rank():
         row = bench.ours("sdpa", "eager") if part == "ours" else bench.padded("sdpa", True)
-    assert (row["recomputed"], row["note"]) == ("llm" if part == "ours" else "nothing, 4 rows at once", "")
+    assert (row["recomputed"], row["note"]) == ("weights" if part == "ours" else "nothing, 4 rows at once", "")
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Logits held at once: 2**26 float32 values are 256 MiB.
-_MAX_LOGITS = 2**26
+# Logits held at once: 2**27 float32 values are 512 MiB. Chunks are no smaller than memory asks for, because each adds a
+# gradient to that of the whole output embedding, in bfloat16 where that is what the model computes in.
+_MAX_LOGITS = 2**27
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

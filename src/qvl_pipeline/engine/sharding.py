@@ -90,12 +90,8 @@ def shard(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[st
     fully_shard(model, **options)
     for tower in towers:
         _prefetch(tower, spec)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is already divided by the tokens of all ranks, so gradients are summed, never averaged. Gloo
-            # refuses the pre-multiplied sum that FSDP2 would otherwise use.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    if dist.get_world_size() > 1:
+        _sum_gradients(model)
     _gather_vision_tower_once(model)
     return {
         "wrapped": names,
@@ -174,6 +170,18 @@ def _prefetch(tower: list[FSDPModule], spec: ParallelSpec) -> None:
             layer.set_modules_to_forward_prefetch(tower[number + 1 : number + 1 + spec.forward_prefetch])
         if spec.backward_prefetch:
             layer.set_modules_to_backward_prefetch(tower[max(0, number - spec.backward_prefetch) : number][::-1])
+
+
+def _sum_gradients(model: PackedVLM) -> None:
+    """Let gradients be summed over the ranks, never averaged: the loss is already divided by the tokens of all of them.
+
+    Gloo refuses the pre-multiplied sum that FSDP2 would otherwise use. A rank of its own has nothing to sum, but FSDP2
+    would divide its gradients all the same, by one and into a copy (torch 2.13, `foreach_reduce`).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def _gather_vision_tower_once(model: PackedVLM) -> None:
