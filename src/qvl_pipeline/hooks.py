@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from qvl_pipeline.parameters import check_parameters
 from qvl_pipeline.pipeline_registry import STAGES
 
 logger = logging.getLogger(__name__)
+
+# What these make is under the name of the dataset, which several profiles may have.
+SHARED = {"ingest", "validate"}
 
 
 class EarlyChecks:
@@ -41,7 +45,8 @@ class EarlyChecks:
             _check_place(profile, loader["globals"].get("profile"))
         # Paths in parameters and tables start at the project root, wherever the command was started.
         os.chdir(context.project_path)
-        check_parameters(loader["parameters"], loader.runtime_params or {}, [profile, conf / loader.base_env])
+        folders = [profile, conf / loader.base_env]
+        self._blocks = check_parameters(loader["parameters"], loader.runtime_params or {}, folders)
 
     @hook_impl
     def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
@@ -50,23 +55,57 @@ class EarlyChecks:
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Refuse a pipeline whose inputs are not there yet.
+        """Refuse a pipeline whose inputs are not there yet, or were made with other parameters than this run has.
 
         Raises:
-            UserError: Names every missing input, the pipeline that makes it, and the command to run first. Or this is
-                one of several nodes, and not the one that runs other pipelines than training.
+            UserError: Names every missing input, the pipeline that makes it, and the command to run first; or an input
+                that was made otherwise, and how. Or this is one of several nodes, and not the one that runs other
+                pipelines than training.
         """
         evaluation = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
         self._evaluation_checked_before = evaluation[0] if "generate" in evaluation else None
         _check_node(pipeline, catalog)
-        missing = _missing(pipeline, catalog)
-        if not missing:
+        wrong = self._unusable(pipeline, catalog)
+        if not wrong:
             return
         names = ", ".join(run_params["pipeline_names"] or ["the run"])
         root = Path(run_params["project_path"])
-        lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
-        advice = _advice(missing, catalog, run_params["env"])
-        raise UserError("\n".join([f"{names} cannot start, inputs do not exist yet:", *lines, advice]))
+        stages = self._needed(wrong, catalog)
+        advice = _advice(wrong, stages, run_params["env"])
+        if missing := [name for name, problem in wrong.items() if problem is None]:
+            lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
+            raise UserError("\n".join([f"{names} cannot start, inputs do not exist yet:", *lines, advice]))
+        name, problem = next(iter(wrong.items()))
+        place = _shown(self._paths[name], root)
+        if not SHARED.isdisjoint(stages):
+            advice += " Profiles that are to differ in this need a `dataset` each, in their globals.yml."
+        raise UserError(f"{names} cannot start, because {name} ({place}) {problem}. {advice}")
+
+    def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
+        """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
+        inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
+        problems = {name: self._made_otherwise(name) for name in sorted(inputs) if catalog.exists(name)}
+        missing = dict.fromkeys(sorted(inputs - problems.keys()))
+        return missing | {name: problem for name, problem in problems.items() if problem}
+
+    def _made_otherwise(self, name: str) -> str | None:
+        from qvl_pipeline.data.made_with import RECORDED, first_difference, read_record
+
+        if name not in RECORDED or name not in self._paths:
+            return None
+        declared = {block: self._blocks[block].decisive() for block in RECORDED[name]}
+        return first_difference(read_record(Path(self._paths[name])), declared)
+
+    def _needed(self, wrong: Iterable[str], catalog: DataCatalog) -> list[str]:
+        """Return the stages that make `wrong`, and before them what they need in turn."""
+        makers, todo = _makers(), list(wrong)
+        needed: set[str] = set()
+        while todo:
+            stage = makers.get(todo.pop())
+            if stage is not None and stage not in needed:
+                needed.add(stage)
+                todo += self._unusable(pipelines[stage], catalog)
+        return [stage for stage in STAGES if stage in needed]
 
     @hook_impl
     def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
@@ -148,26 +187,15 @@ def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
         )
 
 
-def _missing(pipeline: Pipeline, catalog: DataCatalog) -> list[str]:
-    """Return the inputs of `pipeline` that were never written, sorted."""
-    inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
-    return sorted(name for name in inputs if not catalog.exists(name))
+def _makers() -> dict[str, str]:
+    """Return the stage of every entry that one makes."""
+    return {output: stage for stage in STAGES for output in pipelines[stage].all_outputs()}
 
 
-def _advice(missing: list[str], catalog: DataCatalog, env: str | None) -> str:
-    """Return the command that makes `missing`, with the inputs that it needs in turn."""
-    makers = {output: stage for stage in STAGES for output in pipelines[stage].all_outputs()}
-    if unmade := [name for name in missing if name not in makers]:
+def _advice(wrong: Iterable[str], stages: list[str], env: str | None) -> str:
+    if unmade := [name for name in wrong if name not in _makers()]:
         return f"No pipeline makes {', '.join(unmade)}: put it there."
-    needed: set[str] = set()
-    todo = list(missing)
-    while todo:
-        stage = makers.get(todo.pop())
-        if stage is not None and stage not in needed:
-            needed.add(stage)
-            todo += _missing(pipelines[stage], catalog)
-    names = ",".join(stage for stage in STAGES if stage in needed)
-    return f"Run `kedro run --pipelines {names}{f' --env {env}' if env else ''}` first."
+    return f"Run `kedro run --pipelines {','.join(stages)}{f' --env {env}' if env else ''}` first."
 
 
 def _shown(path: str | None, root: Path) -> str:

@@ -44,7 +44,7 @@ out.mkdir()
 ingest_sources(config, list_files(config), engine, out)
 samples, rejects = pq.ParquetFile(out / "samples.parquet"), pq.read_table(out / "rejects.parquet")
 validation = validate_samples(samples, rejects, ValidateConfig(), engine.batch_rows)
-write_valid(samples, validation.quarantine, out / "valid_samples.parquet", engine.batch_rows)
+write_valid(samples, validation.quarantine, ValidateConfig(), out / "valid_samples.parquet", engine.batch_rows)
 for name in ("quarantine", "media_index"):
     pq.write_table(getattr(validation, name), out / f"{name}.parquet")
 """

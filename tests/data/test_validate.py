@@ -67,7 +67,7 @@ def _validate(
 
 
 def _valid(samples: pa.Table, outcome: Validation, path: Path = Path("valid.parquet")) -> pa.Table:
-    write_valid(as_file(samples), outcome.quarantine, path, batch_rows=2)
+    write_valid(as_file(samples), outcome.quarantine, CONFIG, path, batch_rows=2)
     return pq.read_table(path)
 
 
@@ -233,7 +233,7 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
         del samples
         table = Watched(Path("samples.parquet"))
         outcome = validate_samples(table, NO_REJECTS, CONFIG, batch_rows=100)
-        write_valid(table, outcome.quarantine, Path("valid.parquet"), batch_rows=100)
+        write_valid(table, outcome.quarantine, CONFIG, Path("valid.parquet"), batch_rows=100)
         assert pq.read_metadata("valid.parquet").num_rows == count
         peaks.append(max(table.held))
     assert peaks[1] < 1.5 * peaks[0]

@@ -17,7 +17,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from qvl_pipeline.config import ModelConfig, SampleConfig
+from qvl_pipeline.config import ModelConfig, SampleConfig, ValidateConfig
+from qvl_pipeline.data.made_with import made_with
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media import frame_store
 from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
@@ -289,6 +290,13 @@ def test_too_many_clips_that_are_too_short_are_refused_before_any_decoding(
         sample_clips(samples, media_index, config(max_reject_fraction=0.4, **settings), MODEL)
 
 
+def test_what_is_kept_holds_the_parameters_that_it_was_made_with() -> None:
+    samples, sample = table_of("How many?"), config()
+    samples.attrs = made_with({}, validate=ValidateConfig())
+    kept = keep_sampled(samples, samples.iloc[:0], sample, MODEL)
+    assert kept.attrs == made_with({}, validate=ValidateConfig(), sample=sample, model=MODEL)
+
+
 def lost(tmp_path: Path, samples: pd.DataFrame, media_index: pd.DataFrame, **changes: Any) -> list[tuple[str, str]]:
     """Sample, and return the rule and the detail of every sample in quarantine."""
     sampled(tmp_path, samples, media_index, **changes)
@@ -296,11 +304,11 @@ def lost(tmp_path: Path, samples: pd.DataFrame, media_index: pd.DataFrame, **cha
     counts = report["counts"]
     assert counts["valid"] == len(samples) == counts["sampled"] + counts["quarantined"]
     assert sum(report["rules"].values()) == counts["quarantined"] == len(quarantine)
-    kept = keep_sampled(samples, quarantine, config(max_reject_fraction=1))
+    kept = keep_sampled(samples, quarantine, config(max_reject_fraction=1), MODEL)
     assert sorted([*kept["sample_id"], *quarantine["sample_id"]]) == sorted(samples["sample_id"])
     if len(quarantine):
         with pytest.raises(UserError, match=r"sample.max_reject_fraction allows; the first is source/\d+, by"):
-            keep_sampled(samples, quarantine, config(max_reject_fraction=0))
+            keep_sampled(samples, quarantine, config(max_reject_fraction=0), MODEL)
     return list(zip(quarantine["rule"], quarantine["detail"], strict=True))
 
 

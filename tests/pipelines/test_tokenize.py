@@ -14,7 +14,8 @@ from kedro.runner import SequentialRunner
 from kedro_datasets.json import JSONDataset
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, ValidateConfig
+from qvl_pipeline.data.made_with import made_with, read_record
 from qvl_pipeline.data.plan import make_plan
 from qvl_pipeline.data.processor import load_processor
 from qvl_pipeline.datasets import FileDataset, FolderDataset
@@ -78,7 +79,9 @@ def valid_samples(folder: Path) -> pd.DataFrame:
     rows = [{"kind": kind, "messages": [("user", parts), ("assistant", "7")]} for kind, parts in questions.items()]
     turns = [("user", [clip("variable", 0.2, None)]), ("assistant", "1"), ("user", [clip("ntsc")]), ("assistant", "2")]
     long = [("user", "one two three " * 200), ("assistant", "7")]
-    return samples_table([*rows, {"kind": "two_turns", "messages": turns}, {"kind": "long", "messages": long}])
+    table = samples_table([*rows, {"kind": "two_turns", "messages": turns}, {"kind": "long", "messages": long}])
+    table.attrs = made_with({}, validate=ValidateConfig())
+    return table
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,13 @@ def test_qwen2_5_vl_is_told_the_interval_at_which_the_source_shows_the_frames(
             assert np.abs(told - true).max() <= one_frame
             clips += 1
     assert clips == 9
+
+
+def test_the_parameters_of_all_stages_before_are_recorded_with_the_tokens_and_the_frames(
+    run: dict[str, Any], model: ModelConfig
+) -> None:
+    record = made_with({}, validate=ValidateConfig(), sample=SAMPLE, model=model)["made_with"]
+    assert read_record(run["tokenized_samples"]) == read_record(run["video_frames"]) == record
 
 
 def test_every_sample_is_a_row_whose_placeholders_and_patches_agree(

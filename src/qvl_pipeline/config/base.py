@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
@@ -20,6 +20,12 @@ class Block(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
+    # What `decisive` leaves out, as pydantic's `exclude`.
+    indifferent: ClassVar[dict[str, Any]] = {}
+
+    def decisive(self) -> dict[str, Any]:
+        """Return, as JSON values, what decides what the stage of the block writes; not where and how fast it works."""
+        return self.model_dump(mode="json", exclude=self.indifferent)
 
     @field_validator("*", mode="before")
     @classmethod

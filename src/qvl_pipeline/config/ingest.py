@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -100,6 +101,14 @@ class IngestConfig(Block):
             copies of remote files (by URL and version). Later stages read them there.
     """
 
+    # Weights are for `tokenize`; the others say where things are, not what they are.
+    indifferent: ClassVar[dict[str, Any]] = {
+        "datasets": {"__all__": {"weight", "repeat"}},
+        "dataset_format": True,
+        "dataset_path": True,
+        "cache_folder": True,
+    }
+
     demo: DigitsDemoConfig | None = None
     datasets: list[DatasetSource] = Field(min_length=1)
     dataset_format: Literal["yaml"] = "yaml"
@@ -107,6 +116,17 @@ class IngestConfig(Block):
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 42
     cache_folder: str = "data/01_raw/cache"
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what decides the samples; two spellings of one path are the same."""
+        kept = super().decisive()
+        for source in kept["datasets"]:
+            for key in ("path", "data_folder"):
+                if "://" not in source[key]:
+                    source[key] = posixpath.normpath(source[key])
+        if not self.eval_fraction:
+            del kept["seed"]
+        return kept
 
     @model_validator(mode="before")
     @classmethod

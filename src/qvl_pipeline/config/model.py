@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,10 @@ class ModelConfig(Block):
         if self.processor_name and not self.load_from_pretrained_path:
             raise ValueError("processor_name needs load_from_pretrained_path: the tiny model has its own processor")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what decides the frames of clips, by its patch size; `prepared` has what decides the tokens."""
+        return {"processor_type": self.processor_type}
 
     def prepared(self) -> dict[str, object]:
         """Return what decides the base model and the tokens; attention is chosen anew by every stage."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,8 @@ class SampleConfig(Block):
             `num_workers`.
     """
 
+    indifferent: ClassVar[dict[str, Any]] = dict.fromkeys(("frame_cache", "num_workers", "memory_gib"), True)
+
     video_backend: Literal["pyav", "torchcodec", "decord", "qwen_vl_utils"] = "pyav"
     video_sampling_strategy: Literal["fps", "frame_num"] = "fps"
     fps: float = Field(default=2.0, gt=0)
@@ -54,6 +56,10 @@ class SampleConfig(Block):
     max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
     num_workers: int | None = Field(default=None, ge=1)
     memory_gib: float = Field(default=8.0, gt=0)
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what decides the frames; two names of one decoder are the same."""
+        return super().decisive() | {"video_backend": self.video_backend.replace("qwen_vl_utils", "pyav")}
 
     @model_validator(mode="after")
     def _ordered_limits(self) -> SampleConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,10 @@ class ValidateConfig(Block):
         if self.min_fps > self.max_fps:
             raise ValueError(f"min_fps ({self.min_fps:g}) is above max_fps ({self.max_fps:g})")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what decides the valid samples; a severity that is stated and one by default are the same."""
+        return super().decisive() | {"severity": {rule: self.severity_of(rule) for rule in sorted(SEVERITIES)}}
 
     def severity_of(self, rule: str) -> Severity:
         """Say what breaking a rule means."""

@@ -18,6 +18,7 @@ from daft.exceptions import DaftCoreException
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
 from qvl_pipeline.data.batches import TableWriter
 from qvl_pipeline.data.finished import finished_part
+from qvl_pipeline.data.made_with import made_with, with_attrs
 from qvl_pipeline.data.paths import project_path
 from qvl_pipeline.data.progress import ingest_bar
 from qvl_pipeline.data.raw import fingerprint, hash_code
@@ -57,7 +58,8 @@ def ingest_sources(
     names = [[source.name, source.path] for source in config.datasets]
     finished = Path(config.cache_folder) / "unfinished" / fingerprint(names)[:16]
     with ExitStack() as stack:
-        samples = stack.enter_context(TableWriter(folder / "samples.parquet", SAMPLES))
+        schema = with_attrs(SAMPLES, made_with({}, ingest=config))
+        samples = stack.enter_context(TableWriter(folder / "samples.parquet", schema))
         rejects = stack.enter_context(TableWriter(folder / "rejects.parquet", REJECTS))
         bar = stack.enter_context(ingest_bar())
         for source in config.datasets:

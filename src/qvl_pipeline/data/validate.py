@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.batches import TableWriter, read_batches
+from qvl_pipeline.data.made_with import attrs_of, made_with, with_attrs
 from qvl_pipeline.data.media_index import index_media, probe_files
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
@@ -110,17 +111,21 @@ def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: Validat
     return Validation(quarantine, warned, index_media(probes, config), report)
 
 
-def write_valid(samples: pq.ParquetFile, quarantine: pa.Table, path: Path, batch_rows: int) -> None:
+def write_valid(
+    samples: pq.ParquetFile, quarantine: pa.Table, config: ValidateConfig, path: Path, batch_rows: int
+) -> None:
     """Write the samples that are not in quarantine.
 
     Args:
         samples: Table `samples`.
         quarantine: Table `quarantine`.
+        config: Limits; only recorded.
         path: File to write: the table `valid_samples`.
         batch_rows: Rows read at a time.
     """
     lost = quarantine["sample_id"].combine_chunks()
-    with TableWriter(path, SAMPLES) as table:
+    attrs = made_with(attrs_of(samples.schema_arrow), validate=config)
+    with TableWriter(path, with_attrs(SAMPLES, attrs)) as table:
         for batch in read_batches(samples, SAMPLES.names, batch_rows):
             valid = batch.filter(pc.invert(pc.is_in(batch["sample_id"], lost)))
             table.write(pa.Table.from_batches([valid], SAMPLES))

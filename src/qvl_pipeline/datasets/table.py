@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ from kedro.utils import load_obj
 if TYPE_CHECKING:
     from kedro_datasets._typing import TablePreview
 
+# Where `DataFrame.to_parquet` keeps `attrs`, too.
+_ATTRS = b"PANDAS_ATTRS"
+
 
 class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.DataFrame | pq.ParquetFile]):
-    """Parquet with a given Arrow schema.
+    """Parquet with a given Arrow schema, and the `attrs` of the data frame.
 
     Plain pandas would write a column as type `null` when no row has a value in it, and write over the old file. A table
     that is too large for a data frame is saved as a function that is called with the path of a file to write, and
@@ -46,7 +50,10 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
             raise DatasetError(f"{self._filepath} does not exist")
         if self._streamed:
             return pq.ParquetFile(self._filepath, pre_buffer=False)
-        return pq.read_table(self._filepath).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+        table = pq.read_table(self._filepath)
+        frame = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+        frame.attrs = json.loads((table.schema.metadata or {}).get(_ATTRS, b"{}"))
+        return frame
 
     def save(self, data: pd.DataFrame | Callable[[Path], Any]) -> None:
         """Write a temporary sibling, then move it into place.
@@ -60,7 +67,8 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
         if isinstance(data, pd.DataFrame):
             table = pa.Table.from_pandas(data, schema=schema, preserve_index=False)
             # Without pandas' own metadata, which holds the versions of its libraries: the bytes are the data's alone.
-            pq.write_table(table.replace_schema_metadata(None), partial)
+            metadata = {_ATTRS: json.dumps(data.attrs, sort_keys=True)} if data.attrs else None
+            pq.write_table(table.replace_schema_metadata(metadata), partial)
         else:
             data(partial)
             if (found := pq.read_schema(partial)) != schema:

@@ -37,6 +37,7 @@ def sample_clips(
         UserError: Too many clips are too short for the parameters, or the decoder cannot be loaded. Found before any
             decoding.
     """
+    from qvl_pipeline.data.made_with import made_with
     from qvl_pipeline.media.backends import choose_backend
     from qvl_pipeline.media.decode_worker import Failure
     from qvl_pipeline.pipelines.sample.clips import estimated_bytes, list_clips
@@ -52,7 +53,9 @@ def sample_clips(
     lost = _lost_samples(valid_samples, {clip.name: failure for clip, failure in unfit})
     _check_reject_fraction(lost, len(valid_samples), sample)
     backend = choose_backend(sample.video_backend)
-    return partial(write_store, clips=fit, unfit=unfit, sample=sample, patch_size=model.patch_size, backend=backend)
+    attrs = made_with(valid_samples.attrs, sample=sample, model=model)
+    reading = {"patch_size": model.patch_size, "backend": backend}
+    return partial(write_store, clips=fit, unfit=unfit, sample=sample, attrs=attrs, **reading)
 
 
 def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -88,13 +91,16 @@ def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple
     return lost, {"counts": counts, "rules": lost["rule"].value_counts().sort_index().to_dict()}
 
 
-def keep_sampled(valid_samples: pd.DataFrame, sample_quarantine: pd.DataFrame, sample: SampleConfig) -> pd.DataFrame:
+def keep_sampled(
+    valid_samples: pd.DataFrame, sample_quarantine: pd.DataFrame, sample: SampleConfig, model: ModelConfig
+) -> pd.DataFrame:
     """Take the samples whose clips are all there. The list of the others is on disk by now, also when this refuses.
 
     Args:
         valid_samples: Samples whose media are valid.
         sample_quarantine: Samples with a clip that could not be sampled.
         sample: Parameters.
+        model: Model whose patch size the frames fit; only recorded.
 
     Returns:
         The table `sampled_samples`.
@@ -102,8 +108,12 @@ def keep_sampled(valid_samples: pd.DataFrame, sample_quarantine: pd.DataFrame, s
     Raises:
         UserError: Too many samples are lost.
     """
+    from qvl_pipeline.data.made_with import made_with
+
     _check_reject_fraction(sample_quarantine, len(valid_samples), sample)
-    return valid_samples[~valid_samples["sample_id"].isin(sample_quarantine["sample_id"])].reset_index(drop=True)
+    kept = valid_samples[~valid_samples["sample_id"].isin(sample_quarantine["sample_id"])].reset_index(drop=True)
+    kept.attrs = made_with(valid_samples.attrs, sample=sample, model=model)
+    return kept
 
 
 def _lost_samples(valid_samples: pd.DataFrame, failures: Mapping[str, Failure]) -> pd.DataFrame:

@@ -25,7 +25,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 keep_sampled,
-                inputs=["valid_samples", "sample_quarantine", "params:sample"],
+                inputs=["valid_samples", "sample_quarantine", "params:sample", "params:model"],
                 outputs="sampled_samples",
                 name="keep_sampled",
             ),

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvl_pipeline.config import SampleConfig
+from qvl_pipeline.data.made_with import Attrs, write_record
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
@@ -36,7 +37,13 @@ READ_AHEAD = 2
 
 
 def write_store(
-    folder: Path, *, clips: Sequence[Clip], unfit: Sequence[tuple[Clip, Failure]], sample: SampleConfig, **reading: str
+    folder: Path,
+    *,
+    clips: Sequence[Clip],
+    unfit: Sequence[tuple[Clip, Failure]],
+    sample: SampleConfig,
+    attrs: Attrs,
+    **reading: str,
 ) -> None:
     """Write the frame store of the clips, and `failures.parquet` with those that could not be read.
 
@@ -45,6 +52,7 @@ def write_store(
         clips: Clips to sample.
         unfit: Clips that are known not to fit the parameters.
         sample: Parameters.
+        attrs: The parameters that all of it is made with.
         **reading: `patch_size` and `backend`.
 
     Raises:
@@ -77,6 +85,7 @@ def write_store(
                 bar.advance(task)
     rows = [{"clip_id": clip.name, "path": clip.path, **vars(failure)} for clip, failure in failures]
     pq.write_table(pa.Table.from_pylist(rows, schema=FAILURES), folder / "failures.parquet")
+    write_record(folder, attrs)
     if cache is not None:
         cache.prune()
 

@@ -94,7 +94,7 @@ def tokenize(
         )
     batches = tokenize_samples(now, grids, processor, workers=useful_workers(len(now)))
     return (
-        partial(_write_tokenized, batches=batches, total=len(now)),
+        partial(_write_tokenized, batches=batches, total=len(now), attrs=valid_samples.attrs),
         partial(write_stream_samples, samples=streamed, image_sizes=grids.image_sizes),
     )
 
@@ -172,10 +172,11 @@ def _check_eval_split(tokenized_samples: Path) -> None:
         )
 
 
-def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int) -> None:
+def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int, attrs: dict[str, Any]) -> None:
+    from qvl_pipeline.data.made_with import with_attrs
     from qvl_pipeline.data.tokenization import SCHEMA
 
-    with progress_bar() as bar, pa.ipc.new_file(str(path), SCHEMA) as writer:
+    with progress_bar() as bar, pa.ipc.new_file(str(path), with_attrs(SCHEMA, attrs)) as writer:
         task = bar.add_task("Samples", total=total)
         for batch in batches:
             writer.write_batch(batch)

@@ -110,7 +110,9 @@ def keep_valid(
     from qvl_pipeline.data.validate import check_reject_fraction, write_valid
 
     check_reject_fraction(validation_report, validate)
-    return partial(write_valid, samples, from_frame(quarantine, QUARANTINE), batch_rows=data_engine.batch_rows)
+    return partial(
+        write_valid, samples, from_frame(quarantine, QUARANTINE), validate, batch_rows=data_engine.batch_rows
+    )
 
 
 def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame) -> Group:
