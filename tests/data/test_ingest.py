@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import decimal
@@ -11,6 +12,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -272,6 +274,50 @@ def test_rows_about_one_picture_share_a_split() -> None:
         split_of.setdefault(sample["media"][0]["path"], set()).add(sample["split"])
     assert all(len(splits) == 1 for splits in split_of.values())
     assert len(set.union(*split_of.values())) == 2
+
+
+def _splits(source: dict[str, Any], *others: dict[str, Any], **options: Any) -> str:
+    """First letters of the splits of a source."""
+    samples, _ = _ingest(source, *others, eval_fraction=0.5, **options)
+    own = samples.filter(pc.equal(samples["source"], source["name"]))
+    return "".join(split[0] for split in own["split"].to_pylist())
+
+
+def test_the_split_does_not_depend_on_where_the_dataset_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [_row("?", f"{n}.png") for n in range(16)]
+    source, expected = _write("a.jsonl", rows), "eetetttteteettee"
+    assert _splits(source) == expected
+    elsewhere = tmp_path.parent / f"{tmp_path.name} elsewhere"
+    for folder in ("data/deep", str(elsewhere)):
+        absolute = [_row("?", f"{Path(folder).absolute()}/{n}.png") for n in range(16)]
+        for given in (rows, absolute):
+            assert _splits(_write("a.jsonl", given) | {"data_folder": f"{folder}/."}) == expected, folder
+    # Nor on what else there is, nor on where the project lies.
+    _write("a.jsonl", rows)
+    for folder in ("other", ""):
+        assert _splits(source, _write("b.jsonl", [_row()]) | {"data_folder": folder}) == expected
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert _splits(_write("a.jsonl", rows)) == expected
+
+
+def test_sources_that_share_media_split_them_in_the_same_way() -> None:
+    outer = _write("outer.jsonl", [_row("?", f"in/{n}.png") for n in range(16)])
+    inner = _write("inner.jsonl", [_row("?", f"{n}.png") for n in range(16)]) | {"data_folder": "media/in"}
+    project = _write("all.jsonl", [_row("?", f"media/in/{n}.png") for n in range(16)]) | {"data_folder": ""}
+    splits = [
+        _splits(source, *[other for other in (outer, inner, project) if other is not source])
+        for source in (outer, inner, project)
+    ]
+    assert splits == [_splits(outer)] * 3
+    assert set(splits[0]) == {"t", "e"}
+
+
+def test_embedded_media_are_split_by_their_content() -> None:
+    rows = [_row("?", f"data:image/png;base64,{base64.b64encode(bytes([n])).decode()}") for n in range(1, 17)]
+    source = _write("a.jsonl", rows)
+    assert _splits(source) == _splits(source, cache_folder="elsewhere/cache")
+    assert set(_splits(source)) == {"t", "e"}
 
 
 def test_assigned_split_never_changes() -> None:

@@ -90,6 +90,16 @@ def test_rows_and_media_of_a_bucket_become_local_files(s3: fsspec.AbstractFileSy
     assert all(path.startswith("data/01_raw/cache/remote/") and path.endswith(".png") for path in paths)
 
 
+def test_media_behind_a_url_are_split_as_if_they_were_here(s3: fsspec.AbstractFileSystem) -> None:
+    s3.pipe({"bucket/rows": b"".join(_row(f"x/{n}.png") for n in range(12))})
+    splits = [
+        [sample["split"] for sample in _ingest(SOURCE | {"data_folder": folder})[1]]
+        for folder in ("s3://bucket/media/", "s3://bucket/other", "media")
+    ]
+    assert splits == [splits[0]] * 3
+    assert set(splits[0]) == {"train", "eval"}
+
+
 def test_a_file_is_copied_once_and_again_when_it_changed(
     s3: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,8 @@ def _read_source(
     slab_bytes = int(engine.memory_limit_gib * 2**30 / _SLABS_IN_LIMIT)
     read = before = 0
     # With the code and the file itself, what decides what is read.
-    settings = [source.model_dump(), config.model_dump(exclude={"datasets"}), str(Path.cwd()), slab_bytes]
+    folders = [other.data_folder for other in config.datasets]
+    settings = [source.model_dump(), config.model_dump(exclude={"datasets"}), folders, str(Path.cwd()), slab_bytes]
     code = hash_code(Path(__file__).parent)
     for file in files:
         read_rows = _row_function(reader, file.get("split"), engine.batch_rows)

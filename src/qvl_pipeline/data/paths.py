@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os.path
 import posixpath
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
@@ -23,6 +24,34 @@ def media_folder(folder: str) -> LocalFolder | RemoteFolder:
     return RemoteFolder(folder) if is_url(folder) else LocalFolder(Path(folder))
 
 
+def name_prefixes(folders: Iterable[str]) -> list[str]:
+    """Return what `name_of` takes away from a path.
+
+    Args:
+        folders: Parameters `data_folder` of all sources; one that is not set is the project root.
+
+    Returns:
+        Their absolute paths or URLs, the outermost first; then that of the project root.
+    """
+    project = f"{Path.cwd()}/"
+    stated = {f"{media_folder(folder).root.rstrip('/')}/" for folder in folders}
+    return [*sorted(stated - {project}, key=len), project]
+
+
+def name_of(path: str, prefixes: Sequence[str]) -> str:
+    """Name a medium independently of where its dataset lies, and of which source it is used by.
+
+    Args:
+        path: Path as tables hold it, or URL.
+        prefixes: Of the folders that media are in.
+
+    Returns:
+        Its path from the outermost of the folders on.
+    """
+    full = path if is_url(path) or path.startswith("/") else prefixes[-1] + path
+    return full.removeprefix(next(prefix for prefix in prefixes if full.startswith(prefix)))
+
+
 class RemoteFolder:
     """A folder behind a URL."""
 
@@ -30,6 +59,11 @@ class RemoteFolder:
         """Take the URL of the folder."""
         self._scheme, _, path = url.rstrip("/").partition("://")
         self._root = posixpath.normpath(path)
+
+    @property
+    def root(self) -> str:
+        """URL of the folder."""
+        return f"{self._scheme}://{self._root}"
 
     def locate(self, reference: str) -> str:
         """Find where a medium must be. Whether it is there is not checked.
@@ -50,7 +84,7 @@ class RemoteFolder:
             scheme, path = self._scheme, posixpath.join(self._root, reference)
         path = posixpath.normpath(path)
         if scheme != self._scheme or not path.startswith(f"{self._root}/"):
-            raise _outside(reference, f"{self._scheme}://{self._root}")
+            raise _outside(reference, self.root)
         return f"{scheme}://{path}"
 
 
@@ -66,6 +100,11 @@ class LocalFolder:
         self._real = _real(self._folder)
         self._root = f"{Path.cwd()}/"
         self._inside: dict[str, bool] = {}  # by folder
+
+    @property
+    def root(self) -> str:
+        """Absolute path of the folder."""
+        return self._folder
 
     def locate(self, reference: str) -> str:
         """Find where a medium must be. Whether it is there is not checked.

@@ -16,7 +16,7 @@ import pyarrow as pa
 from qvl_pipeline.config import DatasetSource, IngestConfig
 from qvl_pipeline.data.embedded import is_embedded, store_embedded
 from qvl_pipeline.data.messages import CONVERSATION_COLUMNS, Media, Message, Row, to_conversation
-from qvl_pipeline.data.paths import media_folder
+from qvl_pipeline.data.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
 from qvl_pipeline.data.tables import MEDIA
 
@@ -43,6 +43,7 @@ class RowReader:
         self._folder = media_folder(source.data_folder)
         self._embedded = Path(config.cache_folder).absolute() / "embedded"
         self._root = f"{Path.cwd()}/"
+        self._prefixes = name_prefixes(other.data_folder for other in config.datasets)
 
     def read(self, record: bytes | Row, problem: str | None, split: str | None) -> dict[str, Any]:
         """Read one row.
@@ -76,7 +77,7 @@ class RowReader:
             )
         if split is None and media:
             # By the first medium instead of the row, so that rows about one picture do not leak into the other split.
-            split = assign_split(media[0].path, self._config)
+            split = assign_split(self._name(found[0], media[0].path), self._config)
         answer = _text(row, "answer")
         return {
             "split": split,
@@ -92,6 +93,10 @@ class RowReader:
         if not is_embedded(use.path):
             return self._folder.locate(use.path)
         return str(store_embedded(use.path, use.type, self._embedded)).removeprefix(self._root)
+
+    def _name(self, use: Media, path: str) -> str:
+        """What a medium is called wherever it lies; embedded media, which have no name, by their content."""
+        return Path(path).stem if is_embedded(use.path) else name_of(path, self._prefixes)
 
 
 def assign_split(key: str, config: IngestConfig) -> str:
