@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.ingest import embedded
 from qvl_pipeline.pipelines.ingest.nodes import prepare_raw
 from qvl_pipeline.pipelines.ingest.pipeline import create_pipeline as create_ingest
+from qvl_pipeline.pipelines.ingest.unfinished import unfinished_folder
 from qvl_pipeline.pipelines.validate.pipeline import create_pipeline as create_validate
 
 TABLES = {
@@ -157,3 +160,41 @@ def test_missing_source_names_the_parameter(project: Path) -> None:
     config = IngestConfig(datasets=[{"name": "a", "path": "mine.jsonl", "data_type": "jsonl"}])
     with pytest.raises(UserError, match=r"^ingest.datasets\[0\].path: 'mine.jsonl' does not exist"):
         prepare_raw(config)
+
+
+# Another run, until its input ends.
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from qvl_pipeline.pipelines.ingest.unfinished import unfinished_folder
+folder = unfinished_folder(Path("cache"))
+(Path(folder.name) / "samples.parquet").touch()
+print(folder.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_run_writes_is_not(project: Path) -> None:
+    command = [sys.executable, "-c", OTHER_RUN]
+    others = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") for _ in range(2)
+    ]
+    killed, living = (Path(other.stdout.readline().strip()) for other in others)
+    others[0].kill()
+    others[0].wait()
+    assert (killed / "samples.parquet").exists()
+    earlier = Path("cache/.unfinished-of-an-earlier-version")
+    earlier.mkdir()
+    own = unfinished_folder(Path("cache"))
+    another = unfinished_folder(Path("cache"))
+    assert {path.resolve() for path in Path("cache").iterdir()} == {
+        living.resolve(),
+        Path(own.name).resolve(),
+        Path(another.name).resolve(),
+    }
+    assert (living / "samples.parquet").exists()
+    del own, another
+    for other in others:
+        other.communicate()
+    assert others[1].returncode == 0
+    assert list(Path("cache").iterdir()) == []

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
+from qvl_pipeline.pipelines.ingest.unfinished import unfinished_folder
 
 Writer = Callable[[Path], Any]
 
@@ -54,9 +54,7 @@ def ingest_rows(
     """
     from qvl_pipeline.data.ingest import ingest_sources
 
-    cache = Path(ingest.cache_folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = TemporaryDirectory(dir=cache, prefix=".unfinished-")
+    unfinished = unfinished_folder(Path(ingest.cache_folder))
     ingest_sources(ingest, raw_manifest["files"], data_engine, Path(unfinished.name))
 
     def write(name: str, path: Path) -> None:
