@@ -99,8 +99,19 @@ def _first(sample: Sample) -> Broken | None:
     return first_error(broken_by_sample(sample, CONFIG), CONFIG)
 
 
+@pytest.mark.parametrize(("n_frames", "pictures"), [(12, "12"), (2, "2"), (None, "several")])
+def test_an_image_file_of_several_pictures_is_only_noted(n_frames: int | None, pictures: str) -> None:
+    broken = broken_by_sample(_sample(image=replace(IMAGE, codec="gif", n_frames=n_frames)), CONFIG)
+    detail = f"image 'a.png' holds {pictures} pictures, of which the first alone is used: to show all of them, make a"
+    assert [(rule, text.partition(" video of it")[0]) for rule, text in broken] == [("animated_image", detail)]
+    assert (first_error(broken, CONFIG), warnings(broken, CONFIG)) == (None, broken)
+    assert broken_by_sample(_sample(image=replace(IMAGE, codec="mpo", n_frames=n_frames)), CONFIG) == []
+
+
 def test_every_rule_is_tested() -> None:
-    assert {rule for rule, _, _ in BROKEN} | {"leakage", "duplicate", "variable_frame_rate"} == set(RULES)
+    assert {rule for rule, _, _ in BROKEN} | {"leakage", "duplicate", "variable_frame_rate", "animated_image"} == set(
+        RULES
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,6 +174,7 @@ def test_order_of_the_rules_is_fixed() -> None:
         "image_too_large",
         "aspect_ratio",
         "deep_image",
+        "animated_image",
         "leakage",
         "duplicate",
     )

@@ -31,6 +31,25 @@ def test_facts_of_an_image(tmp_path: Path) -> None:
     )
 
 
+def _write_pictures(path: Path, count: int) -> Path:
+    pictures = [Image.open(write_image(path.with_suffix(f".{n}.png"), 32, 32, seed=n)) for n in range(count)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:])
+    return path
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "tiff", "png"])
+def test_the_pictures_of_an_image_file_are_counted(tmp_path: Path, ending: str) -> None:
+    assert _probe(_write_pictures(tmp_path / f"a.{ending}", 3), "image").n_frames == 3
+    assert _probe(_write_pictures(tmp_path / f"b.{ending}", 1), "image").n_frames == 1
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_broken_further_picture_does_not_break_the_first(tmp_path: Path) -> None:
+    path = cut(_write_pictures(tmp_path / "a.tiff", 3), 0.5)
+    probe = _probe(path, "image")
+    assert (probe.failure, probe.n_frames, probe.width) == (None, None, 32)
+
+
 def test_facts_of_a_clip(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", frames=9, width=32, height=16, fps=4)
     assert _probe(path, "video") == Probe(

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
@@ -86,6 +87,21 @@ def test_a_sample_that_only_warns_is_used_printed_and_listed(capsys: pytest.Capt
     assert warnings[["sample_id", "rule", "detail"]].to_numpy().tolist() == [
         ["s/1", "duplicate", "has the same turns and files as s/0"]
     ]
+
+
+def test_an_animation_among_images_is_counted_and_named_with_an_example(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    frames = [Image.open(write_image(tmp_path / f"{number}.png", seed=number)) for number in range(3)]
+    for number in range(2):
+        frames[number].save(tmp_path / f"{number}.gif", save_all=True, append_images=frames)
+    asked = '[{"role":"user","content":[{"type":"image"},{"type":"text","text":"Which?"}]},' + ANSWER
+    samples = _samples(asked, asked, media=[tmp_path / "0.gif", tmp_path / "1.gif"])
+    _, warnings, _, report = validate_rows(samples, _rejects(), ValidateConfig(), ENGINE)
+    assert (report["counts"]["valid"], report["warnings"]) == (2, {"animated_image": 2})
+    assert warnings["sample_id"].tolist() == ["s/0", "s/1"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "used, with a warning: animated_image (2), for example s/0: image '" in printed
 
 
 def test_the_page_shows_counts_histograms_and_pictures_of_sound_files_alone(tmp_path: Path) -> None:

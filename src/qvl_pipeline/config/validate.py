@@ -13,6 +13,7 @@ Severity = Literal["error", "warn", "off"]
 # stay so: their samples could not be decoded, sized or tokenised.
 SEVERITIES: dict[str, Severity] = {
     "absurd_fps": "error",
+    "animated_image": "warn",
     "deep_image": "error",
     "duplicate": "warn",
     "duration_mismatch": "error",
@@ -37,9 +38,9 @@ class ValidateConfig(Block):
         max_duration_mismatch: How far the frames of a clip may fall short of the duration that its file claims, as a
             share of it; a second is always allowed. More, and the end of the clip is missing.
         severity: By rule, `error` (the sample is quarantined), `warn` (it is used, and listed) or `off`, for the rules
-            `absurd_fps`, `deep_image`, `duplicate`, `duration_mismatch`, `empty_turn`, `leakage`, `too_long` and
-            `variable_frame_rate`. When nothing is said, `duplicate` and `variable_frame_rate` warn; the others are
-            errors.
+            `absurd_fps`, `animated_image`, `deep_image`, `duplicate`, `duration_mismatch`, `empty_turn`, `leakage`,
+            `too_long` and `variable_frame_rate`. When nothing is said, `animated_image`, `duplicate` and
+            `variable_frame_rate` warn; the others are errors.
         probe_timeout_s: Wall-clock seconds one media file may take to probe before it is quarantined.
     """
 

@@ -198,6 +198,15 @@ def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
     return f"has more than 8 bits a channel (mode {probe.mode}) and would turn nearly white: convert it to 8 bits"
 
 
+def animated_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """An image file holds one picture. Of an animation, or of pages, the first is used: what it moves is not seen."""
+    # The further ones of a JPEG (`mpo`) are what cameras add: a preview, a depth or gain map.
+    if use.type != "image" or probe.n_frames == 1 or probe.codec in (None, "mpo"):
+        return None
+    pictures = probe.n_frames or "several"
+    return f"holds {pictures} pictures, of which the first alone is used: to show all of them, make a video of it"
+
+
 def duplicate(sample: Sample, first: str) -> str | None:
     """No other sample has the same turns and the same content of its files: of either split, for texts leak too.
 
@@ -240,6 +249,7 @@ MEDIA_RULES: dict[str, Callable[[Media, Probe, ValidateConfig], str | None]] = {
         image_too_large,
         aspect_ratio,
         deep_image,
+        animated_image,
     )
 }
 RULES = (*SAMPLE_RULES, *MEDIA_RULES, leakage.__name__, duplicate.__name__)

@@ -28,7 +28,7 @@ class Probe:
         content_hash: Sha256 of its bytes.
         width: Width of the upright picture in pixels.
         height: Height of the upright picture in pixels.
-        n_frames: Frames of a clip, 1 for an image.
+        n_frames: Frames of a clip; pictures in an image file, of which the first is used (`None`: several).
         fps: Mean frame rate of a clip.
         duration_s: Seconds from the first frame of a clip to the end of its last.
         codec: Codec of a clip, file format of an image.
@@ -100,8 +100,16 @@ def _probe_image(path: str, max_pixels: int) -> Probe:
             return facts
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation) in _LYING:
-            return replace(facts, width=image.height, height=image.width)
-        return facts
+            facts = replace(facts, width=image.height, height=image.width)
+        return replace(facts, n_frames=_count_pictures(image))
+
+
+def _count_pictures(image: Image.Image) -> int | None:
+    """Count the pictures of a file whose first is sound; `None` are several of which one cannot be read."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # whatever the parser stumbles over, as above
+        return None
 
 
 def _probe_video(path: str, max_pixels: int) -> Probe:

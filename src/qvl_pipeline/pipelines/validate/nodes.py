@@ -36,9 +36,9 @@ def validate_rows(
 
     use_runner(data_engine)
     outcome = validate_samples(samples, from_frame(rejects, REJECTS), validate, data_engine.batch_rows)
-    quarantine = to_frame(outcome.quarantine)
-    Console().print(summarize(outcome.report, quarantine, rejects))
-    return quarantine, to_frame(outcome.warnings), to_frame(outcome.media_index), outcome.report
+    quarantine, warnings = to_frame(outcome.quarantine), to_frame(outcome.warnings)
+    Console().print(summarize(outcome.report, quarantine, rejects, warnings))
+    return quarantine, warnings, to_frame(outcome.media_index), outcome.report
 
 
 def write_page(
@@ -115,13 +115,14 @@ def keep_valid(
     )
 
 
-def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame) -> Group:
+def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.DataFrame, warnings: pd.DataFrame) -> Group:
     """Make the block that is printed: the counts, and each broken rule with an example.
 
     Args:
         report: Report of the validation.
         quarantine: Samples that broke a rule.
         rejects: Rows that could not be read.
+        warnings: Valid samples that broke a rule which only warns.
     """
     counts = "ingested {ingested:,} = valid {valid:,} + quarantined {quarantined:,} + rejected {rejected:,}"
     line = counts.format(**report["counts"])
@@ -134,6 +135,8 @@ def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.Data
             # `Text`, because a detail may hold what rich takes for markup.
             table.add_row(rule, f"{count:,}", Text(f"{example['sample_id']}: {example['detail']}"))
     parts = [line, *([table] if table.row_count else [])]
-    if noted := ", ".join(f"{rule} ({count:,})" for rule, count in report["warnings"].items()):
-        parts.append(f"used, with a warning: {noted}")
+    noted = warnings.groupby("rule").first()
+    for rule, count in report["warnings"].items():
+        example = f"{noted.loc[rule, 'sample_id']}: {noted.loc[rule, 'detail']}"
+        parts.append(Text(f"used, with a warning: {rule} ({count:,}), for example {example}"))
     return Group(*parts)
