@@ -51,7 +51,7 @@ def test_every_sample_is_in_one_pack_and_no_budget_is_exceeded(packer, samples, 
         assert max_patches is None or patches[pack].sum() <= max_patches
 
 
-@pytest.mark.parametrize(("packer", "fill"), [(best_fit, 0.999), (first_fit, 0.99), (balanced, 0.97)])
+@pytest.mark.parametrize(("packer", "fill"), [(best_fit, 0.999), (first_fit, 0.99), (balanced, 0.985)])
 def test_packs_are_full_on_log_normal_lengths(packer, fill: float) -> None:
     lengths = log_normal(20_000, 16_384)
     rng = np.random.default_rng(1)

@@ -270,6 +270,21 @@ def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.Capt
         assert text in printed
 
 
+@pytest.mark.parametrize(
+    ("changes", "proposes"),
+    [
+        ({"data_parallel_size": 3}, True),
+        ({}, False),
+        ({"data_parallel_size": 3, "packing_strategy": "balanced"}, False),
+    ],
+)
+def test_packs_that_let_ranks_wait_are_not_taken_in_silence(
+    changes: dict[str, Any], proposes: bool, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(run["tokenized_samples"], run["stream_samples"], BATCHING.model_copy(update=changes), INGEST)
+    assert ("'balanced'" in capsys.readouterr().out) == proposes
+
+
 def test_each_source_is_summed_up_and_printed(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
     printed = capsys.readouterr().out

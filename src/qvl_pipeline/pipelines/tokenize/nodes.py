@@ -19,6 +19,9 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 
+# Share of the time that ranks would wait for the slowest above which another packing is proposed.
+WORTH_BALANCING = 0.05
+
 logger = logging.getLogger(__name__)
 
 
@@ -183,6 +186,12 @@ def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: in
             bar.advance(task, batch.num_rows)
 
 
+def _balancing_hint(slower: float, batching: BatchingConfig) -> str:
+    """Say what to do about ranks that would wait for each other; nothing where nothing helps."""
+    waits = slower > WORTH_BALANCING and batching.packing and batching.packing_strategy != "balanced"
+    return "; packing_strategy 'balanced' makes packs of equal work" if waits else ""
+
+
 def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
     overlong = summary["overlong"]
     rows = {"optimizer steps": f"{summary['steps']:,} of {batching.packs_per_step:,} packs"}
@@ -195,7 +204,8 @@ def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
         rows |= {
             "samples": f"{summary['samples']:,} x {summary['epochs']:.3g} epochs",
             "packs": f"{summary['packs']:,} of {batching.packing_length:,} tokens, {summary['fill']:.1%} full",
-            "slowest rank": f"{slower:.1%} above the mean of {batching.data_parallel_size}",
+            "slowest rank": f"{slower:.1%} above the mean of {batching.data_parallel_size}"
+            + _balancing_hint(slower, batching),
             "tokens": f"{summary['tokens']:,}",
             "supervised": supervised,
         }
