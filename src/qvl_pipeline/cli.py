@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -37,15 +39,35 @@ def _run(**options: Any) -> dict[str, Any]:
     try:
         _check_names(options["pipelines"])
         return kedro_run.callback(**options)
+    except KeyboardInterrupt:
+        click.echo("Aborted!", err=True)
+        _end(128 + signal.SIGINT)
+    except _Terminated as error:
+        _end(error.code)
     except Exception as error:
         if cause := _mendable(error):
             raise click.ClickException(_sentence(cause)) from error
         raise
 
 
+class _Terminated(SystemExit):
+    """SIGTERM as an exception, so that every `finally` on the way out runs: children end, files are closed."""
+
+
 def _leave(signum: int, _frame: FrameType | None) -> NoReturn:
-    """Turn SIGTERM into an exception, so that every `finally` on the way out runs: children end, files are closed."""
-    raise SystemExit(128 + signum)
+    raise _Terminated(128 + signum)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process as Python does, but without taking down the interpreter under threads that are still at work.
+
+    Those of Daft would abort the process at that, with status 134.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # for whoever does not want to wait for what follows
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _check_names(names: list[str]) -> None:

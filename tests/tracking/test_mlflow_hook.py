@@ -369,28 +369,47 @@ from qvl_pipeline.cli import run
 def wait():
     import time
     print("waiting", flush=True)
-    time.sleep(60)
+    for _ in range(6000):
+        time.sleep(0.01)
+
+def wait_in_daft():
+    import atexit
+    import daft
+    atexit.register(print, "cleaned up")
+
+    @daft.func.batch(return_dtype=daft.DataType.int64())
+    def work(numbers: daft.Series):
+        wait()
+
+    daft.from_pydict({"n": [1]}).select(work(daft.col("n"))).collect()
 
 bootstrap_project(Path.cwd())
-waiting = Pipeline([Node(wait, None, "raw_manifest", name="wait")])
+waiting = Pipeline([Node(globals()[sys.argv[1]], None, "raw_manifest", name="wait")])
 quick.register_pipelines = lambda: {"ingest": waiting, "__default__": waiting}
 pipelines.configure("tests.kedro_project")
 run(["--pipelines", "ingest"])
 """
 
 
-@pytest.mark.parametrize(("name", "returncode"), [("SIGTERM", 143), ("SIGINT", 1)])
-def test_an_interrupted_run_is_killed(project: Path, name: str, returncode: int) -> None:
+@pytest.mark.parametrize("work", ["wait", "wait_in_daft"])
+@pytest.mark.parametrize(("name", "returncode"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_an_interrupted_run_is_killed(project: Path, name: str, returncode: int, work: str) -> None:
     import signal
 
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED, work],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == returncode
+    assert printed.endswith("cleaned up\n") == (work == "wait_in_daft")
+    assert ("Aborted!" in errors) == (name == "SIGINT")
     assert "Traceback" not in errors
     assert recorded()[-1].info.status == "KILLED"
 
