@@ -102,10 +102,13 @@ def test_sampled_answers_are_those_of_the_seed(world: World, one_by_one: list[st
     assert one_by_one != first != other
 
 
-def test_a_loss_is_the_plain_models_on_the_answers_alone(world: World) -> None:
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_loss_is_the_plain_models_on_the_answers_alone(world: World, batch_size: int) -> None:
     samples, model = TokenizedSamples(world.tokenized), world.load_model()
     rows = list(range(len(samples)))
-    losses = sample_losses(model, world.processor, samples, rows, world.video_frames)
+    done: list[int] = []
+    losses = sample_losses(model, world.processor, samples, rows, world.video_frames, batch_size, on_batch=done.append)
+    assert max(done) == batch_size
     for row, media, loss in zip(rows, world.media, losses, strict=True):
         sample = samples.row(row)
         given = dict(world.references[row])

@@ -13,7 +13,7 @@ class EvaluateConfig(Block):
     """Generation on the eval split with the base and the trained model.
 
     Attributes:
-        batch_size: Prompts generated together (left-padded).
+        batch_size: Samples whose answers, and whose losses, are computed together (left-padded).
         nproc_per_node: Processes that share the samples; `auto` is one a GPU, and one without GPUs.
         max_new_tokens: Longest answer in tokens.
         generation: Arguments of `transformers.GenerationConfig` that replace greedy decoding, such as

@@ -78,7 +78,7 @@ def answer_share(asked: Answering, rank: int, world_size: int, on_done: Callable
     for name, path in asked.models.items():
         given = (load_model(path, asked.attn_implementation), processor, samples, rows, Path(asked.video_frames))
         answers = generate_answers(*given, asked.evaluate, on_batch=on_done)
-        losses = sample_losses(*given, on_sample=on_done)
+        losses = sample_losses(*given, asked.evaluate.batch_size, on_batch=on_done)
         found[name] = dict(zip(rows, zip(answers, losses, strict=True), strict=True))
         del given  # or this model would stay in memory beside the next one
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from transformers import (
 
 from qvl_pipeline.config.evaluate import EvaluateConfig
 from qvl_pipeline.errors import UserError, did_you_mean
-from qvl_pipeline.evaluation.prompts import PromptCollator
+from qvl_pipeline.evaluation.prompts import PromptCollator, batches_by_length
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 # Kernels that only training has, and their stand-in here.
@@ -80,7 +80,7 @@ def generate_answers(
     collate = PromptCollator.create(processor, model.config, video_frames)
     torch.manual_seed(evaluate.seed)  # only sampling draws from it
     answers: dict[int, str] = {}
-    for batch in _batches(samples, rows, evaluate.batch_size):
+    for batch in batches_by_length(samples, rows, evaluate.batch_size, "prompt_length"):
         inputs = collate([samples.row(row) for row in batch])
         with torch.inference_mode():
             output = model.generate(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
@@ -115,11 +115,3 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase, evaluate: EvaluateCon
         "pad_token_id": tokenizer.pad_token_id,
     }
     return GenerationConfig(**defaults | evaluate.generation)
-
-
-def _batches(samples: TokenizedSamples, rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield rows in batches of similar prompt length, so that little is padded."""
-    lengths = samples.columns(["prompt_length"]).column("prompt_length").to_numpy()
-    by_length = sorted(rows, key=lambda row: (lengths[row], row))
-    for start in range(0, len(by_length), batch_size):
-        yield by_length[start : start + batch_size]

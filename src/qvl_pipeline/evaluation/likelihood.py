@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, ProcessorMixin
 
-from qvl_pipeline.evaluation.prompts import PromptCollator
+from qvl_pipeline.engine.loss import token_losses
+from qvl_pipeline.evaluation.prompts import PromptCollator, batches_by_length
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 
@@ -27,12 +27,11 @@ def sample_losses(
     samples: TokenizedSamples,
     rows: Sequence[int],
     video_frames: Path,
+    batch_size: int,
     *,
-    on_sample: Callable[[int], object] = lambda done: None,
+    on_batch: Callable[[int], object] = lambda done: None,
 ) -> list[float]:
     """Compute the mean cross-entropy of each sample's supervised tokens, in nats a token.
-
-    Only the logits of these tokens are computed. Samples are taken one by one: nothing is padded.
 
     Args:
         model: The model.
@@ -40,20 +39,30 @@ def sample_losses(
         samples: The tokenized samples.
         rows: Rows of `samples`.
         video_frames: Folder of the frame store.
-        on_sample: Called with 1 after every sample.
+        batch_size: Samples in a forward pass.
+        on_batch: Called after every batch with the number of samples in it.
 
     Returns:
         Losses in the order of `rows`.
     """
     collate = PromptCollator.create(processor, model.config, video_frames)
-    losses = []
-    for row in rows:
-        sample = samples.row(row)
-        targets = np.concatenate([np.arange(start, end) for start, end in sample["label_spans"]])
-        inputs = {name: tensor.to(model.device) for name, tensor in collate.whole(sample).items()}
-        # The logits that predict a token are those of the position before it.
-        before = torch.from_numpy(targets - 1).to(model.device)
-        logits = model(**inputs, use_cache=False, logits_to_keep=before).logits[0]
-        losses.append(cross_entropy(logits.float(), inputs["input_ids"][0, before + 1]).item())
-        on_sample(1)
-    return losses
+    losses: dict[int, float] = {}
+    for batch in batches_by_length(samples, rows, batch_size, "length"):
+        taken = [samples.row(row) for row in batch]
+        inputs = {name: tensor.to(model.device) for name, tensor in collate.whole(taken).items()}
+        index = _supervised_index(taken).to(model.device)
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        # Of these tokens only: logits of all would be the largest tensor by far.
+        targets, before = inputs["input_ids"].flatten()[index], hidden.flatten(0, 1)[index - 1]
+        of_samples = token_losses(before, model.lm_head.weight, targets).split([*map(supervised_tokens, taken)])
+        losses.update(zip(batch, [loss.mean().item() for loss in of_samples], strict=True))
+        on_batch(len(batch))
+    return [losses[row] for row in rows]
+
+
+def _supervised_index(samples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Return where the supervised tokens `[S]` of samples are in their flattened rows, padded on the left."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    starts = [number * longest - len(sample["input_ids"]) for number, sample in enumerate(samples, start=1)]
+    spans = [span + start for sample, start in zip(samples, starts, strict=True) for span in sample["label_spans"]]
+    return torch.from_numpy(np.concatenate([np.arange(*span) for span in spans]))

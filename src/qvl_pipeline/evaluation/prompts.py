@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.mrope import mrope_positions
 from qvl_pipeline.media.pixels import normalize_patches
@@ -62,9 +63,9 @@ class PromptCollator:
         prompts = [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
         return self._inputs(samples, prompts)
 
-    def whole(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Take one sample with its answers: the same inputs as of a prompt, with all tokens and all media."""
-        return self._inputs([sample], [sample["input_ids"]])
+    def whole(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate samples with their answers: the same inputs as of prompts, with all tokens and all media."""
+        return self._inputs(samples, [sample["input_ids"] for sample in samples])
 
     def _inputs(self, samples: Sequence[Mapping[str, Any]], prompts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         media = [self._media_before_answer(sample, ids) for sample, ids in zip(samples, prompts, strict=True)]
@@ -113,6 +114,23 @@ class PromptCollator:
                 inputs[pixels] = normalize_patches(patches, normaliser.image_mean, normaliser.image_std)
                 inputs[grid] = torch.tensor([[item["grid_t"], item["grid_h"], item["grid_w"]] for item in items])
         return inputs
+
+
+def batches_by_length(
+    samples: TokenizedSamples, rows: Sequence[int], batch_size: int, column: str
+) -> Iterator[list[int]]:
+    """Yield rows in batches of similar length, so that little is padded.
+
+    Args:
+        samples: The tokenized samples.
+        rows: Rows of `samples`.
+        batch_size: Rows in a batch; there may be fewer in the last.
+        column: What their length is: `length`, or `prompt_length`.
+    """
+    lengths = samples.columns([column]).column(column).to_numpy()
+    by_length = sorted(rows, key=lambda row: (lengths[row], row))
+    for start in range(0, len(by_length), batch_size):
+        yield by_length[start : start + batch_size]
 
 
 def _patches(item: Mapping[str, Any]) -> int:
