@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import yaml
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from pydantic import ValidationError
+from rich.console import Console
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.evaluate.nodes import generate, refuse_regressions
+from qvl_pipeline.pipelines.evaluate.nodes import _score_table, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 
@@ -123,6 +126,18 @@ def test_an_empty_eval_split_is_said_before_any_model_is_loaded(inputs: dict[str
     given = {**inputs, "tokenized_samples": tmp_path / "tokenized.arrow", "trained_model": tmp_path / "nothing"}
     with pytest.raises(UserError, match="eval split is empty"):
         generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+
+
+def test_the_table_of_scores_fits_80_columns() -> None:
+    scores = {"relaxed_accuracy": 1.0, "rouge_l": 0.5, "loss": 6.6494, "perplexity": 772.3, "n": 280}
+    table = _score_table({model: {"image_and_video": scores} for model in ("base", "trained")})
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    rows = [re.findall(r"[\w.%]+", line) for line in console.file.getvalue().splitlines() if "%" in line]
+    assert rows == [
+        ["image_and_video", "relaxed_accuracy", "280", "100.0%", "6.649", "100.0%", "6.649"],
+        ["image_and_video", "rouge_l", "280", "50.0%", "6.649", "50.0%", "6.649"],
+    ]
 
 
 def test_a_regression_fails_the_pipeline_after_the_report_is_written(

@@ -87,7 +87,7 @@ def generate(
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
     table = prediction_table(chosen, questions, answers, losses, [supervised_tokens(samples.row(row)) for row in rows])
     metrics = {name: average_scores(table, name) for name in answers}
-    _print_scores(metrics)
+    Console().print(_score_table(metrics))
     return table, metrics, {name: slices(table, name) for name in answers}
 
 
@@ -97,17 +97,14 @@ def _processes(evaluate: EvaluateConfig) -> int:
     return max(1, torch.cuda.device_count()) if evaluate.nproc_per_node == "auto" else evaluate.nproc_per_node
 
 
-def _print_scores(metrics: dict[str, Any]) -> None:
-    """Print the scores of every kind, and the loss, of each model."""
-    table = Table("kind", "n", *chain.from_iterable([name, "loss"] for name in metrics))
+def _score_table(metrics: dict[str, Any]) -> Table:
+    """Return the scores of every kind by metric, and its loss, of each model; it fits 80 columns."""
+    table = Table("kind", "metric", "n", *chain.from_iterable([name, "loss"] for name in metrics))
     for kind, scores in next(iter(metrics.values())).items():
-        cells = [[_percentages(model[kind]), f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
-        table.add_row(kind, str(scores["n"]), *chain.from_iterable(cells))
-    Console().print(table)
-
-
-def _percentages(scores: dict[str, float]) -> str:
-    return ", ".join(f"{metric} {value:.1%}" for metric, value in scores.items() if metric not in ("n", *LOSSES))
+        for metric in (name for name in scores if name not in ("n", *LOSSES)):
+            cells = [[f"{model[kind][metric]:.1%}", f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
+            table.add_row(kind, metric, str(scores["n"]), *chain.from_iterable(cells))
+    return table
 
 
 def refuse_regressions(metrics: dict[str, Any], report: str, evaluate: EvaluateConfig) -> None:
