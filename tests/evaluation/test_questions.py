@@ -16,7 +16,7 @@ QUESTIONS = [
     "[video] Which digit came second?",
     "[image] [video] Which digit is only in the video?",
     "[video] [video] Which came second?",
-    "[image] And this?",
+    "[image] … [image] And this?",
 ]
 FRAME = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
 
@@ -36,6 +36,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     ("turn", "question"),
     [
         (f"<0.2 seconds>{FRAME}<1.2 seconds>{FRAME}Which?", "[video] Which?"),  # Qwen3-VL without the outer markers
+        ("Which?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n<|im_start|>user\nWhy?", "… Why?"),
         ("  line one\nline two ", "line one\nline two"),
         ("wait <0.5 seconds> here", "wait <0.5 seconds> here"),
         ("", ""),

@@ -72,7 +72,9 @@ def inputs(world: World) -> dict[str, Any]:
             "rules": {"missing_media": 1, "not_json": 1},
         },
         "params:model": ModelConfig(processor_type="qwen3_vl"),
-        "params:evaluate": EvaluateConfig(batch_size=2, max_new_tokens=4, report_title="tiny & <new>"),
+        "params:evaluate": EvaluateConfig(
+            batch_size=2, max_new_tokens=4, report_title="tiny & <new>", dataset="digits"
+        ),
     }
 
 
@@ -103,6 +105,7 @@ def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
     assert "tiny &amp; &lt;new&gt;" in report
     for fact in ("c0mmit", "f1nger", "r0n", "missing_media", "single_image", "[video] Which digit came second?"):
         assert fact in report
+    assert 'href="../digits/validation.html"' in report
     assert report.count("<img") == 1 + 4  # the image, and four frames of the clip
 
 

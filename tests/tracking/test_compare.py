@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -159,6 +160,28 @@ def test_without_predictions_there_are_scores_but_no_intervals(recorder: Recorde
     page = render_comparison(comparison)
     assert "The predictions of base are not in MLflow" in page
     assert "no sample to which MLflow has the answers of all of them" in page
+
+
+def test_trainings_that_answered_other_samples_have_no_gain_and_the_page_says_why(recorder: Recorder) -> None:
+    answers = predictions({"video": EASY})
+    recorder.training("base", answers=answers)
+    recorder.training("other", answers=answers.assign(question=answers["question"] + " Say it."))
+    recorder.training("same", answers=answers)
+    page = render_comparison(compare_runs(["base", "other", "same"]))
+    assert "No gain of other over base:</b> the two evaluations have no sample in common" in page
+    assert "No gain of same" not in page
+    assert "samples are the same when their id, kind, task, question and expected answer are" in page
+
+
+def test_a_parameter_of_one_source_differs_alone(recorder: Recorder) -> None:
+    def declared(weight: float) -> dict[str, Any]:
+        source = {"path": "data/a.json", "weight": weight, "storage_options": {"anon": True}}
+        return {"ingest": {"datasets": [{"name": "a", **source}, {"name": "b", **source, "weight": 1.0}], "seed": 42}}
+
+    recorder.training("base", parameters=declared(1.0))
+    recorder.training("other", parameters=declared(0.5))
+    parameters = compare_runs(["base", "other"]).parameters
+    assert parameters.T.to_dict("list") == {"ingest.datasets[a].weight": ["1.0", "0.5"]}
 
 
 def test_speed_memory_and_versions_stand_side_by_side(recorder: Recorder) -> None:

@@ -27,6 +27,7 @@ class EvaluateConfig(Block):
             model may be, as `{overall: 0.0, video: 0.02}`: else the pipeline fails with the table. Losses do not count.
         compare_base: Evaluate the untrained base model too, for the gain.
         report_title: Heading of the report; `None` takes the name of the model.
+        dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
     """
 
     batch_size: int = Field(default=16, ge=1)
@@ -39,6 +40,7 @@ class EvaluateConfig(Block):
     max_samples: int | None = Field(default=None, ge=1)
     compare_base: bool = True
     report_title: str | None = None
+    dataset: str | None = None
 
     @model_validator(mode="after")
     def _gate_needs_the_base_model(self) -> EvaluateConfig:

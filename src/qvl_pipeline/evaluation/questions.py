@@ -9,12 +9,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _PATCHES = r"<\|vision_start\|>(?:<\|{kind}_pad\|>)+<\|vision_end\|>"
-_IMAGE = re.compile(_PATCHES.format(kind="image"))
+_IMAGE = _PATCHES.format(kind="image")
 # Qwen2.5-VL writes one block a clip. Qwen3-VL writes one block a temporal patch, each after its time, and since
 # transformers 5.12 all of them inside the template's own pair of markers (vllm-project/vllm#46817).
 _VIDEO = _PATCHES.format(kind="video")
 _TIMED_VIDEO = rf"(?:<[\d.]+ seconds>{_VIDEO})+"
-_CLIP = re.compile(rf"<\|vision_start\|>{_TIMED_VIDEO}<\|vision_end\|>|{_TIMED_VIDEO}|{_VIDEO}")
+_CLIP = rf"<\|vision_start\|>{_TIMED_VIDEO}<\|vision_end\|>|{_TIMED_VIDEO}|{_VIDEO}"
+_MEDIUM = re.compile(rf"(?P<image>{_IMAGE})|(?P<video>{_CLIP})")
+_USER = "<|im_start|>user\n"
 
 
 def last_question(tokenizer: PreTrainedTokenizerBase, sample: Mapping[str, Any]) -> str:
@@ -25,9 +27,13 @@ def last_question(tokenizer: PreTrainedTokenizerBase, sample: Mapping[str, Any])
         sample: Row of `tokenized_samples`, in ChatML.
 
     Returns:
-        The text of the turn, each image as `[image]` and each clip as `[video]`; without a user turn, the first turn.
+        The text of the turn, each image as `[image]` and each clip as `[video]`. Earlier user turns are `…`, behind
+        their images and clips, which the question may be about. Without a user turn, the first turn.
     """
     prompt = sample["input_ids"][: sample["prompt_length"]]
     text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    turn = text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-    return _CLIP.sub("[video] ", _IMAGE.sub("[image] ", turn)).strip()
+    before, _, turn = text.rpartition(_USER)
+    question = _MEDIUM.sub(lambda medium: f"[{medium.lastgroup}] ", turn.partition("<|im_end|>")[0]).strip()
+    media = [f"[{medium.lastgroup}]" for medium in _MEDIUM.finditer(before)]
+    earlier = [*media, "…"] if _USER in before else []
+    return " ".join([*earlier, question])

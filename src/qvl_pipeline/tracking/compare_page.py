@@ -35,6 +35,7 @@ def render_comparison(comparison: Comparison) -> str:
             plot_width=WIDTH,
             kinds=_kinds(comparison, colours),
             intervals_missing=[name for name in names if _has_no_intervals(comparison.scores, name)],
+            gains_missing=_without_gain(comparison, names),
             figures=_rows(comparison.figures.map(_figure)),
             versions=_rows(comparison.versions),
             examples=_examples(comparison, names),
@@ -82,6 +83,13 @@ def _kinds(comparison: Comparison, colours: dict[str, str]) -> list[dict[str, An
 def _has_no_intervals(scores: pd.DataFrame, name: str) -> bool:
     of_run = scores[scores["run"] == name]
     return bool(len(of_run)) and of_run["low"].isna().all()
+
+
+def _without_gain(comparison: Comparison, names: list[str]) -> list[str]:
+    """Return the trainings whose answers are there, as are those of the first, but to none of the same samples."""
+    scores = comparison.scores.dropna(subset="low")
+    answered, compared = set(scores["run"]), set(comparison.differences["run"])
+    return [name for name in names[1:] if {names[0], name} <= answered and name not in compared]
 
 
 def _examples(comparison: Comparison, names: list[str]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -42,8 +43,8 @@ class RecordedRun:
         run_id: MLflow run of the training.
         name: Profile.
         started: When it started, in milliseconds since 1970.
-        parameters: All parameters by their flat names (`train.learning_rate`), as text; those of block `evaluate` are
-            from the evaluation.
+        parameters: All parameters by their flat names (`train.learning_rate`, `ingest.datasets[digits].weight`), as
+            text; those of block `evaluate` are from the evaluation.
         metrics: Last value of every metric.
         curves: Value by step of every metric in `CURVES` that was recorded.
         tags: Tags of the training.
@@ -154,8 +155,18 @@ def _parameters(run: Run) -> dict[str, str]:
     merged = _artifact(run, "parameters.yml")
     if merged is None:
         return dict(run.data.params)
-    leaves = flattened(yaml.safe_load(merged), ".")
+    leaves = _leaves(yaml.safe_load(merged))
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the flat names and values of parameters; also those of blocks in a list, such as `ingest.datasets`."""
+    for key, value in flattened(values, "."):
+        if value and isinstance(value, list) and all(isinstance(block, dict) for block in value):
+            for number, block in enumerate(value):
+                yield from ((f"{key}[{block.get('name', number)}].{inner}", leaf) for inner, leaf in _leaves(block))
+        else:
+            yield key, value
 
 
 def _curve(client: MlflowClient, run_id: str, key: str) -> pd.Series:

@@ -39,6 +39,7 @@ def render_report(
     train_result: dict[str, Any],
     plan_summary: dict[str, Any],
     validation_report: dict[str, Any],
+    validation_page: str | None,
     slices: dict[str, Any],
     media: Callable[[str], list[list[Thumbnail]]],
 ) -> str:
@@ -56,6 +57,7 @@ def render_report(
         train_result: What training ended with.
         plan_summary: Steps, packs, tokens and fill of the plan.
         validation_report: Counts of rows, and of every rule that was broken.
+        validation_page: Address of the page that shows these rows, relative to the report.
         slices: Metrics by `source` and by `prompt_length`, of each model.
         media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
 
@@ -76,6 +78,7 @@ def render_report(
         training=_training_facts(train_result, plan_summary, training_metrics),
         counts=validation_report["counts"],
         rules=_broken_rules(validation_report["rules"]),
+        validation_page=validation_page,
         examples=_examples(predictions, media),
         examples_each=EXAMPLES_EACH,
         right=RIGHT,

@@ -179,5 +179,6 @@ def write_report(
         train_result=train_result,
         plan_summary=plan_summary,
         validation_report=validation_report,
+        validation_page=f"../{evaluate.dataset}/validation.html" if evaluate.dataset else None,
         media=MediaThumbnails(TokenizedSamples(tokenized_samples), video_frames),
     )
