@@ -59,6 +59,11 @@ def metrics_row(step: int, loss: float) -> dict[str, float]:
 
 @pytest.fixture
 def facts() -> dict[str, Any]:
+    return report_facts()
+
+
+def report_facts() -> dict[str, Any]:
+    """Arguments of `render_report`."""
     rows = [prediction(n, "video", n >= 4) for n in range(8)] + [prediction(8, "text", True, question=NASTY)]
     return {
         "title": "tiny",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import http.server
@@ -27,7 +28,10 @@ import pytest
 from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.tracking.compare import compare_runs
 from qvl_pipeline.tracking.compare_page import render_comparison
+from qvl_pipeline.tracking.report import render_report
+from qvl_pipeline.tracking.validation_page import render_validation
 from tests.kedro_project import REPOSITORY, make_project
+from tests.tracking.test_report import report_facts
 from tests.trainings import Recorder, predictions
 from tests.ui.browser import open_page
 
@@ -117,15 +121,19 @@ def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorde
     assert "tiny_qwen2_5_vl (train/loss)" in shown(page)
 
 
-def test_the_comparison_shows_overlaid_curves(recorder: Recorder, tmp_path: Path) -> None:
+@pytest.fixture
+def comparison(recorder: Recorder) -> Iterator[str]:
+    """The page of `make compare`."""
     import mlflow
 
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(recorder.uri)
-    try:
-        (tmp_path / "compare.html").write_text(render_comparison(compare_runs(["base", "tiny_qwen2_5_vl"])))
-    finally:
-        mlflow.set_tracking_uri(before)
+    yield render_comparison(compare_runs(["base", "tiny_qwen2_5_vl"]))
+    mlflow.set_tracking_uri(before)
+
+
+def test_the_comparison_shows_overlaid_curves(comparison: str, tmp_path: Path) -> None:
+    (tmp_path / "compare.html").write_text(comparison)
     page = open_page((tmp_path / "compare.html").as_uri(), "compare", height=2600, wait_ms=500)
     training_loss = page.split('aria-label="Training loss by optimizer step"')[1].split("</figure>")[0]
     assert re.findall(r'class="line (run\d) smooth"', training_loss) == ["run0", "run1"]
@@ -133,6 +141,47 @@ def test_the_comparison_shows_overlaid_curves(recorder: Recorder, tmp_path: Path
     assert "train.learning_rate 0.002 0.001" in text
     assert re.search(r"video exact_match base 40 50\.0 %", text)
     assert re.search(r"tiny_qwen2_5_vl 40 87\.5 % 73\.9 % \S 94\.5 % \+37\.5", text)
+
+
+def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: Path) -> None:
+    facts, source = report_facts(), "a_source_with_a_rather_long_name"
+    for model in facts["slices"].values():
+        model["source"] = {source: model["source"]["made"]}
+    lost = pd.DataFrame([{"source": source, "row": 1, "rule": "unreadable_row", "detail": "x" * 200}])
+    pages = {
+        "report": render_report(**facts),
+        "compare": comparison,
+        "validation": render_validation(
+            report=facts["validation_report"],
+            samples=[],
+            rejects=lost,
+            quarantine=lost.assign(sample_id=f"{source}/2"),
+            warnings=lost.assign(sample_id=f"{source}/3"),
+            media_index=pd.DataFrame(columns=["type", "width", "height", "duration_s", "fps"]),
+            thumbnail=lambda *_: None,
+        ),
+    }
+    for name, page in pages.items():
+        (tmp_path / f"{name}.html").write_text(page)
+    frames = "".join(f'<iframe id="{name}" src="{name}.html" width="360" height="1000"></iframe>' for name in pages)
+    script = """onload = () => {
+      for (const { id, contentDocument: { documentElement: page } } of document.querySelectorAll("iframe"))
+        document.body.append(`${id}: ${page.scrollWidth - page.clientWidth} too wide; `)
+    }"""
+    (tmp_path / "phones.html").write_text(f"<style>iframe {{ border: 0 }}</style>{frames}<script>{script}</script>")
+    with served(tmp_path) as address:
+        text = shown(open_page(f"{address}/phones.html", "phones", wait_ms=1000))
+    assert text.strip() == " ".join(f"{name}: 0 too wide;" for name in pages)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a web site of the files in `folder`."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +194,8 @@ def viz(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     metrics.to_csv(reporting / "training_metrics.csv", index=False)
     shutil.copy(REPOSITORY / ".telemetry", project)
     subprocess.run([*MAKE, "viz-static"], cwd=project, env=environment(), capture_output=True, check=True)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=project / "build")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", project / "build"
-        server.shutdown()
+    with served(project / "build") as address:
+        yield address, project / "build"
 
 
 def test_kedro_viz_shows_the_stages_the_layers_and_a_preview(viz: tuple[str, Path]) -> None:
