@@ -163,6 +163,19 @@ def test_attention_makes_one_long_sample_more_work_than_many_short_ones() -> Non
     assert llm_cost(np.array([16_384]))[0] > 1.2 * llm_cost(np.full(16, 1024)).sum()
 
 
+def test_grouped_samples_of_a_step_are_of_similar_length_in_every_epoch() -> None:
+    lengths = log_normal(405, 4096)  # no multiple of a step
+    rng = np.random.default_rng(0)
+    order, groups = np.zeros(0, dtype=np.int64), []
+    for _ in range(3):
+        packs = one_each(lengths, group_by_length=True, group=8, rng=rng, begun=len(order))
+        assert sorted(packs.samples) == list(range(405))
+        order = np.concatenate([order, packs.samples])
+        groups.append(lengths[order[: len(order) // 8 * 8]].reshape(-1, 8))
+    padding = [1 - group.sum() / (8 * group.max(axis=1)).sum() for group in groups]
+    assert max(padding) < 1.1 * padding[0]
+
+
 @pytest.mark.parametrize("packer", PACKERS)
 def test_a_seed_decides_and_another_seed_packs_otherwise(packer) -> None:
     lengths = log_normal(500, 2048)

@@ -17,9 +17,10 @@ class BatchingConfig(Block):
             iterable types `vision_iterable` and `qwen3_vl_iterable`, samples are tokenised, shuffled and packed as they
             are read, without a plan, for `max_steps` steps, however many passes that takes.
         packing: Several samples per pack; otherwise each pack is one sample.
-        packing_strategy: `best_fit` (best-fit-decreasing over the whole epoch) fills packs best. `first_fit` keeps the
-            shuffled order. `balanced` makes packs of equal work, counting attention and vision tower: ranks wait less
-            for each other, and packs are about 99 % full. Iterable types choose among the samples that wait.
+        packing_strategy: `best_fit` (best-fit-decreasing over the whole epoch) fills packs best, unless
+            `packing_vit_patches` is as scarce as tokens. `first_fit` keeps the shuffled order. `balanced` makes packs
+            of equal work, counting attention and vision tower: ranks wait less for each other, and packs are about 99 %
+            full. Iterable types choose among the samples that wait.
         packing_length: Token budget of one pack.
         packing_vit_patches: Vision patch budget of one pack; `None` sets none.
         filter_overlong: Leave out samples longer than `packing_length` (each is listed); `false` refuses them.

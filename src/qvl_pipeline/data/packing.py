@@ -385,7 +385,9 @@ def _place_by_work(
     return packs + [pack for _, pack in full]
 
 
-def one_each(lengths: np.ndarray, *, group_by_length: bool, group: int, rng: np.random.Generator) -> Packs:
+def one_each(
+    lengths: np.ndarray, *, group_by_length: bool, group: int, rng: np.random.Generator, begun: int = 0
+) -> Packs:
     """Make every sample its own pack, in shuffled order.
 
     Args:
@@ -394,16 +396,19 @@ def one_each(lengths: np.ndarray, *, group_by_length: bool, group: int, rng: np.
             are in random order.
         group: Packs that belong together (an optimizer step).
         rng: Source of the order.
+        begun: Packs that come before these. Where they end inside of a group, it is with their longest samples; the
+            longest of these complete it.
 
     Returns:
         Packs of one position in `lengths` each.
     """
     order = rng.permutation(len(lengths))
-    if group_by_length and len(order) > group:
+    if group_by_length:
         # The shuffle before the stable sort decides among samples of equal length.
         order = order[np.argsort(lengths[order], kind="stable")]
-        groups = [order[start : start + group] for start in range(0, len(order), group)]
+        rest, completing = np.split(order, [max(0, len(order) - -begun % group)])
+        groups = [rest[start : start + group] for start in range(0, len(rest), group)]
         # The last, smaller group stays last, so that all the others stay whole.
-        whole = [groups[number] for number in rng.permutation(len(groups) - 1)]
-        order = np.concatenate([*whole, groups[-1]])
+        whole = [groups[number] for number in rng.permutation(max(0, len(groups) - 1))]
+        order = np.concatenate([completing, *whole, *groups[-1:]])
     return Packs(order, np.arange(len(order) + 1))

@@ -106,7 +106,7 @@ def make_eval_plan(tokenized_path: Path, batching: BatchingConfig) -> pd.DataFra
             len(overlong),
             overlong[0],
         )
-    packs = _pack(samples.tokens, samples.patches, batching, epoch=0)
+    packs = _pack(samples.tokens, samples.patches, batching, epoch=0, begun=0)
     return _plan_table(packs, samples, packs_per_step=len(packs))[0]
 
 
@@ -212,7 +212,8 @@ def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str
     epochs: list[Packs] = []
     while len(epochs) < batching.num_train_epochs if limit is None else sum(map(len, epochs)) < limit:
         drawn = _draw(samples.sources, weights, len(epochs), batching.seed)
-        packs = _pack(samples.tokens[drawn], samples.patches[drawn], batching, len(epochs))
+        begun = sum(map(len, epochs))
+        packs = _pack(samples.tokens[drawn], samples.patches[drawn], batching, len(epochs), begun)
         epochs.append(Packs(drawn[packs.samples], packs.bounds))
     sizes = np.concatenate([np.diff(packs.bounds) for packs in epochs])[:limit]
     bounds = np.concatenate([[0], np.cumsum(sizes)])
@@ -235,11 +236,12 @@ def _draw(sources: np.ndarray, weights: Mapping[str, float], epoch: int, seed: i
     return np.concatenate(drawn)
 
 
-def _pack(tokens: np.ndarray, patches: np.ndarray, batching: BatchingConfig, epoch: int) -> Packs:
-    """Pack the samples of one epoch; the order of the packs is random."""
+def _pack(tokens: np.ndarray, patches: np.ndarray, batching: BatchingConfig, epoch: int, begun: int) -> Packs:
+    """Pack the samples of one epoch, which `begun` packs come before; the order of the packs is random."""
     rng = np.random.default_rng([batching.seed, epoch])
     if not batching.packing:
-        return one_each(tokens, group_by_length=batching.group_by_length, group=batching.packs_per_step, rng=rng)
+        grouped, group = batching.group_by_length, batching.packs_per_step
+        return one_each(tokens, group_by_length=grouped, group=group, rng=rng, begun=begun)
     packs = _STRATEGIES[batching.packing_strategy](
         tokens, patches, max_tokens=batching.packing_length, max_patches=batching.packing_vit_patches, rng=rng
     )
