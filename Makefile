@@ -8,6 +8,8 @@ PORT ?= 5000
 UV = $(shell command -v uv || echo .uv/bin/uv)
 ENVIRONMENT := .venv/.up-to-date
 KEDRO_RUN := kedro run$(if $(PROFILE), --env $(PROFILE))
+# Of two that name a dataset, the profile's takes precedence.
+GLOBALS := conf/base/globals.yml $(if $(PROFILE),conf/$(PROFILE)/globals.yml)
 EMPTY :=
 # Kedro takes a comma in --params for the start of another parameter.
 COMPARED := $(subst $(EMPTY) $(EMPTY),+,$(strip $(RUNS)))
@@ -31,9 +33,11 @@ setup: $(ENVIRONMENT) ## Make or update .venv; the other targets do it when need
 run: $(ENVIRONMENT) ## Run all stages, from data to report. PROFILE=tiny_qwen2_5_vl for another profile.
 	@echo "==> $(KEDRO_RUN)"
 	@$(KEDRO_RUN)
+	@echo "==> data:   data/08_reporting/$$(awk '/^dataset:/ {name = $$2} END {print name}' $(GLOBALS))/validation.html"
+	@echo "==> labels: data/08_reporting/$(or $(PROFILE),base)/label_preview.html"
 	@echo "==> report: data/08_reporting/$(or $(PROFILE),base)/report.html"
 	@echo "==> model:  data/06_models/$(or $(PROFILE),base)/trained"
-	@echo "==> 'make ui' compares runs; 'make repro' runs only what has changed"
+	@echo "==> 'make compare' puts two or more trainings on one page; 'make ui' shows all runs; 'make repro' runs what has changed"
 
 test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the coverage (at least 85 %).
 	@echo "==> ruff"

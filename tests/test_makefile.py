@@ -42,6 +42,7 @@ class Folder:
         self.log = path / "calls"
         for name in ("Makefile", "requirements.lock", "pyproject.toml"):
             shutil.copy(ROOT / name, self.path)
+        shutil.copytree(ROOT / "conf", self.path / "conf", ignore=shutil.ignore_patterns("local"))
         for name in ("make", "sh", "awk", "mkdir", "chmod", "touch", "test", "rm", "find"):
             (self.commands / name).symlink_to(shutil.which(name))
 
@@ -91,6 +92,20 @@ def test_run_installs_once_and_says_so(folder: Folder) -> None:
     second = folder.make("run")
     assert "installing" not in second.stdout
     assert folder.calls() == ["kedro run"]
+
+
+@pytest.mark.parametrize(("profile", "dataset"), [("", "digits"), ("qwen3_vl_8b", "my_dataset")])
+def test_run_ends_with_the_places_of_all_pages(folder: Folder, profile: str, dataset: str) -> None:
+    folder.add_command("uv")
+    name = profile or "base"
+    lines = folder.make("run", *([f"PROFILE={profile}"] if profile else [])).stdout.splitlines()
+    assert lines[-5:-1] == [
+        f"==> data:   data/08_reporting/{dataset}/validation.html",
+        f"==> labels: data/08_reporting/{name}/label_preview.html",
+        f"==> report: data/08_reporting/{name}/report.html",
+        f"==> model:  data/06_models/{name}/trained",
+    ]
+    assert "'make compare'" in lines[-1]
 
 
 @pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])
@@ -158,5 +173,5 @@ def test_clean_keeps_data_and_runs(folder: Folder) -> None:
         (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.path / name).write_text("")
     folder.make("clean")
-    left = {path.name for path in folder.path.rglob("*") if path.is_file()}
+    left = {path.name for path in folder.path.rglob("*") if path.is_file() and "conf" not in path.parts}
     assert left == {"Makefile", "requirements.lock", "pyproject.toml", "model", "mlflow.db"}
