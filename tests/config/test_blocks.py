@@ -99,6 +99,26 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.TrainConfig, {"lr_scheduler_kwargs": {"min_lr": 1e-6}}, "'cosine' has no argument 'min_lr'"),
         (config.TrainConfig, {"lr_scheduler_type": "cosine_with_min_lr"}, "needs min_lr or min_lr_rate"),
         (config.TrainConfig, {"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps"),
+        (
+            config.TrainConfig,
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}},
+            "min_lr 0.001 is above the peak .* choose at most learning_rate 1e-05",
+        ),
+        (
+            config.TrainConfig,
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1e-6}},
+            "lr_end must be a number that is not negative, but is -1e-06",
+        ),
+        (
+            config.TrainConfig,
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 2}},
+            "min_lr_rate 2 is a share of the peak rate: choose one between 0 and 1",
+        ),
+        (
+            config.TrainConfig,
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": "0.1"}},
+            "min_lr_rate must be a number that is not negative, but is '0.1'",
+        ),
         (config.TrainConfig, {"optim": "adam"}, "Input should be 'adamw_torch_fused'"),
         (
             config.ModelConfig,

@@ -130,6 +130,48 @@ class TestSchedule:
         with pytest.raises(ValueError, match=f"lr_scheduler_type '{name}'.*is impossible: .*{reason}"):
             learning_rate_schedule(optim(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs), max_steps=20)
 
+    @pytest.mark.parametrize(
+        ("name", "kwargs", "sentence"),
+        [
+            ("cosine_with_min_lr", {"min_lr": 1.0}, "train step 6 of 20 at 1.* times the peak rate: choose lr_sch"),
+            ("polynomial", {"lr_end": -1e-3}, "train step 14 of 20 at -.* so that it stays between 0 and 1 times"),
+            ("cosine_with_min_lr", {"min_lr_rate": -1}, "train the last 8 of 20 steps at a rate of 0, from step 13 on"),
+            ("warmup_stable_decay", {"num_decay_steps": 6, "min_lr_ratio": 5}, "train step 1 of 20 at 5 times"),
+            (
+                "warmup_stable_decay",
+                {"num_decay_steps": 17},
+                r"takes 21 steps \(warmup 4, num_decay_steps 17\), but the run has 20: shorten them to 20 steps",
+            ),
+            (
+                "warmup_stable_decay",
+                {"num_decay_steps": 6, "num_stable_steps": 11},
+                r"takes 21 steps \(warmup 4, num_stable_steps 11, num_decay_steps 6\), but the run has 20",
+            ),
+            ("warmup_stable_decay", {"num_decay_steps": 6, "num_stable_steps": 8}, "train the last 2 of 20 steps"),
+        ],
+    )
+    def test_rates_that_no_one_asks_for_are_refused(self, name: str, kwargs: dict, sentence: str) -> None:
+        with pytest.raises(ValueError, match=f"lr_scheduler_type '{name}'.*{sentence}"):
+            learning_rate_schedule(optim(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs), max_steps=20)
+
+    @pytest.mark.parametrize(
+        ("name", "kwargs", "warmup_steps"),
+        [
+            ("warmup_stable_decay", {"num_decay_steps": 16}, 4),
+            ("warmup_stable_decay", {"num_decay_steps": 6, "num_stable_steps": 2, "min_lr_ratio": 0.1}, 4),
+            ("warmup_stable_decay", {"num_decay_steps": 6, "num_stable_steps": 9}, 4),  # ends with one step at 0
+            ("cosine", {}, 0),
+            ("cosine", {"num_cycles": 1}, 0),  # 0 in the middle
+            ("cosine", {}, 30),
+            ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.0, "warmup_lr_rate": 1.0}, 4),
+            ("cosine_with_restarts", {"num_cycles": 20}, 0),
+        ],
+    )
+    def test_unusual_shapes_are_not(self, name: str, kwargs: dict, warmup_steps: int) -> None:
+        spec = optim(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=warmup_steps)
+        factor = learning_rate_schedule(spec, max_steps=20)
+        assert max(factor(step) for step in range(1, 21)) == pytest.approx(min(1, 20 / max(warmup_steps, 1)))
+
     def test_declared_arguments_are_those_of_transformers(self) -> None:
         for name, function in TYPE_TO_SCHEDULER_FUNCTION.items():
             if name.value in ("reduce_lr_on_plateau", "greedy"):  # refused

@@ -36,6 +36,10 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
             r"lr_scheduler_type 'polynomial' over 10 steps .* is impossible: lr_end \(1.0\) must be smaller",
         ),
         (
+            {"optim": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 200}}},
+            r"'warmup_stable_decay' takes 20\d steps .* but the run has 10: shorten them to 10 steps together",
+        ),
+        (
             {"parallel": {"wrap": ("Qwen3VLTextDecoderLayer",)}},
             "no module of qwen2_5_vl has the class 'Qwen3VLTextDecoderLayer'; its layers are Qwen2_5_VLDecoderLayer",
         ),

@@ -33,11 +33,22 @@ _REQUIRED = {
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
 }
+# Arguments with another limit than that no number may be negative: shares of the peak rate, and rates.
+_SHARES = ("min_lr_rate", "min_lr_ratio", "warmup_lr_rate")
+_RATES = ("min_lr", "lr_end")
+_NAMES = ("warmup_type", "decay_type")
 _DEPEND_ON_LOSSES = ("reduce_lr_on_plateau", "greedy")
 
 
-def check_schedule(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Check that a schedule exists and takes these arguments.
+def check_schedule(name: str, kwargs: Mapping[str, Any], learning_rate: float) -> None:
+    """Check that a schedule exists, and takes these arguments.
+
+    What depends on the number of steps is checked before the launch, when there is a plan.
+
+    Args:
+        name: `lr_scheduler_type`.
+        kwargs: `lr_scheduler_kwargs`.
+        learning_rate: Peak rate.
 
     Raises:
         ValueError: It does not; the message says what to write instead.
@@ -57,3 +68,21 @@ def check_schedule(name: str, kwargs: Mapping[str, Any]) -> None:
     choices = _REQUIRED.get(name, ())
     if choices and sum(key in kwargs for key in choices) != 1:
         raise ValueError(f"lr_scheduler_type '{name}' needs {' or '.join(choices)} in lr_scheduler_kwargs")
+    for key, value in kwargs.items():
+        if value is not None and key not in _NAMES:
+            _check_number(key, value, learning_rate)
+
+
+def _check_number(key: str, value: object, learning_rate: float) -> None:
+    """Refuse what would let the rate fall below zero or rise above its peak: transformers takes it, and trains so."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"lr_scheduler_kwargs: {key} must be a number that is not negative, but is {value!r}")
+    if key in _SHARES and value > 1:
+        raise ValueError(
+            f"lr_scheduler_kwargs: {key} {value:g} is a share of the peak rate: choose one between 0 and 1"
+        )
+    if key in _RATES and value > learning_rate:
+        raise ValueError(
+            f"lr_scheduler_kwargs: {key} {value:g} is above the peak it is to start or end below: choose at most "
+            f"learning_rate {learning_rate:g}"
+        )

@@ -209,7 +209,7 @@ class TrainConfig(Block):
 
     @model_validator(mode="after")
     def _schedule_is_possible(self) -> TrainConfig:
-        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate)
         if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
             raise ValueError(
                 "lr_scheduler_type 'constant' has no warmup: use 'constant_with_warmup', or set warmup_ratio and "

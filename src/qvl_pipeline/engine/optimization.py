@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from qvl_pipeline.engine.freezing import ALIASES
 from qvl_pipeline.engine.muon import ShardedMuon
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import OptimSpec
+
+# What a factor of exactly 1 may come out as.
+_ROUNDING = 1e-9
 
 
 def make_optimizers(model: PackedVLM, spec: OptimSpec) -> list[torch.optim.Optimizer]:
@@ -128,7 +131,8 @@ def learning_rate_schedule(spec: OptimSpec, max_steps: int) -> Callable[[int], f
     schedule has no state to save.
 
     Raises:
-        ValueError: transformers refuses the schedule's arguments.
+        ValueError: transformers refuses the schedule's arguments, or takes them and would train at a rate above the
+            peak, below zero, or of zero to the end; or the run ends before the schedule does.
     """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=spec.learning_rate)
     try:
@@ -149,4 +153,39 @@ def learning_rate_schedule(spec: OptimSpec, max_steps: int) -> Callable[[int], f
             f"lr_scheduler_type '{spec.lr_scheduler_type}' over {max_steps} steps with {spec.warmup_steps} of warmup "
             f"and lr_scheduler_kwargs {spec.lr_scheduler_kwargs} is impossible: {error}"
         ) from error
+    if spec.lr_scheduler_type == "warmup_stable_decay":
+        _check_stages(spec, max_steps)
+    _check_factors(spec, factors)
     return lambda step: factors[step - 1]
+
+
+def _check_stages(spec: OptimSpec, max_steps: int) -> None:
+    """Refuse stages longer than the run, which would end within its decay or before its peak."""
+    given = spec.lr_scheduler_kwargs
+    named = {"warmup": spec.warmup_steps} | {
+        name: given[name] for name in ("num_stable_steps", "num_decay_steps") if given.get(name) is not None
+    }
+    if sum(named.values()) > max_steps:
+        raise ValueError(
+            f"lr_scheduler_type 'warmup_stable_decay' takes {sum(named.values())} steps "
+            f"({', '.join(f'{name} {steps}' for name, steps in named.items())}), but the run has {max_steps}: shorten "
+            f"them to {max_steps} steps together, or train for longer"
+        )
+
+
+def _check_factors(spec: OptimSpec, factors: Sequence[float]) -> None:
+    """Refuse rates that no one asks for, but that transformers makes of some arguments without a word."""
+    steps, schedule = len(factors), f"lr_scheduler_type '{spec.lr_scheduler_type}'"
+    arguments = f"lr_scheduler_kwargs {spec.lr_scheduler_kwargs}"
+    for step, factor in enumerate(factors, start=1):
+        if not 0 <= factor <= 1 + _ROUNDING:
+            raise ValueError(
+                f"{schedule} would train step {step} of {steps} at {factor:.3g} times the peak rate: choose "
+                f"{arguments} so that it stays between 0 and 1 times"
+            )
+    at_zero = steps - max((step for step, factor in enumerate(factors, start=1) if factor > 0), default=0)
+    if at_zero > 1:
+        raise ValueError(
+            f"{schedule} would train the last {at_zero} of {steps} steps at a rate of 0, from step "
+            f"{steps - at_zero + 1} on: choose {arguments} so that it falls to 0 at the last step"
+        )
