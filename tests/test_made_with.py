@@ -90,7 +90,7 @@ def test_every_stage_refuses_an_input_of_other_parameters(
     message = refusal(real, stage, params=changed)
     assert message.startswith(f"{stage} cannot start, because {entry} (data/")
     assert f") was made with {said} = " in message
-    assert f". Run `kedro run --pipelines {needed}` first." in message
+    assert f". Run `kedro run --pipelines {needed}` with the same --params first." in message
     assert ("Profiles that are to differ in this need a `dataset` each" in message) == ("sample" not in changed)
     assert "\n" not in message
 

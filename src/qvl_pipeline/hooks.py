@@ -71,7 +71,7 @@ class EarlyChecks:
         names = ", ".join(run_params["pipeline_names"] or ["the run"])
         root = Path(run_params["project_path"])
         stages = self._needed(wrong, catalog)
-        advice = _advice(wrong, stages, run_params["env"])
+        advice = _advice(wrong, stages, run_params["env"], params=bool(run_params.get("runtime_params")))
         if missing := [name for name, problem in wrong.items() if problem is None]:
             lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
             raise UserError("\n".join([f"{names} cannot start, inputs do not exist yet:", *lines, advice]))
@@ -192,10 +192,11 @@ def _makers() -> dict[str, str]:
     return {output: stage for stage in STAGES for output in pipelines[stage].all_outputs()}
 
 
-def _advice(wrong: Iterable[str], stages: list[str], env: str | None) -> str:
+def _advice(wrong: Iterable[str], stages: list[str], env: str | None, *, params: bool) -> str:
     if unmade := [name for name in wrong if name not in _makers()]:
         return f"No pipeline makes {', '.join(unmade)}: put it there."
-    return f"Run `kedro run --pipelines {','.join(stages)}{f' --env {env}' if env else ''}` first."
+    command = f"`kedro run --pipelines {','.join(stages)}{f' --env {env}' if env else ''}`"
+    return f"Run {command}{' with the same --params' if params else ''} first."
 
 
 def _shown(path: str | None, root: Path) -> str:

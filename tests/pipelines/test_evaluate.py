@@ -23,12 +23,15 @@ from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 KINDS = ["text", "single_image", "video"]
 CATALOG = Path(__file__).parents[2] / "conf" / "base" / "catalog.yml"
 
+MODEL = ModelConfig(processor_type="qwen3_vl")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     world = build_world(folder, "qwen3_vl", KINDS)
-    (world.model_folder / "manifest.json").write_text('{"path": ".", "family": "qwen3_vl"}')
+    manifest = {"path": ".", "family": "qwen3_vl", "parameters": MODEL.prepared()}
+    (world.model_folder / "manifest.json").write_text(json.dumps(manifest))
     world.teach(folder / "trained", [0, 1])
     return world
 
@@ -71,7 +74,7 @@ def inputs(world: World) -> dict[str, Any]:
             "counts": {"ingested": 12, "valid": 10, "quarantined": 1, "rejected": 1},
             "rules": {"missing_media": 1, "not_json": 1},
         },
-        "params:model": ModelConfig(processor_type="qwen3_vl"),
+        "params:model": MODEL,
         "params:evaluate": EvaluateConfig(
             batch_size=2, max_new_tokens=4, report_title="tiny & <new>", dataset="digits"
         ),
@@ -121,6 +124,12 @@ def test_the_base_model_can_be_left_out(inputs: dict[str, Any]) -> None:
 def test_a_model_of_another_plan_is_refused(inputs: dict[str, Any]) -> None:
     given = {**inputs, "plan_summary": inputs["plan_summary"] | {"fingerprint": "0ther"}}
     with pytest.raises(UserError, match=r"another pack plan.*--pipelines train"):
+        generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+
+
+def test_other_parameters_of_the_model_than_the_tokens_were_made_with_are_refused(inputs: dict[str, Any]) -> None:
+    given = {**inputs, "params:model": MODEL.model_copy(update={"image_max_pixels": 3136})}
+    with pytest.raises(UserError, match=r"model.image_max_pixels = 1003520, but this run has 3136: run `kedro run"):
         generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
+from qvl_pipeline.data.made_with import check_prepared
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
@@ -48,8 +49,8 @@ def generate(
         Without `compare_base` the base model's columns are null and the metrics have the key `trained` only.
 
     Raises:
-        UserError: There is nothing to evaluate, a sample has a task without a metric, or the model was trained on other
-            tokens than these.
+        UserError: There is nothing to evaluate, a sample has a task without a metric, the model was trained on other
+            tokens than these, or these were made with other parameters of the model.
     """
     from transformers import AutoProcessor
 
@@ -59,6 +60,7 @@ def generate(
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
 
+    check_prepared(base_model, model)
     if train_result["plan_fingerprint"] != plan_summary["fingerprint"]:
         raise UserError(
             "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "

@@ -14,6 +14,7 @@ import pandas as pd
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.config.launch import Nodes
+from qvl_pipeline.data.made_with import check_prepared
 from qvl_pipeline.data.plan import make_eval_plan, plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.launcher import Processes, launch
@@ -128,13 +129,7 @@ def _check_inputs(
     ingest: IngestConfig,
 ) -> None:
     """Refuse what was prepared for other parameters or other data than this run's."""
-    prepared = json.loads((base_model / "manifest.json").read_text())["parameters"]
-    for key, value in model.prepared().items():
-        if prepared.get(key) != value:
-            raise UserError(
-                f"base model and tokens were prepared with model.{key} = {prepared.get(key)!r}, but this run has "
-                f"{value!r}: run `kedro run --pipelines sample,tokenize` (with the same --env and --params) first"
-            )
+    check_prepared(base_model, model)
     if plan_fingerprint(planned, batching, source_weights(ingest)) != plan_summary["fingerprint"]:
         raise UserError(
             "the pack plan was made for other data or other `batching` parameters than this run's: "
