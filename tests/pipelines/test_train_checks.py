@@ -83,6 +83,20 @@ def test_a_warmup_longer_than_the_training_is_warned_of(
     ]
 
 
+def test_an_optimizer_that_cannot_be_saved_in_the_background_is_warned_of(
+    training: TrainSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optim = {"optim": "adamw_8bit", "warmup_steps": 0}
+    for save_async in (False, True):
+        spec = changed(training, tmp_path, optim=optim, run={"save_async": save_async})
+        assert caplog.messages == []
+        checks.check_before_launch(spec, steps=10, ranks=1)
+    assert caplog.messages == [
+        "save_async is not used: the state of optim 'adamw_8bit' cannot be copied aside, so training waits until a "
+        "checkpoint is written"
+    ]
+
+
 @pytest.mark.parametrize(
     ("parallel", "ranks", "sentence"),
     [

@@ -85,7 +85,8 @@ class TrainConfig(Block):
         logging_steps: Steps between two rows of metrics.
         save_steps: Steps between two checkpoints; 0 saves only at the end.
         save_total_limit: Checkpoints kept.
-        save_async: Write checkpoints in the background; training waits only while they are copied to host memory.
+        save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
+            `adamw_8bit` it waits until they are written, and says so.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.

@@ -16,6 +16,9 @@ from qvl_pipeline.engine.spec import OptimSpec
 
 # What a factor of exactly 1 may come out as.
 _ROUNDING = 1e-9
+# Optimizers whose state cannot be written in the background: torch copies it aside tensor by tensor, each into a new
+# one like it, and torchao's 8-bit tensors (0.18) do not know how to make one (aten.new_empty).
+SAVED_BLOCKING = frozenset({"adamw_8bit"})
 
 
 def make_optimizers(model: PackedVLM, spec: OptimSpec) -> list[torch.optim.Optimizer]:

@@ -18,7 +18,7 @@ class RunSpec:
         logging_steps: Steps between two rows of metrics.
         save_steps: Steps between two checkpoints; 0 keeps none but the one at the end.
         save_total_limit: Checkpoints kept.
-        save_async: Write checkpoints in the background.
+        save_async: Write checkpoints in the background, where the optimizer's state allows it.
         resume_from: Checkpoint to start from when `output_dir` has none yet; empty starts from the base model. The
             newest complete checkpoint in `output_dir` itself is always continued.
         identity: What the run and a checkpoint it continues must agree in; written into every checkpoint.

@@ -25,7 +25,12 @@ from qvl_pipeline.engine.loading import build_model, load_processor
 from qvl_pipeline.engine.loss_scale import LossScale
 from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
 from qvl_pipeline.engine.nonfinite import FiniteWatch, NonFiniteError
-from qvl_pipeline.engine.optimization import learning_rate_schedule, make_optimizers, set_learning_rates
+from qvl_pipeline.engine.optimization import (
+    SAVED_BLOCKING,
+    learning_rate_schedule,
+    make_optimizers,
+    set_learning_rates,
+)
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.profiling import out_of_memory_explained, profiled
 from qvl_pipeline.engine.sequence_parallel import SequenceShare
@@ -99,13 +104,14 @@ class Trainer:
             state["loss_scale"] = self.loss_scale
         if isinstance(self.feed, StreamedFeed):
             state["stream"] = self.feed
+        self.facts["save_async"] = run.save_async and self.spec.optim.optim not in SAVED_BLOCKING
         return Checkpoints(
             Path(run.output_dir) / "checkpoints",
             state,
             rank_state={"random": RandomState(self.device)},
             identity=run.identity,
             keep=run.save_total_limit,
-            asynchronous=run.save_async,
+            asynchronous=self.facts["save_async"],
             timeout_s=run.ddp_timeout,
         )
 

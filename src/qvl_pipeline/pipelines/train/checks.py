@@ -52,11 +52,7 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         raise UserError(
             f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
         )
-    if spec.optim.warmup_steps > steps:
-        logger.warning(
-            "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
-            *(spec.optim.warmup_steps, steps),
-        )
+    _warn(spec, steps)
     if spec.model.torch_compile:
         _check_backend(spec.model.torch_compile_backend)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +69,23 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     except ValueError as error:
         raise UserError(str(error)) from error
     return kernels
+
+
+def _warn(spec: TrainSpec, steps: int) -> None:
+    """Say what will not be as the parameters let one expect."""
+    from qvl_pipeline.engine.optimization import SAVED_BLOCKING
+
+    if spec.optim.warmup_steps > steps:
+        logger.warning(
+            "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
+            *(spec.optim.warmup_steps, steps),
+        )
+    if spec.run.save_async and spec.optim.optim in SAVED_BLOCKING:
+        logger.warning(
+            "save_async is not used: the state of optim '%s' cannot be copied aside, so training waits until a "
+            "checkpoint is written",
+            spec.optim.optim,
+        )
 
 
 def _check_backend(name: str) -> None:
