@@ -6,6 +6,7 @@ import base64
 import contextlib
 import datetime
 import decimal
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
 from qvl_pipeline.data import batches, ingest, readers
+from qvl_pipeline.data.finished import finished_part
 from qvl_pipeline.data.ingest import ingest_sources
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.raw import list_files
@@ -403,6 +405,25 @@ def test_an_interrupted_run_goes_on_where_it_was(small_slabs: None) -> None:
     assert _ingest_until(99, *sources) == undisturbed[4:]
     assert _written() == expected
     assert list(Path("data/01_raw/cache/unfinished").iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_another_run_that_is_done_sooner_does_not_disturb(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """It takes away what both have kept."""
+    folder, part, new_file = Path("kept"), pa.table({"a": [1, 2]}), pa.ipc.new_file
+
+    def new_file_of_two(path: str, *arguments: Any, **options: Any) -> Any:
+        if moment == "before":
+            shutil.rmtree(folder)
+        file = new_file(path, *arguments, **options)
+        shutil.rmtree(folder)
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa.ipc, "new_file", new_file_of_two)
+        assert finished_part(folder, "x", lambda: part) == part
+    assert not folder.exists()
+    assert [finished_part(folder, "x", lambda made=made: made) for made in (part, None)] == [part, part]
 
 
 @pytest.mark.parametrize("change", ["split", "file", "code"])

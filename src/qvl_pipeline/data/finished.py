@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,18 @@ def finished_part(folder: Path, made_from: Any, make: Callable[[], pa.Table]) ->
         The part.
     """
     path = folder / f"{fingerprint(made_from)}.arrow"
-    if path.exists():
-        with pa.OSFile(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
+    # Another run of the same, which is done sooner, takes the folder away at any moment: what it kept is made again.
+    with contextlib.suppress(FileNotFoundError), pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
     part = make()
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        _write(path, part)
+    return part
+
+
+def _write(path: Path, part: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
     with pa.ipc.new_file(str(unfinished), part.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as file:
         file.write_table(part)
     unfinished.replace(path)
-    return part
