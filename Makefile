@@ -37,7 +37,8 @@ run: $(ENVIRONMENT) ## Run all stages, from data to report. PROFILE=tiny_qwen2_5
 	@echo "==> labels: data/08_reporting/$(or $(PROFILE),base)/label_preview.html"
 	@echo "==> report: data/08_reporting/$(or $(PROFILE),base)/report.html"
 	@echo "==> model:  data/06_models/$(or $(PROFILE),base)/trained"
-	@echo "==> 'make compare' puts two or more trainings on one page; 'make ui' shows all runs; 'make repro' runs what has changed"
+	@echo "==> 'make compare' puts two or more trainings on data/08_reporting/compare.html"
+	@echo "==> 'make ui' shows all runs; 'make repro' runs only what has changed"
 
 test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the coverage (at least 85 %).
 	@echo "==> ruff"

@@ -99,13 +99,13 @@ def test_run_ends_with_the_places_of_all_pages(folder: Folder, profile: str, dat
     folder.add_command("uv")
     name = profile or "base"
     lines = folder.make("run", *([f"PROFILE={profile}"] if profile else [])).stdout.splitlines()
-    assert lines[-5:-1] == [
+    assert lines[-6:-2] == [
         f"==> data:   data/08_reporting/{dataset}/validation.html",
         f"==> labels: data/08_reporting/{name}/label_preview.html",
         f"==> report: data/08_reporting/{name}/report.html",
         f"==> model:  data/06_models/{name}/trained",
     ]
-    assert "'make compare'" in lines[-1]
+    assert lines[-2] == "==> 'make compare' puts two or more trainings on data/08_reporting/compare.html"
 
 
 @pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])

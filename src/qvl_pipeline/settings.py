@@ -6,6 +6,7 @@ import os
 import sys
 
 from qvl_pipeline.hooks import EarlyChecks, Progress
+from qvl_pipeline.parameters import BLOCKS
 from qvl_pipeline.resolvers import project_path, tracking_uri
 from qvl_pipeline.tracking.mlflow_hook import MlflowHook
 
@@ -29,7 +30,7 @@ if not sys.stderr.isatty():
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-HOOKS = (EarlyChecks(), Progress(), MlflowHook())
+HOOKS = (EarlyChecks(), Progress(), MlflowHook(BLOCKS))
 
 # Installed beside our hook, kedro-mlflow would record every run twice. The name is the distribution's, underscore and
 # all: "kedro-mlflow" disables nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
@@ -74,8 +75,13 @@ class MlflowHook:
     A pipeline all of whose nodes have the tag `not_recorded` has no run.
     """
 
-    def __init__(self) -> None:
-        """Start without a run."""
+    def __init__(self, blocks: Mapping[str, type[Block]]) -> None:
+        """Start without a run.
+
+        Args:
+            blocks: Models of the parameters blocks, for the defaults of those that no node of a pipeline reads.
+        """
+        self._blocks = blocks
         self._run: MlflowRun | None = None
         self._system_metrics: SystemMetrics | None = None
         self._training_run: str | None = None
@@ -100,7 +106,9 @@ class MlflowHook:
         """Remember where entries are, what to record of them, and the parameters."""
         self._paths = {name: Path(entry["filepath"]) for name, entry in conf_catalog.items() if "filepath" in entry}
         self._wanted = {name: (entry.get("metadata") or {}).get("mlflow", {}) for name, entry in conf_catalog.items()}
-        self._parameters = {name: _plain(value) for name, value in parameters["parameters"].items()}
+        given = {name: parameters["parameters"].get(name) or {} for name in self._blocks}
+        models = {name: block.model_validate(given[name]) for name, block in self._blocks.items()}
+        self._parameters = {name: model.model_dump(mode="json") for name, model in models.items()}
 
     @hook_impl(trylast=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -232,7 +240,3 @@ def _blocks(pipeline: Pipeline) -> list[str]:
     """Return the parameters blocks that `pipeline` reads, sorted."""
     names = (name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:"))
     return sorted({name.split(".")[0] for name in names})
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
