@@ -23,6 +23,8 @@ ENVIRONMENT = {
     # A tracking server that is down is not waited for; by default, every call to it takes four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # Parallel downloads of base models, as in the launcher's processes.
+    "HF_XET_HIGH_PERFORMANCE": "1",
 }
 if not sys.stderr.isatty():
     # Bars of loading and saving weights; in a log file every redraw would be kept.

@@ -18,6 +18,7 @@ from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.evaluate.nodes import _score_table, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
+from qvl_pipeline.tracking.base_model import base_model_digest
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 
 KINDS = ["text", "single_image", "video"]
@@ -55,6 +56,7 @@ def inputs(world: World) -> dict[str, Any]:
             "world_size": 2,
             "device": "cpu",
             "plan_fingerprint": "f1nger",
+            "base_model": base_model_digest(world.model_folder),
             "git_commit": "c0mmit",
             "mlflow_run_id": "r0n",
         },
@@ -79,6 +81,12 @@ def inputs(world: World) -> dict[str, Any]:
             batch_size=2, max_new_tokens=4, report_title="tiny & <new>", dataset="digits"
         ),
     }
+
+
+def test_a_base_model_that_was_replaced_since_is_not_compared_with(inputs: dict[str, Any]) -> None:
+    replaced = inputs | {"train_result": inputs["train_result"] | {"base_model": "sha:of another"}}
+    with pytest.raises(UserError, match=r"replaced since the model was trained .*--pipelines train.*compare_base"):
+        generate(*(replaced[name] for name in create_pipeline().nodes[0].inputs))
 
 
 def test_both_models_are_scored_and_reported(inputs: dict[str, Any]) -> None:

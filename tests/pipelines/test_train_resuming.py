@@ -16,25 +16,23 @@ MODEL = ModelConfig(processor_type="qwen3_vl")
 SUMMARY = {"fingerprint": "abc"}
 
 
-def identity(folder: Path, plan: str = "abc", **train: object) -> dict[str, str]:
-    weights = folder / "weights"
-    weights.write_text("w")
-    return run_identity(weights, MODEL, TrainConfig(**train), plan)
+def identity(plan: str = "abc", base_model: str = "sha:1", **train: object) -> dict[str, str]:
+    return run_identity(base_model, MODEL, TrainConfig(**train), plan)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint-5"
     path.mkdir()
-    marker = {"step": 5, "world_size": 8, "identity": identity(tmp_path, freeze_modules=["visual"])}
+    marker = {"step": 5, "world_size": 8, "identity": identity(freeze_modules=["visual"])}
     (path / "COMPLETE").write_text(json.dumps(marker))
     return path
 
 
-def test_rates_schedule_precision_and_processes_may_differ(checkpoint: Path, tmp_path: Path) -> None:
+def test_rates_schedule_precision_and_processes_may_differ(checkpoint: Path) -> None:
     others = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "bf16": True, "nproc_per_node": 3}
     train = TrainConfig(resume_from_checkpoint=str(checkpoint), freeze_modules=["visual"], **others)
-    assert checkpoint_to_start_from(train, identity(tmp_path, freeze_modules=["visual"], **others)) == str(checkpoint)
+    assert checkpoint_to_start_from(train, identity(freeze_modules=["visual"], **others)) == str(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -46,11 +44,11 @@ def test_rates_schedule_precision_and_processes_may_differ(checkpoint: Path, tmp
     ],
 )
 def test_checkpoint_of_a_run_of_another_kind_is_refused(
-    train: dict, plan: str, sentence: str, checkpoint: Path, tmp_path: Path
+    train: dict, plan: str, sentence: str, checkpoint: Path
 ) -> None:
     config = TrainConfig(resume_from_checkpoint=str(checkpoint), **train)
     with pytest.raises(UserError, match=sentence):
-        checkpoint_to_start_from(config, identity(tmp_path, plan, **train))
+        checkpoint_to_start_from(config, identity(plan, **train))
 
 
 def test_checkpoint_that_is_not_there_or_not_whole_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.weight_files import weights_folder
 
 # A checkpoint names a handful of these before the message stops being readable.
 _NAMES_SHOWN = 3
@@ -62,7 +60,7 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     for tied in hf.all_tied_weights_keys:
         parameters.pop(tied)
     known = set(hf.state_dict())
-    reader = HuggingFaceStorageReader(str(_local_folder(path)))
+    reader = HuggingFaceStorageReader(str(weights_folder(path)))
     stored = {family.module_name(name, known): name for name in reader.read_metadata().state_dict_metadata}
     _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)
     dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
@@ -92,18 +90,3 @@ def _compare(path: str, parameters: Mapping[str, object], stored: Mapping[str, s
             if names
         ]
         raise ValueError(f"the checkpoint '{path}' {' and '.join(parts)}: it is not of this model, or not complete")
-
-
-def _local_folder(path: str) -> Path:
-    """Return the folder of the safetensors files, fetched from the hub where need be.
-
-    Raises:
-        ValueError: There are none.
-    """
-    options = {"_raise_exceptions_for_missing_entries": False}
-    if index := cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **options):
-        files, _ = get_checkpoint_shard_files(path, index)
-        return Path(files[0]).parent
-    if single := cached_file(path, SAFE_WEIGHTS_NAME, **options):
-        return Path(single).parent
-    raise ValueError(f"'{path}' has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: only safetensors are read")

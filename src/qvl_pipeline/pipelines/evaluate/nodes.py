@@ -18,6 +18,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.tracking.base_model import base_model_digest
 
 FAMILY_NAMES = {"qwen3_vl": "Qwen3-VL", "qwen2_5_vl": "Qwen2.5-VL"}
 
@@ -50,7 +51,8 @@ def generate(
 
     Raises:
         UserError: There is nothing to evaluate, a sample has a task without a metric, the model was trained on other
-            tokens than these, or these were made with other parameters of the model.
+            tokens than these or from another base model than it is to be compared with, or the tokens were made with
+            other parameters of the model.
     """
     from transformers import AutoProcessor
 
@@ -65,6 +67,11 @@ def generate(
         raise UserError(
             "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "
             "run `kedro run --pipelines train` (with the same --env) first"
+        )
+    if evaluate.compare_base and train_result.get("base_model") not in (None, base_model_digest(base_model)):
+        raise UserError(
+            "the base model was replaced since the model was trained from it: put it back, run `kedro run --pipelines "
+            "train` (with the same --env), or set evaluate.compare_base to false"
         )
     chosen = checked_samples(tokenized_samples, evaluate)
     samples = TokenizedSamples(tokenized_samples)

@@ -22,7 +22,8 @@ from qvl_pipeline.pipelines.train.checks import check_before_launch
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.resuming import checkpoint_to_start_from, run_identity
 from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
-from qvl_pipeline.tracking.lineage import git_tags
+from qvl_pipeline.tracking.base_model import base_model_digest
+from qvl_pipeline.tracking.lineage import content_digest, git_tags
 from qvl_pipeline.tracking.sinks import make_sinks
 from qvl_pipeline.tracking.unsent import keep_unsent, only_sender
 
@@ -59,9 +60,9 @@ def train(
     """
     planned = [tokenized_samples, stream_samples] if batching.streamed else [tokenized_samples]
     _check_inputs(base_model, planned, plan_summary, model, batching, ingest)
-    identity = run_identity(base_model, model, train, plan_summary["fingerprint"])
+    identity = run_identity(base_model_digest(base_model), model, train, plan_summary["fingerprint"])
     resume_from = checkpoint_to_start_from(train, identity)
-    fingerprint = run_fingerprint(model, train, plan_summary, [base_model, video_frames])
+    fingerprint = run_fingerprint(model, train, plan_summary, [identity["base_model"], content_digest(video_frames)])
     output_dir = base_model.parent / "scratch" / fingerprint
     plan_path, spec_path = output_dir / "pack_plan.parquet", output_dir / "train_spec.json"
     eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
@@ -108,6 +109,7 @@ def train(
         "train_time_s": train_time_s,
         "tokens_per_second": float(rows["tokens"].sum()) / train_time_s,
         "plan_fingerprint": plan_summary["fingerprint"],
+        "base_model": identity["base_model"],
         "git_commit": git_tags(Path.cwd()).get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }

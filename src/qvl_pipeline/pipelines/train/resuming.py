@@ -7,16 +7,16 @@ from pathlib import Path
 
 from qvl_pipeline.config import ModelConfig, TrainConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.lineage import content_digest
 
 
-def run_identity(base_model: Path, model: ModelConfig, train: TrainConfig, plan_fingerprint: str) -> dict[str, str]:
+def run_identity(base_model: str, model: ModelConfig, train: TrainConfig, plan_fingerprint: str) -> dict[str, str]:
     """Say what a run and a checkpoint it starts from must agree in, by parameter.
 
-    The plan, because a checkpoint's step is a position in it; the rest, because it decides which tensors there are.
+    The base model by the digest of its content; the plan, because a checkpoint's step is a position in it; the rest,
+    because it decides which tensors there are.
     """
     return {
-        "base_model": content_digest(base_model),
+        "base_model": base_model,
         "model.processor_type": model.processor_type,
         "plan": plan_fingerprint,
         "train.freeze_modules": ", ".join(sorted(train.freeze_modules)) or "none",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
-from qvl_pipeline.tracking.lineage import content_digest
 
 if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
@@ -38,7 +37,7 @@ _CHOOSES_THE_BEST = ("eval_strategy", "eval_steps")
 
 
 def run_fingerprint(
-    model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any], contents: Sequence[Path]
+    model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any], contents: Sequence[str]
 ) -> str:
     """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
 
@@ -49,7 +48,7 @@ def run_fingerprint(
         model: Parameters of the model.
         train: Parameters of training.
         plan_summary: Facts of the plan, which has a fingerprint of its own.
-        contents: Files and folders whose content counts: base model and frames.
+        contents: Digests of what else counts: base model and frames.
 
     Returns:
         16 hexadecimal digits.
@@ -60,7 +59,7 @@ def run_fingerprint(
     if training["resume_from_checkpoint"] in ("auto", "none"):
         del training["resume_from_checkpoint"]
     content = {"model": model.model_dump(), "train": training, "plan": plan_summary["fingerprint"]}
-    content["contents"] = [content_digest(path) for path in contents]
+    content["contents"] = list(contents)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
