@@ -47,6 +47,10 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
         ({"parallel": {"fp16": True}}, "fp16 needs a GPU"),
         ({"parallel": {"sp_ulysses_degree": 8}}, "8 does not divide the model's 4 attention heads"),
         ({"model": {"attn_implementation": "flash_attention_2"}}, "'flash_attention_2' needs the package|runs on CUDA"),
+        (
+            {"model": dict.fromkeys(("attn_implementation", "vit_attn_implementation"), "flash_attention_3")},
+            "^attn_implementation 'flash_attention_3'",
+        ),
         ({"model": {"vit_attn_implementation": "torch_varlen"}}, "vit_attn_implementation 'torch_varlen' runs on CUDA"),
         ({"model": {"attn_implementation": "torch_varlen"}, "data": {"rmpad": False}}, "knows no padding"),
         ({"stream": {"max_steps": 9}, "validation": {"strategy": "epoch"}}, "'epoch' needs a plan, .*: use 'steps'"),

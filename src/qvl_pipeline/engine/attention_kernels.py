@@ -63,8 +63,9 @@ def choose_kernels(text: str, vision: str, device: torch.device, *, half: bool, 
         raise ValueError("attn_implementation 'torch_varlen' knows no padding: use 'auto', or set use_rmpad to true")
     if not rmpad and text == "auto":
         text = "sdpa"
-    vision = choose_kernel(vision, device, half=half, key="vit_attn_implementation")
-    return choose_kernel(text, device, half=half), vision
+    # The language model's first: its parameter may be the only one that was set, and the vision tower's follows it.
+    text = choose_kernel(text, device, half=half)
+    return text, choose_kernel(vision, device, half=half, key="vit_attn_implementation")
 
 
 def choose_kernel(name: str, device: torch.device, *, half: bool, key: str = "attn_implementation") -> str:
