@@ -73,6 +73,7 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.ModelConfig, {"processor_type": "qwen3_vl", "processor_name": "x"}, "needs load_from_pretrained_path"),
         (config.TrainConfig, {"report_to": ["none", "mlflow"]}, "'none' excludes"),
         (config.TrainConfig, {"nproc_per_node": 0}, "at least 1"),
+        (config.TrainConfig, {"seed": -1}, "greater than or equal to 0"),
         (config.TrainConfig, {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "has no warmup"),
         (config.ValidateConfig, {"max_aspect_ratio": 500}, "less than or equal to 200"),
         (config.ValidateConfig, {"min_video_frames": 1}, "greater than or equal to 2"),

@@ -20,7 +20,7 @@ from qvl_pipeline.config import ModelConfig, TrainConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.parameters import BLOCKS
 from qvl_pipeline.tracking.data_version import dvc_md5
-from tests.kedro_project import METRICS, REPOSITORY, WAITS, make_project, run
+from tests.kedro_project import FAILS, METRICS, REPOSITORY, WAITS, make_project, run
 
 
 def recorded() -> list[Any]:
@@ -181,7 +181,7 @@ def test_metrics_for_a_training_run_that_is_gone_are_a_warning(project: Path, ca
 def test_a_failed_run_is_failed_and_the_next_one_is_its_own(project: Path) -> None:
     run(project, "ingest", "tokenize")
     with pytest.raises(ZeroDivisionError):
-        run(project, "train", params={"train": {"seed": -1}})
+        run(project, "train", params={"train": {"seed": FAILS}})
     failed = recorded()[-1]
     assert failed.info.status == "FAILED"
     run(project, "train")

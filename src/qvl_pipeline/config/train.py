@@ -157,7 +157,7 @@ class TrainConfig(Block):
     on_bad_sample: Literal["raise", "skip"] = "raise"
     profile_steps: list[int] = Field(default_factory=list)
     memory_snapshot_on_oom: bool = False
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
 
     @field_validator("report_to", mode="before")
     @classmethod
