@@ -223,6 +223,13 @@ def test_the_logging_is_plain_lines_and_no_file() -> None:
     assert config["loggers"]["qvl_pipeline"] == {"level": "INFO"}
 
 
+def test_base_models_are_downloaded_in_parallel() -> None:
+    import qvl_pipeline.settings
+
+    assert qvl_pipeline.settings.ENVIRONMENT["HF_XET_HIGH_PERFORMANCE"] == "1"
+    assert os.environ["HF_XET_HIGH_PERFORMANCE"]
+
+
 def test_nobody_is_told() -> None:
     import qvl_pipeline.settings
 

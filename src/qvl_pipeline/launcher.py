@@ -78,6 +78,26 @@ class Processes:
         return [*command, f"--rdzv-endpoint={self.nodes.endpoint}", f"--rdzv-id={job}", f"--rdzv-conf=is_host={hosts}"]
 
 
+def check_gpus(nproc_per_node: int, key: str) -> None:
+    """Refuse more processes than this node has GPUs, of which each takes one; without GPUs they share the CPU.
+
+    Args:
+        nproc_per_node: Processes of this node.
+        key: Where that number is from, for the message.
+
+    Raises:
+        UserError: There are too few GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < nproc_per_node:
+        raise UserError(
+            f"{key} is {nproc_per_node}, but this node has {gpus} GPU{'s' * (gpus > 1)} and each process takes one: "
+            f"choose at most {gpus}, or 'auto'"
+        )
+
+
 def launch(
     spec_path: Path,
     processes: Processes,
@@ -142,7 +162,8 @@ def environment(nproc_per_node: int) -> dict[str, str]:
         "NCCL_BLOCKING_WAIT": "0",
         "TORCH_NCCL_BLOCKING_WAIT": "0",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-        "NCCL_DEBUG": "WARN",
+        # Rings, transports and interfaces of every rank: the first question when a job hangs or is slow. In engine.log.
+        "NCCL_DEBUG": "INFO",
         # Parallel downloads of weights; what HF_HUB_ENABLE_HF_TRANSFER was before huggingface_hub 1.0.
         "HF_XET_HIGH_PERFORMANCE": "1",
     }
@@ -231,7 +252,8 @@ def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: i
             return f"{what} ended because rank {rank} of this node was killed by {name}{likely}; log: {log_path}"
         # What torchrun appends about the failed process says less than the process itself did.
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
-        tail = "\n".join(f"    {line}" for line in list(lines)[-15:])
+        # And NCCL tells at length that it ends too.
+        tail = "\n".join(f"    {line}" for line in [line for line in lines if " NCCL INFO " not in line][-15:])
         return f"{what} ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
     first = min(reports, key=lambda report: report["time"])
     samples = ", ".join(first["sample_ids"][:5]) + (", …" if len(first["sample_ids"]) > 5 else "")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.evaluate.nodes import _score_table, generate, refuse_regressions
+from qvl_pipeline.pipelines.evaluate.nodes import _processes, _score_table, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from qvl_pipeline.tracking.base_model import base_model_digest
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
@@ -81,6 +81,13 @@ def inputs(world: World) -> dict[str, Any]:
             batch_size=2, max_new_tokens=4, report_title="tiny & <new>", dataset="digits"
         ),
     }
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert _processes(EvaluateConfig(nproc_per_node=1)) == 1
+    with pytest.raises(UserError, match=r"^evaluate.nproc_per_node is 2, but this node has 1 GPU and each"):
+        _processes(EvaluateConfig(nproc_per_node=2))
 
 
 def test_a_base_model_that_was_replaced_since_is_not_compared_with(inputs: dict[str, Any]) -> None:

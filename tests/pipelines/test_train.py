@@ -168,6 +168,18 @@ def test_processes_without_gpus_are_the_declared_data_parallel_size(monkeypatch:
     assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 8
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert _processes(THIS_NODE, TrainConfig(nproc_per_node=4), BatchingConfig()).per_node == 4
+    with pytest.raises(
+        UserError, match=r"^train.nproc_per_node is 5, but this node has 4 GPUs .* choose at most 4, or"
+    ):
+        _processes(THIS_NODE, TrainConfig(nproc_per_node=5), BatchingConfig())
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "8")
+    with pytest.raises(UserError, match=r"^PET_NPROC_PER_NODE is 8, but"):
+        _processes(THIS_NODE, TrainConfig(), BatchingConfig())
+
+
 class TestPreparing:
     def interrupted(self, folder: Path) -> Path:
         (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
@@ -264,6 +276,11 @@ class TestFailure:
         message = _describe_failure("training", tmp_path, log, 1)
         assert message.startswith("training ended because rank 1 of this node was killed by SIGKILL")
         assert "memory" in message
+
+    def test_what_nccl_tells_does_not_hide_the_end_of_the_log(self, tmp_path: Path) -> None:
+        log = tmp_path / "engine.log"
+        log.write_text("the reason\n" + "node-a:41:77 [0] NCCL INFO comm 0x7f rank 0 - Abort COMPLETE\n" * 20)
+        assert _describe_failure("training", tmp_path, log, 1).endswith(f"the end of {log}:\n    the reason")
 
     def test_engine_that_cannot_even_start_shows_the_end_of_its_log(self, tmp_path: Path) -> None:
         with pytest.raises(RankFailedError, match="no error report") as caught:

@@ -106,15 +106,26 @@ def test_error_of_an_attempt_that_was_restarted_is_kept_but_not_reported(
     assert {str(path.relative_to(errors)) for path in errors.rglob("*.json")} == {"rank0.json", "attempt0/rank0.json"}
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "3",
+    "TOKENIZERS_PARALLELISM": "false",
+    "NCCL_BLOCKING_WAIT": "0",
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "NCCL_DEBUG": "INFO",
+    "HF_XET_HIGH_PERFORMANCE": "1",
+}
+
+
 def test_environment_of_the_ranks_is_ours_unless_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TOKENIZERS_PARALLELISM", "NCCL_BLOCKING_WAIT", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    given = environment(nproc_per_node=1)
-    assert given["TOKENIZERS_PARALLELISM"] == "false"
-    assert given["NCCL_BLOCKING_WAIT"] == "0"
-    assert given["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
-    assert given["NCCL_DEBUG"] == "INFO"
+    assert environment(nproc_per_node=2).items() >= ENVIRONMENT.items()
+    assert environment(nproc_per_node=8)["OMP_NUM_THREADS"] == "1"
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "the user's")
+    assert {environment(nproc_per_node=2)[name] for name in ENVIRONMENT} == {"the user's"}
 
 
 def _ranks(spec_path: Path) -> list[int]:

@@ -17,6 +17,7 @@ from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
+from qvl_pipeline.launcher import check_gpus
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.base_model import base_model_digest
 
@@ -103,7 +104,10 @@ def generate(
 def _processes(evaluate: EvaluateConfig) -> int:
     import torch
 
-    return max(1, torch.cuda.device_count()) if evaluate.nproc_per_node == "auto" else evaluate.nproc_per_node
+    if evaluate.nproc_per_node == "auto":
+        return max(1, torch.cuda.device_count())
+    check_gpus(evaluate.nproc_per_node, "evaluate.nproc_per_node")
+    return evaluate.nproc_per_node
 
 
 def _score_table(metrics: dict[str, Any]) -> Table:

@@ -17,7 +17,7 @@ from qvl_pipeline.config.launch import Nodes
 from qvl_pipeline.data.made_with import check_prepared
 from qvl_pipeline.data.plan import make_eval_plan, plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.launcher import Processes, launch
+from qvl_pipeline.launcher import Processes, check_gpus, launch
 from qvl_pipeline.pipelines.train.checks import check_before_launch
 from qvl_pipeline.pipelines.train.progress import training_progress
 from qvl_pipeline.pipelines.train.resuming import checkpoint_to_start_from, run_identity
@@ -211,15 +211,21 @@ def _run(
 
 
 def _processes(nodes: Nodes, train: TrainConfig, batching: BatchingConfig) -> Processes:
-    """Processes of this node: as many as asked for, else one a GPU, else its share of what the declared batch needs."""
-    given = train.nproc_per_node
-    if given == "auto":
-        given = os.environ.get("PET_NPROC_PER_NODE", "auto")  # Kubeflow may say `auto` or `gpu` too
+    """Processes of this node: as many as asked for, else one a GPU, else its share of what the declared batch needs.
+
+    Raises:
+        UserError: More are asked for than there are GPUs.
+    """
+    given, key = train.nproc_per_node, "train.nproc_per_node"
+    if given == "auto" and "PET_NPROC_PER_NODE" in os.environ:
+        key = "PET_NPROC_PER_NODE"
+        given = os.environ[key]  # Kubeflow may say `auto` or `gpu` too
     if not str(given).isdigit():
         import torch
 
         given = torch.cuda.device_count()
         given = given or max(1, batching.data_parallel_size * train.sp_ulysses_degree // nodes.nnodes)
+    check_gpus(int(given), key)
     return Processes(int(given), nodes, train.launch.max_restarts)
 
 
