@@ -86,7 +86,8 @@ def _train(base_model: Path, plan_summary: dict[str, Any], train: TrainConfig) -
         raise ZeroDivisionError("a bug")
     if train.seed == WAITS:
         time.sleep(1)
-    return _write_model, {"mlflow_run_id": mlflow.active_run().info.run_id}
+    active = mlflow.active_run()  # none on other nodes than the first
+    return _write_model, {"mlflow_run_id": active.info.run_id if active else None}
 
 
 def _write_model(folder: Path) -> None:

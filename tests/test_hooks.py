@@ -11,7 +11,7 @@ from kedro.pipeline import Node, Pipeline
 
 from qvl_pipeline.config import EvaluateConfig, TrainConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.hooks import EarlyChecks, _check_node
+from qvl_pipeline.hooks import EarlyChecks
 from tests.evaluation.world import write_tokenized
 from tests.kedro_project import register_pipelines, run
 
@@ -101,14 +101,17 @@ def test_of_several_nodes_only_the_first_runs_more_than_training(
     catalog = DataCatalog({"params:train": MemoryDataset(TrainConfig())})
     for name, value in {"NNODES": "2", "MASTER_ADDR": "a"}.items():
         monkeypatch.setenv(f"PET_{name}", value)
+    checks = EarlyChecks()
+    checks.after_catalog_created({})
+    started = ({"project_path": ".", "env": None, "pipeline_names": None}, pipeline, catalog)
     monkeypatch.setenv("PET_NODE_RANK", "0")
-    _check_node(pipeline, catalog)
+    checks.before_pipeline_run(*started)
     monkeypatch.setenv("PET_NODE_RANK", "1")
     if len(names) == 1:
-        _check_node(pipeline, catalog)
+        checks.before_pipeline_run(*started)
         return
     with pytest.raises(UserError, match=r"node 1 of 2 can only join the training: run `kedro run --pipelines train`"):
-        _check_node(pipeline, catalog)
+        checks.before_pipeline_run(*started)
 
 
 TRAIN = Node(lambda tokens: tokens, "tokenized_samples", "trained_model", name="train")

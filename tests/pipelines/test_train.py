@@ -210,6 +210,12 @@ class TestPreparing:
             pass
         assert list(folder.iterdir()) == []
 
+    def test_the_log_of_a_node_that_joined_before_is_kept(self, tmp_path: Path) -> None:
+        for name in ("engine.log", "engine.node1.log"):
+            (tmp_path / name).touch()
+        with _prepared(tmp_path, resume=False):
+            assert [path.name for path in tmp_path.iterdir()] == ["engine.node1.log"]
+
     @pytest.mark.parametrize("resume", [True, False])
     def test_what_another_process_trains_is_not_touched(self, tmp_path: Path, resume: bool) -> None:
         folder = tmp_path / "scratch"

@@ -79,3 +79,39 @@ def test_a_base_model_replaced_in_place_is_trained_anew(
     save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     assert train(inputs)["base_model"] != first["base_model"]
     assert len(set(launched)) == 2
+
+
+@pytest.fixture
+def second_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+
+
+def test_another_node_joins_and_leaves_all_results_to_the_first(
+    inputs: dict[str, Any], launched: list[Path], second_node: None
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        train(inputs)
+    assert left.value.code == 0
+    [folder] = launched
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("resume", "published", "joins"), [("auto", False, False), ("none", False, True), ("auto", True, True)]
+)
+def test_another_node_joins_where_the_first_has_something_to_train(
+    inputs: dict[str, Any],
+    launched: list[Path],
+    request: pytest.FixtureRequest,
+    resume: str,
+    published: bool,
+    joins: bool,
+) -> None:
+    train(inputs)
+    if published:
+        (launched[0] / nodes.PUBLISHED).touch()
+    request.getfixturevalue("second_node")
+    with pytest.raises(SystemExit):
+        train(inputs, resume_from_checkpoint=resume)
+    assert launched[1:] == [launched[0]] * joins

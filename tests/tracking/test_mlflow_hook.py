@@ -149,6 +149,15 @@ def test_a_stage_alone_records_its_inputs_and_the_fingerprints_of_what_is_there(
     assert "plan_fingerprint" not in recorded()[-1].data.tags, "that of another run's plan"
 
 
+def test_of_several_nodes_only_the_first_has_a_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(project, "ingest", "tokenize")
+    before = len(recorded())
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+    run(project, "train")
+    assert len(recorded()) == before
+
+
 def test_pipelines_are_named_in_the_order_of_the_stages(project: Path) -> None:
     run(project, "tokenize", "ingest")
     assert recorded()[-1].data.tags["pipelines"] == "ingest+tokenize"

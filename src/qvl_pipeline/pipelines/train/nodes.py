@@ -162,7 +162,7 @@ def _make_ready(output_dir: Path, *, resume: bool) -> None:
         for left_behind in output_dir.iterdir():  # not the folder itself, which is held
             if left_behind.is_dir():
                 shutil.rmtree(left_behind, ignore_errors=True)
-            else:
+            elif not left_behind.match("engine.node*.log"):  # of nodes that may have joined already
                 left_behind.unlink()
     shutil.rmtree(output_dir / "errors", ignore_errors=True)
     (output_dir / STOPPED).unlink(missing_ok=True)
@@ -176,9 +176,11 @@ def _make_ready(output_dir: Path, *, resume: bool) -> None:
 def _assist(output_dir: Path, nodes: Nodes, train: TrainConfig, batching: BatchingConfig) -> NoReturn:
     """Run this node's processes of a job whose results are node 0's to write, then leave with status 0.
 
-    All nodes see the same `output_dir`. Node 0 makes it, and does so before its torchrun lets the job start.
+    All nodes see the same `output_dir`. Node 0 makes it ready, and does so before its torchrun lets the job start.
+    Until then it may hold a training that ended before: node 0 starts afresh there, unless it has but to publish it.
     """
-    if not (output_dir / "result.json").exists() or (output_dir / PUBLISHED).exists():
+    afresh = train.resume_from_checkpoint == "none" or (output_dir / PUBLISHED).exists()
+    if afresh or not (output_dir / "result.json").exists():
         print(f"train: node {nodes.node_rank} of {nodes.nnodes} joins node 0 at {nodes.endpoint}", flush=True)
         output_dir.mkdir(parents=True, exist_ok=True)
         launch(output_dir / "train_spec.json", _processes(nodes, train, batching), lambda: None)
