@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +17,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from qvl_pipeline.engine import trainer
+from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.engine.feed import MicroBatch, Step
 from qvl_pipeline.engine.spec import StreamSpec, TrainSpec
 from qvl_pipeline.engine.stream import Lane, StreamedFeed
 from qvl_pipeline.engine.stream_packing import work
 from qvl_pipeline.errors import UserError
 from tests.engine.packs import make_builder
+from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.streams import OVERLONG, TokenizedFile, make_streamed, open_raw, rewritten
 from tests.engine.training import changed, trained
 
@@ -332,3 +337,32 @@ def test_training_on_a_stream_goes_on_as_if_uninterrupted(streamed: TrainSpec, t
     )
     assert result["resumed_from_step"] == 2
     assert (result["tokens"], result["supervised_tokens"]) == (before["tokens"], before["supervised_tokens"])
+
+
+def main_hanging(spec_path: Path) -> int:
+    """Rank 1 comes late to its second step, for which it never gets the samples: rank 0 waits for it even longer."""
+    next_pack, calls = Lane.next_pack, itertools.count()
+
+    def hanging(self: Lane) -> list[dict[str, Any]]:
+        if next(calls) == 1:
+            time.sleep(1000)
+        return next_pack(self)
+
+    if os.environ["RANK"] == "1":
+        Lane.next_pack = hanging
+        trainer.set_collective_timeout = lambda *_: time.sleep(1.5)  # which ends the first step
+    return main(spec_path)
+
+
+def test_a_rank_whose_samples_are_not_read_is_named_by_the_watchdog(streamed: TrainSpec, tmp_path: Path) -> None:
+    hanging = changed(streamed, tmp_path / "run", run={"step_timeout_s": 3.0}, data={"num_workers": 0})
+    (tmp_path / "run").mkdir()
+    hanging.save(tmp_path / "run" / "train_spec.json")
+    with pytest.raises(JobFailedError):
+        run_ranks(main_hanging, 2, tmp_path / "run" / "train_spec.json", log_dir=tmp_path / "logs", timeout_s=60)
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "run" / "errors").glob("rank*.json")]
+    report = min(reports, key=lambda report: report["time"])  # rank 0 may have seen rank 1 go
+    assert (report["rank"], report["step"], report["sample_ids"]) == (1, 2, [])
+    assert "step 2 has taken" in report["message"]
+    assert "still waits for the samples of its next step" in report["message"]
+    assert "in hanging" in report["traceback"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qvl_pipeline.engine import __main__ as engine
 from qvl_pipeline.engine.checkpoints import completed
 from qvl_pipeline.engine.spec import TrainSpec, ValidationSpec
+from qvl_pipeline.engine.trainer import Trainer
+from qvl_pipeline.engine.validation import Validation
+from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training, trained
 
 
@@ -115,3 +121,67 @@ def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Pat
     trained(resumed, nproc=2)
     assert json.loads((Path(resumed.run.output_dir) / "result.json").read_text())["resumed_from_step"] == best_step
     _assert_same_weights(resumed, best)
+
+
+def main_asked_to_stop(spec_path: Path, where: str, at: int) -> int:
+    """Train; SIGTERM comes in a step, or in an evaluation. Notes which checkpoints there were at each evaluation."""
+    folder = spec_path.parent
+    take_step, evaluate = Trainer._train_step, Validation.run
+
+    def step(self: Trainer, step: Any, *args: Any) -> torch.Tensor:
+        if (where, at) == ("step", step.number):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, step, *args)
+
+    def evaluation(self: Validation, model: Any, step: int) -> dict[str, Any]:
+        saved = [number for number, _ in completed(folder / "checkpoints")]
+        with (folder / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps([step, saved]) + "\n")
+        if (where, at) == ("evaluation", step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, model, step)
+
+    Trainer._train_step, Validation.run = step, evaluation
+    return engine.main(spec_path)
+
+
+def test_a_stop_saves_before_it_evaluates_and_the_rows_are_those_of_an_undisturbed_run(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    whole = changed(
+        training,
+        tmp_path / "whole",
+        optim={"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0},
+        validation={"strategy": "steps", "steps": 1, "load_best": True},
+    )
+    expected = trained(whole, nproc=1)
+    stopped = changed(whole, tmp_path / "stopped")
+    folder = Path(stopped.run.output_dir)
+    folder.mkdir()
+    stopped.save(folder / "train_spec.json")
+    legs = [
+        # Where the stop is asked for; the step that it comes after, and the rows there are then.
+        ("evaluation", 1, 1, [1]),
+        ("step", 2, 2, [1]),
+        ("evaluation", 2, 2, [1, 2]),  # the one that was left
+    ]
+    for where, at, step, rows in legs:
+        run_ranks(main_asked_to_stop, 1, folder / "train_spec.json", where, at, log_dir=folder / "logs")
+        assert json.loads((folder / "stopped.json").read_text()) == {"step": step}
+        assert completed(folder / "checkpoints")[-1][0] == step
+        assert [json.loads(row)["step"] for row in (folder / "metrics.jsonl").read_text().splitlines()] == rows
+        (folder / "stopped.json").unlink()
+    run_ranks(main_asked_to_stop, 1, folder / "train_spec.json", "step", 3, log_dir=folder / "logs")
+    assert not (folder / "stopped.json").exists()  # asked in the last step, it went on to the end
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [step for step, _ in evaluations] == [1, 2, 3]
+    assert [step in saved for step, saved in evaluations] == [False, True, True]
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for key in ("step", "epoch", "loss", "grad_norm", "tokens", "eval_loss", "eval_loss_by_source", "eval_tokens"):
+            assert row[key] == other[key]
+    results = [json.loads((path / "result.json").read_text()) for path in (folder, tmp_path / "whole")]
+    assert results[0]["exported_step"] == results[1]["exported_step"]
+    _assert_same_weights(stopped, whole)
+    assert not (folder / "postponed.json").exists()

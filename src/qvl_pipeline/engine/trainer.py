@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,12 @@ class Trainer:
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
             samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
-            exchange, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.num_workers > 0
+            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.num_workers > 0
+
+            def exchange(values: Sequence[int]) -> list[int]:
+                with self.watchdog.wait_for_ranks():
+                    return sums(values)
+
             return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
         plan = read_plan(Path(data.pack_plan))
         steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
@@ -143,7 +148,8 @@ class Trainer:
         ):
             batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
             try:
-                self._train(steps, max_steps, batches, output_dir, end_profiled_step)
+                if not self._evaluate_postponed():
+                    self._train(steps, max_steps, batches, output_dir, end_profiled_step)
             except NonFiniteError:  # which all ranks find together, so the save under way can still be published
                 self.checkpoints.wait()
                 raise
@@ -154,6 +160,7 @@ class Trainer:
             if self.leads:
                 write_stopped(output_dir, self.step)
             return
+        self._evaluate_postponed()  # asked to stop in the last step, which leaves nothing to go on with but this
         if spec.validation.load_best:
             self.checkpoints.load(output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}")
         if spec.export.ema:
@@ -179,10 +186,12 @@ class Trainer:
             self.flops,
             packing_length=self.spec.data.packing_length,
         )
-        for step in steps:
-            self.step = step.number
-            learning_rates = set_learning_rates(self.optimizers, self.schedule(step.number))
-            with self.watchdog.step(step.number):
+        for number in range(first, max_steps + 1):
+            self.step, self.micro_batch = number, MicroBatch((), vision=False)
+            learning_rates = set_learning_rates(self.optimizers, self.schedule(self.step))
+            with self.watchdog.step(self.step):
+                with self.watchdog.load("the samples of its next step"):
+                    step = next(steps)  # of a stream, which reads and tokenises them here
                 grad_norm = self._train_step(step, batches, window)
             end_profiled_step()
             window.add_step(step)
@@ -194,26 +203,19 @@ class Trainer:
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
             if step.number % run.logging_steps == 0 or saves or evaluates or step.number == max_steps:
                 self.finite.check()
-                row: dict[str, Any] = {
-                    "step": step.number,
-                    "max_steps": max_steps,
-                    "epoch": step.epoch,
-                    "learning_rate": self.spec.optim.learning_rate * self.schedule(step.number),
-                    "learning_rates": learning_rates,
-                    # An overflow in float16 is no number; that step was not taken.
-                    "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,
-                    **window.row(),
-                    **(self.loss_scale.row() if self.loss_scale else {}),
-                    "skipped_samples": self.skipped.report(),
-                }
-                if evaluates:
-                    self.micro_batch = MicroBatch((), vision=False)
-                    row |= self.validation.run(self.model, step.number)
-                    window.exclude(row["eval_time_s"])
-                    is_best = self.spec.validation.load_best and self.validation.best_step == step.number
-                    saves = saves or is_best
-                if self.leads:
-                    append_row(output_dir / "metrics.jsonl", row)
+                row = {"step": step.number, "max_steps": max_steps, "epoch": step.epoch}
+                row |= self._row(learning_rates, grad_norm, window)
+                if evaluates and stops:
+                    self.validation.postpone(row)
+                else:
+                    if evaluates:
+                        self._evaluate(row)
+                        window.exclude(row["eval_time_s"])
+                        is_best = self.spec.validation.load_best and self.validation.best_step == step.number
+                        stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
+                        saves = stops or saves or is_best
+                    if self.leads:
+                        append_row(output_dir / "metrics.jsonl", row)
             if saves:
                 self._save()
             if stops:
@@ -221,6 +223,34 @@ class Trainer:
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
                 set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
+
+    def _row(self, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow) -> dict[str, Any]:
+        return {
+            "learning_rate": self.spec.optim.learning_rate * self.schedule(self.step),
+            "learning_rates": learning_rates,
+            # An overflow in float16 is no number; that step was not taken.
+            "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,
+            **window.row(),
+            **(self.loss_scale.row() if self.loss_scale else {}),
+            "skipped_samples": self.skipped.report(),
+        }
+
+    def _evaluate(self, row: dict[str, Any]) -> None:
+        """Add to a row the evaluation of the weights, which are those after its step."""
+        self.micro_batch = MicroBatch((), vision=False)
+        row |= self.validation.run(self.model, row["step"])
+
+    def _evaluate_postponed(self) -> bool:
+        """Complete the row that waits for its evaluation, if one does; return whether to stop was asked meanwhile."""
+        row = self.validation.postponed if self.validation else None
+        if row is None:
+            return False
+        self._evaluate(row)
+        if self.leads:
+            append_row(Path(self.spec.run.output_dir) / "metrics.jsonl", row)
+        self.validation.forget_postponed()
+        self._save()  # is done, but this step may be the best
+        return self.checkpoints.end_step(stop_requested=self.stop.requested)
 
     def _save(self) -> None:
         self.finite.check()
@@ -276,7 +306,7 @@ class Trainer:
                 keep_rows_until(output_dir / name, done)
         dist.barrier()
         if self.validation:
-            self.validation.resume(output_dir)
+            self.validation.resume(output_dir, done)
             self.checkpoints.protected_step = self.validation.best_step if self.spec.validation.load_best else 0
         return done
 

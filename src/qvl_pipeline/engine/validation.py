@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import TrainSpec
 
+POSTPONED = "postponed.json"
+
 
 class Validation:
     """Teacher-forced loss over a plan of the eval split, exact by token over all ranks; leaves no trace in training.
@@ -31,6 +34,7 @@ class Validation:
 
     Attributes:
         best_step: Step with the lowest loss so far, of those that were evaluated.
+        postponed: The row of metrics of the last step, when it still waits for its evaluation.
     """
 
     def __init__(self, spec: TrainSpec, builder: BatchBuilder, mesh: DeviceMesh, device: torch.device) -> None:
@@ -42,6 +46,8 @@ class Validation:
         packs = spec.data.packs_per_micro_batch
         self._steps = share_out(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
         self.best_step = 0
+        self.postponed: dict[str, Any] | None = None
+        self._postponed_path = Path(spec.run.output_dir) / POSTPONED
         self._best_loss = math.inf
 
     def is_due(self, step: int, max_steps: int) -> bool:
@@ -94,9 +100,34 @@ class Validation:
             "eval_time_s": time.perf_counter() - started,
         }
 
-    def resume(self, output_dir: Path) -> None:
-        """Find the best step of a run that is resumed: of the rows left, those whose checkpoint is there."""
+    def postpone(self, row: dict[str, Any]) -> None:
+        """Leave an evaluation to the run that goes on from here, as it may take longer than a stopping run has.
+
+        The row waits in a file of its own, so that the rows that trackers follow are those of an undisturbed run.
+        """
+        self.postponed = row
+        if dist.get_rank() == 0:
+            partial = self._postponed_path.with_name(f".{POSTPONED}.partial")
+            partial.write_text(json.dumps(row) + "\n")
+            partial.replace(self._postponed_path)
+
+    def forget_postponed(self) -> None:
+        """Note that the row is complete, and among the others."""
+        self.postponed = None
+        if dist.get_rank() == 0:
+            self._postponed_path.unlink()
+
+    def resume(self, output_dir: Path, done: int) -> None:
+        """Find the best step of a run that is resumed after `done`, and the row that waits for its evaluation.
+
+        The best is one of the rows left whose checkpoint is there.
+        """
         saved = {step for step, _ in checkpoints.completed(output_dir / "checkpoints")}
-        for row in read_rows(output_dir / "metrics.jsonl"):
+        rows = read_rows(output_dir / "metrics.jsonl")
+        for row in rows:
             if row["step"] in saved and row.get("eval_loss", math.inf) < self._best_loss:
                 self._best_loss, self.best_step = row["eval_loss"], row["step"]
+        for row in read_rows(self._postponed_path):
+            # One of another step is of a stop whose checkpoint was not written, or that was completed since.
+            if row["step"] == done and all(other["step"] != done for other in rows):
+                self.postponed = row

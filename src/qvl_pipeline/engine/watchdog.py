@@ -28,7 +28,8 @@ class Watchdog:
 
     Attributes:
         timeout_s: Seconds that a step may take; may be changed between steps.
-        loading: The rank waits for its next batch.
+        awaits: What of its own the rank waits for, such as its next batch; empty while it computes, or waits for other
+            ranks.
     """
 
     def __init__(self, timeout_s: float, on_timeout: Callable[[StepTimeoutError, str], None]) -> None:
@@ -40,7 +41,7 @@ class Watchdog:
                 the process: a thread in a system call or a collective cannot be interrupted otherwise.
         """
         self.timeout_s = timeout_s
-        self.loading = False
+        self.awaits = ""
         self._on_timeout = on_timeout
         self._step = 0
         self._started: float | None = None
@@ -56,24 +57,30 @@ class Watchdog:
             self._started = None
 
     @contextlib.contextmanager
-    def load(self) -> Iterator[None]:
+    def load(self, what: str = "its next batch") -> Iterator[None]:
         """Mark what is done inside as waiting for data."""
-        self.loading = True
-        yield
-        self.loading = False
+        before, self.awaits = self.awaits, what
+        try:
+            yield
+        finally:
+            self.awaits = before
+
+    def wait_for_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Mark what is done inside, while data are waited for, as waiting for other ranks."""
+        return self.load("")
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(1.0, self.timeout_s / 4))
-            started, loading = self._started, self.loading
+            started, awaits = self._started, self.awaits
             if started is None:
                 continue
             took = time.monotonic() - started
-            if took > self.timeout_s + (0.0 if loading else _margin_s(self.timeout_s)):
-                doing = "waits for its next batch" if loading else "computes, or waits for other ranks"
+            if took > self.timeout_s + (0.0 if awaits else _margin_s(self.timeout_s)):
+                doing = f"waits for {awaits}" if awaits else "computes, or waits for other ranks"
                 error = StepTimeoutError(
                     f"step {self._step} has taken {took:.0f} s, more than train.launch.step_timeout_s = "
-                    f"{self.timeout_s:g}, and this rank still {doing}: look at the samples named here or raise it"
+                    f"{self.timeout_s:g}, and this rank still {doing}: look at what is named here, or raise it"
                 )
                 self._on_timeout(error, _stacks())
                 return
