@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from transformers import PreTrainedModel
 
 from qvl_pipeline.engine.families import FAMILIES
 from qvl_pipeline.engine.kernels import use_liger_kernels
+from qvl_pipeline.engine.loading import build_model, load_processor
+from tests.engine.training import changed, make_training
 
 CUDA = torch.device("cuda")  # only named: nothing is computed
 # Three decoder layers with two norms each and a final one; Qwen3-VL also norms queries and keys. The two vision blocks
@@ -49,3 +54,13 @@ def test_class_that_transformers_no_longer_has_is_named(hf_model: PreTrainedMode
     gone = dataclasses.replace(FAMILIES[family], liger_kernels={"OldNorm": "rms_norm"})
     with pytest.raises(ValueError, match=r"has no OldNorm in qwen"):
         use_liger_kernels(hf_model, gone, CUDA)
+
+
+def test_what_became_of_it_is_logged(
+    tmp_path: Path, tiny_folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", ("text",))
+    spec = changed(base, tmp_path, model={"use_liger_kernel": True})
+    with caplog.at_level(logging.INFO):
+        build_model(spec, load_processor(spec), torch.device("cpu"), None)
+    assert "use_liger_kernel: not used: Liger's kernels need CUDA, and this is cpu" in caplog.messages

@@ -87,6 +87,14 @@ def test_a_warmup_longer_than_the_training_is_warned_of(
     ]
 
 
+def test_kernels_that_a_cpu_has_not_are_warned_of(
+    training: TrainSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    checks.check_before_launch(changed(training, tmp_path, model={"use_liger_kernel": True}), steps=10, ranks=1)
+    assert caplog.messages == ["use_liger_kernel is not used: Liger's kernels need CUDA, and this is cpu"]
+
+
 def test_an_optimizer_that_cannot_be_saved_in_the_background_is_warned_of(
     training: TrainSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

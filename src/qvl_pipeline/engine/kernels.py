@@ -11,6 +11,11 @@ from torch import nn
 from qvl_pipeline.engine.families import ModelFamily
 
 
+def why_not_liger(device: torch.device) -> str | None:
+    """Say why Liger's kernels cannot be used on a device; `None` when they can."""
+    return None if device.type == "cuda" else f"not used: Liger's kernels need CUDA, and this is {device.type}"
+
+
 def use_liger_kernels(model: nn.Module, family: ModelFamily, device: torch.device) -> str | dict[str, int]:
     """Let the norms and gated MLPs of a model compute with Liger's kernels on CUDA; the loss and attention are our own.
 
@@ -29,8 +34,8 @@ def use_liger_kernels(model: nn.Module, family: ModelFamily, device: torch.devic
     Raises:
         ValueError: Liger is not installed, or a class that the family names is not in the model.
     """
-    if device.type != "cuda":
-        return f"not used: Liger's kernels need CUDA, and this is {device.type}"
+    if why_not := why_not_liger(device):
+        return why_not
     try:
         from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from qvl_pipeline.engine.recomputation import recompute_activations
 from qvl_pipeline.engine.sequence_parallel import check_degree
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.weights import build_skeleton
+
+logger = logging.getLogger(__name__)
 
 
 def load_processor(spec: TrainSpec) -> Any:
@@ -65,6 +68,8 @@ def build_model(
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
         "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
     }
+    if spec.model.use_liger_kernel:
+        logger.info("use_liger_kernel: %s", facts["liger"])
     recompute_activations(hf, spec.model.gradient_checkpointing)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from qvl_pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from qvl_pipeline.engine.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
@@ -52,10 +54,10 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         raise UserError(
             f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
         )
-    _warn(spec, steps)
     if spec.model.torch_compile:
         _check_backend(spec.model.torch_compile_backend)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _warn(spec, steps, device)
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
         kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.rmpad)
@@ -71,8 +73,9 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     return kernels
 
 
-def _warn(spec: TrainSpec, steps: int) -> None:
+def _warn(spec: TrainSpec, steps: int, device: torch.device) -> None:
     """Say what will not be as the parameters let one expect."""
+    from qvl_pipeline.engine.kernels import why_not_liger
     from qvl_pipeline.engine.optimization import SAVED_BLOCKING
 
     if spec.optim.warmup_steps > steps:
@@ -86,6 +89,8 @@ def _warn(spec: TrainSpec, steps: int) -> None:
             "checkpoint is written",
             spec.optim.optim,
         )
+    if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
+        logger.warning("use_liger_kernel is %s", why_not)
 
 
 def _check_backend(name: str) -> None:
