@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ from qvl_pipeline.engine.checkpoints import completed
 from qvl_pipeline.engine.spec import TrainSpec, ValidationSpec
 from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.engine.validation import Validation
-from tests.engine.ranks import run_ranks
+from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, make_training, trained
 
 
@@ -88,10 +89,15 @@ def test_training_is_bit_identical_with_and_without(training: TrainSpec, tmp_pat
         _assert_same_weights(evaluated, plain)
 
 
-def test_epoch_strategy_evaluates_after_each_pass(training: TrainSpec, tmp_path: Path) -> None:
+def test_epoch_strategy_evaluates_after_each_pass_in_time_that_is_not_that_of_training(
+    training: TrainSpec, tmp_path: Path
+) -> None:
     # Three steps make one and a half passes over the data: the first pass ends within step 2.
     spec = changed(training, tmp_path / "run", data={"epochs": 1.5}, validation={"strategy": "epoch", "steps": 0})
-    assert ["eval_loss" in row for row in trained(spec, nproc=1)] == [False, True, True]
+    rows = trained(spec, nproc=1)
+    assert ["eval_loss" in row for row in rows] == [False, True, True]
+    # Between the rows of steps 2 and 3 are that evaluation and one step.
+    assert rows[2]["time"] - rows[1]["time"] >= rows[1]["eval_time_s"] + rows[2]["step_time_s"]
 
 
 def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Path) -> None:
@@ -106,21 +112,60 @@ def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Pat
     rows = trained(best, nproc=2)
     losses = [row["eval_loss"] for row in rows]
     best_step = 1 + losses.index(min(losses))
-    assert best_step < 3, losses
+    assert best_step == 1, losses
     assert [step for step, _ in completed(Path(best.run.output_dir) / "checkpoints")] == [best_step, 3]
     assert json.loads((Path(best.run.output_dir) / "result.json").read_text())["exported_step"] == best_step
     again = changed(best, tmp_path / "again", validation={"load_best": False}, run={"save_total_limit": 3})
     trained(again, nproc=2)
-    for step, path in completed(Path(again.run.output_dir) / "checkpoints"):
-        if step > best_step:
-            shutil.rmtree(path)
+    shutil.rmtree(Path(again.run.output_dir) / "checkpoints" / "checkpoint-3")
     assert not all(torch.equal(_weights(best)[name], weight) for name, weight in _weights(again).items())
-    # What a run exports that ends at the best step.
-    resumed = changed(best, tmp_path / "resumed")
+    # Resumed after a step that is not the best: the next save, published before anything else, must not delete it.
+    resumed = changed(best, tmp_path / "resumed", run={"save_async": False})
     shutil.copytree(again.run.output_dir, resumed.run.output_dir)
     trained(resumed, nproc=2)
-    assert json.loads((Path(resumed.run.output_dir) / "result.json").read_text())["resumed_from_step"] == best_step
+    assert json.loads((Path(resumed.run.output_dir) / "result.json").read_text())["resumed_from_step"] == 2
     _assert_same_weights(resumed, best)
+
+
+def _eval_plan(training: TrainSpec, name: str, rows: list[int]) -> dict[str, Any]:
+    """An eval plan of these samples, a pack each."""
+    path = Path(training.validation.plan).with_name(f"{name}.parquet")
+    plan = pd.read_parquet(training.data.pack_plan).iloc[rows].assign(step=0, pack=range(len(rows)))
+    plan.astype({"step": "int32", "pack": "int32"}).to_parquet(path, index=False)
+    return {"plan": str(path), "steps": 1}
+
+
+def test_a_bad_sample_is_left_out_of_the_loss_or_ends_the_run(training: TrainSpec, tmp_path: Path) -> None:
+    (tmp_path / "data" / "4.png").write_bytes(b"no longer an image")  # on rank 1, and trained on in the second step
+    skipping = {"on_bad_sample": "skip"}
+    bad = changed(training, tmp_path / "bad", data=skipping, validation=_eval_plan(training, "bad", [0, 4, 3]))
+    rest = changed(training, tmp_path / "rest", data=skipping, validation=_eval_plan(training, "rest", [0, 3]))
+    rows, expected = trained(bad, nproc=2), trained(rest, nproc=1)
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["eval_skipped_samples"], other["eval_skipped_samples"]) == (1, 0)
+        assert row["skipped_samples"] == other["skipped_samples"] == int(row["step"] == 2)
+        for key in ("eval_loss", "loss", "grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=1e-4)
+        assert row["eval_tokens"] == other["eval_tokens"] == 2 + 5
+    named = [json.loads(line) for line in (tmp_path / "bad" / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["split"]) for row in named] == [(1, "eval"), (2, "train"), (2, "eval"), (3, "eval")]
+    assert {row["sample_id"] for row in named} == {"a/4"}
+    assert json.loads((tmp_path / "bad" / "result.json").read_text())["skipped_samples"] == 1
+    raising = changed(bad, tmp_path / "raising", data={"on_bad_sample": "raise"})
+    with pytest.raises(JobFailedError, match="sample 'a/4': image '"):
+        trained(raising, nproc=1)
+
+
+def test_without_a_sample_left_there_is_no_best_and_the_last_weights_are_exported(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "4.png").write_bytes(b"no longer an image")
+    validation = _eval_plan(training, "bad", [4]) | {"load_best": True}
+    spec = changed(training, tmp_path / "run", data={"on_bad_sample": "skip"}, validation=validation)
+    rows = trained(spec, nproc=1)
+    assert [(row["eval_loss"], row["eval_tokens"]) for row in rows] == [(None, 0)] * 3
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exported_step"] == 3
+    assert "no evaluation had a sample left" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
 
 
 def main_asked_to_stop(spec_path: Path, where: str, at: int) -> int:
@@ -185,3 +230,30 @@ def test_a_stop_saves_before_it_evaluates_and_the_rows_are_those_of_an_undisturb
     assert results[0]["exported_step"] == results[1]["exported_step"]
     _assert_same_weights(stopped, whole)
     assert not (folder / "postponed.json").exists()
+
+
+def test_a_resumed_run_knows_the_best_step_that_is_saved_and_the_row_that_waits(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    folder = Path(training.run.output_dir)
+    for step in (1, 2, 4, 5):
+        (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / "checkpoints" / f"checkpoint-{step}" / "COMPLETE").touch()
+    (folder / "checkpoints" / "checkpoint-4" / "COMPLETE").unlink()  # as if the run had been killed while it wrote
+    losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: None, 6: 2.5}
+    rows = [{"step": step, "eval_loss": loss} for step, loss in losses.items()] + [{"step": 7}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def resumed(done: int) -> Validation:
+        alone = {"dp": SimpleNamespace(get_local_rank=lambda: 0, size=lambda: 1)}
+        validation = Validation(training, None, alone, torch.device("cpu"), None)
+        validation.resume(folder, done)
+        return validation
+
+    assert resumed(7).best_step == 2
+    (folder / "postponed.json").write_text('{"step": 8}\n')
+    assert resumed(7).postponed is None
+    assert resumed(8).postponed == {"step": 8}
+    with (folder / "metrics.jsonl").open("a") as file:  # killed after the row was complete
+        file.write('{"step": 8, "eval_loss": 1.0}\n')
+    assert resumed(8).postponed is None

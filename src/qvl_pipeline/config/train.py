@@ -72,7 +72,7 @@ class TrainConfig(Block):
             new memory each time.
         freeze_modules: Parts that stay bit-unchanged: `visual`, `merger`, `deepstack`, `llm`, `embed`, `head`, or a
             glob over parameter names. One that matches nothing is an error.
-        use_liger_kernel: Fused Liger kernels on CUDA; on a CPU it is said that they are not used.
+        use_liger_kernel: Fused Liger kernels on CUDA; on a CPU a warning says that they are not used.
         use_rmpad: Packs without padding. `false` is the reference to compare with: every sample a padded row, and
             transformers' own attention with a mask; the same losses, slower, and with far more memory.
         fsdp2: Shard with FSDP2, the only strategy.
@@ -103,7 +103,8 @@ class TrainConfig(Block):
         dataloader_pin_memory: On CUDA, load into pinned memory, from which copies overlap with computation.
         on_bad_sample: What happens when media that passed validation cannot be loaded: `raise` ends the run and names
             sample and file; `skip` trains its pack without the sample, counts it in `skipped_samples` and names it in
-            `skipped.jsonl`. The loss stays exact: a sample that is left out is not counted.
+            `skipped.jsonl`. The loss stays exact: a sample that is left out is not counted. Evaluations leave theirs
+            out in the same way, counted in `eval_skipped_samples`.
         profile_steps: First and last step (from 1) that rank 0 traces with `torch.profiler`; the Chrome trace goes to
             `profile/` in the run's folder. Empty traces nothing.
         memory_snapshot_on_oom: Record GPU allocations, and write them to `memory/` in the run's folder when memory

@@ -29,11 +29,11 @@ class SkippedSamples:
         self._found: list[dict[str, Any]] = []
         self._tokens = 0
 
-    def add(self, step: int, skipped: Iterable[BadSample]) -> None:
-        """Note what was left out of a micro-batch."""
+    def add(self, step: int, skipped: Iterable[BadSample], *, split: str = "train") -> None:
+        """Note what was left out of a micro-batch, of training or of the evaluation (`eval`) after a step."""
         for bad in skipped:
-            self._tokens += bad.supervised_tokens
-            self._found.append({"step": step, "sample_id": bad.sample_id, "reason": bad.reason})
+            self._tokens += bad.supervised_tokens if split == "train" else 0
+            self._found.append({"step": step, "sample_id": bad.sample_id, "split": split, "reason": bad.reason})
 
     def correct_gradients(self, parameters: Iterable[nn.Parameter], supervised_tokens: int) -> None:
         """Divide the gradients of a step by the tokens that were really trained on; called by all ranks.

@@ -23,7 +23,7 @@ from qvl_pipeline.engine.feed import MicroBatch, PlannedFeed, Step, read_plan, s
 from qvl_pipeline.engine.flops import flops_of
 from qvl_pipeline.engine.loading import build_model, load_processor
 from qvl_pipeline.engine.loss_scale import LossScale
-from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until
+from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
 from qvl_pipeline.engine.nonfinite import FiniteWatch, NonFiniteError
 from qvl_pipeline.engine.optimization import (
     SAVED_BLOCKING,
@@ -79,7 +79,7 @@ class Trainer:
         )
         self.checkpoints = self._make_checkpoints()
         evaluates = spec.validation.strategy != "no"
-        self.validation = Validation(spec, self.builder, self.mesh, self.device) if evaluates else None
+        self.validation = Validation(spec, self.builder, self.mesh, self.device, self.skipped) if evaluates else None
 
     def _make_feed(self) -> PlannedFeed | StreamedFeed:
         """Take this rank's share of the plan, or of the stream where there is none."""
@@ -161,13 +161,18 @@ class Trainer:
                 write_stopped(output_dir, self.step)
             return
         self._evaluate_postponed()  # asked to stop in the last step, which leaves nothing to go on with but this
-        if spec.validation.load_best:
-            self.checkpoints.load(output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}")
+        exported_step = self.step
+        if spec.validation.load_best and self.validation.best_step:
+            exported_step = self.checkpoints.load(
+                output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}"
+            )
+        elif spec.validation.load_best:
+            logger.warning("no evaluation had a sample left, so none is the best: the last weights are exported")
         if spec.export.ema:
             self.average.copy_to_weights()
         export(self.model, self.processor, spec)
         if self.leads:
-            self._write_result(output_dir, done)
+            self._write_result(output_dir, done, exported_step)
         dist.barrier()
 
     def _train(
@@ -310,17 +315,17 @@ class Trainer:
             self.checkpoints.protected_step = self.validation.best_step if self.spec.validation.load_best else 0
         return done
 
-    def _write_result(self, output_dir: Path, done: int) -> None:
-        skipped = output_dir / "skipped.jsonl"
+    def _write_result(self, output_dir: Path, done: int, exported_step: int) -> None:
+        skipped = read_rows(output_dir / "skipped.jsonl")
         result = {
             "steps": self.feed.max_steps,
             "resumed_from_step": done,
             "tokens": self.feed.tokens,
             "supervised_tokens": self.feed.supervised_tokens,
-            "skipped_samples": len(skipped.read_text().splitlines()) if skipped.exists() else 0,
+            "skipped_samples": sum(row.get("split") != "eval" for row in skipped),
             "world_size": dist.get_world_size(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "exported_step": self.validation.best_step if self.spec.validation.load_best else self.feed.max_steps,
+            "exported_step": exported_step,
             **self.facts,
         }
         (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -21,6 +20,7 @@ from qvl_pipeline.engine.feed import read_plan, share_out
 from qvl_pipeline.engine.metrics import SourceLosses, read_rows
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.skipped import SkippedSamples
 from qvl_pipeline.engine.spec import TrainSpec
 
 POSTPONED = "postponed.json"
@@ -37,11 +37,14 @@ class Validation:
         postponed: The row of metrics of the last step, when it still waits for its evaluation.
     """
 
-    def __init__(self, spec: TrainSpec, builder: BatchBuilder, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self, spec: TrainSpec, builder: BatchBuilder, mesh: DeviceMesh, device: torch.device, skipped: SkippedSamples
+    ) -> None:
         """Read the eval plan and take this rank's share."""
         self._spec = spec
         self._builder = builder
         self._device = device
+        self._skipped = skipped
         dp = mesh["dp"]
         packs = spec.data.packs_per_micro_batch
         self._steps = share_out(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
@@ -63,7 +66,8 @@ class Validation:
         """Evaluate the weights after `step`; called by all ranks, which return the same.
 
         Returns:
-            `eval_loss`, `eval_loss_by_source`, `eval_tokens` (supervised tokens) and `eval_time_s`.
+            `eval_loss` (none, if all samples had to be skipped), `eval_loss_by_source`, `eval_tokens` (supervised
+            tokens), `eval_skipped_samples` and `eval_time_s`.
 
         Raises:
             NonFiniteError: A loss is not a number, so that no evaluation can be the best.
@@ -75,11 +79,10 @@ class Validation:
         # A data loader draws from the global generator, and training must not notice.
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             model.eval()
-            # Losses over different samples cannot be compared, so none is skipped here.
             options = LoaderOptions.from_spec(self._spec.data, cuda=bool(cuda))
-            options = dataclasses.replace(options, skip_bad_samples=False)
             micro_batches = [micro_batch for step in self._steps for micro_batch in step.micro_batches]
             for batch in load_batches(micro_batches, Path(self._spec.data.tokenized), self._builder, options):
+                self._skipped.add(step, batch.skipped, split="eval")
                 batch = batch.to(self._device)
                 of_tokens = model(batch)
                 losses.add(of_tokens, batch.target_source)
@@ -91,12 +94,13 @@ class Validation:
         finite.check()
         dist.all_reduce(losses.sums)
         loss, by_source, tokens = losses.means(losses.sums.cpu())
-        if loss < self._best_loss:
+        if loss is not None and loss < self._best_loss:
             self._best_loss, self.best_step = loss, step
         return {
             "eval_loss": loss,
             "eval_loss_by_source": by_source,
             "eval_tokens": tokens,
+            "eval_skipped_samples": self._skipped.report(),
             "eval_time_s": time.perf_counter() - started,
         }
 
@@ -125,8 +129,9 @@ class Validation:
         saved = {step for step, _ in checkpoints.completed(output_dir / "checkpoints")}
         rows = read_rows(output_dir / "metrics.jsonl")
         for row in rows:
-            if row["step"] in saved and row.get("eval_loss", math.inf) < self._best_loss:
-                self._best_loss, self.best_step = row["eval_loss"], row["step"]
+            loss = row.get("eval_loss")
+            if row["step"] in saved and loss is not None and loss < self._best_loss:
+                self._best_loss, self.best_step = loss, row["step"]
         for row in read_rows(self._postponed_path):
             # One of another step is of a stop whose checkpoint was not written, or that was completed since.
             if row["step"] == done and all(other["step"] != done for other in rows):
