@@ -90,7 +90,8 @@ def test_every_stage_refuses_an_input_of_other_parameters(
     message = refusal(real, stage, params=changed)
     assert message.startswith(f"{stage} cannot start, because {entry} (data/")
     assert f") was made with {said} = " in message
-    assert f". Run `kedro run --pipelines {needed}` with the same --params first." in message
+    again = f"make it again by `kedro run --pipelines {needed}` with the same --params."
+    assert f": give this run the former, or {again}" in message
     assert ("Profiles that are to differ in this need a `dataset` each" in message) == ("sample" not in changed)
     assert "\n" not in message
 
@@ -111,8 +112,8 @@ def test_an_output_of_an_earlier_version_is_to_be_made_again(real: Path) -> None
     put(real, "rejects", {})
     assert refusal(real, "validate", env="tiny_qwen2_5_vl") == (
         "validate cannot start, because samples (data/02_intermediate/digits/samples.parquet) does not say with which "
-        "parameters of 'ingest' it was made. Run `kedro run --pipelines ingest --env tiny_qwen2_5_vl` first. Profiles "
-        "that are to differ in this need a `dataset` each, in their globals.yml."
+        "parameters of 'ingest' it was made: make it again by `kedro run --pipelines ingest --env tiny_qwen2_5_vl`. "
+        "Profiles that are to differ in this need a `dataset` each, in their globals.yml."
     )
 
 
@@ -131,8 +132,8 @@ def test_two_profiles_of_one_dataset_cannot_take_each_others_tables(real: Path) 
     before = valid.read_bytes()
     message = refusal(real, "validate", env="mine")
     assert "was made with ingest.eval_fraction = 0.0, but this run has 0.5" in message
-    assert "Run `kedro run --pipelines ingest --env mine` first." in message
-    assert "Run `kedro run --pipelines ingest,validate --env mine` first." in refusal(real, "sample", env="mine")
+    assert "again by `kedro run --pipelines ingest --env mine`." in message
+    assert "again by `kedro run --pipelines ingest,validate --env mine`." in refusal(real, "sample", env="mine")
     assert valid.read_bytes() == before
     # What its own run makes is its own, and now the other is refused.
     run(real, "ingest", "validate", env="mine")

@@ -71,15 +71,17 @@ class EarlyChecks:
         names = ", ".join(run_params["pipeline_names"] or ["the run"])
         root = Path(run_params["project_path"])
         stages = self._needed(wrong, catalog)
-        advice = _advice(wrong, stages, run_params["env"], params=bool(run_params.get("runtime_params")))
+        command = _command(stages, run_params["env"], params=bool(run_params.get("runtime_params")))
         if missing := [name for name, problem in wrong.items() if problem is None]:
             lines = [f"  {name} ({_shown(self._paths.get(name), root)})" for name in missing]
+            unmade = ", ".join(name for name in missing if name not in _makers())
+            advice = f"No pipeline makes {unmade}: put it there." if unmade else f"Run {command} first."
             raise UserError("\n".join([f"{names} cannot start, inputs do not exist yet:", *lines, advice]))
         name, problem = next(iter(wrong.items()))
         place = _shown(self._paths[name], root)
-        if not SHARED.isdisjoint(stages):
-            advice += " Profiles that are to differ in this need a `dataset` each, in their globals.yml."
-        raise UserError(f"{names} cannot start, because {name} ({place}) {problem}. {advice}")
+        sharing = "Profiles that are to differ in this need a `dataset` each, in their globals.yml."
+        hint = "" if SHARED.isdisjoint(stages) else f" {sharing}"
+        raise UserError(f"{names} cannot start, because {name} ({place}) {problem} by {command}.{hint}")
 
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
@@ -192,11 +194,9 @@ def _makers() -> dict[str, str]:
     return {output: stage for stage in STAGES for output in pipelines[stage].all_outputs()}
 
 
-def _advice(wrong: Iterable[str], stages: list[str], env: str | None, *, params: bool) -> str:
-    if unmade := [name for name in wrong if name not in _makers()]:
-        return f"No pipeline makes {', '.join(unmade)}: put it there."
+def _command(stages: list[str], env: str | None, *, params: bool) -> str:
     command = f"`kedro run --pipelines {','.join(stages)}{f' --env {env}' if env else ''}`"
-    return f"Run {command}{' with the same --params' if params else ''} first."
+    return f"{command} with the same --params" if params else command
 
 
 def _shown(path: str | None, root: Path) -> str:

@@ -79,13 +79,15 @@ def test_what_cannot_change_the_output_is_no_difference(before: Block, now: Bloc
     ],
 )
 def test_what_changes_the_output_is_named_with_both_values(before: Block, now: Block, said: str) -> None:
-    assert difference(before, now) == f"was made with {said}"
+    assert difference(before, now) == f"was made with {said}: give this run the former, or make it again"
 
 
 def test_a_hand_over_without_a_record_says_nothing_about_its_parameters() -> None:
     declared = made_with({}, ingest=ingest(), sample=SampleConfig())["made_with"]
     assert first_difference(declared | {"more": {}}, declared) is None
-    assert first_difference({}, declared) == "does not say with which parameters of 'ingest' it was made"
+    assert first_difference({}, declared) == (
+        "does not say with which parameters of 'ingest' it was made: make it again"
+    )
 
 
 def test_the_record_is_read_out_of_every_kind_of_hand_over(tmp_path: Path) -> None:

@@ -81,16 +81,17 @@ def first_difference(recorded: Record, declared: Record) -> str | None:
         declared: Decisive parameters of the blocks that it was made with.
 
     Returns:
-        Half a sentence about the first one, or `None` when there is none.
+        What is wrong and what to do, a half-sentence that a command follows with `by`; `None` when nothing differs.
     """
     if missing := [block for block in declared if block not in recorded]:
-        return f"does not say with which parameters of '{missing[0]}' it was made"
+        return f"does not say with which parameters of '{missing[0]}' it was made: make it again"
     before, now = (dict(_leaves(blocks)) for blocks in ({block: recorded[block] for block in declared}, declared))
     keys = [key for key in before | now if before.get(key) != now.get(key) and not _is_looser(key, before, now)]
     if not keys:
         return None
     others = f" (and {len(keys) - 1} more differ)" if keys[1:] else ""
-    return f"was made with {keys[0]} = {before.get(keys[0])!r}, but this run has {now.get(keys[0])!r}{others}"
+    found = f"was made with {keys[0]} = {before.get(keys[0])!r}, but this run has {now.get(keys[0])!r}{others}"
+    return f"{found}: give this run the former, or make it again"
 
 
 def check_prepared(base_model: Path, model: ModelConfig) -> None:
