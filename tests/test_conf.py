@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging.config
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,15 @@ def test_the_logging_is_plain_lines_and_no_file() -> None:
     logging.config.DictConfigurator(config)
     assert [handler["class"] for handler in config["handlers"].values()] == ["logging.StreamHandler"]
     assert config["loggers"]["qvl_pipeline"] == {"level": "INFO"}
+
+
+def test_torchao_does_not_warn_at_every_stage() -> None:
+    code = (
+        "import enum, logging.config, yaml; logging.config.dictConfig(yaml.safe_load(open('conf/logging.yml')));"
+        "from torch.utils._pytree import register_constant; register_constant(enum.StrEnum('E', 'a'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_base_models_are_downloaded_in_parallel() -> None:
