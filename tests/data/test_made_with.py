@@ -32,12 +32,15 @@ def ingest(source: dict[str, Any] | None = None, **changes: Any) -> IngestConfig
     ("before", "now"),
     [
         (ingest(), ingest({"path": "./data//a.jsonl", "data_folder": "media/"})),
+        (ingest(), ingest({"path": f"{Path.cwd()}/data/a.jsonl", "data_folder": str(Path.cwd() / "media")})),
+        (ingest({"data_folder": ""}), ingest({"data_folder": str(Path.cwd())})),
         (ingest(), IngestConfig(**dict(reversed(INGEST.items())))),
         (ingest(), ingest({"weight": 2.0, "repeat": 3})),
         (ingest(), ingest({"format": "auto", "limit": None})),
         (ingest(), ingest(cache_folder="elsewhere")),
         (ingest(eval_fraction=0), ingest(eval_fraction=0, seed=7)),
         (ValidateConfig(), ValidateConfig(max_text_chars=200_000, severity={"duplicate": "warn"})),
+        (ValidateConfig(), ValidateConfig(severity={"duplicate": "off"})),
         (ValidateConfig(max_reject_fraction=0.05), ValidateConfig(max_reject_fraction=0.5)),
         (
             SampleConfig(fps=2),
@@ -63,7 +66,7 @@ def test_what_cannot_change_the_output_is_no_difference(before: Block, now: Bloc
         (
             ValidateConfig(),
             ValidateConfig(severity={"duplicate": "error"}),
-            "x.severity.duplicate = 'warn', but this run has 'error'",
+            "x.severity.duplicate = 'not an error', but this run has 'error'",
         ),
         (
             ValidateConfig(max_reject_fraction=0.5),

@@ -159,6 +159,12 @@ def test_balanced_packs_are_of_more_equal_work(max_patches: int | None) -> None:
     assert spread[balanced] < 0.5 * min(spread[best_fit], spread[first_fit])
 
 
+@pytest.mark.parametrize("packer", PACKERS)
+def test_samples_that_fit_into_one_pack_are_in_one(packer) -> None:
+    lengths, patches = np.full(30, 20), np.full(30, 1_000)
+    assert len(packer(lengths, patches, max_tokens=1_024, max_patches=None, rng=np.random.default_rng(0))) == 1
+
+
 def test_attention_makes_one_long_sample_more_work_than_many_short_ones() -> None:
     assert llm_cost(np.array([16_384]))[0] > 1.2 * llm_cost(np.full(16, 1024)).sum()
 

@@ -276,6 +276,8 @@ def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.Capt
         ({"data_parallel_size": 3}, True),
         ({}, False),
         ({"data_parallel_size": 3, "packing_strategy": "balanced"}, False),
+        # One pack, which the other of two ranks waits for whatever is in it.
+        ({"data_parallel_size": 2, "packing_length": 16_384}, False),
     ],
 )
 def test_packs_that_let_ranks_wait_are_not_taken_in_silence(

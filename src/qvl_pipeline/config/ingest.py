@@ -123,7 +123,7 @@ class IngestConfig(Block):
         for source in kept["datasets"]:
             for key in ("path", "data_folder"):
                 if "://" not in source[key]:
-                    source[key] = posixpath.normpath(source[key])
+                    source[key] = _from_project(source[key])
         if not self.eval_fraction:
             del kept["seed"]
         return kept
@@ -145,6 +145,13 @@ class IngestConfig(Block):
         if doubled:
             raise ValueError(f"datasets: the name '{doubled[0]}' is used twice; give each source its own name")
         return self
+
+
+def _from_project(path: str) -> str:
+    """Return the shortest form of a path, from the project root on where it is inside of that."""
+    normal = posixpath.normpath(path)
+    inside = Path(normal).is_relative_to(Path.cwd())
+    return str(Path(normal).relative_to(Path.cwd())) if inside else normal
 
 
 def _declared_in(path: str) -> list[Any]:

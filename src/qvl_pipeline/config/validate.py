@@ -68,8 +68,10 @@ class ValidateConfig(Block):
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """Return what decides the valid samples; a severity that is stated and one by default are the same."""
-        return super().decisive() | {"severity": {rule: self.severity_of(rule) for rule in sorted(SEVERITIES)}}
+        """Return what decides the valid samples: of a rule, whether it is an error; warnings are only listed."""
+        errors = {rule: self.severity_of(rule) == "error" for rule in sorted(SEVERITIES)}
+        severity = {rule: "error" if error else "not an error" for rule, error in errors.items()}
+        return super().decisive() | {"severity": severity}
 
     def severity_of(self, rule: str) -> Severity:
         """Say what breaking a rule means."""

@@ -334,7 +334,9 @@ def balanced(
     """
     budget = int(patches.sum()) + 1 if max_patches is None else max_patches
     work = llm_cost(lengths) + vision_cost(patches)
-    fewest = max(lengths.sum() / max_tokens, patches.sum() / budget) / BALANCED_FILL
+    # Without a patch budget, all patches fit into one pack, and no room beside them is needed.
+    filled = [lengths.sum() / max_tokens, *([] if max_patches is None else [patches.sum() / max_patches])]
+    fewest = max(filled) / BALANCED_FILL
     packs = [(0.0, number, max_tokens, budget) for number in range(int(np.ceil(fewest)))]
     noisy = np.maximum(lengths / max_tokens, patches / budget)
     noisy = noisy * rng.uniform(1 - BALANCED_NOISE, 1 + BALANCED_NOISE, size=len(lengths))

@@ -22,7 +22,7 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 # Changed whenever the same inputs would give another plan.
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,14 @@ def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: in
             bar.advance(task, batch.num_rows)
 
 
-def _balancing_hint(slower: float, batching: BatchingConfig) -> str:
+def _balancing_hint(summary: dict[str, Any], batching: BatchingConfig) -> str:
     """Say what to do about ranks that would wait for each other; nothing where nothing helps."""
-    waits = slower > WORTH_BALANCING and batching.packing and batching.packing_strategy != "balanced"
-    return "; packing_strategy 'balanced' makes packs of equal work" if waits else ""
+    packs, ranks = summary["packs"], batching.data_parallel_size
+    # Of the last packs some ranks get none, however alike packs are.
+    alike = ceil(packs / ranks) * ranks / packs
+    helps = batching.packing and batching.packing_strategy != "balanced"
+    waits = summary["imbalance"]["together"] / alike - 1 > WORTH_BALANCING
+    return "; packing_strategy 'balanced' makes packs of equal work" if helps and waits else ""
 
 
 def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
@@ -205,7 +210,7 @@ def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
             "samples": f"{summary['samples']:,} x {summary['epochs']:.3g} epochs",
             "packs": f"{summary['packs']:,} of {batching.packing_length:,} tokens, {summary['fill']:.1%} full",
             "slowest rank": f"{slower:.1%} above the mean of {batching.data_parallel_size}"
-            + _balancing_hint(slower, batching),
+            + _balancing_hint(summary, batching),
             "tokens": f"{summary['tokens']:,}",
             "supervised": supervised,
         }
