@@ -117,6 +117,21 @@ def test_an_output_of_an_earlier_version_is_to_be_made_again(real: Path) -> None
     )
 
 
+@pytest.mark.parametrize("entry", ["tokenized_samples", "video_frames"])
+def test_an_input_that_was_cut_off_is_to_be_made_again(real: Path, entry: str) -> None:
+    blocks = declared(real)
+    for name in {entry for entry in pipelines["train"].inputs() if not entry.startswith("params:")}:
+        put(real, name, made_with({}, **{block: blocks[block] for block in RECORDED.get(name, ())})["made_with"])
+    files = {"tokenized_samples": "tokenized.arrow", "video_frames": "video_frames/made_with.json"}
+    path = real / "data/05_model_input/base" / files[entry]
+    path.write_bytes(path.read_bytes()[:10])
+    message = refusal(real, "train")
+    assert message.startswith(f"train cannot start, because {entry} (data/05_model_input/base/")
+    assert ") cannot be read (" in message
+    assert "make it again by `kedro run --pipelines " in message
+    assert "\n" not in message
+
+
 def test_two_profiles_of_one_dataset_cannot_take_each_others_tables(real: Path) -> None:
     folder = real / "conf/mine"
     folder.mkdir()

@@ -96,7 +96,11 @@ class EarlyChecks:
         if name not in RECORDED or name not in self._paths:
             return None
         declared = {block: self._blocks[block].decisive() for block in RECORDED[name]}
-        return first_difference(read_record(Path(self._paths[name])), declared)
+        try:
+            recorded = read_record(Path(self._paths[name]))
+        except (OSError, ValueError) as error:  # cut off, or no such file at all
+            return f"cannot be read ({' '.join(str(error).split())}): make it again"
+        return first_difference(recorded, declared)
 
     def _needed(self, wrong: Iterable[str], catalog: DataCatalog) -> list[str]:
         """Return the stages that make `wrong`, and before them what they need in turn."""
