@@ -100,6 +100,21 @@ def test_epoch_strategy_evaluates_after_each_pass_in_time_that_is_not_that_of_tr
     assert rows[2]["time"] - rows[1]["time"] >= rows[1]["eval_time_s"] + rows[2]["step_time_s"]
 
 
+def test_eval_sample_whose_decoding_hangs_is_named_by_the_watchdog(training: TrainSpec, tmp_path: Path) -> None:
+    plan = pd.read_parquet(training.data.pack_plan)
+    plan[plan["step"] != 1].replace({"step": {2: 1}}).to_parquet(training.data.pack_plan, index=False)
+    others = plan[plan["step"] == 1].assign(step=0, pack=range(4))
+    others.astype({"step": "int32", "pack": "int32"}).to_parquet(training.validation.plan, index=False)
+    hanging = changed(training, tmp_path / "run", run={"step_timeout_s": 3.0})
+    (tmp_path / "data" / "7.png").unlink()
+    os.mkfifo(tmp_path / "data" / "7.png")  # opening it waits for a writer, forever
+    with pytest.raises(JobFailedError):
+        trained(hanging, nproc=1, timeout_s=60)
+    [report] = [json.loads(path.read_text()) for path in (tmp_path / "run" / "errors").glob("rank*.json")]
+    assert (report["type"], report["sample_ids"]) == ("StepTimeoutError", ["b/7"])
+    assert "still waits for its next batch of the evaluation" in report["message"]
+
+
 def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Path) -> None:
     # A learning rate so high that training gets worse after its first step.
     best = changed(
@@ -178,13 +193,13 @@ def main_asked_to_stop(spec_path: Path, where: str, at: int) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return take_step(self, step, *args)
 
-    def evaluation(self: Validation, model: Any, step: int) -> dict[str, Any]:
+    def evaluation(self: Validation, model: Any, step: int, *args: Any) -> dict[str, Any]:
         saved = [number for number, _ in completed(folder / "checkpoints")]
         with (folder / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps([step, saved]) + "\n")
         if (where, at) == ("evaluation", step):
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, model, step)
+        return evaluate(self, model, step, *args)
 
     Trainer._train_step, Validation.run = step, evaluation
     return engine.main(spec_path)
@@ -246,7 +261,7 @@ def test_a_resumed_run_knows_the_best_step_that_is_saved_and_the_row_that_waits(
 
     def resumed(done: int) -> Validation:
         alone = {"dp": SimpleNamespace(get_local_rank=lambda: 0, size=lambda: 1)}
-        validation = Validation(training, None, alone, torch.device("cpu"), None)
+        validation = Validation(training, None, alone, torch.device("cpu"), None, None)
         validation.resume(folder, done)
         return validation
 

@@ -79,7 +79,8 @@ class Trainer:
         )
         self.checkpoints = self._make_checkpoints()
         evaluates = spec.validation.strategy != "no"
-        self.validation = Validation(spec, self.builder, self.mesh, self.device, self.skipped) if evaluates else None
+        inputs = spec, self.builder, self.mesh, self.device, self.skipped, watchdog
+        self.validation = Validation(*inputs) if evaluates else None
 
     def _make_feed(self) -> PlannedFeed | StreamedFeed:
         """Take this rank's share of the plan, or of the stream where there is none."""
@@ -242,8 +243,12 @@ class Trainer:
 
     def _evaluate(self, row: dict[str, Any]) -> None:
         """Add to a row the evaluation of the weights, which are those after its step."""
+
+        def at(micro_batch: MicroBatch) -> None:
+            self.micro_batch = micro_batch
+
+        row |= self.validation.run(self.model, row["step"], at)
         self.micro_batch = MicroBatch((), vision=False)
-        row |= self.validation.run(self.model, row["step"])
 
     def _evaluate_postponed(self) -> bool:
         """Complete the row that waits for its evaluation, if one does; return whether to stop was asked meanwhile."""

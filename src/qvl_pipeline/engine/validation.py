@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from qvl_pipeline.engine import checkpoints
 from qvl_pipeline.engine.batch import BatchBuilder
 from qvl_pipeline.engine.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed import read_plan, share_out
+from qvl_pipeline.engine.feed import MicroBatch, read_plan, share_out
 from qvl_pipeline.engine.metrics import SourceLosses, read_rows
 from qvl_pipeline.engine.nonfinite import FiniteWatch
 from qvl_pipeline.engine.packed_vlm import PackedVLM
 from qvl_pipeline.engine.skipped import SkippedSamples
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.watchdog import Watchdog
 
 POSTPONED = "postponed.json"
 
@@ -38,13 +41,21 @@ class Validation:
     """
 
     def __init__(
-        self, spec: TrainSpec, builder: BatchBuilder, mesh: DeviceMesh, device: torch.device, skipped: SkippedSamples
+        self,
+        spec: TrainSpec,
+        builder: BatchBuilder,
+        mesh: DeviceMesh,
+        device: torch.device,
+        skipped: SkippedSamples,
+        watchdog: Watchdog,
     ) -> None:
         """Read the eval plan and take this rank's share."""
         self._spec = spec
         self._builder = builder
         self._device = device
         self._skipped = skipped
+        self._watchdog = watchdog
+        self._watched = False
         dp = mesh["dp"]
         packs = spec.data.packs_per_micro_batch
         self._steps = share_out(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
@@ -62,8 +73,13 @@ class Validation:
         passed, before = (math.floor(self._spec.data.epochs * s / max_steps + 1e-9) for s in (step, step - 1))
         return passed > before
 
-    def run(self, model: PackedVLM, step: int) -> dict[str, Any]:
+    def run(self, model: PackedVLM, step: int, at: Callable[[MicroBatch], None]) -> dict[str, Any]:
         """Evaluate the weights after `step`; called by all ranks, which return the same.
+
+        Args:
+            model: The model.
+            step: Steps taken.
+            at: Told of each micro-batch before it is loaded.
 
         Returns:
             `eval_loss` (none, if all samples had to be skipped), `eval_loss_by_source`, `eval_tokens` (supervised
@@ -81,12 +97,17 @@ class Validation:
             model.eval()
             options = LoaderOptions.from_spec(self._spec.data, cuda=bool(cuda))
             micro_batches = [micro_batch for step in self._steps for micro_batch in step.micro_batches]
-            for batch in load_batches(micro_batches, Path(self._spec.data.tokenized), self._builder, options):
-                self._skipped.add(step, batch.skipped, split="eval")
-                batch = batch.to(self._device)
-                of_tokens = model(batch)
-                losses.add(of_tokens, batch.target_source)
-                finite.add_losses(step, batch.sample_ids, of_tokens)
+            batches = iter(load_batches(micro_batches, Path(self._spec.data.tokenized), self._builder, options))
+            for micro_batch in micro_batches:
+                at(micro_batch)
+                with self._watch(step):
+                    with self._watchdog.load("its next batch of the evaluation"):
+                        batch = next(batches)
+                    self._skipped.add(step, batch.skipped, split="eval")
+                    batch = batch.to(self._device)
+                    of_tokens = model(batch)
+                    losses.add(of_tokens, batch.target_source)
+                    finite.add_losses(step, batch.sample_ids, of_tokens)
             model.train()
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -103,6 +124,11 @@ class Validation:
             "eval_skipped_samples": self._skipped.report(),
             "eval_time_s": time.perf_counter() - started,
         }
+
+    def _watch(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Watch a micro-batch as if it were a step; but not the very first, for which blocks may have to compile."""
+        first, self._watched = not self._watched, True
+        return contextlib.nullcontext() if first else self._watchdog.step(step)
 
     def postpone(self, row: dict[str, Any]) -> None:
         """Leave an evaluation to the run that goes on from here, as it may take longer than a stopping run has.
