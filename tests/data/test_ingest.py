@@ -303,6 +303,16 @@ def test_the_split_does_not_depend_on_where_the_dataset_lies(tmp_path: Path, mon
     assert _splits(_write("a.jsonl", rows)) == expected
 
 
+@pytest.mark.parametrize("named", ["real", "link"])
+@pytest.mark.parametrize("stated", ["real", "link"])
+def test_the_split_is_the_same_through_a_link(tmp_path: Path, stated: str, named: str) -> None:
+    expected = _splits(_write("a.jsonl", [_row("?", f"{n}.png") for n in range(16)]))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    rows = [_row("?", f"{tmp_path}/{named}/{n}.png") for n in range(16)]
+    assert _splits(_write("a.jsonl", rows) | {"data_folder": f"{tmp_path}/{stated}"}) == expected
+
+
 def test_sources_that_share_media_split_them_in_the_same_way() -> None:
     outer = _write("outer.jsonl", [_row("?", f"in/{n}.png") for n in range(16)])
     inner = _write("inner.jsonl", [_row("?", f"{n}.png") for n in range(16)]) | {"data_folder": "media/in"}

@@ -31,11 +31,13 @@ def name_prefixes(folders: Iterable[str]) -> list[str]:
         folders: Parameters `data_folder` of all sources; one that is not set is the project root.
 
     Returns:
-        Their absolute paths or URLs, the outermost first; then that of the project root.
+        Their absolute paths, as they are stated and without links, or URLs, the outermost first; then the path of the
+        project root.
     """
     project = f"{Path.cwd()}/"
-    stated = {f"{media_folder(folder).root.rstrip('/')}/" for folder in folders}
-    return [*sorted(stated - {project}, key=len), project]
+    stated = {media_folder(folder).root for folder in folders}
+    real = {str(_real(root)) for root in stated if not is_url(root)}
+    return [*sorted({f"{root.rstrip('/')}/" for root in stated | real} - {project}, key=len), project]
 
 
 def name_of(path: str, prefixes: Sequence[str]) -> str:
@@ -49,6 +51,8 @@ def name_of(path: str, prefixes: Sequence[str]) -> str:
         Its path from the outermost of the folders on.
     """
     full = path if is_url(path) or path.startswith("/") else prefixes[-1] + path
+    if not full.startswith(tuple(prefixes)):  # there by another link than the folder
+        full = str(_real(full))
     return full.removeprefix(next(prefix for prefix in prefixes if full.startswith(prefix)))
 
 
