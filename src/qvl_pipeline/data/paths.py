@@ -51,9 +51,12 @@ def name_of(path: str, prefixes: Sequence[str]) -> str:
         Its path from the outermost of the folders on.
     """
     full = path if is_url(path) or path.startswith("/") else prefixes[-1] + path
-    if not full.startswith(tuple(prefixes)):  # there by another link than the folder
-        full = str(_real(full))
-    return full.removeprefix(next(prefix for prefix in prefixes if full.startswith(prefix)))
+    *folders, project = prefixes
+    if not full.startswith(tuple(folders) or project):
+        real = str(_real(full))  # a row may name it by another link than that of the folder
+        if real.startswith(tuple(folders)) or not full.startswith(project):
+            full = real
+    return full.removeprefix(next((prefix for prefix in prefixes if full.startswith(prefix)), ""))
 
 
 class RemoteFolder:
