@@ -121,6 +121,15 @@ def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+def test_an_interrupted_run_keeps_its_status_when_nobody_reads_its_output() -> None:
+    code = (
+        "import os, sys; from qvl_pipeline.cli import _end; reader, writer = os.pipe(); os.close(reader);"
+        "sys.stdout = open(writer, 'w'); sys.stdout.write('unread'); _end(130)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_the_real_command_says_what_to_run_first(tmp_path: Path) -> None:
     """`kedro run` itself, with the real pipelines: it finds our command, and no other output disturbs."""
     folder = make_project(tmp_path / "project")

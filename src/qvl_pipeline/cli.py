@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import os
 import signal
@@ -65,8 +66,9 @@ def _end(status: int) -> NoReturn:
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # for whoever does not want to wait for what follows
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader of a pipe has gone, too
+            stream.flush()
     os._exit(status)
 
 
