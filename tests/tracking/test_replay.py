@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import mlflow
@@ -9,6 +11,7 @@ import pytest
 from qvl_pipeline.config import ReplayConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.replay.nodes import refuse_differences, repeat
+from qvl_pipeline.tracking import replay
 from qvl_pipeline.tracking.repeatable import read_run
 from qvl_pipeline.tracking.replay_comparison import compare_numbers, compare_weights, is_same
 from qvl_pipeline.tracking.uncommitted import uncommitted
@@ -120,3 +123,18 @@ def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:
     tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "base", "dataset": "digits"}
     with pytest.raises(UserError, match=r"its artifact uncommitted\.patch is not there"):
         read_run(recorded(client, [], tags | {"git_dirty": "true"}))
+
+
+def test_a_run_that_is_repeated_ends_in_its_own_way_when_the_replay_is_interrupted(tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # The child asks for the interrupt once it is ready for the signal, and takes a while to end.
+    child = "trap 'sleep 0.5; touch ended; exit' TERM; kill -USR1 $PPID; while :; do sleep 0.1; done"
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replay._run(["bash", "-c", child], tmp_path, dict(os.environ))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (tmp_path / "ended").exists()

@@ -37,7 +37,10 @@ class SampleConfig(Block):
             `num_workers`.
     """
 
-    indifferent: ClassVar[dict[str, Any]] = dict.fromkeys(("frame_cache", "num_workers", "memory_gib"), True)
+    # Limits on what may be lost were kept to when it was written, or nothing was.
+    indifferent: ClassVar[dict[str, Any]] = dict.fromkeys(
+        ("frame_cache", "num_workers", "memory_gib", "decode_timeout_s", "max_reject_fraction"), True
+    )
 
     video_backend: Literal["pyav", "torchcodec", "decord", "qwen_vl_utils"] = "pyav"
     video_sampling_strategy: Literal["fps", "frame_num"] = "fps"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,9 @@ class ValidateConfig(Block):
             `variable_frame_rate` warn; the others are errors.
         probe_timeout_s: Wall-clock seconds one media file may take to probe before it is quarantined.
     """
+
+    # Limits on what may be lost were kept to when it was written, or nothing was.
+    indifferent: ClassVar[dict[str, Any]] = dict.fromkeys(("max_reject_fraction", "probe_timeout_s"), True)
 
     max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
     max_text_chars: int = Field(default=200_000, ge=1)

@@ -6,7 +6,7 @@ A stage reads the parameters of its own. What it takes in has the record of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def first_difference(recorded: Record, declared: Record) -> str | None:
     if missing := [block for block in declared if block not in recorded]:
         return f"does not say with which parameters of '{missing[0]}' it was made: make it again"
     before, now = (dict(_leaves(blocks)) for blocks in ({block: recorded[block] for block in declared}, declared))
-    keys = [key for key in before | now if before.get(key) != now.get(key) and not _is_looser(key, before, now)]
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
     if not keys:
         return None
     others = f" (and {len(keys) - 1} more differ)" if keys[1:] else ""
@@ -120,8 +120,3 @@ def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, value in values.items() if isinstance(values, dict) else enumerate(values):
         yield from _leaves(value, f"{key}.{name}" if key else str(name))
-
-
-def _is_looser(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a limit on what may be lost is now above the one that was kept to, which then makes no difference."""
-    return key.endswith(".max_reject_fraction") and key in before and before[key] <= now[key]

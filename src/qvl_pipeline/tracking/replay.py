@@ -98,6 +98,17 @@ def _git(folder: Path, *arguments: str, given: str | None = None) -> None:
         raise UserError(f"git {' '.join(arguments[:2])} failed: {done.stderr.strip()}")
 
 
+def _run(command: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Run a command to its end, and return its status; interrupted, let it end in its own way (`run` would kill it)."""
+    with subprocess.Popen(command, cwd=folder, env=environment) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
 def _write_profile(folder: Path, run: RecordedRun) -> None:
     """Give the worktree a profile with exactly the parameters of the run, and the catalog of its profile."""
     # A merge could not take away what these add to a mapping.
@@ -140,7 +151,7 @@ def _kedro_run(folder: Path, names: tuple[str, ...], run: RecordedRun) -> str:
     environment["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()
     command = [sys.executable, "-m", "kedro", "run", *options, "--env", PROFILE]
     logger.info("in %s: kedro run %s", folder, " ".join(options))
-    if subprocess.run(command, cwd=folder, env=environment).returncode:
+    if _run(command, folder, environment):
         raise UserError(f"the replay of {run.id} failed: its output above says why")
     client = mlflow.MlflowClient()
     (new,) = client.search_runs([run.experiment_id], f"attributes.run_name LIKE '{label}%'")
