@@ -11,8 +11,9 @@ KEDRO_RUN := kedro run$(if $(PROFILE), --env $(PROFILE))
 # Of two that name a dataset, the profile's takes precedence.
 GLOBALS := conf/base/globals.yml $(if $(PROFILE),conf/$(PROFILE)/globals.yml)
 EMPTY :=
+COMMA := ,
 # Kedro takes a comma in --params for the start of another parameter.
-COMPARED := $(subst $(EMPTY) $(EMPTY),+,$(strip $(RUNS)))
+COMPARED := $(subst $(EMPTY) $(EMPTY),+,$(strip $(subst $(COMMA), ,$(RUNS))))
 
 # Recipes, DVC stages and their children find this project's commands first. Nothing reports home.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

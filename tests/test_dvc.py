@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -220,3 +221,16 @@ def test_a_second_repro_changes_nothing(repository: Path) -> None:
     assert "Data and pipelines are up to date." in command(repository, "dvc repro ingest@digits")
     assert (repository / "dvc.lock").read_text() == lock
     assert command(repository, "git status --short") == "?? dvc.lock\n"
+
+
+def test_dvc_finds_the_pointer_files_of_raw_data(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    raw = tmp_path / "data" / "01_raw"
+    raw.mkdir(parents=True)
+    (raw / "own.jsonl").write_text("{}\n")
+    for line in ("git init --quiet", "dvc init --quiet", "dvc add --quiet data/01_raw/own.jsonl"):
+        command(tmp_path, line)
+    (raw / "own.jsonl").unlink()
+    command(tmp_path, "dvc checkout --quiet")  # of all that DVC finds by itself, as `dvc push` and `dvc pull` do
+    assert (raw / "own.jsonl").read_text() == "{}\n"
+    assert "own.jsonl\n" not in command(tmp_path, "git status --short --untracked-files=all")

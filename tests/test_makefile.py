@@ -156,7 +156,7 @@ def test_variables_reach_the_commands(folder: Folder) -> None:
     folder.make("ui", MLFLOW_TRACKING_URI="https://mlflow.example.org")
     folder.make("repro")
     folder.make("compare")
-    folder.make("compare", "RUNS=base  tiny_qwen2_5_vl 0a1b")
+    folder.make("compare", "RUNS=base,  tiny_qwen2_5_vl 0a1b")
     ui = "mlflow ui --workers 1 --host 127.0.0.1 --port"
     assert folder.calls() == [
         "kedro run --env tiny_qwen2_5_vl",

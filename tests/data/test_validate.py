@@ -280,7 +280,10 @@ def test_too_many_rejects_name_the_top_reasons() -> None:
     assert str(caught.value) == (
         "12 of 100 rows (12.0%) are rejected or quarantined, more than the 11.0% that validate.max_reject_fraction "
         "allows; most of them by too_long (6), missing_media (3), unreadable_row (2): mend the rows, which are "
-        "listed in quarantine.parquet (data/03_primary) and rejects.parquet (data/02_intermediate), or raise the limit"
+        "listed in quarantine.parquet (data/03_primary/<dataset>) and rejects.parquet "
+        "(data/02_intermediate/<dataset>), or raise the limit"
     )
     assert isinstance(caught.value, UserError)
+    with pytest.raises(TooManyRejectsError, match="may lie elsewhere than ingest"):
+        check_reject_fraction(_report(1, {"unreadable_row": 0, "missing_media": 9}), ValidateConfig())
     check_reject_fraction(report, ValidateConfig(max_reject_fraction=0.12))

@@ -130,7 +130,7 @@ def _bins(values: Any) -> list[dict[str, Any]]:
 
 def _by_source(seen: _Seen, rejects: pd.DataFrame, quarantine: pd.DataFrame) -> list[dict[str, Any]]:
     rejected, quarantined = Counter(rejects["source"]), Counter(quarantine["source"])
-    counts = {"read": seen.read, "rejected": rejected, "quarantined": quarantined, "eval": seen.held_out}
+    counts = {"read": seen.read + rejected, "rejected": rejected, "quarantined": quarantined, "eval": seen.held_out}
     sources = sorted(set(seen.read) | set(rejected))
     return [{"source": source, **{name: count[source] for name, count in counts.items()}} for source in sources]
 

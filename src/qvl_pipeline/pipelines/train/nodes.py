@@ -135,7 +135,7 @@ def _check_inputs(
     if plan_fingerprint(planned, batching, source_weights(ingest)) != plan_summary["fingerprint"]:
         raise UserError(
             "the pack plan was made for other data or other `batching` parameters than this run's: "
-            "run `kedro run --pipelines tokenize` (with the same --env) to make it anew"
+            "run `kedro run --pipelines tokenize` (with the same --env and --params) to make it anew"
         )
 
 
