@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.report import report
 from qvl_pipeline.data.packing import Packs, balanced, best_fit, first_fit
 from qvl_pipeline.engine.stream_packing import PACK_WINDOW, fill_pack
-from qvl_pipeline.tokens.work import llm_cost, vision_cost
+from qvl_pipeline.tokens.work import work_of
 
 MAX_TOKENS = 16_384
 PATCH_BUDGETS = {"log_normal": None, "mixed": None, "mixed_two_budgets": 49_152}
@@ -55,7 +55,7 @@ def streamed(
 ) -> Packs:
     """Pack in shuffled order as a lane of a stream does, which sees a few samples at a time."""
     budget = 2**62 if max_patches is None else max_patches
-    usual = float(_work(lengths, patches).sum() / lengths.sum())
+    usual = float(work_of(lengths, patches).sum() / lengths.sum())
     order = rng.permutation(len(lengths))
     coming = iter(order.tolist())
     waiting: list[dict[str, int]] = []
@@ -69,10 +69,6 @@ def streamed(
         packed += [waiting[place]["number"] for place in taken]
         bounds.append(len(packed))
         waiting = [sample for place, sample in enumerate(waiting) if place not in taken]
-
-
-def _work(lengths: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    return llm_cost(lengths) + vision_cost(patches)
 
 
 STRATEGIES: dict[str, Callable[..., Packs]] = {
@@ -115,7 +111,7 @@ def measure(strategy: str, data: str, count: int) -> dict[str, Any]:
     )
     elapsed = time.perf_counter() - started
     fewest = max(lengths.sum() / MAX_TOKENS, patches.sum() / budget if budget else 0)
-    work = packs.sums(_work(lengths, patches))
+    work = packs.sums(work_of(lengths, patches))
     return {
         "data": data,
         "samples": count,

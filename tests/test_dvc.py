@@ -228,9 +228,10 @@ def test_dvc_finds_the_pointer_files_of_raw_data(tmp_path: Path) -> None:
     raw = tmp_path / "data" / "01_raw"
     raw.mkdir(parents=True)
     (raw / "own.jsonl").write_text("{}\n")
-    for line in ("git init --quiet", "dvc init --quiet", "dvc add --quiet data/01_raw/own.jsonl"):
+    dvc = f"{sys.executable} -m dvc"
+    for line in ("git init --quiet", f"{dvc} init --quiet", f"{dvc} add --quiet data/01_raw/own.jsonl"):
         command(tmp_path, line)
     (raw / "own.jsonl").unlink()
-    command(tmp_path, "dvc checkout --quiet")  # of all that DVC finds by itself, as `dvc push` and `dvc pull` do
+    command(tmp_path, f"{dvc} checkout --quiet")  # of all that DVC finds by itself, as `dvc push` and `dvc pull` do
     assert (raw / "own.jsonl").read_text() == "{}\n"
     assert "own.jsonl\n" not in command(tmp_path, "git status --short --untracked-files=all")

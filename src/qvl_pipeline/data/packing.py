@@ -11,7 +11,7 @@ from math import ceil
 
 import numpy as np
 
-from qvl_pipeline.tokens.work import llm_cost, vision_cost
+from qvl_pipeline.tokens.work import work_of
 
 # Samples are sorted by size up to this relative noise. It makes packs differ from epoch to epoch and mixes sizes in
 # them: samples of one size are often of one kind, and a step on packs of one kind learns one thing. Small samples fill
@@ -333,7 +333,7 @@ def balanced(
         The packs; samples are in the order in which a pack was filled.
     """
     budget = int(patches.sum()) + 1 if max_patches is None else max_patches
-    work = llm_cost(lengths) + vision_cost(patches)
+    work = work_of(lengths, patches)
     # Without a patch budget, all patches fit into one pack, and no room beside them is needed.
     filled = [lengths.sum() / max_tokens, *([] if max_patches is None else [patches.sum() / max_patches])]
     fewest = max(filled) / BALANCED_FILL

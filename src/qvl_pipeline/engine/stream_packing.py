@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qvl_pipeline.tokens.work import llm_cost, vision_cost
+from qvl_pipeline.tokens.work import work_of
 
 # Samples that a pack is chosen from: with 64 of log-normal lengths, packs are 99 % full.
 PACK_WINDOW = 64
@@ -13,7 +13,7 @@ PACK_WINDOW = 64
 
 def work(sample: Mapping[str, Any]) -> float:
     """Work of a sample, in tokens of the language model."""
-    return llm_cost(sample["length"]) + vision_cost(sample["vit_patches"])
+    return work_of(sample["length"], sample["vit_patches"])
 
 
 def fill_pack(
@@ -46,6 +46,7 @@ def fill_pack(
     rest = sorted(range(1, len(waiting)), key=first[strategy], reverse=strategy != "first_fit")
     left, taken = [0, *rest], []
     tokens = patches = 0
+    balance = 0.0
     while left := [
         place
         for place in left
@@ -53,9 +54,9 @@ def fill_pack(
     ]:
         place = left[0]
         if strategy == "balanced" and taken:
-            lacks_work = sum(surplus[place] for place in taken) < 0
-            place = next((place for place in left if (surplus[place] > 0) == lacks_work), place)
+            place = next((place for place in left if (surplus[place] > 0) == (balance < 0)), place)
         left.remove(place)
         taken.append(place)
+        balance += surplus[place]
         tokens, patches = tokens + waiting[place]["length"], patches + waiting[place]["vit_patches"]
     return sorted(taken)

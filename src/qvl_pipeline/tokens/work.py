@@ -27,3 +27,8 @@ def llm_cost(lengths: Numbers) -> Numbers:
 def vision_cost(patches: Numbers) -> Numbers:
     """Work of the vision tower on samples of `patches` patches."""
     return PATCH_COST * patches
+
+
+def work_of(lengths: Numbers, patches: Numbers) -> Numbers:
+    """Work of language model and vision tower together on samples of `lengths` tokens and `patches` patches."""
+    return llm_cost(lengths) + vision_cost(patches)
