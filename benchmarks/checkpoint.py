@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.report import report
-from qvl_pipeline.engine.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
+from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
 
 RANKS = 2
 SAVES = 3

@@ -34,19 +34,20 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
 from benchmarks.report import report
-from qvl_pipeline.engine.attention import use_packed_attention
-from qvl_pipeline.engine.attention_kernels import why_not
-from qvl_pipeline.engine.batch import Batch
-from qvl_pipeline.engine.compilation import compile_blocks
-from qvl_pipeline.engine.families import FAMILIES
-from qvl_pipeline.engine.flops import flops_of, peak_flops
-from qvl_pipeline.engine.kernels import use_liger_kernels
-from qvl_pipeline.engine.optimization import make_optimizers
-from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
-from qvl_pipeline.engine.recomputation import recompute_activations
-from qvl_pipeline.engine.sharding import shard, start_process_group
+from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention_kernels import why_not
+from qvl_pipeline.engine.model.compilation import compile_blocks
+from qvl_pipeline.engine.model.flops import flops_of, peak_flops
+from qvl_pipeline.engine.model.kernels import use_liger_kernels
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.sharded import shard_model
+from qvl_pipeline.engine.optim.optimization import make_optimizers
+from qvl_pipeline.engine.parallel.sharding import start_process_group
 from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec
+from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.pixels import normalize_patches
 
 ATTENTION = ("flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa")
@@ -190,7 +191,7 @@ class _Bench:
             recompute_activations(model.hf, recomputed)
             if blocks == "compiled":
                 compile_blocks(model.hf, model.family, backend="inductor", mode="default")
-            shard(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=reshard))
+            shard_model(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=reshard))
             (optimizer,) = make_optimizers(model, _OPTIM)
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
-from qvl_pipeline.engine.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.families import FAMILIES
+from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.families import FAMILIES
 
 _IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
 _TEXT = {"vocab_size": 151_936, "max_position_embeddings": 128_000, "bos_token_id": None, "eos_token_id": None}

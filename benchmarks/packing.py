@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import report
-from qvl_pipeline.data.packing import Packs, balanced, best_fit, first_fit
-from qvl_pipeline.engine.stream_packing import PACK_WINDOW, fill_pack
+from qvl_pipeline.data.plan.packing import Packs, balanced, best_fit, first_fit
+from qvl_pipeline.engine.feed.stream_packing import PACK_WINDOW, fill_pack
 from qvl_pipeline.tokens.work import work_of
 
 MAX_TOKENS = 16_384

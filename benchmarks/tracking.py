@@ -46,8 +46,8 @@ def train(models: Path, proxy: FaultyProxy, steps: int, *, failing: bool) -> dic
     """Run one training, and send afterwards what is unsent; the row says what it took and what MLflow has."""
     from mlflow import MlflowClient
 
-    from qvl_pipeline.tracking.sinks import MetricsSink, SendToMlflow
-    from qvl_pipeline.tracking.unsent import send_unsent
+    from qvl_pipeline.tracking.mlflow.sinks import MetricsSink, SendToMlflow
+    from qvl_pipeline.tracking.mlflow.unsent import send_unsent
 
     client = MlflowClient()
     run_id = client.create_run("0").info.run_id

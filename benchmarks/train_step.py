@@ -36,18 +36,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.report import report
 from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
-from qvl_pipeline.data.plan import make_plan
-from qvl_pipeline.data.tokenization import SCHEMA
+from qvl_pipeline.data.plan.steps import make_plan
+from qvl_pipeline.data.plan.tokenization import SCHEMA
 from qvl_pipeline.demo.tiny_model import build_tiny_model
-from qvl_pipeline.engine.batch import Batch
-from qvl_pipeline.engine.feed import MicroBatch, Step, read_plan
-from qvl_pipeline.engine.metrics import MetricsWindow
-from qvl_pipeline.engine.optimization import make_optimizers
-from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.feed.steps import MicroBatch, Step, read_plan
+from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.optim.optimization import make_optimizers
+from qvl_pipeline.engine.run.metrics import MetricsWindow
+from qvl_pipeline.engine.run.stopping import StopRequest
+from qvl_pipeline.engine.run.watchdog import Watchdog
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.engine.stopping import StopRequest
 from qvl_pipeline.engine.trainer import Trainer
-from qvl_pipeline.engine.watchdog import Watchdog
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStoreWriter
 from qvl_pipeline.media.loading import PatchLoader
@@ -122,7 +122,7 @@ def compare(
 
 def _make_training(folder: Path, count: int, seed: int) -> Path:
     """Write model, samples, images and plan; return the path of the spec."""
-    from qvl_pipeline.pipelines.train.spec import make_spec
+    from qvl_pipeline.training.spec import make_spec
 
     model = folder / "model"
     build_tiny_model(model, family="qwen3_vl", seed=0, corpus=["which digit is this?", "seven"])

@@ -14,7 +14,7 @@ import mlflow
 import pytest
 from moto.server import ThreadedMotoServer
 
-from qvl_pipeline.tracking.compare import compare_runs
+from qvl_pipeline.reports.compare import compare_runs
 from tests.dvc_repository import command
 
 RESULT = "data/08_reporting/base/train_result.json"

@@ -15,7 +15,7 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 EXPERIMENT = "qvl_pipeline"
-# As in tracking/mlflow_run.py.
+# As in tracking/mlflow/run.py.
 OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 STEPS = 40
 

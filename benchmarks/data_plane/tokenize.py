@@ -18,8 +18,8 @@ from transformers import ProcessorMixin
 
 from benchmarks.data_plane import Row, Section
 from qvl_pipeline.config import ModelConfig
-from qvl_pipeline.data.processor import load_processor
-from qvl_pipeline.data.tokenization import media_grids, tokenize_samples
+from qvl_pipeline.data.plan.processor import load_processor
+from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples
 from qvl_pipeline.media.frame_encoding import encode_frame
 from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter, StoredClip
 from qvl_pipeline.pipelines.tokenize.nodes import prepare_base_model

@@ -20,11 +20,11 @@ from qwen_vl_utils import vision_process as reference
 
 from benchmarks.data_plane import Row, Section
 from qvl_pipeline.config import SampleConfig
+from qvl_pipeline.data.frames.clips import Clip, read_clip
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.backends import choose_backend
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
 from qvl_pipeline.media.loading import PatchLoader
-from qvl_pipeline.pipelines.sample.clips import Clip, read_clip
 
 _SECONDS, _RATE, _HEIGHT, _WIDTH = 60, 30, 360, 640
 _GROUPS = (48, 250)  # frames between keyframes: as a website encodes, and x264's default

@@ -17,8 +17,8 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
 from qvl_pipeline.errors import UserError, did_you_mean
-from qvl_pipeline.parameters import check_parameters
 from qvl_pipeline.pipeline_registry import STAGES
+from qvl_pipeline.profiles.checking import check_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _check_place(folder: Path, place: str | None) -> None:
     """Refuse a profile that was copied and still writes where the other does: it would replace its model."""
     if place == folder.name or not (folder.parent / str(place) / "globals.yml").exists():
         return
-    from qvl_pipeline.tracking.replay import PROFILE
+    from qvl_pipeline.tracking.replay.repeat import PROFILE
 
     if folder.name != PROFILE:  # which repeats another one, in a worktree of its own
         raise UserError(

@@ -6,9 +6,9 @@ import os
 import sys
 
 from qvl_pipeline.hooks import EarlyChecks, Progress
-from qvl_pipeline.parameters import BLOCKS
-from qvl_pipeline.resolvers import project_path, tracking_uri
-from qvl_pipeline.tracking.mlflow_hook import MlflowHook
+from qvl_pipeline.profiles.checking import BLOCKS
+from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
+from qvl_pipeline.tracking.mlflow.hook import MlflowHook
 
 # Read by MLflow, Daft and huggingface_hub when they are imported. Kedro reads `.telemetry`, DVC its own config.
 ENVIRONMENT = {

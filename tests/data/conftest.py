@@ -6,7 +6,7 @@ import pytest
 from transformers import ProcessorMixin
 
 from qvl_pipeline.config import ModelConfig
-from qvl_pipeline.data.processor import load_processor
+from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.pipelines.tokenize.nodes import prepare_base_model
 from tests.data.samples import CORPUS, samples_table
 

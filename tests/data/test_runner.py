@@ -23,9 +23,9 @@ import atexit, os, sys
 from pathlib import Path
 import pyarrow.parquet as pq
 from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
-from qvl_pipeline.data.ingest import ingest_sources
-from qvl_pipeline.data.raw import list_files
-from qvl_pipeline.data.validate import validate_samples, write_valid
+from qvl_pipeline.data.sources.ingest import ingest_sources
+from qvl_pipeline.data.sources.raw import list_files
+from qvl_pipeline.data.validation.validate import validate_samples, write_valid
 
 project, runner, batch_rows, memory = Path(sys.argv[1]), *sys.argv[2:]
 cluster = None

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from qvl_pipeline.demo import tiny_model
-from qvl_pipeline.engine.batch import BatchBuilder
-from qvl_pipeline.engine.packed_vlm import PackedVLM
+from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from tests.engine.packs import load_packed, make_builder, make_samples
 
 # Few blocks, but of every kind: with and without DeepStack, of windows and of whole images. What a step of a tiny model

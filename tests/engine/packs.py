@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
-from qvl_pipeline.engine.attention import use_packed_attention
-from qvl_pipeline.engine.batch import BatchBuilder
-from qvl_pipeline.engine.families import FAMILIES
-from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.patch_embedding import use_linear_patch_embedding
-from qvl_pipeline.engine.sequence_parallel import SequenceShare
+from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
+from qvl_pipeline.families import FAMILIES
 
 MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
 

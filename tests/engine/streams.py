@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from qvl_pipeline.data.stream_samples import SCHEMA, write_stream_samples
-from qvl_pipeline.data.tokenization import SCHEMA as TOKENIZED
-from qvl_pipeline.data.tokenization import tokenize_samples
-from qvl_pipeline.engine.loading import load_processor
+from qvl_pipeline.data.plan.stream_samples import SCHEMA, write_stream_samples
+from qvl_pipeline.data.plan.tokenization import SCHEMA as TOKENIZED
+from qvl_pipeline.data.plan.tokenization import tokenize_samples
+from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.engine.__main__ import main
-from qvl_pipeline.engine.checkpoints import completed
-from qvl_pipeline.engine.feed import Step
+from qvl_pipeline.engine.feed.steps import Step
+from qvl_pipeline.engine.run.checkpoints import completed
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import JobFailedError, run_ranks

@@ -10,7 +10,7 @@ import pytest
 
 from qvl_pipeline.config import EvaluateConfig
 from qvl_pipeline.evaluation.answering import Answering, answer_all, answer_share, merge
-from qvl_pipeline.launcher import RankFailedError
+from qvl_pipeline.training.launcher import RankFailedError
 from tests.evaluation.world import KINDS, World, build_world
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-from qvl_pipeline.data.tokenization import SCHEMA
+from qvl_pipeline.data.plan.tokenization import SCHEMA
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
 

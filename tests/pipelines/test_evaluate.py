@@ -18,7 +18,7 @@ from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.evaluate.nodes import _processes, _score_table, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
-from qvl_pipeline.tracking.base_model import base_model_digest
+from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 
 KINDS = ["text", "single_image", "video"]

@@ -16,7 +16,7 @@ from kedro_datasets.json import JSONDataset
 from kedro_datasets.text import TextDataset
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
-from qvl_pipeline.data.raw import fingerprint, hash_folder
+from qvl_pipeline.data.sources.raw import fingerprint, hash_folder
 from qvl_pipeline.datasets import TableDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.ingest import embedded

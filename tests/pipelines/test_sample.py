@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_pipeline.config import ModelConfig, SampleConfig, ValidateConfig
+from qvl_pipeline.data.frames import writing
+from qvl_pipeline.data.frames.clips import list_clips
 from qvl_pipeline.data.made_with import made_with
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media import frame_store
 from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.pipelines.sample import writing
-from qvl_pipeline.pipelines.sample.clips import list_clips
 from qvl_pipeline.pipelines.sample.nodes import keep_sampled, quarantine_samples, sample_clips
 from tests.data.samples import samples_table
 from tests.media.clips import index_clips, number_in, write_clip

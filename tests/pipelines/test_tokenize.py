@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, ValidateConfig
 from qvl_pipeline.data.made_with import made_with, read_record
-from qvl_pipeline.data.plan import make_plan
-from qvl_pipeline.data.processor import load_processor
+from qvl_pipeline.data.plan.processor import load_processor
+from qvl_pipeline.data.plan.steps import make_plan
 from qvl_pipeline.datasets import FileDataset, FolderDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples

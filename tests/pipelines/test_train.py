@@ -20,10 +20,10 @@ from qvl_pipeline.config.launch import THIS_NODE
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.launcher import Processes, RankFailedError, _describe_failure, launch
 from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepared, _processes, _publish
-from qvl_pipeline.pipelines.train.progress import training_progress
-from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
+from qvl_pipeline.training.launcher import Processes, RankFailedError, _describe_failure, launch
+from qvl_pipeline.training.progress import training_progress
+from qvl_pipeline.training.spec import make_spec, run_fingerprint
 from tests.engine.training import changed, make_training
 
 MODEL = ModelConfig(processor_type="qwen3_vl")
@@ -298,7 +298,7 @@ def launched(spec_path: Path) -> subprocess.Popen[str]:
     """Start training from a process of its own, and wait until it has taken a step."""
     code = f"""
 from pathlib import Path
-from qvl_pipeline.launcher import Processes, launch
+from qvl_pipeline.training.launcher import Processes, launch
 launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
 """
     parent = subprocess.Popen(

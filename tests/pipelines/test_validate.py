@@ -14,7 +14,7 @@ from PIL import Image
 
 from qvl_pipeline.config import DataEngineConfig, ValidateConfig
 from qvl_pipeline.data.tables import REJECTS, SAMPLES, to_frame
-from qvl_pipeline.data.validate import TooManyRejectsError
+from qvl_pipeline.data.validation.validate import TooManyRejectsError
 from qvl_pipeline.pipelines.validate.nodes import keep_valid, validate_rows, write_page
 from tests.data.samples import as_file
 from tests.media.files import write_image

@@ -26,12 +26,12 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.pipeline_registry import STAGES
-from qvl_pipeline.tracking.compare import compare_runs
-from qvl_pipeline.tracking.compare_page import render_comparison
-from qvl_pipeline.tracking.report import render_report
-from qvl_pipeline.tracking.validation_page import render_validation
+from qvl_pipeline.reports.compare import compare_runs
+from qvl_pipeline.reports.compare_page import render_comparison
+from qvl_pipeline.reports.report import render_report
+from qvl_pipeline.reports.validation_page import render_validation
 from tests.kedro_project import REPOSITORY, make_project
-from tests.tracking.test_report import report_facts
+from tests.reports.test_report import report_facts
 from tests.trainings import Recorder, predictions
 from tests.ui.browser import open_page
 

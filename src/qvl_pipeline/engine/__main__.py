@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from qvl_pipeline.engine.run.stopping import StopRequest
+from qvl_pipeline.engine.run.watchdog import StepTimeoutError, Watchdog
+from qvl_pipeline.engine.signals import end_loaders, ignore_stop_signals
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.engine.stopping import StopRequest, end_loaders, ignore_stop_signals
 from qvl_pipeline.engine.trainer import Trainer
-from qvl_pipeline.engine.watchdog import StepTimeoutError, Watchdog
 
 
 def main(spec_path: Path) -> int:

@@ -14,34 +14,35 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qvl_pipeline.engine.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, completed
-from qvl_pipeline.engine.ema import WeightAverage
-from qvl_pipeline.engine.export import export
-from qvl_pipeline.engine.feed import MicroBatch, PlannedFeed, Step, read_plan, share_out
-from qvl_pipeline.engine.flops import flops_of
-from qvl_pipeline.engine.loading import build_model, load_processor
-from qvl_pipeline.engine.loss_scale import LossScale
-from qvl_pipeline.engine.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
-from qvl_pipeline.engine.nonfinite import FiniteWatch, NonFiniteError
-from qvl_pipeline.engine.optimization import (
+from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
+from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
+from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
+from qvl_pipeline.engine.model.export import export
+from qvl_pipeline.engine.model.flops import flops_of
+from qvl_pipeline.engine.model.loading import build_model, load_processor
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.sharded import shard_model
+from qvl_pipeline.engine.model.weights import load_weights
+from qvl_pipeline.engine.optim.ema import WeightAverage
+from qvl_pipeline.engine.optim.loss_scale import LossScale
+from qvl_pipeline.engine.optim.nonfinite import FiniteWatch, NonFiniteError
+from qvl_pipeline.engine.optim.optimization import (
     SAVED_BLOCKING,
     learning_rate_schedule,
     make_optimizers,
     set_learning_rates,
 )
-from qvl_pipeline.engine.packed_vlm import PackedVLM
-from qvl_pipeline.engine.profiling import out_of_memory_explained, profiled
-from qvl_pipeline.engine.sequence_parallel import SequenceShare
-from qvl_pipeline.engine.sharding import offloads, sequence_group, shard, start_process_group
-from qvl_pipeline.engine.skipped import SkippedSamples
+from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
+from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, start_process_group
+from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, completed
+from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
+from qvl_pipeline.engine.run.profiling import out_of_memory_explained, profiled
+from qvl_pipeline.engine.run.skipped import SkippedSamples
+from qvl_pipeline.engine.run.stopping import StopRequest, write_stopped
+from qvl_pipeline.engine.run.validation import Validation
+from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.engine.stopping import StopRequest, write_stopped
-from qvl_pipeline.engine.stream import StreamedFeed, host_sum
-from qvl_pipeline.engine.validation import Validation
-from qvl_pipeline.engine.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
-from qvl_pipeline.engine.weights import load_weights
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.tokens.raw_samples import RawSamples
@@ -64,7 +65,7 @@ class Trainer:
         self.processor = load_processor(spec)
         self.model, self.facts = build_model(spec, self.processor, self.device, sequence_group(self.mesh))
         self.flops = flops_of(self.model)
-        self.facts |= shard(self.model, self.device, spec.parallel)
+        self.facts |= shard_model(self.model, self.device, spec.parallel)
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
         self.builder = _make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)

@@ -14,8 +14,8 @@ from transformers import AutoProcessor
 from qvl_pipeline.config import EvaluateConfig
 from qvl_pipeline.evaluation.generation import generate_answers, load_model
 from qvl_pipeline.evaluation.likelihood import sample_losses
-from qvl_pipeline.launcher import Processes, launch
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.training.launcher import Processes, launch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from qvl_pipeline.engine.loss import token_losses
+from qvl_pipeline.engine.model.loss import token_losses
 from qvl_pipeline.evaluation.prompts import PromptCollator, batches_by_length
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 

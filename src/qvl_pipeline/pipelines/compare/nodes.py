@@ -21,8 +21,8 @@ def write_comparison(compare: CompareConfig) -> str:
     Raises:
         UserError: A name means no training, or these are not two to eight trainings.
     """
-    from qvl_pipeline.tracking.compare import compare_runs
-    from qvl_pipeline.tracking.compare_page import render_comparison
+    from qvl_pipeline.reports.compare import compare_runs
+    from qvl_pipeline.reports.compare_page import render_comparison
 
     comparison = compare_runs(compare.runs)
     for name, run in comparison.runs.iterrows():

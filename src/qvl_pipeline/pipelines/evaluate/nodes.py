@@ -17,9 +17,9 @@ from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
-from qvl_pipeline.launcher import check_gpus
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.tracking.base_model import base_model_digest
+from qvl_pipeline.tracking.lineage.base_model import base_model_digest
+from qvl_pipeline.training.launcher import check_gpus
 
 FAMILY_NAMES = {"qwen3_vl": "Qwen3-VL", "qwen2_5_vl": "Qwen2.5-VL"}
 
@@ -177,8 +177,8 @@ def write_report(
     Returns:
         HTML.
     """
-    from qvl_pipeline.tracking.report import render_report
-    from qvl_pipeline.tracking.thumbnails import MediaThumbnails
+    from qvl_pipeline.reports.report import render_report
+    from qvl_pipeline.reports.thumbnails import MediaThumbnails
 
     name = FAMILY_NAMES[model.processor_type]
     origin = model.load_from_pretrained_path or f"a tiny {name} with random weights (seed {model.tiny_seed})"

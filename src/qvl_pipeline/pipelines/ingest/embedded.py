@@ -9,7 +9,7 @@ import orjson
 
 import qvl_pipeline.demo
 from qvl_pipeline.config import DigitsDemoConfig
-from qvl_pipeline.data.raw import hash_code, hash_folder
+from qvl_pipeline.data.sources.raw import hash_code, hash_folder
 from qvl_pipeline.errors import UserError
 
 MARKER = "built.json"

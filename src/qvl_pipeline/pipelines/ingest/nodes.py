@@ -27,7 +27,7 @@ def prepare_raw(ingest: IngestConfig) -> dict[str, Any]:
     Raises:
         UserError: A source does not exist, or the folder of the embedded dataset holds something else.
     """
-    from qvl_pipeline.data.raw import fingerprint, list_files
+    from qvl_pipeline.data.sources.raw import fingerprint, list_files
     from qvl_pipeline.pipelines.ingest.embedded import ensure_digits
 
     demo = ensure_digits(ingest.demo) if ingest.demo else None
@@ -52,7 +52,7 @@ def ingest_rows(
     Raises:
         UserError: A file as a whole cannot be read.
     """
-    from qvl_pipeline.data.ingest import ingest_sources
+    from qvl_pipeline.data.sources.ingest import ingest_sources
 
     unfinished = unfinished_folder(Path(ingest.cache_folder))
     ingest_sources(ingest, raw_manifest["files"], data_engine, Path(unfinished.name))

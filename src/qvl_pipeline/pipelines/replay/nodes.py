@@ -26,7 +26,7 @@ def repeat(replay: ReplayConfig) -> dict[str, Any]:
     Raises:
         UserError: It cannot be repeated, or its repetition failed.
     """
-    from qvl_pipeline.tracking.replay import replay_run
+    from qvl_pipeline.tracking.replay.repeat import replay_run
 
     if not replay.run_id:
         raise UserError("which run? Name it by its id in MLflow: kedro run --pipelines replay --params run_id=<id>")

@@ -37,11 +37,11 @@ def sample_clips(
         UserError: Too many clips are too short for the parameters, or the decoder cannot be loaded. Found before any
             decoding.
     """
+    from qvl_pipeline.data.frames.clips import estimated_bytes, list_clips
+    from qvl_pipeline.data.frames.writing import write_store
     from qvl_pipeline.data.made_with import made_with
     from qvl_pipeline.media.backends import choose_backend
     from qvl_pipeline.media.decode_worker import Failure
-    from qvl_pipeline.pipelines.sample.clips import estimated_bytes, list_clips
-    from qvl_pipeline.pipelines.sample.writing import write_store
 
     fit, unfit = [], []
     for clip in list_clips(valid_samples, media_index):

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.unsent import send_unsent
+from qvl_pipeline.tracking.mlflow.unsent import send_unsent
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def sync_metrics() -> dict[str, dict[str, int]]:
     Raises:
         UserError: The server did not take all of them; they are kept.
     """
-    from qvl_pipeline.tracking.outbox import Outbox  # imports MLflow
+    from qvl_pipeline.tracking.mlflow.outbox import Outbox  # imports MLflow
 
     outcome = send_unsent(MODELS)
     for run_id, entries in Outbox().send_kept().items():

@@ -76,9 +76,9 @@ def tokenize(
     Raises:
         UserError: The processor does not fit the model, or counts other tokens than we do.
     """
-    from qvl_pipeline.data.processor import check_token_counts, load_processor
-    from qvl_pipeline.data.stream_samples import tokenized_beforehand, write_stream_samples
-    from qvl_pipeline.data.tokenization import media_grids, tokenize_samples, useful_workers
+    from qvl_pipeline.data.plan.processor import check_token_counts, load_processor
+    from qvl_pipeline.data.plan.stream_samples import tokenized_beforehand, write_stream_samples
+    from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples, useful_workers
     from qvl_pipeline.media.frame_store import FrameStore
 
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
@@ -120,8 +120,8 @@ def plan(
     Raises:
         UserError: There is nothing to train on, or a sample is over-long and may not be left out.
     """
-    from qvl_pipeline.data.plan import make_plan, plan_stream, source_weights
-    from qvl_pipeline.data.token_statistics import source_table
+    from qvl_pipeline.data.plan.steps import make_plan, plan_stream, source_weights
+    from qvl_pipeline.data.plan.token_statistics import source_table
 
     weights = source_weights(ingest)
     if batching.streamed:
@@ -149,10 +149,10 @@ def preview(
     Returns:
         `token_statistics`, and the page `label_preview` as HTML.
     """
-    from qvl_pipeline.data.processor import load_processor
-    from qvl_pipeline.data.token_statistics import token_statistics
+    from qvl_pipeline.data.plan.processor import load_processor
+    from qvl_pipeline.data.plan.token_statistics import token_statistics
     from qvl_pipeline.media.arrow_rows import TokenizedSamples
-    from qvl_pipeline.tracking.label_preview import render_label_preview
+    from qvl_pipeline.reports.label_preview import render_label_preview
 
     statistics = token_statistics(tokenized_samples)
     page = render_label_preview(
@@ -178,7 +178,7 @@ def _check_eval_split(tokenized_samples: Path) -> None:
 
 def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int, attrs: dict[str, Any]) -> None:
     from qvl_pipeline.data.made_with import with_attrs
-    from qvl_pipeline.data.tokenization import SCHEMA
+    from qvl_pipeline.data.plan.tokenization import SCHEMA
 
     with progress_bar() as bar, pa.ipc.new_file(str(path), with_attrs(SCHEMA, attrs)) as writer:
         task = bar.add_task("Samples", total=total)

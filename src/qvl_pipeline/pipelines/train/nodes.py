@@ -15,17 +15,18 @@ import pandas as pd
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.config.launch import Nodes
 from qvl_pipeline.data.made_with import check_prepared
-from qvl_pipeline.data.plan import make_eval_plan, plan_fingerprint, source_weights
+from qvl_pipeline.data.plan.steps import make_eval_plan, plan_fingerprint, source_weights
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.launcher import Processes, check_gpus, launch
-from qvl_pipeline.pipelines.train.checks import check_before_launch
-from qvl_pipeline.pipelines.train.progress import training_progress
-from qvl_pipeline.pipelines.train.resuming import checkpoint_to_start_from, run_identity
-from qvl_pipeline.pipelines.train.spec import make_spec, run_fingerprint
-from qvl_pipeline.tracking.base_model import base_model_digest
-from qvl_pipeline.tracking.lineage import content_digest, git_tags
-from qvl_pipeline.tracking.sinks import make_sinks
-from qvl_pipeline.tracking.unsent import keep_unsent, only_sender
+from qvl_pipeline.tracking.lineage.base_model import base_model_digest
+from qvl_pipeline.tracking.lineage.code import git_tags
+from qvl_pipeline.tracking.lineage.digests import content_digest
+from qvl_pipeline.tracking.mlflow.sinks import make_sinks
+from qvl_pipeline.tracking.mlflow.unsent import keep_unsent, only_sender
+from qvl_pipeline.training.checks import check_before_launch
+from qvl_pipeline.training.launcher import Processes, check_gpus, launch
+from qvl_pipeline.training.progress import training_progress
+from qvl_pipeline.training.resuming import checkpoint_to_start_from, run_identity
+from qvl_pipeline.training.spec import make_spec, run_fingerprint
 
 PUBLISHED = "PUBLISHED"
 # Columns of the metrics that hold more than one number; trackers get them number by number.
@@ -153,9 +154,9 @@ def _prepared(output_dir: Path, *, resume: bool) -> Iterator[None]:
 
 
 def _make_ready(output_dir: Path, *, resume: bool) -> None:
-    from qvl_pipeline.engine.checkpoints import completed
-    from qvl_pipeline.engine.metrics import keep_rows_until
-    from qvl_pipeline.engine.stopping import STOPPED
+    from qvl_pipeline.engine.run.checkpoints import completed
+    from qvl_pipeline.engine.run.metrics import keep_rows_until
+    from qvl_pipeline.engine.run.stopping import STOPPED
 
     keep_unsent(output_dir)
     if not resume or (output_dir / PUBLISHED).exists():
@@ -190,7 +191,7 @@ def _assist(output_dir: Path, nodes: Nodes, train: TrainConfig, batching: Batchi
 def _run(
     spec_path: Path, metrics_path: Path, nodes: Nodes, train: TrainConfig, batching: BatchingConfig, steps: int
 ) -> None:
-    from qvl_pipeline.tracking.mlflow_run import log_json_file
+    from qvl_pipeline.tracking.mlflow.run import log_json_file
 
     log_json_file(spec_path)
     sinks = make_sinks(train.report_to, metrics_path, run_name=spec_path.parents[2].name)

@@ -32,7 +32,7 @@ def validate_rows(
     """
     from qvl_pipeline.data.runner import use_runner
     from qvl_pipeline.data.tables import REJECTS, from_frame, to_frame
-    from qvl_pipeline.data.validate import validate_samples
+    from qvl_pipeline.data.validation.validate import validate_samples
 
     use_runner(data_engine)
     outcome = validate_samples(samples, from_frame(rejects, REJECTS), validate, data_engine.batch_rows)
@@ -65,8 +65,8 @@ def write_page(
         HTML.
     """
     from qvl_pipeline.data.batches import read_batches
-    from qvl_pipeline.tracking.pictures import image_uri
-    from qvl_pipeline.tracking.validation_page import render_validation
+    from qvl_pipeline.reports.pictures import image_uri
+    from qvl_pipeline.reports.validation_page import render_validation
 
     # Only of files that were decoded within the limits: a broken one may hang or bring down its decoder.
     sound = media_index[(media_index["type"] == "image") & media_index["rule"].isna()]
@@ -107,7 +107,7 @@ def keep_valid(
         TooManyRejectsError: Too much of the dataset is unusable.
     """
     from qvl_pipeline.data.tables import QUARANTINE, from_frame
-    from qvl_pipeline.data.validate import check_reject_fraction, write_valid
+    from qvl_pipeline.data.validation.validate import check_reject_fraction, write_valid
 
     check_reject_fraction(validation_report, validate)
     return partial(

@@ -1,0 +1,1 @@
+"""From what people have to `samples`: file types, forms of rows, media, remote files."""

@@ -1,0 +1,169 @@
+"""Paths as tables hold them: the same on every machine, and inside the folder they were given for."""
+
+from __future__ import annotations
+
+import os.path
+import posixpath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qvl_pipeline.data.rejection import RejectedRowError, quote
+from qvl_pipeline.data.sources.remote import is_url
+
+# qwen_vl_utils names local files this way, without percent-encoding.
+_FILE_SCHEME = "file://"
+
+
+def project_path(path: Path) -> str:
+    """Write a path as tables hold it: POSIX, relative to the project root (the working directory) when inside of it."""
+    return _normal(path).removeprefix(f"{Path.cwd()}/")
+
+
+def media_folder(folder: str) -> LocalFolder | RemoteFolder:
+    """Make the folder that the media of a source must stay inside, from its parameter `data_folder`."""
+    return RemoteFolder(folder) if is_url(folder) else LocalFolder(Path(folder))
+
+
+def name_prefixes(folders: Iterable[str]) -> list[str]:
+    """Return what `name_of` takes away from a path.
+
+    Args:
+        folders: Parameters `data_folder` of all sources; one that is not set is the project root.
+
+    Returns:
+        Their absolute paths, as they are stated and without links, or URLs, the outermost first; then the path of the
+        project root.
+    """
+    project = f"{Path.cwd()}/"
+    stated = {media_folder(folder).root for folder in folders}
+    real = {str(_real(root)) for root in stated if not is_url(root)}
+    return [*sorted({f"{root.rstrip('/')}/" for root in stated | real} - {project}, key=len), project]
+
+
+def name_of(path: str, prefixes: Sequence[str]) -> str:
+    """Name a medium independently of where its dataset lies, and of which source it is used by.
+
+    Args:
+        path: Path as tables hold it, or URL.
+        prefixes: Of the folders that media are in.
+
+    Returns:
+        Its path from the outermost of the folders on.
+    """
+    full = path if is_url(path) or path.startswith("/") else prefixes[-1] + path
+    *folders, project = prefixes
+    if not full.startswith(tuple(folders) or project):
+        real = str(_real(full))  # a row may name it by another link than that of the folder
+        if real.startswith(tuple(folders)) or not full.startswith(project):
+            full = real
+    return full.removeprefix(next((prefix for prefix in prefixes if full.startswith(prefix)), ""))
+
+
+class RemoteFolder:
+    """A folder behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Take the URL of the folder."""
+        self._scheme, _, path = url.rstrip("/").partition("://")
+        self._root = posixpath.normpath(path)
+
+    @property
+    def root(self) -> str:
+        """URL of the folder."""
+        return f"{self._scheme}://{self._root}"
+
+    def locate(self, reference: str) -> str:
+        """Find where a medium must be. Whether it is there is not checked.
+
+        Args:
+            reference: What a row names: a path from the folder on, or a URL inside of it.
+
+        Returns:
+            Its URL.
+
+        Raises:
+            RejectedRowError: The reference is no usable path (`unknown_format`), or leaves the folder
+                (`path_outside_data_folder`).
+        """
+        _refuse_nul(reference)
+        scheme, separator, path = reference.partition("://")
+        if not separator:
+            scheme, path = self._scheme, posixpath.join(self._root, reference)
+        path = posixpath.normpath(path)
+        if scheme != self._scheme or not path.startswith(f"{self._root}/"):
+            raise _outside(reference, self.root)
+        return f"{scheme}://{path}"
+
+
+class LocalFolder:
+    """A folder on disk.
+
+    Works on strings: a `Path` for each step would take as long as all the rest of reading a row.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take `folder`, relative to the project root or absolute."""
+        self._folder = _normal(folder)
+        self._real = _real(self._folder)
+        self._root = f"{Path.cwd()}/"
+        self._inside: dict[str, bool] = {}  # by folder
+
+    @property
+    def root(self) -> str:
+        """Absolute path of the folder."""
+        return self._folder
+
+    def locate(self, reference: str) -> str:
+        """Find where a medium must be. Whether it is there is not checked.
+
+        Args:
+            reference: What a row names: a path from the folder on, an absolute path, or `file://` and one of these.
+
+        Returns:
+            Path as tables hold it.
+
+        Raises:
+            RejectedRowError: The reference is a URL (`url_not_allowed`), no usable path (`unknown_format`), or leaves
+                the folder, also through a symbolic link (`path_outside_data_folder`).
+        """
+        reference = reference.removeprefix(_FILE_SCHEME)
+        if is_url(reference):
+            raise RejectedRowError(
+                "url_not_allowed", f"{quote(reference)} is a URL: save it as a file and name that, or set data_folder"
+            )
+        _refuse_nul(reference)
+        path = os.path.normpath(reference if reference.startswith("/") else f"{self._folder}/{reference}")
+        try:
+            inside = self._holds_file(path)
+        except OSError as error:  # a name longer than the file system allows
+            raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: {error.strerror}") from error
+        if not inside:
+            raise _outside(reference, self._folder.removeprefix(self._root))
+        return path.removeprefix(self._root)
+
+    def _holds_file(self, path: str) -> bool:
+        if Path(path).is_symlink():
+            return _real(path).is_relative_to(self._real)
+        folder = path.rpartition("/")[0] or "/"
+        if folder not in self._inside:
+            self._inside[folder] = _real(folder).is_relative_to(self._real)
+        return self._inside[folder]
+
+
+def _refuse_nul(reference: str) -> None:
+    if "\0" in reference:
+        raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: it holds a NUL")
+
+
+def _outside(reference: str, folder: str) -> RejectedRowError:
+    return RejectedRowError("path_outside_data_folder", f"{quote(reference)} is outside of '{folder}'")
+
+
+def _real(path: str) -> Path:
+    """Follow all links. `Path.resolve` would do, but on a circle of links it raises before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
+def _normal(path: Path) -> str:
+    """Make a path absolute and take out `.` and `..`, without following links."""
+    return os.path.normpath(path.absolute())

@@ -1,0 +1,1 @@
+"""From `samples` to `valid_samples`: rules over rows and their media."""

@@ -1,0 +1,294 @@
+"""What a valid sample is: one small function for each rule, which returns what is wrong, or `None`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import orjson
+
+from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.data.rejection import quote
+from qvl_pipeline.data.sources.messages import Media, Message
+from qvl_pipeline.media.probe import Probe
+
+# Tokens that build the prompt. In a text they would end a turn early, or stand for a picture that is not there.
+RESERVED_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# Two of a billion different samples have the same with a probability of 1e-21.
+FINGERPRINT_BYTES = 16
+
+Broken = tuple[str, str]  # rule, detail
+Probes = Mapping[tuple[str, str], Probe]  # by (type, path)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What rules look at.
+
+    Attributes:
+        sample_id: Its id.
+        split: `train` or `eval`.
+        messages: Turns in canonical form.
+        media: Uses of media files, in reading order.
+        probes: What was found in the files, by (type, path).
+    """
+
+    sample_id: str
+    split: str
+    messages: list[Message]
+    media: list[Media]
+    probes: Probes
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Digest of turns, content of the files, and the parts of clips that are used."""
+        uses = [[content_hash, *use[2:]] for content_hash, use in zip(self.content_hashes, self.media, strict=True)]
+        return hashlib.sha256(orjson.dumps([self.messages, uses])).digest()[:FINGERPRINT_BYTES]
+
+    @property
+    def content_hashes(self) -> list[str | None]:
+        """Content hash of each medium; `None` of a file that cannot be read."""
+        return [self.probes[use[:2]].content_hash for use in self.media]
+
+
+def roles(sample: Sample, config: ValidateConfig) -> str | None:
+    """Turns are those of user and assistant in alternation, after at most one system turn."""
+    given = [message["role"] for message in sample.messages]
+    first = 1 if given[:1] == ["system"] else 0
+    for number, role in enumerate(given[first:]):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            return f"turn {first + number} has the role {quote(role)}, not '{expected}'"
+    return None
+
+
+def empty_turn(sample: Sample, config: ValidateConfig) -> str | None:
+    """Every turn holds a medium, or a text that is not blank."""
+    for number, message in enumerate(sample.messages):
+        if not any(item["type"] != "text" or item["text"].strip() for item in message["content"]):
+            return f"turn {number} ({message['role']}) says nothing"
+    return None
+
+
+def no_assistant_turn(sample: Sample, config: ValidateConfig) -> str | None:
+    """There is an assistant turn, or nothing could be learnt from the sample."""
+    if any(message["role"] == "assistant" for message in sample.messages):
+        return None
+    return f"none of the {len(sample.messages)} turns is the assistant's"
+
+
+def placeholder_mismatch(sample: Sample, config: ValidateConfig) -> str | None:
+    """Images and videos in the messages are as many, and in the same order, as the files."""
+    asked = [item["type"] for message in sample.messages for item in message["content"] if item["type"] != "text"]
+    given = [use.type for use in sample.media]
+    if asked == given:
+        return None
+    return f"the messages hold {_count(asked)}, but the files are {_count(given)}"
+
+
+def reserved_token(sample: Sample, config: ValidateConfig) -> str | None:
+    """No text holds a token that builds the prompt."""
+    for number, text in _texts(sample):
+        if "<|" in text and (found := [token for token in RESERVED_TOKENS if token in text]):
+            return f"the text of turn {number} holds {found[0]}"
+    return None
+
+
+def too_long(sample: Sample, config: ValidateConfig) -> str | None:
+    """Texts are no longer than `max_text_chars`, all turns together."""
+    length = sum(len(text) for _, text in _texts(sample))
+    if length <= config.max_text_chars:
+        return None
+    return f"its texts have {length} characters, more than max_text_chars ({config.max_text_chars})"
+
+
+def missing_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The file exists."""
+    return probe.missing
+
+
+def empty_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The file holds something."""
+    return "is empty (0 bytes)" if probe.size_bytes == 0 else None
+
+
+def undecodable_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The file can be decoded within `probe_timeout_s`: an image whole, of a clip the first and the last frame."""
+    return probe.failure and f"cannot be decoded: {probe.failure}"
+
+
+def too_few_frames(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A clip, or the part of it that is used, has at least `min_video_frames` frames."""
+    if use.type != "video" or probe.n_frames is None:
+        return None
+    frames, part = probe.n_frames, ""
+    if probe.fps and (use.start is not None or use.end is not None):
+        first = math.ceil((use.start or 0.0) * probe.fps)
+        last = probe.n_frames - 1 if use.end is None else min(math.floor(use.end * probe.fps), probe.n_frames - 1)
+        frames = max(last - first + 1, 0)
+        part = f" from second {use.start or 0.0:g} to {'its end' if use.end is None else f'second {use.end:g}'}"
+    if frames >= config.min_video_frames:
+        return None
+    return f"has {frames} frames{part}, fewer than min_video_frames ({config.min_video_frames})"
+
+
+def unknown_fps(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A clip has timestamps, and from them a frame rate. Of a picture too large to decode nothing is known."""
+    if use.type != "video" or probe.fps or probe.width is None or _pixels(probe) > config.max_image_pixels:
+        return None
+    return "has no timestamps: remux it, e.g. with ffmpeg -fflags +genpts"
+
+
+def image_too_large(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """An image or frame has at most `max_image_pixels` pixels."""
+    if _pixels(probe) <= config.max_image_pixels:
+        return None
+    return f"has {probe.width} x {probe.height} pixels, more than max_image_pixels ({config.max_image_pixels})"
+
+
+def aspect_ratio(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The longest side is at most `max_aspect_ratio` times the shortest."""
+    sides = sorted((probe.width or 1, probe.height or 1))
+    if sides[1] <= config.max_aspect_ratio * sides[0]:
+        return None
+    return f"has {probe.width} x {probe.height} pixels, a ratio above max_aspect_ratio ({config.max_aspect_ratio:g})"
+
+
+def absurd_fps(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The mean frame rate of a clip is between `min_fps` and `max_fps`: else its timestamps are wrong."""
+    if use.type != "video" or not probe.fps or config.min_fps <= probe.fps <= config.max_fps:
+        return None
+    return f"has {probe.fps:g} frames a second, outside of min_fps ({config.min_fps:g}) to max_fps ({config.max_fps:g})"
+
+
+def duration_mismatch(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """The frames of a clip reach to the end that its file claims, within `max_duration_mismatch`."""
+    claimed, found = probe.declared_duration_s, probe.duration_s
+    if use.type != "video" or claimed is None or found is None:
+        return None
+    if claimed - found <= max(1.0, config.max_duration_mismatch * claimed):
+        return None
+    return f"claims {claimed:.1f} s, but its frames end after {found:.1f} s: the file is cut off or damaged"
+
+
+def variable_frame_rate(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """Frames follow each other at a steady pace; where they do not, it is noted. Each keeps its own timestamp."""
+    if use.type != "video" or probe.longest_gap is None or probe.longest_gap < 1.5:
+        return None
+    return f"has a variable frame rate: its longest gap between two frames is {probe.longest_gap:.1f} times the usual"
+
+
+def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """An image has 8 bits a channel: Pillow, and so every Qwen-VL processor, turns deeper ones nearly white."""
+    if use.type != "image" or probe.mode is None or probe.mode.split(";")[0] not in ("I", "F"):
+        return None
+    return f"has more than 8 bits a channel (mode {probe.mode}) and would turn nearly white: convert it to 8 bits"
+
+
+def animated_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """An image file holds one picture. Of an animation, or of pages, the first is used: what it moves is not seen."""
+    # The further ones of a JPEG (`mpo`) are what cameras add: a preview, a depth or gain map.
+    if use.type != "image" or probe.n_frames == 1 or probe.codec in (None, "mpo"):
+        return None
+    pictures = probe.n_frames or "several"
+    return f"holds {pictures} pictures, of which the first alone is used: to show all of them, make a video of it"
+
+
+def duplicate(sample: Sample, first: str) -> str | None:
+    """No other sample has the same turns and the same content of its files: of either split, for texts leak too.
+
+    Args:
+        sample: Sample of any split.
+        first: Id of the first sample that has its fingerprint.
+    """
+    return None if first == sample.sample_id else f"has the same turns and files as {first}"
+
+
+def leakage(sample: Sample, held_out: Mapping[str | None, str]) -> str | None:
+    """No training sample uses a file whose content is in a valid sample of the eval split.
+
+    Args:
+        sample: Sample of any split.
+        held_out: By content hash of a file, a valid sample of the eval split that uses it.
+    """
+    for use, content_hash in zip(sample.media, sample.content_hashes, strict=True):
+        if sample.split == "train" and (other := held_out.get(content_hash)):
+            return f"{use.type} '{use.path}' is also in the eval sample {other}"
+    return None
+
+
+# In the order in which they are applied; the first that a sample breaks names it.
+SAMPLE_RULES: dict[str, Callable[[Sample, ValidateConfig], str | None]] = {
+    rule.__name__: rule
+    for rule in (roles, empty_turn, no_assistant_turn, placeholder_mismatch, reserved_token, too_long)
+}
+MEDIA_RULES: dict[str, Callable[[Media, Probe, ValidateConfig], str | None]] = {
+    rule.__name__: rule
+    for rule in (
+        missing_media,
+        empty_media,
+        undecodable_media,
+        too_few_frames,
+        unknown_fps,
+        absurd_fps,
+        duration_mismatch,
+        variable_frame_rate,
+        image_too_large,
+        aspect_ratio,
+        deep_image,
+        animated_image,
+    )
+}
+RULES = (*SAMPLE_RULES, *MEDIA_RULES, leakage.__name__, duplicate.__name__)
+
+
+def broken_by_media(media: list[Media], probes: Probes, config: ValidateConfig) -> list[Broken]:
+    """Return the rules that any of the media breaks, each with the detail of the first that does."""
+    found = []
+    for name, rule in MEDIA_RULES.items():
+        details = ((use, rule(use, probes[use[:2]], config)) for use in media)
+        if broken := next(((use, detail) for use, detail in details if detail), None):
+            found.append((name, f"{broken[0].type} '{broken[0].path}' {broken[1]}"))
+    return found
+
+
+def broken_by_sample(sample: Sample, config: ValidateConfig) -> list[Broken]:
+    """Return the rules that a sample breaks, leakage and duplicate apart, each with the detail."""
+    found = [(name, detail) for name, rule in SAMPLE_RULES.items() if (detail := rule(sample, config))]
+    return found + broken_by_media(sample.media, sample.probes, config)
+
+
+def first_error(broken: Iterable[Broken], config: ValidateConfig) -> Broken | None:
+    """Return the first of the broken rules that is an error; it names the sample in the quarantine."""
+    return next((found for found in broken if config.severity_of(found[0]) == "error"), None)
+
+
+def warnings(broken: Iterable[Broken], config: ValidateConfig) -> list[Broken]:
+    """Return those of the broken rules that only warn."""
+    return [found for found in broken if config.severity_of(found[0]) == "warn"]
+
+
+def _texts(sample: Sample) -> Iterator[tuple[int, str]]:
+    for number, message in enumerate(sample.messages):
+        yield from ((number, item["text"]) for item in message["content"] if item["type"] == "text")
+
+
+def _count(types: list[str]) -> str:
+    return ", ".join(f"{len(list(run))} x {kind}" for kind, run in groupby(types)) or "none"
+
+
+def _pixels(probe: Probe) -> int:
+    return (probe.width or 0) * (probe.height or 0)

@@ -1,0 +1,1 @@
+"""What a rank trains on, step by step: samples, packs, batches."""

@@ -1,0 +1,96 @@
+"""The trained model as a plain transformers folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.spec import TrainSpec
+
+
+def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None:
+    """Write weights, configuration, processor and generation config; called by all ranks.
+
+    The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
+    holds more than one of them whole, and rank 0 no more than one file of them.
+    """
+    target = Path(spec.export.output_dir)
+    partial = target.with_name(f".{target.name}.partial")
+    leads, dtype = dist.get_rank() == 0, getattr(torch, spec.export.dtype)
+    if leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
+    if not leads:
+        return
+    _plain_config(model, dtype).save_pretrained(partial)
+    model.hf.generation_config.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+
+
+def _write_weights(model: PackedVLM, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
+    state = model.hf.state_dict()
+    for tied in model.hf.all_tied_weights_keys:
+        # One parameter under two names: a file with both would be larger, and could come apart when edited.
+        state.pop(tied)
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in state.items()}
+    files = split_into_files(sizes, max_shard_bytes)
+    for file, names in files.items():
+        tensors = {}
+        for name in names:
+            tensor = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+            if folder:
+                tensors[model.family.hub_name(name)] = tensor.to(dtype).cpu().contiguous()
+        if folder:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if folder and len(files) > 1:
+        weight_map = {model.family.hub_name(name): file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split_into_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """Share tensors out over files, in order, as transformers names them.
+
+    Args:
+        sizes: Bytes of each tensor.
+        max_shard_bytes: Most bytes of a file; only a single tensor may exceed it.
+
+    Returns:
+        Names of the tensors in each file.
+    """
+    shards: list[list[str]] = []
+    filled = max_shard_bytes + 1
+    for name, size in sizes.items():
+        if filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {SAFE_WEIGHTS_NAME: shards[0]}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": names for n, names in enumerate(shards, start=1)}
+
+
+def _plain_config(model: PackedVLM, dtype: torch.dtype) -> PreTrainedConfig:
+    """The model's configuration without what only training needs."""
+    config = copy.deepcopy(model.hf.config)
+    config.architectures = [type(model.hf).__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation_internal = None
+        part.dtype = dtype
+    return config

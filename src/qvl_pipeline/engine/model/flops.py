@@ -1,0 +1,181 @@
+"""FLOPs of the model that a training step needs, and what a device could do: the two sides of MFU.
+
+Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products of the forward and backward pass; what gradient
+checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the
+query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2. Frozen matrices have no weight
+gradient, and below the lowest trained parameter there is no activation gradient either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+
+# Dense bfloat16 FLOPs a second by words of the device name, the more specific first; from the vendors' data sheets.
+_PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200 NVL": 8.35e14,
+    "H200": 9.89e14,
+    "GH200": 9.89e14,
+    "H100 NVL": 8.35e14,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "H800 PCIe": 7.56e14,
+    "H800": 9.89e14,
+    "H20": 1.48e14,
+    "A100": 3.12e14,
+    "A800": 3.12e14,
+    "A40": 1.497e14,
+    "A10": 1.25e14,
+    "L40S": 3.62e14,
+    "L40": 1.81e14,
+    "L4": 1.21e14,
+    "RTX 6000 Ada": 3.64e14,
+    "RTX A6000": 1.548e14,
+    "RTX 4090": 1.652e14,
+    "RTX 3090": 7.1e13,
+    "MI325X": 1.3074e15,
+    "MI300X": 1.3074e15,
+}
+# Matrices that read the same input: none of them stands between another one and the loss.
+_SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Look up the dense bfloat16 FLOPs a second of a device; `None` where unknown, as for a CPU."""
+    return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_by_name(name: str) -> float | None:
+    """Look up a device by the name that torch reports, such as `NVIDIA H100 80GB HBM3` or `NVIDIA A100-SXM4-40GB`."""
+    words = set(re.split(r"[\s-]", name))
+    return next((peak for key, peak in _PEAK_FLOPS.items() if words.issuperset(key.split())), None)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs of one forward and backward pass, by what a batch has.
+
+    Attributes:
+        per_patch: FLOPs of the vision side for each patch before merging.
+        per_token: FLOPs of the decoder for each token.
+        per_target: FLOPs of the output embedding for each supervised token.
+        per_vision_pair: FLOPs of each vision block's attention for each query-key pair.
+        per_text_pair: FLOPs of the decoder's attention, all layers, for each query-key pair.
+        vision_pairs: Query-key pairs of each vision block, from the media's grids `(t, h, w)`.
+    """
+
+    per_patch: float
+    per_token: int
+    per_target: int
+    per_vision_pair: tuple[int, ...]
+    per_text_pair: int
+    vision_pairs: Callable[[Sequence[Sequence[int]]], list[int]]
+
+    def count(self, batch: Batch) -> float:
+        """Count this rank's FLOPs of a batch that is still in host memory.
+
+        A blank image in place of media is no work. Ranks that share a pack share its tokens and attention evenly; media
+        and targets are each rank's own.
+        """
+        ranks = len(batch.features_to)
+        flops = self.per_token * sum(batch.lengths) / ranks + self.per_target * len(batch.targets)
+        flops += self.per_text_pair * sum(length * (length + 1) / 2 for length in batch.lengths) / ranks
+        if sum(batch.features_to):
+            flops += self.per_patch * len(batch.patches)
+            pairs = self.vision_pairs(batch.grid_thw.tolist())
+            flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
+        return flops
+
+
+def flops_of(model: PackedVLM) -> ModelFlops:
+    """Walk a model from the pixels to the loss and add up what each part costs.
+
+    Args:
+        model: The model, with the parameters that are not trained already frozen.
+
+    Returns:
+        Its FLOPs by what a batch has. Batches are taken to have media: in a batch of text alone, under a frozen
+        decoder below a trained tower, the first layers need no activation gradient, which is not told apart.
+    """
+    hf, visual, text = model.hf, model.hf.model.visual, model.hf.model.language_model
+    merged = visual.config.spatial_merge_size**2
+    deepstack_after = list(getattr(visual.config, "deepstack_visual_indexes", ()))
+    cost = _cost(visual.patch_embed, False)
+    per_patch: float = cost.per_row
+    # Qwen3-VL has learned positions, which are added here.
+    reaches_trained = cost.reaches_trained or (hasattr(visual, "pos_embed") and _trains(visual.pos_embed))
+    per_vision_pair, deepstack_trained = [], []
+    for number, block in enumerate(visual.blocks):
+        cost = _cost(block, reaches_trained)
+        per_patch, reaches_trained = per_patch + cost.per_row, cost.reaches_trained
+        per_vision_pair.append(cost.per_pair)
+        if number in deepstack_after:
+            level = _cost(visual.deepstack_merger_list[deepstack_after.index(number)], reaches_trained)
+            per_patch += level.per_row / merged
+            deepstack_trained.append(level.reaches_trained)
+    cost = _cost(visual.merger, reaches_trained)
+    per_patch += cost.per_row / merged
+    reaches_trained = cost.reaches_trained or _trains(text.embed_tokens)
+    per_token = per_text_pair = 0
+    for number, layer in enumerate(text.layers):
+        cost = _cost(layer, reaches_trained)
+        per_token, per_text_pair = per_token + cost.per_row, per_text_pair + cost.per_pair
+        # DeepStack's features are added behind the first layers.
+        reaches_trained = cost.reaches_trained or any(deepstack_trained[number : number + 1])
+    return ModelFlops(
+        per_patch=per_patch,
+        per_token=per_token,
+        per_target=_cost(hf.lm_head, reaches_trained or _trains(text.norm)).per_row,
+        per_vision_pair=tuple(per_vision_pair),
+        per_text_pair=per_text_pair,
+        vision_pairs=partial(model.family.vision_pairs, visual.config),
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """FLOPs of a module; `reaches_trained`: its output depends on a trained parameter."""
+
+    per_row: int
+    per_pair: int
+    reaches_trained: bool
+
+
+def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
+    """Add up the matrices of a module in the order of the forward pass, and its attention behind the first of them."""
+    parts = [(name.split(".")[-1], part) for name, part in module.named_modules() if not list(part.children())]
+    # Norms are taken to lie at the entrance.
+    reaches_trained |= any(_trains(part) for _, part in parts if not _is_matrix(part))
+    matrices = [(name, part) for name, part in parts if _is_matrix(part)]
+    per_row = per_pair = 0
+    while matrices:
+        side_by_side = next((names for names in _SIDE_BY_SIDE if matrices[0][0] in names), {matrices[0][0]})
+        step = [(name, part) for name, part in matrices[: len(side_by_side)] if name in side_by_side]
+        matrices = matrices[len(step) :]
+        for _, part in step:
+            per_row += 2 * part.weight.numel() * (1 + reaches_trained + part.weight.requires_grad)
+        reaches_trained |= any(_trains(part) for _, part in step)
+        name, part = step[0]
+        if name in ("q_proj", "qkv"):
+            width = part.weight.shape[0] // (3 if name == "qkv" else 1)
+            # Queries x keys and weights x values; backward, two products for each of them.
+            per_pair = 4 * width * (3 if reaches_trained else 1)
+    return _Cost(per_row, per_pair, reaches_trained)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim >= 2
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,49 @@
+"""Which parameters are trained."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from qvl_pipeline.families import ModelFamily
+
+# The guide's `visual` is the whole vision side: encoder, merger and DeepStack mergers.
+ALIASES = {"visual": ("vit", "merger", "deepstack")}
+
+
+def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> dict[str, int]:
+    """Freeze the parameters that any pattern names.
+
+    Args:
+        model: The transformers model.
+        family: Its family.
+        patterns: Group names (`vit`, `merger`, `deepstack`, `llm`, `embed`, `head`), `visual`, or globs over names.
+
+    Returns:
+        Number of frozen parameters (scalars) by pattern.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left to train.
+    """
+    frozen = {}
+    for pattern in patterns:
+        groups = ALIASES.get(pattern, (pattern,))
+        matched = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if family.group_of(name) in groups or fnmatch.fnmatchcase(name, pattern)
+        ]
+        if not matched:
+            known = sorted({family.group_of(name) for name, _ in model.named_parameters()} | set(ALIASES))
+            raise ValueError(
+                f"freeze_modules: '{pattern}' matches no parameter of {family.name}; "
+                f"use one of {', '.join(known)}, or a glob such as 'model.visual.blocks.0.*'"
+            )
+        for parameter in matched:
+            parameter.requires_grad_(False)
+        frozen[pattern] = sum(parameter.numel() for parameter in matched)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze_modules {list(patterns)} leaves nothing to train")
+    return frozen

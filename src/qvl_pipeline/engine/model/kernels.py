@@ -1,0 +1,60 @@
+"""Liger's fused kernels, where they run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import MethodType
+
+import torch
+from torch import nn
+
+from qvl_pipeline.families import ModelFamily
+
+
+def why_not_liger(device: torch.device) -> str | None:
+    """Say why Liger's kernels cannot be used on a device; `None` when they can."""
+    return None if device.type == "cuda" else f"not used: Liger's kernels need CUDA, and this is {device.type}"
+
+
+def use_liger_kernels(model: nn.Module, family: ModelFamily, device: torch.device) -> str | dict[str, int]:
+    """Let the norms and gated MLPs of a model compute with Liger's kernels on CUDA; the loss and attention are our own.
+
+    The modules are those that the family names, one by one. `apply_liger_kernel_to_qwen…` of liger-kernel 0.8.5 would
+    leave out the MLPs of Qwen3-VL (its `swiglu` has no effect there), and exchange classes inside of transformers
+    for the rest of the process.
+
+    Args:
+        model: The transformers model; parameters and their names stay as they are.
+        family: Its family.
+        device: Where it will run.
+
+    Returns:
+        Number of modules that compute with Liger, by class; or why there are none.
+
+    Raises:
+        ValueError: Liger is not installed, or a class that the family names is not in the model.
+    """
+    if why_not := why_not_liger(device):
+        return why_not
+    try:
+        from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
+    except ImportError as error:
+        raise ValueError("use_liger_kernel needs the package liger-kernel: install it, or set it to false") from error
+    forwards = {"rms_norm": LigerRMSNorm.forward, "swiglu": LigerSwiGLUMLP.forward}
+    replaced: Counter[str] = Counter()
+    for module in model.modules():
+        name = type(module).__name__
+        kernel = family.liger_kernels.get(name)
+        if kernel is None:
+            continue
+        if kernel == "rms_norm":
+            # What that forward reads beside weight and variance_epsilon, with the values that Liger has for Qwen.
+            module.offset, module.casting_mode, module.in_place, module.row_mode = 0.0, "llama", True, None
+        module.forward = MethodType(forwards[kernel], module)
+        replaced[name] += 1
+    if missing := sorted(set(family.liger_kernels) - set(replaced)):
+        raise ValueError(
+            f"use_liger_kernel: this version of transformers has no {', '.join(missing)} in {family.name}: "
+            "set it to false, or install a version that is supported"
+        )
+    return dict(sorted(replaced.items()))

@@ -1,0 +1,86 @@
+"""From a spec to the model and processor that will be trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoProcessor
+
+from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.compilation import compile_blocks
+from qvl_pipeline.engine.model.freezing import freeze
+from qvl_pipeline.engine.model.kernels import use_liger_kernels
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
+from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.weights import build_skeleton
+from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.families import FAMILIES
+
+logger = logging.getLogger(__name__)
+
+
+def load_processor(spec: TrainSpec) -> Any:
+    """Load the processor with the image limits that the samples were tokenised with, which its export must have too."""
+    processor = AutoProcessor.from_pretrained(spec.model.processor)
+    limits = {"shortest_edge": spec.model.image_min_pixels, "longest_edge": spec.model.image_max_pixels}
+    processor.image_processor.size = limits
+    return processor
+
+
+def build_model(
+    spec: TrainSpec, processor: Any, device: torch.device, sp_group: dist.ProcessGroup | None
+) -> tuple[PackedVLM, dict[str, Any]]:
+    """Build the model, still without weights, and prepare it for training on packs.
+
+    Args:
+        spec: The run.
+        processor: Its processor, for the normalisation of pixels.
+        device: Where the model will run.
+        sp_group: Ranks that share the tokens of a pack, if any.
+
+    Returns:
+        The model on the meta device, and facts about it for `result.json`: what was frozen, which kernels are used, how
+        many parameters.
+    """
+    family = FAMILIES[spec.model.family]
+    hf = build_skeleton(spec.model.path)
+    if sp_group is not None:
+        check_degree(sp_group.size(), dist.get_world_size(), hf.config.text_config.num_attention_heads)
+    hf.train()
+    use_linear_patch_embedding(hf)
+    facts: dict[str, Any] = {
+        "attention": use_packed_attention(
+            hf,
+            spec.model.attn_implementation,
+            spec.model.vit_attn_implementation,
+            device,
+            half=spec.parallel.half,
+            rmpad=spec.data.rmpad,
+            sp_group=sp_group,
+        ),
+        "frozen": freeze(hf, family, spec.model.freeze_modules),
+        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+        "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
+        "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
+    }
+    if spec.model.use_liger_kernel:
+        logger.info("use_liger_kernel: %s", facts["liger"])
+    recompute_activations(hf, spec.model.gradient_checkpointing)
+    if spec.model.torch_compile:
+        backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
+        facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
+    return PackedVLM(hf, family, *_normalization(processor), sp_group), facts
+
+
+def _normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Channel means and deviations, which images and clips share: both go through the tower in one call."""
+    image, video = processor.image_processor, processor.video_processor
+    mean, std = list(image.image_mean), list(image.image_std)
+    if (mean, std) != (list(video.image_mean), list(video.image_std)):
+        raise ValueError("the processor normalises images and videos differently, which no Qwen-VL model does")
+    return mean, std

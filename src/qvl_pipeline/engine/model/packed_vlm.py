@@ -1,0 +1,76 @@
+"""The forward pass over packs, composed of a transformers model's own public submodules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qvl_pipeline.engine.model.loss import token_losses
+from qvl_pipeline.engine.parallel.sequence_parallel import exchange_features
+from qvl_pipeline.media.pixels import normalize_patches
+
+if TYPE_CHECKING:
+    from qvl_pipeline.engine.feed.batch import Batch
+    from qvl_pipeline.families import ModelFamily
+
+
+class PackedVLM(nn.Module):
+    """Token losses of a micro-batch: embed, one vision call, scatter, decode, cross-entropy on supervised positions.
+
+    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its vision call covers
+    its share of the media.
+
+    No forward of transformers is replaced. This module is the FSDP root, because FSDP2 cannot initialise lazily when a
+    submodule is called outside of the root's forward.
+    """
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        family: ModelFamily,
+        image_mean: list[float],
+        image_std: list[float],
+        sp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            hf: A transformers `…ForConditionalGeneration` of the family.
+            family: Its family.
+            image_mean: Channel means of the image processor.
+            image_std: Channel standard deviations of the image processor.
+            sp_group: Ranks that share the tokens of a pack, if any.
+        """
+        super().__init__()
+        self.hf = hf
+        self.family = family
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.sp_group = sp_group
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the cross-entropy of each supervised token of the batch: `[S]`, float32."""
+        model = self.hf.model
+        embeds = model.get_input_embeddings()(batch.input_ids)
+        deepstack: list[torch.Tensor] = []
+        if batch.patches is not None:
+            pixels = normalize_patches(batch.patches, self.image_mean, self.image_std).to(embeds.dtype)
+            features, levels = self.family.vision_forward(model, pixels, batch.grid_thw)
+            # A rank without media ran the tower on a blank image, so that every rank takes part in its collectives:
+            # nothing of it is used, and its gradient is exactly zero.
+            features, *deepstack = exchange_features(
+                [features, *levels], batch.features_to, batch.features_from, self.sp_group
+            )
+            embeds = embeds.masked_scatter(batch.visual_mask[..., None], features.to(embeds.dtype))
+        hidden = model.language_model(
+            inputs_embeds=embeds,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **batch.attention_inputs(),
+            **(self.family.decoder_kwargs(batch.visual_mask, deepstack) if deepstack else {}),
+        ).last_hidden_state
+        hidden = hidden.flatten(0, 1)
+        return token_losses(hidden.index_select(0, batch.target_index), self.hf.lm_head.weight, batch.targets)

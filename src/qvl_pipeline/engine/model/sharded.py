@@ -1,0 +1,57 @@
+"""A model sharded over all ranks: which of its layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.parallel.sharding import shard
+from qvl_pipeline.engine.spec import ParallelSpec
+from qvl_pipeline.families import ModelFamily
+
+
+def shard_model(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> dict[str, Any]:
+    """Shard a model in place over all ranks.
+
+    Args:
+        model: The model; on the meta device, if it should never be complete on any rank.
+        device: Where it runs.
+        spec: What to wrap, over how many ranks, and in which precision to compute.
+
+    Returns:
+        Facts for `result.json`.
+
+    Raises:
+        ValueError: A name in `spec.wrap` is not the class of any module, or the ranks cannot be divided as asked.
+    """
+    layers = layers_to_wrap(model, model.family, spec.wrap)
+    return shard(model, model.hf.model.visual, layers, lambda batch: batch.patches is None, device, spec)
+
+
+def layers_to_wrap(model: nn.Module, family: ModelFamily, wrap: Sequence[str]) -> list[str]:
+    """Name the classes of the layers that are sharded one by one.
+
+    Vision blocks always are: as a part of the root they would stay gathered from the forward to the end of the backward
+    pass.
+
+    Args:
+        model: The model; a skeleton on the meta device will do.
+        family: Its family.
+        wrap: Class names asked for; none at all takes the family's decoder layer.
+
+    Raises:
+        ValueError: A name is not the class of any module.
+    """
+    names = list(dict.fromkeys([*(wrap or (family.decoder_layer,)), family.vision_block]))
+    present = {type(module).__name__ for module in model.modules()}
+    for name in names:
+        if name not in present:
+            raise ValueError(
+                f"transformer_layer_cls_to_wrap: no module of {family.name} has the class '{name}'; "
+                f"its layers are {family.decoder_layer} and {family.vision_block}"
+            )
+    return names

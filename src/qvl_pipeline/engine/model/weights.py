@@ -1,0 +1,92 @@
+"""Weights from a Hugging Face folder into a sharded model: each rank reads and holds its own part, none the whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.weight_files import weights_folder
+
+# A checkpoint names a handful of these before the message stops being readable.
+_NAMES_SHOWN = 3
+
+
+def build_skeleton(path: str) -> PreTrainedModel:
+    """Build a model on the meta device: all names and shapes, but no storage and no weights.
+
+    Args:
+        path: Folder or hub id; only its configuration is read.
+
+    Raises:
+        ValueError: The checkpoint is quantised.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with contextlib.suppress(OSError):  # a model may have none; transformers has then made one from the configuration
+        hf.generation_config = GenerationConfig.from_pretrained(path)
+    return hf
+
+
+def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: bool) -> None:
+    """Give a skeleton its storage and read the weights of a checkpoint into it; called by all ranks.
+
+    Parameters may be sharded already: a rank then allocates its shards and reads only the rows of them. The stored
+    type is converted to the parameters' own.
+
+    Args:
+        model: The model, on the meta device.
+        path: Folder or hub id with safetensors files.
+        device: Where the model runs.
+        offload: Keep the parameters on the CPU.
+
+    Raises:
+        ValueError: The checkpoint lacks a parameter, or has one that the model does not know.
+    """
+    hf, family = model.hf, model.family
+    model.to_empty(device="cpu" if offload else device)
+    # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
+    hf.tie_weights(recompute_mapping=False)
+    _compute_buffers(hf, device)
+    parameters = dict(hf.state_dict())
+    for tied in hf.all_tied_weights_keys:
+        parameters.pop(tied)
+    known = set(hf.state_dict())
+    reader = HuggingFaceStorageReader(str(weights_folder(path)))
+    stored = {family.module_name(name, known): name for name in reader.read_metadata().state_dict_metadata}
+    _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)
+    dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
+
+
+def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies), by transformers' own initialisation."""
+    computed = {name for name, _ in hf.named_buffers()} - set(hf.state_dict())
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in computed):
+        module = hf.get_submodule(owner)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.full_like(buffer, float("nan"), device=device))
+        with torch.no_grad():
+            hf._init_weights(module)
+    for name in computed:
+        if not torch.isfinite(hf.get_buffer(name)).all():
+            raise ValueError(f"this version of transformers does not say how to compute the buffer '{name}'")
+
+
+def _compare(path: str, parameters: Mapping[str, object], stored: Mapping[str, str], tied: Mapping[str, str]) -> None:
+    missing = [name for name in parameters if name not in stored]
+    unknown = [stored[name] for name in stored if name not in parameters and name not in tied]
+    if missing or unknown:
+        parts = [
+            f"{text} {len(names)} parameters ({', '.join(names[:_NAMES_SHOWN])}{', …' * (len(names) > _NAMES_SHOWN)})"
+            for text, names in (("lacks", missing), ("has unknown", unknown))
+            if names
+        ]
+        raise ValueError(f"the checkpoint '{path}' {' and '.join(parts)}: it is not of this model, or not complete")

@@ -1,0 +1,70 @@
+"""What a model family has to say for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
+    import torch
+    from torch import nn
+
+    VisionPairs = Callable[[Any, Sequence[Sequence[int]]], list[int]]
+    VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Everything about a family that the engine must know.
+
+    Attributes:
+        name: Name in `model.processor_type`.
+        decoder_layer: Class name of a decoder layer; FSDP2 shards each.
+        vision_block: Class name of a vision block; FSDP2 shards each.
+        groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
+        vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
+        decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
+        tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
+        vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
+            the part of the FLOPs that a family's attention pattern decides.
+        liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
+        hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
+    """
+
+    name: str
+    decoder_layer: str
+    vision_block: str
+    groups: tuple[tuple[str, str], ...]
+    vision_forward: VisionForward
+    decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
+    tokens_per_second: Callable[[Any], float | None]
+    vision_pairs: VisionPairs
+    liger_kernels: Mapping[str, str]
+    hub_prefixes: tuple[tuple[str, str], ...] = ()
+
+    def group_of(self, parameter_name: str) -> str:
+        """Name the group a parameter belongs to.
+
+        Raises:
+            ValueError: The parameter has no group: the family does not describe this model.
+        """
+        for group, prefix in self.groups:
+            if parameter_name.startswith(prefix):
+                return group
+        raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")
+
+    def module_name(self, stored: str, known: Collection[str]) -> str:
+        """Name in the module of a tensor in a checkpoint, which may be stored under either name."""
+        if stored not in known:
+            for published, prefix in self.hub_prefixes:
+                if stored.startswith(published):
+                    return prefix + stored.removeprefix(published)
+        return stored
+
+    def hub_name(self, name: str) -> str:
+        """Name in published checkpoints of a tensor of the module."""
+        for published, prefix in self.hub_prefixes:
+            if name.startswith(prefix):
+                return published + name.removeprefix(prefix)
+        return name

@@ -1,0 +1,54 @@
+"""Qwen2.5-VL: window attention in the vision tower, absolute time in M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qvl_pipeline.families.family import ModelFamily
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def _vision_forward(
+    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return model.visual(pixels, grid_thw=grid_thw, return_dict=True).pooler_output, []
+
+
+def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+    """A few blocks attend within each frame, the others within windows of merged patches, smaller at the edges."""
+    merge = config.spatial_merge_size
+    side = config.window_size // merge // config.patch_size
+
+    def squares(patches: int) -> int:
+        whole, rest = divmod(patches // merge, side)
+        return whole * side**2 + rest**2
+
+    frame = sum(t * (h * w) ** 2 for t, h, w in grids)
+    window = sum(t * merge**4 * squares(h) * squares(w) for t, h, w in grids)
+    return [frame if block in config.fullatt_block_indexes else window for block in range(config.depth)]
+
+
+FAMILY = ModelFamily(
+    name="qwen2_5_vl",
+    decoder_layer="Qwen2_5_VLDecoderLayer",
+    vision_block="Qwen2_5_VLVisionBlock",
+    groups=(
+        ("merger", "model.visual.merger."),
+        ("vit", "model.visual."),
+        ("embed", "model.language_model.embed_tokens."),
+        ("llm", "model.language_model."),
+        ("head", "lm_head."),
+    ),
+    vision_forward=_vision_forward,
+    decoder_kwargs=lambda mask, deepstack: {},
+    tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
+    vision_pairs=_vision_pairs,
+    # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.
+    liger_kernels={"Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
+    # Published before transformers moved the decoder to `language_model`.
+    hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
+)

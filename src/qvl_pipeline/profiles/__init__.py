@@ -1,0 +1,1 @@
+"""Profiles and their parameters: loaded, checked, made."""

@@ -1,0 +1,190 @@
+"""The evaluation report: one self-contained HTML page, the same bytes for the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from qvl_pipeline.reports.intervals import Score, score
+from qvl_pipeline.reports.page import count, percent, points, render
+from qvl_pipeline.reports.plots import WIDTH, loss_curve
+from qvl_pipeline.reports.thumbnails import Thumbnail
+
+EXAMPLES_EACH = 2
+OVERALL = "overall"
+NOT_SCORES = ("loss", "perplexity", "n")
+RIGHT = 0.5  # an answer with at least this score is shown as right
+
+
+def render_report(
+    *,
+    title: str,
+    subtitle: str,
+    metrics: dict[str, Any],
+    predictions: pd.DataFrame,
+    training_metrics: pd.DataFrame,
+    train_result: dict[str, Any],
+    plan_summary: dict[str, Any],
+    validation_report: dict[str, Any],
+    validation_page: str | None,
+    slices: dict[str, Any],
+    media: Callable[[str], list[list[Thumbnail]]],
+) -> str:
+    """Write the page.
+
+    It makes no request to anywhere, follows the reader's light or dark setting, and shows text of the data escaped.
+
+    Args:
+        title: Heading.
+        subtitle: One line below the heading.
+        metrics: `trained` and, when the base model was evaluated, `base`: `{kind: {metric: score, loss,
+            perplexity, n}}` with `overall`.
+        predictions: One row for every evaluated sample.
+        training_metrics: One row for every logged step.
+        train_result: What training ended with.
+        plan_summary: Steps, packs, tokens and fill of the plan.
+        validation_report: Counts of rows, and of every rule that was broken.
+        validation_page: Address of the page that shows these rows, relative to the report.
+        slices: Metrics by `source` and by `prompt_length`, of each model.
+        media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
+
+    Returns:
+        HTML.
+    """
+    kinds = _kind_rows(metrics, predictions)
+    return render(
+        "report",
+        title=title,
+        subtitle=subtitle,
+        compared="base" in metrics,
+        tiles=_tiles(kinds[-1], train_result),
+        kinds=kinds,
+        slices=_slice_rows(slices),
+        curve=loss_curve(training_metrics),
+        plot_width=WIDTH,
+        training=_training_facts(train_result, plan_summary, training_metrics),
+        counts=validation_report["counts"],
+        rules=_broken_rules(validation_report["rules"]),
+        validation_page=validation_page,
+        examples=_examples(predictions, media),
+        examples_each=EXAMPLES_EACH,
+        right=RIGHT,
+        provenance=_provenance(train_result, plan_summary),
+    )
+
+
+def _kind_rows(metrics: dict[str, Any], predictions: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row for every sample kind and metric; those of all samples last."""
+    rows = []
+    for kind in [*sorted(set(metrics["trained"]) - {OVERALL}), OVERALL]:
+        of_kind = predictions if kind == OVERALL else predictions[predictions["kind"] == kind]
+        for metric in (name for name in metrics["trained"][kind] if name not in NOT_SCORES):
+            answers = of_kind[of_kind["task"] == metric]
+            row: dict[str, Any] = {"kind": "all samples" if kind == OVERALL else kind, "metric": metric, "base": None}
+            row["total"] = kind == OVERALL
+            for model, values in metrics.items():
+                row[model] = score(values[kind][metric], answers[f"{model}_score"].astype(float).to_numpy())
+            if row["base"]:
+                row["gain"] = points(row["trained"].rate - row["base"].rate)
+            rows.append(row)
+    return rows
+
+
+def _slice_rows(slices: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for every source and every quarter of the prompt lengths: losses, and scores as text."""
+    titles = {"source": "source", "prompt_length": "prompt tokens"}
+    rows = []
+    for dimension, groups in slices["trained"].items():
+        for name, trained in groups.items():
+            row = {"dimension": titles[dimension], "name": name, "n": trained["n"], "base": None}
+            for model, values in slices.items():
+                entry = values[dimension][name]
+                scores = ", ".join(f"{key} {percent(entry[key])}" for key in entry if key not in NOT_SCORES)
+                row[model] = {"scores": scores, "loss": entry["loss"], "perplexity": entry["perplexity"]}
+            rows.append(row)
+    return rows
+
+
+def _tiles(overall: dict[str, Any], train_result: dict[str, Any]) -> list[dict[str, str]]:
+    trained, base = overall["trained"], overall["base"]
+    tiles = [_score_tile("trained", "Trained model", trained, overall["metric"])]
+    if base:
+        tiles.append(_score_tile("base", "Base model", base, overall["metric"]))
+        tiles.append({"role": "gain", "name": "Gain", "value": overall["gain"], "detail": "percentage points"})
+    steps, ranks = train_result["steps"], train_result["world_size"]
+    tiles.append(
+        {
+            "role": "time",
+            "name": "Training time",
+            "value": _duration(train_result["train_time_s"]),
+            "detail": f"{count(steps)} steps on {ranks} {'rank' if ranks == 1 else 'ranks'}, {train_result['device']}",
+        }
+    )
+    return tiles
+
+
+def _score_tile(role: str, name: str, score: Score, metric: str) -> dict[str, str]:
+    right = round(score.rate * score.n)
+    shares = {"exact_match": "exact matches", "multiple_choice": "right choices", "relaxed_accuracy": "right answers"}
+    of = f"{count(right)} of {count(score.n)} {shares[metric]}" if metric in shares else f"{metric}, n = {score.n}"
+    return {"role": role, "name": name, "value": percent(score.rate), "detail": of}
+
+
+def _training_facts(
+    result: dict[str, Any], plan: dict[str, Any], training_metrics: pd.DataFrame
+) -> list[tuple[str, str]]:
+    # Of a stream, only the training itself knows how many passes it made and how full its packs were.
+    epochs = plan["epochs"] or training_metrics["epoch"].iloc[-1]
+    fill = plan["fill"] or result["tokens"] / (plan["packs"] * plan["packing_length"])
+    left_out = len(plan["overlong"]) if plan["epochs"] else result["skipped_samples"]
+    facts = [
+        ("Optimizer steps", count(result["steps"])),
+        ("Passes over the data", f"{epochs:g}"),
+        ("Samples in the plan", count(plan["samples"])),
+        ("Packs", count(plan["packs"])),
+        ("Pack length, tokens", count(plan["packing_length"])),
+        ("Packs filled to", percent(fill)),
+        ("Over-long samples left out" if plan["epochs"] else "Samples left out", count(left_out)),
+        ("Tokens", count(result["tokens"])),
+        ("Tokens trained on", count(result["supervised_tokens"])),
+        ("Tokens per second", count(result["tokens_per_second"])),
+        ("Final loss", f"{result['final_loss']:.4g}"),
+    ]
+    if len(training_metrics):
+        facts.append(("Waiting for data", percent(training_metrics["data_wait_share"].mean())))
+        facts.append(("Peak memory, GiB", f"{training_metrics['peak_memory_gib'].max():.2f}"))
+    return facts
+
+
+def _broken_rules(rules: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(((rule, n) for rule, n in rules.items() if n), key=lambda item: (-item[1], item[0]))
+
+
+def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbnail]]]) -> list[dict[str, Any]]:
+    """The first right and the first wrong answers of every kind, with their pictures."""
+    groups = []
+    for kind, rows in predictions.groupby("kind", sort=True):
+        correct = rows["trained_score"].astype(float) >= RIGHT
+        shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
+        examples = [{**row, "media": media(row["sample_id"])} for row in shown.to_dict("records")]
+        groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})
+    return groups
+
+
+def _provenance(result: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = {
+        "Git commit": result.get("git_commit"),
+        "Plan fingerprint": result.get("plan_fingerprint") or plan.get("fingerprint"),
+        "MLflow run": result.get("mlflow_run_id"),
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((i for i, (value, _) in enumerate(parts) if value), 2)
+    return "\N{NO-BREAK SPACE}".join(f"{value} {unit}" for value, unit in parts[first : first + 2])

@@ -1,0 +1,62 @@
+"""Small pictures of a sample's media, as data URIs a page can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.reports.pictures import image_uri, png_uri
+
+CLIP_FRAMES = 4
+
+
+class Thumbnail(NamedTuple):
+    """A picture and the line below it.
+
+    Attributes:
+        uri: PNG as a data URI, or nothing when there is no picture.
+        caption: Text below the picture.
+    """
+
+    uri: str | None
+    caption: str
+
+
+class MediaThumbnails:
+    """Makes the pictures of a sample from its media: an image, or a few frames of a clip with their seconds."""
+
+    def __init__(self, samples: TokenizedSamples, video_frames: Path) -> None:
+        """Set up.
+
+        Args:
+            samples: The tokenized samples.
+            video_frames: Folder of the frame store.
+        """
+        self._samples = samples
+        self._rows = {sample: row for row, sample in enumerate(samples.columns(["sample_id"])["sample_id"].to_pylist())}
+        self._store = FrameStore(video_frames)
+
+    def __call__(self, sample_id: str) -> list[list[Thumbnail]]:
+        """Return one list of thumbnails for every image or clip of the sample, in reading order."""
+        media = self._samples.row(self._rows[sample_id])["media"]
+        return [self._clip(item["key"]) if item["type"] == "video" else [_image(item["key"])] for item in media]
+
+    def _clip(self, key: str) -> list[Thumbnail]:
+        frames, seconds = self._store.frames(key), self._store.info(key)["seconds"]
+        shown = np.unique(np.linspace(0, len(frames) - 1, CLIP_FRAMES).round().astype(int))
+        return [
+            Thumbnail(png_uri(Image.fromarray(frames[number].transpose(1, 2, 0))), f"{seconds[number]:.2f} s")
+            for number in shown
+        ]
+
+
+def _image(key: str) -> Thumbnail:
+    """An image, or its name when the file is no longer where it was: a report must not fail for a missing picture."""
+    if not Path(key).is_file():
+        return Thumbnail(None, f"{Path(key).name} (file is gone)")
+    return Thumbnail(image_uri(key), "")

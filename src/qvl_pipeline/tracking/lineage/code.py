@@ -1,0 +1,33 @@
+"""Which code made a run: its commit, and the DVC stage that started it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+# What decides the result of a run. DVC rewrites dvc.lock between two stages, which must not make the second one dirty.
+CODE_PATHS = ("src", "conf", "dvc.yaml", "pyproject.toml")
+DVC_VARIABLES = {"dvc_stage": "DVC_STAGE", "dvc_experiment": "DVC_EXP_NAME"}
+
+
+def git_tags(project: Path) -> dict[str, str]:
+    """Return the tags `mlflow.source.git.commit` and `git_dirty`; none outside of a git repository."""
+    commit = _git(project, "rev-parse", "HEAD")
+    changes = _git(project, "status", "--porcelain", "--", *CODE_PATHS)
+    if commit is None or changes is None:
+        return {}
+    return {"mlflow.source.git.commit": commit, "git_dirty": str(bool(changes)).lower()}
+
+
+def _git(project: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", project, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def dvc_tags() -> dict[str, str]:
+    """Return the tags `dvc_stage` and `dvc_experiment`, as far as DVC runs this process."""
+    return {tag: os.environ[name] for tag, name in DVC_VARIABLES.items() if os.environ.get(name)}

@@ -1,0 +1,242 @@
+"""Records every `kedro run` as one MLflow run: parameters, lineage, metrics, artifacts, and how it ended.
+
+It stands in for kedro-mlflow, whose command-line plugin imports MLflow at every `kedro` command: three times as slow.
+Here MLflow is imported when a run starts, after everything that can be checked without it has been checked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
+from pydantic import Field, ValidationError
+
+from qvl_pipeline.config.base import Block
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
+from qvl_pipeline.tracking.lineage.uncommitted import PATCH, uncommitted
+from qvl_pipeline.tracking.mlflow.sinks import check_installed
+from qvl_pipeline.tracking.mlflow.system_metrics import SystemMetrics
+
+if TYPE_CHECKING:
+    from qvl_pipeline.tracking.mlflow.run import MlflowRun
+
+logger = logging.getLogger(__name__)
+
+# Stages that keep a machine busy for long.
+LONG_STAGES = ("sample", "train", "evaluate")
+
+# The parameters without defaults: what a replay gives. Some mean something only by being given.
+GIVEN = "given_parameters.yml"
+# The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
+TRAIN_RESULT = "train_result"
+
+
+class MlflowConfig(Block):
+    """`mlflow.yml`.
+
+    Attributes:
+        tracking_uri: Database or server that records runs.
+        artifact_location: Folder of artifacts, when `tracking_uri` is a local database.
+        experiment: Experiment of every run.
+        run_name: Name of the run; that of single stages has their names behind it, as in `base/train`.
+        system_metrics_interval_s: Seconds between two samples of CPU, memory, disk, network and GPUs in the stages that
+            take long (`sample`, `train`, `evaluate`); 0 takes none.
+        register_model: Name under which every trained model becomes a version in the model registry, by default none.
+            A version is a pointer to the model: its folder and DVC's md5, not its weights.
+        alias: Alias that the newest version gets, such as `candidate` or `champion`.
+    """
+
+    tracking_uri: str
+    artifact_location: str
+    experiment: str
+    run_name: str
+    system_metrics_interval_s: float = Field(10.0, ge=0)
+    register_model: str | None = None
+    alias: str | None = Field("candidate", pattern=r"^[A-Za-z][\w-]*$")
+
+
+class MlflowHook:
+    """Starts, fills and ends the MLflow run of a session.
+
+    Catalog entries say in `metadata.mlflow` what is recorded once they are saved: `metrics` (the numbers of a JSON
+    file), `artifact` (the file), `input` (the run's data, though the run itself wrote it), `tags` (tag name to key of a
+    JSON file), `sources` (the raw files it lists are the run's data) and `model` (a pointer to the folder).
+
+    A pipeline all of whose nodes have the tag `not_recorded` has no run.
+    """
+
+    def __init__(self, blocks: Mapping[str, type[Block]]) -> None:
+        """Start without a run.
+
+        Args:
+            blocks: Models of the parameters blocks, for the defaults of those that no node of a pipeline reads.
+        """
+        self._blocks = blocks
+        self._run: MlflowRun | None = None
+        self._system_metrics: SystemMetrics | None = None
+        self._training_run: str | None = None
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Read `mlflow.yml`.
+
+        Raises:
+            UserError: A key of it is unknown or missing.
+        """
+        self._context = context
+        try:
+            self._config = MlflowConfig.model_validate(context.config_loader["mlflow"])
+        except ValidationError as error:
+            problem = error.errors()[0]
+            text = problem["msg"].removeprefix("Value error, ")
+            raise UserError(f"mlflow.yml: {'.'.join(map(str, problem['loc']))} {text}") from error
+
+    @hook_impl
+    def after_catalog_created(self, conf_catalog: dict[str, Any], parameters: dict[str, Any]) -> None:
+        """Remember where entries are, what to record of them, and the parameters."""
+        self._paths = {name: Path(entry["filepath"]) for name, entry in conf_catalog.items() if "filepath" in entry}
+        self._wanted = {name: (entry.get("metadata") or {}).get("mlflow", {}) for name, entry in conf_catalog.items()}
+        given = {name: parameters["parameters"].get(name) or {} for name in self._blocks}
+        models = {name: block.model_validate(given[name]) for name, block in self._blocks.items()}
+        self._parameters = {name: model.model_dump(mode="json") for name, model in models.items()}
+
+    @hook_impl(trylast=True)
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Start the run and record what is known of it: parameters, tags, input data.
+
+        Of the nodes that train together, only node 0 has a run.
+
+        Raises:
+            UserError: The tracking server or database cannot be used, or a tracker that the training reports to is not
+                installed.
+        """
+        from qvl_pipeline.tracking.lineage.environment import environment_freeze
+        from qvl_pipeline.tracking.mlflow.run import going_on, start_run, use_server
+
+        config = self._config
+        if all("not_recorded" in node.tags for node in pipeline.nodes) and pipeline.nodes:
+            use_server(config.tracking_uri)
+            return
+        if "params:train" in pipeline.inputs():
+            train = catalog.load("params:train")
+            if train.launch.nodes().node_rank > 0:
+                return
+            check_installed(train.report_to)
+        # An interrupt (Ctrl-C, SIGTERM) passes no hook: what is still open at exit, or when the next session of a
+        # notebook starts, was killed. Registered after MLflow's own exit handler, ours is called before it.
+        self._finish("KILLED")
+        atexit.register(self._finish, "KILLED")
+        names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
+        run_name = config.run_name if names == ["__default__"] else f"{config.run_name}/{'+'.join(names)}"
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, run_name)
+        if TRAIN_RESULT in pipeline.inputs():
+            self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
+        self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
+        with going_on("the parameters and tags of this run"):
+            tags = self._tags(names, pipeline, catalog)
+            self._run.set_tags(tags)
+            if tags.get("git_dirty") == "true":
+                self._run.log_text(uncommitted(self._context.project_path), PATCH)
+            self._run.log_yaml(self._parameters, "parameters.yml")
+            self._run.log_yaml(self._context.config_loader["parameters"], GIVEN)
+            self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
+            for name in sorted(pipeline.inputs() & self._paths.keys()):
+                self._run.log_input(name, self._paths[name], context="+".join(names))
+        with going_on("the environment of this run"):
+            self._run.log_text(environment_freeze(), "environment.txt")
+        logger.info("MLflow run %s (%s)", run_name, self._run.id)
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """Watch the machine from the first node on that takes long."""
+        interval_s = self._config.system_metrics_interval_s
+        if self._run and interval_s and self._system_metrics is None and node.name in self._long_nodes:
+            self._system_metrics = SystemMetrics(self._run.id, interval_s)
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Record what the entry's `metadata.mlflow` names."""
+        wanted = self._wanted.get(dataset_name)
+        if self._run is None or not wanted:
+            return
+        from qvl_pipeline.tracking.mlflow.run import going_on
+
+        with going_on(f"'{dataset_name}'"):
+            if wanted.get("tags"):
+                self._run.set_tags({tag: data[key] for tag, key in wanted["tags"].items()})
+            if wanted.get("input"):
+                self._run.log_input(dataset_name, self._paths[dataset_name], context="raw data")
+            if wanted.get("sources"):
+                self._log_sources(data["files"])
+            if wanted.get("model"):
+                self._run.log_model(self._paths[dataset_name], self._config.register_model, self._config.alias)
+            if wanted.get("artifact"):
+                self._run.log_artifact(self._paths[dataset_name])
+            if wanted.get("metrics"):
+                self._run.log_metrics(data)
+                if self._training_run:
+                    self._run.log_metrics(data, run_id=self._training_run)
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """End the run as finished."""
+        self._finish("FINISHED")
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """End the run as failed."""
+        self._finish("FAILED")
+
+    def _finish(self, status: str) -> None:
+        run, self._run, self._training_run = self._run, None, None
+        watched, self._system_metrics = self._system_metrics, None
+        if watched is not None:
+            watched.stop()
+        if run is not None:
+            from qvl_pipeline.tracking.mlflow.run import going_on
+
+            with going_on(f"the end of this run ({status})"):
+                run.finish(status)
+
+    def _log_sources(self, files: list[dict[str, Any]]) -> None:
+        """Record every declared source of data: where it is, and its version."""
+        declared = {source["name"]: source["path"] for source in self._parameters["ingest"]["datasets"]}
+        for name, path in declared.items():
+            hashes = {file["path"]: file["sha256"] for file in files if file["source"] == name}
+            if hashes:
+                self._run.log_source(name, path, hashes)
+
+    def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
+        tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}
+        tags |= git_tags(self._context.project_path) | dvc_tags()
+        for name in sorted(_upstream(pipeline) - pipeline.all_outputs()):
+            if (wanted := self._wanted.get(name, {}).get("tags")) and catalog.exists(name):
+                content = catalog.load(name)
+                tags |= {tag: content[key] for tag, key in wanted.items()}
+        if self._training_run:
+            # MLflow then shows this run below that of the training.
+            tags["mlflow.parentRunId"] = self._training_run
+        return tags
+
+
+def _upstream(pipeline: Pipeline) -> set[str]:
+    """Return what `pipeline` goes back to: its inputs, and all that they were made from."""
+    chain = pipelines["__default__"]
+    inputs = pipeline.inputs() & chain.all_outputs()
+    return chain.to_outputs(*inputs).all_outputs() if inputs else set()
+
+
+def _blocks(pipeline: Pipeline) -> list[str]:
+    """Return the parameters blocks that `pipeline` reads, sorted."""
+    names = (name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:"))
+    return sorted({name.split(".")[0] for name in names})

@@ -1,0 +1,264 @@
+"""One MLflow run: what is recorded, within MLflow's limits and without secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import logging
+import re
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import yaml
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME, MLFLOW_USER
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
+
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.flattening import flattened, numbers
+from qvl_pipeline.tracking.lineage.data_version import data_version
+from qvl_pipeline.tracking.mlflow.outbox import Outbox
+from qvl_pipeline.tracking.secrets import without_secrets
+
+logger = logging.getLogger(__name__)
+
+# A prediction table of a large eval split belongs to DVC, not into an artifact store.
+MAX_ARTIFACT_BYTES = 50 * 2**20
+# Without it, MLflow opens an experiment on its page for traces of language model applications, not on the runs.
+_OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
+
+
+def use_server(tracking_uri: str) -> None:
+    """Let MLflow record in, and read from, a tracking server or database.
+
+    A database in a file is opened once: where that fails, MLflow would try again for a minute.
+
+    Raises:
+        UserError: The database cannot be opened.
+    """
+    if tracking_uri.startswith("sqlite:///"):
+        path = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute("PRAGMA schema_version")
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                f"MLflow cannot record runs in {tracking_uri}: {'it is a folder' if path.is_dir() else error}. Let "
+                "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file that can be written"
+            ) from error
+    mlflow.set_tracking_uri(tracking_uri)
+
+
+def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: str) -> MlflowRun:
+    """Create a new run and make it the active one.
+
+    Args:
+        tracking_uri: Database or server that records the run.
+        experiment: Name of the experiment; created when it does not exist.
+        artifact_location: Folder of the artifacts, for an experiment in a local database. A server has its own.
+        name: Name of the run.
+
+    Raises:
+        UserError: The tracking server or database cannot be used.
+    """
+    use_server(tracking_uri)
+    local = tracking_uri.startswith("sqlite:")
+    try:
+        experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if local else None)
+        mlflow.set_experiment(experiment_id=experiment_id)
+        command = without_secrets(" ".join(["kedro", *sys.argv[1:]]))
+        tags = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: command}
+        run_id = mlflow.MlflowClient().create_run(experiment_id, tags=tags, run_name=name).info.run_id
+        # Given a run, MLflow neither continues one it finds in MLFLOW_RUN_ID nor imports IPython to look for more.
+        mlflow.start_run(run_id, nested=True)
+    except MlflowException as error:
+        raise UserError(without_secrets(f"MLflow at {tracking_uri} cannot record this run: {error}")) from error
+    return MlflowRun(run_id)
+
+
+def _experiment_id(name: str, artifact_location: str | None) -> str:
+    client = mlflow.MlflowClient()
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    try:
+        return client.create_experiment(name, artifact_location, tags=_OF_TRAININGS)
+    except MlflowException:
+        # Two first runs at once: the other process was faster.
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id
+        raise
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container whose user id has no name.
+        return "unknown"
+
+
+def metric_entries(values: dict[str, Any], step: int = 0, seconds: float | None = None) -> list[Metric]:
+    """Return the numbers in nested `values` as metrics, their keys joined by `/`.
+
+    Args:
+        values: Nested values; what is no number is left out.
+        step: Optimizer step.
+        seconds: When they were measured, since 1970; by default now.
+    """
+    at_ms = int(1000 * (time.time() if seconds is None else seconds))
+    return [Metric(valid_name(key), float(value), at_ms, step) for key, value in numbers(values, "/").items()]
+
+
+def valid_name(name: str) -> str:
+    """Return `name` as MLflow takes it; different names stay different.
+
+    Characters that it refuses become `_`. A part between slashes that is changed, and a name that is cut, end in the
+    start of a digest: `a+b` and `a,b` would be one metric otherwise, and the second would overwrite the first.
+    """
+    valid = "/".join(map(_valid_part, name.split("/")))
+    if len(valid) <= MAX_ENTITY_KEY_LENGTH:
+        return valid
+    return f"{valid[: MAX_ENTITY_KEY_LENGTH - 7]}-{_short_digest(name)}"
+
+
+def _valid_part(part: str) -> str:
+    valid = re.sub(r"[^\w. -]", "_", part)
+    # MLflow takes a name for a path, and none that has a shorter form.
+    return part if valid == part and part not in ("", ".", "..") else f"{valid}-{_short_digest(part)}"
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+@contextlib.contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Let a failure to record `what` be a warning: work that took hours is not lost to a tracking server."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow does not have %s: %s", what, without_secrets(str(error)))
+
+
+def log_json_file(path: Path) -> None:
+    """Log a JSON file, without secrets, as an artifact of the active run; one that is not taken is sent later."""
+    if active := mlflow.active_run():
+        with going_on(f"'{path.name}'"):
+            values = without_secrets(json.loads(path.read_text()))
+            MlflowRun(active.info.run_id).log_text(json.dumps(values, indent=2), path.name)
+
+
+class MlflowRun:
+    """A run of this process. Written through a client, so that it does not matter in which thread.
+
+    What the server does not take now is kept, and sent at the end of the run or later (`tracking/mlflow/outbox.py`).
+    """
+
+    def __init__(self, run_id: str) -> None:
+        """Take over the run `run_id`."""
+        self.id = run_id
+        self._outbox = Outbox()
+        self._written = {run_id}
+
+    def set_tags(self, tags: dict[str, Any]) -> None:
+        """Set tags."""
+        texts = {valid_name(key): str(without_secrets(value)) for key, value in tags.items()}
+        self._send("tags", {"kind": "tags", "texts": texts})
+
+    def log_parameters(self, blocks: dict[str, Any]) -> None:
+        """Log nested parameters under flat names (`train.learning_rate`); lists are JSON.
+
+        A value that is too long for MLflow is cut; its name is then in the tag `parameters_cut` and in the log.
+        """
+        leaves = flattened(without_secrets(blocks), ".")
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
+        short = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in texts.items()}
+        self._send("parameters", {"kind": "parameters", "texts": short})
+        if cut := [key for key, text in texts.items() if len(text) > MAX_PARAM_VAL_LENGTH]:
+            self.set_tags({"parameters_cut": ", ".join(cut)})
+            logger.warning("MLflow shows only the start of %s; parameters.yml of the run has all of it", ", ".join(cut))
+
+    def log_yaml(self, values: dict[str, Any], name: str) -> None:
+        """Log `values` as an artifact in YAML."""
+        self.log_text(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True), name)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text as an artifact."""
+        self._send(f"'{name}'", {"kind": "text", "text": text, "name": name})
+
+    def log_metrics(self, values: dict[str, Any], run_id: str | None = None) -> None:
+        """Log the numbers in nested `values` (`trained/video/exact_match`), to this or to another run."""
+        points = [(point.key, point.value, point.timestamp, point.step) for point in metric_entries(values)]
+        self._send("metrics", {"kind": "metrics", "points": points}, run_id=run_id)
+
+    def log_artifact(self, path: Path) -> None:
+        """Log a file, unless it is larger than `MAX_ARTIFACT_BYTES`."""
+        if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
+            logger.info("%s (%d MiB) is not copied into MLflow", path.name, size // 2**20)
+        else:
+            self._send(f"'{path.name}'", {"kind": "artifact", "name": path.name}, path)
+
+    def _send(self, what: str, entry: dict[str, Any], file: Path | None = None, run_id: str | None = None) -> None:
+        self._written.add(run_id or self.id)
+        self._outbox.send(run_id or self.id, what, entry, file)
+
+    def log_input(self, name: str, path: Path, context: str) -> None:
+        """Log a file or folder that the run reads, with DVC's md5 of it and whether DVC has it."""
+        version = data_version(path)
+        self._log_dataset(name, version.digest, str(path), {MLFLOW_DATASET_CONTEXT: context, "version": version.origin})
+
+    def log_source(self, name: str, path: str, hashes: dict[str, str]) -> None:
+        """Log a declared source of raw data; one behind a URL has the version of its copies, by their sha256."""
+        if Path(path).exists():
+            self.log_input(name, Path(path), context="raw data")
+        else:
+            digest = hashlib.sha256(json.dumps(sorted(hashes.values())).encode()).hexdigest()[:32]
+            tags = {MLFLOW_DATASET_CONTEXT: "raw data", "version": "sha256 of the files that were read"}
+            self._log_dataset(name, f"sha:{digest}", path, tags)
+
+    def _log_dataset(self, name: str, digest: str, uri: str, tags: dict[str, str]) -> None:
+        source = json.dumps({"uri": without_secrets(uri)})
+        self._send(
+            f"the input '{name}'", {"kind": "input", "name": name, "digest": digest, "source": source, "tags": tags}
+        )
+
+    def log_model(self, folder: Path, registered_name: str | None, alias: str | None) -> None:
+        """Log where a trained model is and its version, `model/pointer.json`; the weights stay where they are.
+
+        Args:
+            folder: Folder of the model.
+            registered_name: Name in the model registry of which this becomes a version; `None` registers nothing.
+            alias: Alias that this version gets, and the version before it loses.
+        """
+        # Read whatever its size: DVC's record would be believed if its size is right, and so is that of any training.
+        version = data_version(folder, read_all=True)
+        path = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        pointer = {"path": path.as_posix(), "digest": version.digest, "version": version.origin}
+        self.log_text(json.dumps(pointer, indent=2), "model/pointer.json")
+        if registered_name is None:
+            return
+        client = mlflow.MlflowClient()
+        with contextlib.suppress(MlflowException):  # it exists, or the next request says what is wrong
+            client.create_registered_model(registered_name)
+        registered = client.create_model_version(registered_name, f"runs:/{self.id}/model", self.id, tags=pointer)
+        if alias:
+            client.set_registered_model_alias(registered_name, alias, registered.version)
+        logger.info("model registry: %s version %s%s", registered_name, registered.version, f" ({alias})" * bool(alias))
+
+    def finish(self, status: str) -> None:
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after another try to send what was kept."""
+        ended = int(1000 * time.time())
+        self._outbox.send_kept(self._written)
+        active = mlflow.active_run()
+        if active is not None and active.info.run_id == self.id:
+            with contextlib.suppress(MlflowException, OSError):  # no longer active in any case; the end is sent below
+                mlflow.end_run(status)
+        self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended})

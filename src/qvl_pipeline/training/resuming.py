@@ -1,0 +1,49 @@
+"""Which checkpoint a run may start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qvl_pipeline.config import ModelConfig, TrainConfig
+from qvl_pipeline.errors import UserError
+
+
+def run_identity(base_model: str, model: ModelConfig, train: TrainConfig, plan_fingerprint: str) -> dict[str, str]:
+    """Say what a run and a checkpoint it starts from must agree in, by parameter.
+
+    The base model by the digest of its content; the plan, because a checkpoint's step is a position in it; the rest,
+    because it decides which tensors there are.
+    """
+    return {
+        "base_model": base_model,
+        "model.processor_type": model.processor_type,
+        "plan": plan_fingerprint,
+        "train.freeze_modules": ", ".join(sorted(train.freeze_modules)) or "none",
+        "train.optim": train.optim.removesuffix("_fused"),
+        "train.ema_decay": "set" if train.ema_decay else "0",
+    }
+
+
+def checkpoint_to_start_from(train: TrainConfig, identity: Mapping[str, str]) -> str:
+    """Return the absolute path in `resume_from_checkpoint`, or nothing when it names none.
+
+    Raises:
+        UserError: It does not exist, is not complete, or belongs to a run that differs in its identity.
+    """
+    if train.resume_from_checkpoint in ("auto", "none"):
+        return ""
+    from qvl_pipeline.engine.run.checkpoints import CheckpointError, read_marker
+
+    path = Path(train.resume_from_checkpoint).resolve()
+    try:
+        found = read_marker(path)["identity"]
+    except CheckpointError as error:
+        raise UserError(f"train.resume_from_checkpoint: {error}") from error
+    if differing := sorted(key for key in identity if found.get(key) != identity[key]):
+        values = "; ".join(f"{key}: {found.get(key)} there, {identity[key]} here" for key in differing)
+        raise UserError(
+            f"train.resume_from_checkpoint: {path} belongs to a run of another kind ({values}). Base model, plan, "
+            "frozen parts, optimizer and average must be the same; rates, schedule, precision and processes may differ"
+        )
+    return str(path)

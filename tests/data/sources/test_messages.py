@@ -1,0 +1,190 @@
+"""Rows in every accepted form become the same conversation; every other form is refused with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from qvl_pipeline.data.rejection import RejectedRowError
+from qvl_pipeline.data.sources.messages import Conversation, Media, to_conversation
+
+IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _turns(*content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(content)}, {"role": "assistant", "content": [_text("A cat.")]}]
+
+
+def _openai(*items: Any, **columns: Any) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": "A cat."}
+    return {"messages": [{"role": "user", "content": list(items)}, answer], **columns}
+
+
+def _sharegpt(value: str, **columns: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "A cat."}], **columns}
+
+
+A_CAT = Conversation(_turns(IMAGE, _text("What is this?")), [Media("image", "a.png")])
+
+A_CAT_IN_QWEN_FORM = _openai({"type": "image", "image": "a.png"}, _text("What is this?"))
+
+SAME_CONVERSATION = {
+    "openai": _openai({"type": "image_url", "image_url": {"url": "a.png"}}, _text("What is this?")),
+    "openai, url as text": _openai({"type": "image_url", "image_url": "a.png"}, _text("What is this?")),
+    "openai, wish for a resolution": _openai(
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}, _text("What is this?")
+    ),
+    "qwen": A_CAT_IN_QWEN_FORM,
+    "transformers": _openai({"type": "image", "path": "a.png"}, _text("What is this?")),
+    "file in a column": _openai(IMAGE, _text("What is this?"), images=["a.png"]),
+    "sharegpt": _sharegpt("<image>What is this?", images=["a.png"], videos=[]),
+    "llava": _sharegpt("<image>What is this?", image="a.png"),
+    "marker in a plain content": {
+        "messages": [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}],
+        "images": [{"path": "a.png", "bytes": None}],
+    },
+    "json text": {"messages": orjson.dumps(A_CAT_IN_QWEN_FORM["messages"]).decode()},
+    "parquet, unused keys null": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "text": None, "image_url": {"url": "a.png"}, "video_url": {"url": None}},
+                    {"type": "text", "text": "What is this?", "image_url": None, "video_url": None},
+                ],
+                "tool_calls": None,
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat.", "image_url": None}], "tool_calls": []},
+        ],
+        "conversations": None,
+        "images": None,
+    },
+}
+
+
+@pytest.mark.parametrize("row", SAME_CONVERSATION.values(), ids=SAME_CONVERSATION.keys())
+def test_every_form_gives_the_same_conversation(row: dict[str, Any]) -> None:
+    assert to_conversation(row) == A_CAT
+
+
+def test_plain_content_is_one_text() -> None:
+    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
+    assert to_conversation(row) == Conversation(
+        [{"role": "system", "content": [_text("Be brief.")]}, {"role": "user", "content": [_text("Hi")]}], []
+    )
+
+
+def test_media_are_in_reading_order_not_in_that_of_the_columns() -> None:
+    row = _sharegpt("<video>, <image> and <image>?", images=["1.png", "2.png"], videos=["a.mp4"])
+    messages, media = to_conversation(row)
+    assert messages[0]["content"] == [VIDEO, _text(", "), IMAGE, _text(" and "), IMAGE, _text("?")]
+    assert [use.path for use in media] == ["a.mp4", "1.png", "2.png"]
+
+
+def test_text_around_markers_is_not_altered() -> None:
+    messages, _ = to_conversation(_sharegpt("  <image>\nWhat?\n", images=["a.png"]))
+    assert messages[0]["content"] == [_text("  "), IMAGE, _text("\nWhat?\n")]
+
+
+def test_marker_in_an_openai_text_without_media_columns_is_text() -> None:
+    row = {"messages": [{"role": "user", "content": "What does <image> do in HTML?"}]}
+    assert to_conversation(row).messages[0]["content"] == [_text("What does <image> do in HTML?")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "paths"),
+    [
+        ({"images": ["1.png"]}, ["1.png"]),
+        ({"images": ["1.png", "2.png", "3.png"]}, ["1.png", "2.png", "3.png"]),
+        ({}, []),
+    ],
+)
+def test_too_few_and_too_many_files_are_kept_for_validation(columns: dict[str, Any], paths: list[str]) -> None:
+    messages, media = to_conversation(_sharegpt("<image><image>Same?", **columns))
+    assert messages[0]["content"] == [IMAGE, IMAGE, _text("Same?")]
+    assert [use.path for use in media] == paths
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "video", "video": "a.mp4", "video_start": 1, "video_end": 2.5},
+        {"type": "video_url", "video_url": {"url": "a.mp4", "video_start": 1, "video_end": 2.5}},
+        {"type": "video_url", "video_url": {"url": "a.mp4"}, "video_start": 1.0, "video_end": 2.5},
+    ],
+)
+def test_part_of_a_clip(item: dict[str, Any]) -> None:
+    assert to_conversation(_openai(item)).media == [Media("video", "a.mp4", 1.0, 2.5)]
+
+
+def test_part_of_a_listed_clip() -> None:
+    row = _sharegpt("<video>?", videos=[{"path": "a.mp4", "video_end": 2}])
+    assert to_conversation(row).media == [Media("video", "a.mp4", None, 2.0)]
+
+
+def test_unknown_roles_are_left_to_validation() -> None:
+    row = {"conversations": [{"from": "system", "value": "a"}, {"from": "tool", "value": "b"}]}
+    assert [message["role"] for message in to_conversation(row).messages] == ["system", "tool"]
+
+
+UNKNOWN_FORMATS = [
+    ({"text": "hello"}, "it has neither 'messages' nor 'conversations'"),
+    (_openai() | _sharegpt("a"), "it has both 'messages' and 'conversations'"),
+    ({"messages": "hello"}, "'messages' is a text that is not JSON"),
+    ({"messages": {"role": "user"}}, "'messages' is an object, not a list"),
+    ({"messages": ["hello"]}, "messages[0] is a text, not an object"),
+    ({"messages": [{"content": "hello"}]}, "messages[0].role is null, not a text"),
+    ({"messages": [{"role": "user"}]}, "the content of messages[0] is null, not a list"),
+    ({"messages": [{"role": "user", "content": 3}]}, "the content of messages[0] is a number, not a list"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "has the key 'tool_calls'"),
+    (_openai("hello"), "messages[0].content[0] is a text, not an object"),
+    (_openai({"type": "document"}), "messages[0].content[0] has the type 'document'; known are text, image_url"),
+    (_openai({"type": ["text"]}), "has the type ['text']"),
+    (_openai({"text": "hello"}), "has the type None"),
+    (_openai({"type": "text", "text": None}), "messages[0].content[0].text is null, not a text"),
+    (_openai({"type": "text", "text": "a", "fps": 2}), "has the key 'fps', which is not supported"),
+    (_openai({"type": "image", "image": "a.png", "max_pixels": 99}), "has the key 'max_pixels'"),
+    (_openai({"type": "image", "image": "a.png", "video_start": 1}), "has the key 'video_start'"),
+    (_openai({"type": "image", "image": "a.png", "url": "b.png"}), "messages[0].content[0] names 2 files"),
+    (_openai({"type": "image", "image": 7}), "the path of messages[0].content[0] is a number, not a text"),
+    (_openai({"type": "image", "image": ""}), "the path of messages[0].content[0] is empty"),
+    (_openai({"type": "video", "video": ["1.png", "2.png"]}), "the path of messages[0].content[0] is a list, not"),
+    (_openai({"type": "image_url", "image_url": {"detail": "low"}}), "the path of messages[0].content[0] is null"),
+    (_openai({"type": "video", "video": "a.mp4", "video_start": -1}), "video_start is -1, not a second from 0 on"),
+    (_openai({"type": "video", "video": "a.mp4", "video_end": "9"}), "video_end is '9', not a second from 0 on"),
+    (_openai({"type": "video", "video": "a.mp4", "video_end": True}), "video_end is True, not a second"),
+    (_openai({"type": "video", "video": "a.mp4", "video_end": float("nan")}), "video_end is nan, not a second"),
+    (_openai({"type": "video", "video": "a.mp4", "video_start": 2, "video_end": 2}), "ends at second 2.0, not after"),
+    (_openai({"type": "video", "video": "a.mp4", "video_end": 0}), "ends at second 0.0, not after its start at 0.0"),
+    (_sharegpt("<image>", images=[{"bytes": "x", "path": "a.png"}]), "images[0].bytes is a text, not bytes"),
+    (_sharegpt("<image>", images=[None]), "the path of images[0] is null, not a text"),
+    ({"conversations": [{"from": "human", "value": "a", "weight": 0}]}, "conversations[0] has the key 'weight'"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), UNKNOWN_FORMATS)
+def test_unknown_format_is_named(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RejectedRowError) as caught:
+        to_conversation(row)
+    assert caught.value.rule == "unknown_format"
+    assert reason in caught.value.detail
+
+
+def test_system_column_is_the_first_turn() -> None:
+    row = {
+        "system": "You speak French.",
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+    }
+    assert [message["role"] for message in to_conversation(row).messages] == ["system", "user", "assistant"]
+    assert to_conversation(row).messages[0]["content"] == [{"type": "text", "text": "You speak French."}]
+
+
+def test_tools_are_refused_not_dropped() -> None:
+    with pytest.raises(RejectedRowError, match="tools"):
+        to_conversation({"tools": "[{}]", "conversations": [{"from": "human", "value": "a"}]})

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.feed.batch_loader import BadSampleError, LoaderDiedError, LoaderOptions, load_batches
+from qvl_pipeline.engine.feed.steps import MicroBatch
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.errors import UserError
+from tests.engine.ranks import JobFailedError
+from tests.engine.training import changed, make_training, trained
+
+
+class Loader:
+    """Stands in for the patch loader: blank patches, or what a broken file or a full memory do."""
+
+    def __init__(self, patch_values: int, fails: str = "", kills: str = "") -> None:
+        self.patch_values, self.fails, self.kills = patch_values, fails, kills
+
+    def load(self, media: Sequence[dict[str, Any]]) -> torch.Tensor:
+        for item in media:
+            if self.kills and item["key"].endswith(self.kills):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fails and item["key"].endswith(self.fails):
+                raise UserError(f"image '{item['key']}' cannot be read")
+        patches = sum(item["grid_t"] * item["grid_h"] * item["grid_w"] for item in media)
+        return torch.zeros(patches, self.patch_values, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]) -> TrainSpec:
+    return make_training(tmp_path_factory.mktemp("loader"), tiny_folders("qwen3_vl"), "qwen3_vl")
+
+
+def builder(training: TrainSpec, **behaviour: str) -> BatchBuilder:
+    config = AutoConfig.from_pretrained(training.model.path)
+    return BatchBuilder(
+        loader=Loader(3 * 2 * 16**2, **behaviour),
+        patch_values=3 * 2 * 16**2,
+        placeholder_ids=(config.image_token_id, config.video_token_id),
+        tokens_per_second=None,
+        sources=("a", "b"),
+    )
+
+
+def options(**changes: Any) -> LoaderOptions:
+    defaults = {"num_workers": 1, "prefetch_factor": 2, "pin_memory": False, "skip_bad_samples": False}
+    return LoaderOptions(**defaults | changes)
+
+
+MICRO_BATCHES = [MicroBatch((0, 1, 3), True), MicroBatch((3, 4), True), MicroBatch((4,), True)]
+
+
+def load(
+    training: TrainSpec, micro_batches: Sequence[MicroBatch], options: LoaderOptions, **behaviour: str
+) -> list[Batch]:
+    return list(load_batches(micro_batches, Path(training.data.tokenized), builder(training, **behaviour), options))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_sample_is_named_with_its_file(training: TrainSpec, num_workers: int) -> None:
+    with pytest.raises(BadSampleError, match=r"^sample 'b/1': image '.*/1.png' cannot be read") as caught:
+        load(training, MICRO_BATCHES, options(num_workers=num_workers), fails="/1.png")
+    assert caught.value.sample_ids == ["b/1"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_skipped_sample_leaves_the_others_of_its_pack(training: TrainSpec, num_workers: int) -> None:
+    found = load(training, MICRO_BATCHES, options(num_workers=num_workers, skip_bad_samples=True), fails="/4.png")
+    assert [batch.sample_ids for batch in found] == [["a/0", "b/1", "b/3"], ["b/3"], ["<empty>"]]
+    assert [[bad.sample_id for bad in batch.skipped] for batch in found] == [[], ["a/4"], ["a/4"]]
+    # The only image of the micro-batch is gone, but some rank has media in it: the tower is called all the same.
+    assert [len(batch.patches) for batch in found] == [16, 4, 4]
+    assert found[1].skipped[0].supervised_tokens == 2 + 4 % 5
+
+
+def test_a_killed_loader_process_is_reported_with_the_samples_it_was_preparing(training: TrainSpec) -> None:
+    with pytest.raises(
+        LoaderDiedError,
+        match=r"a loader process died .*(Killed|exited unexpectedly).* b/3, a/4.*dataloader_num_workers",
+    ) as caught:
+        load(training, [MicroBatch((3, 4), True)], options(), kills="/4.png")
+    assert caught.value.sample_ids == ["b/3", "a/4"]
+
+
+def test_batches_are_prepared_as_far_ahead_as_asked_and_no_further(training: TrainSpec) -> None:
+    asked: list[int] = []
+
+    def micro_batches():
+        for row in (0, 3, 6, 9) * 4:
+            asked.append(row)
+            yield MicroBatch((row,), False)
+
+    batches = load_batches(
+        micro_batches(), Path(training.data.tokenized), builder(training), options(num_workers=2, prefetch_factor=3)
+    )
+    next(batches)
+    assert len(asked) == 2 * 3 + 1
+
+
+def broken(training: TrainSpec, folder: Path, tiny: Path, numbers: Sequence[int]) -> TrainSpec:
+    """The same training, with broken images in its own folder."""
+    made = make_training(folder, tiny, "qwen3_vl")
+    for number in numbers:
+        (folder / f"{number}.png").write_bytes(b"no longer an image")
+    return changed(made, Path(made.run.output_dir), data={"on_bad_sample": "skip"})
+
+
+def test_training_without_the_skipped_samples_is_exact(
+    training: TrainSpec, tmp_path: Path, tiny_folders: Callable[[str], Path]
+) -> None:
+    # Sample 4 is alone in its micro-batch and its only image, on whichever rank has it.
+    actual = broken(training, tmp_path / "broken", tiny_folders("qwen3_vl"), [1, 4])
+    rows = trained(actual, nproc=2)
+    assert [row["skipped_samples"] for row in rows] == [1, 1, 0]
+    lines = (Path(actual.run.output_dir) / "skipped.jsonl").read_text().splitlines()
+    assert [(row["step"], row["sample_id"]) for row in map(json.loads, lines)] == [(1, "b/1"), (2, "a/4")]
+    assert "4.png" in lines[1]
+    assert json.loads((Path(actual.run.output_dir) / "result.json").read_text())["skipped_samples"] == 2
+    expected = trained(without(training, tmp_path / "without", tiny_folders("qwen3_vl"), [1, 4]), nproc=1)
+    for key in ("loss", "grad_norm", "supervised_tokens"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-4)
+
+
+def test_a_step_of_which_every_sample_was_skipped_has_no_loss(
+    training: TrainSpec, tmp_path: Path, tiny_folders: Callable[[str], Path]
+) -> None:
+    made = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", ("image", "image", "text", "text"), 2)
+    for number in (0, 1):
+        (tmp_path / f"{number}.png").write_bytes(b"no longer an image")
+    made = changed(made, tmp_path / "run", data={"on_bad_sample": "skip"})
+    skipped, other = trained(made, nproc=2)
+    assert (skipped["loss"], skipped["supervised_tokens"], skipped["skipped_samples"]) == (None, 0, 2)
+    assert (skipped["grad_norm"], skipped["loss_by_source"]) == (0.0, {})
+    assert other["loss"] > 0
+
+
+def without(training: TrainSpec, folder: Path, tiny: Path, numbers: Sequence[int]) -> TrainSpec:
+    """The same training by a plan that never had these samples."""
+    made = make_training(folder, tiny, "qwen3_vl")
+    plan = pd.read_parquet(made.data.pack_plan)
+    plan = plan[[rows[0] not in numbers for rows in plan["sample_rows"]]]
+    plan.to_parquet(made.data.pack_plan, index=False)
+    return made
+
+
+def test_a_bad_sample_ends_the_run_by_default(
+    training: TrainSpec, tmp_path: Path, tiny_folders: Callable[[str], Path]
+) -> None:
+    bad = broken(training, tmp_path / "broken", tiny_folders("qwen3_vl"), [4])
+    bad = changed(bad, Path(bad.run.output_dir), data={"on_bad_sample": "raise"})
+    with pytest.raises(JobFailedError):
+        trained(bad, nproc=1)
+    report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
+    assert (report["step"], report["sample_ids"]) == (2, ["a/4"])
+    assert report["message"].startswith("sample 'a/4': image '")
+
+
+LEAVES_A_LOADER = """
+import sys
+
+from torch.utils.data import DataLoader
+
+from qvl_pipeline.engine.signals import ignore_stop_signals
+
+batches = iter(DataLoader(list(range(100)), num_workers=1, worker_init_fn=ignore_stop_signals))
+sys.modules["kept alive until the end"] = batches
+print(next(batches).item())
+"""
+
+
+def test_a_process_that_leaves_its_loaders_to_python_ends_all_the_same() -> None:
+    # Python asks them to stop, by the signal that they ignore, and waits for them.
+    done = subprocess.run([sys.executable, "-c", LEAVES_A_LOADER], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -1,0 +1,66 @@
+"""Liger's kernels: which modules get them, and what is said where they do not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
+from transformers import PreTrainedModel
+
+from qvl_pipeline.engine.model.kernels import use_liger_kernels
+from qvl_pipeline.engine.model.loading import build_model, load_processor
+from qvl_pipeline.families import FAMILIES
+from tests.engine.training import changed, make_training
+
+CUDA = torch.device("cuda")  # only named: nothing is computed
+# Three decoder layers with two norms each and a final one; Qwen3-VL also norms queries and keys. The two vision blocks
+# of Qwen2.5-VL have two norms each, and the merger one.
+EXPECTED = {
+    "qwen3_vl": {"Qwen3VLTextMLP": 3, "Qwen3VLTextRMSNorm": 13},
+    "qwen2_5_vl": {"Qwen2MLP": 3, "Qwen2_5_VLMLP": 2, "Qwen2_5_VLRMSNorm": 12},
+}
+
+
+def test_modules_that_compute_with_liger_are_counted(hf_model: PreTrainedModel, family: str) -> None:
+    names = [name for name, _ in hf_model.named_parameters()]
+    report = use_liger_kernels(hf_model, FAMILIES[family], CUDA)
+    assert report == EXPECTED[family]
+    theirs = {LigerRMSNorm.forward, LigerSwiGLUMLP.forward}
+    replaced = [module for module in hf_model.modules() if getattr(module.forward, "__func__", None) in theirs]
+    assert len(replaced) == sum(report.values())
+    assert [name for name, _ in hf_model.named_parameters()] == names
+
+
+def test_nothing_of_transformers_is_changed_for_other_models(hf_model: PreTrainedModel, family: str) -> None:
+    use_liger_kernels(hf_model, FAMILIES[family], CUDA)
+    with torch.device("meta"):
+        other = type(hf_model)(hf_model.config)
+    assert not any("Liger" in type(module).__name__ for module in other.modules())
+    assert all("forward" not in vars(module) for module in other.modules())
+
+
+def test_cpu_is_told_that_it_is_not_used(hf_model: PreTrainedModel, family: str) -> None:
+    report = use_liger_kernels(hf_model, FAMILIES[family], torch.device("cpu"))
+    assert report == "not used: Liger's kernels need CUDA, and this is cpu"
+    assert all("forward" not in vars(module) for module in hf_model.modules())
+
+
+def test_class_that_transformers_no_longer_has_is_named(hf_model: PreTrainedModel, family: str) -> None:
+    gone = dataclasses.replace(FAMILIES[family], liger_kernels={"OldNorm": "rms_norm"})
+    with pytest.raises(ValueError, match=r"has no OldNorm in qwen"):
+        use_liger_kernels(hf_model, gone, CUDA)
+
+
+def test_what_became_of_it_is_logged(
+    tmp_path: Path, tiny_folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", ("text",))
+    spec = changed(base, tmp_path, model={"use_liger_kernel": True})
+    with caplog.at_level(logging.INFO):
+        build_model(spec, load_processor(spec), torch.device("cpu"), None)
+    assert "use_liger_kernel: not used: Liger's kernels need CUDA, and this is cpu" in caplog.messages

@@ -1,0 +1,113 @@
+"""Gradient checkpointing and torch.compile change how the blocks run, never what they compute."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
+from qvl_pipeline.engine.feed.steps import read_plan, share_out
+from qvl_pipeline.engine.model.compilation import compile_blocks
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.run.stopping import StopRequest
+from qvl_pipeline.engine.run.watchdog import Watchdog
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.trainer import Trainer
+from tests.engine.ranks import run_ranks
+from tests.engine.training import changed, make_training
+
+
+def count_blocks(model: PackedVLM) -> Counter[str]:
+    """Count the forward passes of each kind of block from now on, recomputed ones included."""
+    calls: Counter[str] = Counter()
+    kinds = {model.family.decoder_layer: "llm", model.family.vision_block: "vit"}
+    for module in model.modules():
+        if kind := kinds.get(type(module).__name__.removeprefix("FSDP")):
+            # Not of the block itself: newer transformers checkpoint its forward, whose hooks then stay outside.
+            module.mlp.register_forward_pre_hook(lambda *_, kind=kind: calls.update([kind]))
+    return calls
+
+
+def gradients(model: PackedVLM, builder: BatchBuilder, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(builder.build(samples, vision=True)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("towers", [("llm",), ("vit",), ("llm", "vit")])
+def test_recomputing_a_tower_leaves_every_gradient_as_it_is(
+    towers: tuple[str, ...], packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]
+) -> None:
+    packed.train()
+    batch = [samples["text"], samples["image_and_video"]]
+    expected = gradients(packed, builder, batch)
+    calls = count_blocks(packed)
+    gradients(packed, builder, batch)
+    once = dict(calls)
+    recompute_activations(packed.hf, towers)
+    calls.clear()
+    actual = gradients(packed, builder, batch)
+    assert calls == {tower: blocks * (2 if tower in towers else 1) for tower, blocks in once.items()}
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in actual.items())
+
+
+def same_calls_on_all_ranks(spec: TrainSpec) -> None:
+    """Run one step on two ranks, of which the first has text only, and compare the blocks' forward passes."""
+    trainer = Trainer(spec, StopRequest(), Watchdog(60.0, lambda error, where: None))
+    (step,) = share_out(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
+    calls = count_blocks(trainer.model)
+    options = LoaderOptions(num_workers=0, prefetch_factor=1, pin_memory=False, skip_bad_samples=False)
+    for batch in load_batches(step.micro_batches, Path(spec.data.tokenized), trainer.builder, options):
+        trainer.model(batch).sum().backward()
+    everywhere: list[Any] = [None, None]
+    dist.all_gather_object(everywhere, dict(calls))
+    vision = trainer.model.hf.config.vision_config.depth
+    assert everywhere[0] == everywhere[1]
+    assert everywhere[0]["vit"] == 2 * vision  # forward and recomputation in the one micro-batch that has media
+
+
+def test_text_only_rank_recomputes_the_tower_as_often_as_the_others(
+    tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text", "image", "text", "text"))
+    spec = changed(base, tmp_path / "run", model={"gradient_checkpointing": ("llm", "vit")})
+    run_ranks(same_calls_on_all_ranks, 2, spec, log_dir=tmp_path / "logs", timeout_s=60)
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected")  # a cache that it would trace through
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_compiled_blocks_compute_the_same_for_packs_of_any_length(
+    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]
+) -> None:
+    torch._dynamo.reset()
+    packed.train()
+    del packed.hf.model.language_model.layers[1:], packed.hf.model.visual.blocks[1:]  # tracing is slow
+    sample = samples["image"]
+    shorter = sample | {"input_ids": sample["input_ids"][:-2], "label_spans": sample["label_spans"] - [[0, 2]]}
+    batches = [[sample], [shorter]]
+    expected = [gradients(packed, builder, batch) for batch in batches]
+    names = list(packed.state_dict())
+    compiled = compile_blocks(packed.hf, packed.family, backend="eager", mode="default")
+    assert compiled == {packed.family.decoder_layer: 1, packed.family.vision_block: 1}
+    assert list(packed.state_dict()) == names
+    graphs = []
+    for batch, reference in zip(batches, expected, strict=True):
+        assert_same(gradients(packed, builder, batch), reference)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[0]  # none was made anew for the other length
+    recompute_activations(packed.hf, ("llm", "vit"))
+    assert_same(gradients(packed, builder, batches[0]), expected[0])
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

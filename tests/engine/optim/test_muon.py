@@ -1,0 +1,61 @@
+"""Muon over shards is torch's Muon over whole matrices, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from qvl_pipeline.engine.optim.muon import ShardedMuon
+from tests.engine.ranks import run_ranks
+
+# Fewer rows than ranks, rows that no rank count divides, wide and tall; more matrices than ranks, and not a multiple.
+SHAPES = ((2, 5), (7, 16), (16, 7), (5, 5), (12, 3), (1, 8), (9, 9))
+OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+
+
+def tensors(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def same_as_whole(replicas: int) -> None:
+    """Take three steps on every rank with shards, and with whole matrices; compare weights and momenta."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas))
+    placements = (Replicate(), Shard(0))
+    whole = [torch.nn.Parameter(tensor) for tensor in tensors(0)]
+    sharded = [torch.nn.Parameter(distribute_tensor(tensor, mesh, placements)) for tensor in tensors(0)]
+    expected, actual = torch.optim.Muon(whole, **OPTIONS), ShardedMuon(sharded, **OPTIONS)
+    for step in range(1, 4):
+        for parameter, reference, gradient in zip(sharded, whole, tensors(step), strict=True):
+            reference.grad, parameter.grad = gradient, distribute_tensor(gradient, mesh, placements)
+        expected.step()
+        actual.step()
+    for parameter, reference in zip(sharded, whole, strict=True):
+        momentum = actual.state[parameter]["momentum_buffer"]
+        assert isinstance(momentum, DTensor)
+        assert torch.equal(momentum.full_tensor(), expected.state[reference]["momentum_buffer"])
+        assert torch.equal(parameter.full_tensor(), reference)
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 1), (4, 2)])
+def test_same_as_one_process(ranks: int, replicas: int, tmp_path: Path) -> None:
+    run_ranks(same_as_whole, ranks, replicas, log_dir=tmp_path)
+
+
+def columns_are_refused() -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    parameter.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match="sharded over their rows"):
+        ShardedMuon([parameter]).step()
+
+
+def test_matrices_sharded_over_columns_are_refused(tmp_path: Path) -> None:
+    run_ranks(columns_are_refused, 1, log_dir=tmp_path)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qvl_pipeline.tracking.flattening import flattened, numbers
+from qvl_pipeline.tracking.lineage import digests
+from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
+from qvl_pipeline.tracking.lineage.digests import content_digest
+from qvl_pipeline.tracking.secrets import without_secrets
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "code.py").write_text("x = 1\n")
+    (tmp_path / "dvc.lock").write_text("a\n")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *command], cwd=tmp_path, check=True
+        )
+    return tmp_path
+
+
+def test_a_clean_repository_has_a_commit(repository: Path) -> None:
+    tags = git_tags(repository)
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    assert tags["git_dirty"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"), [("src/code.py", "true"), ("src/new.py", "true"), ("dvc.lock", "false"), ("notes.txt", "false")]
+)
+def test_only_what_decides_a_result_makes_it_dirty(repository: Path, path: str, dirty: str) -> None:
+    (repository / path).write_text("changed\n")
+    assert git_tags(repository)["git_dirty"] == dirty
+
+
+def test_outside_of_a_repository_there_are_no_git_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git_tags(tmp_path) == {}
+    monkeypatch.setenv("PATH", "")
+    assert git_tags(tmp_path) == {}, "a machine without git"
+
+
+def test_dvc_tags_are_those_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    monkeypatch.setenv("DVC_STAGE", "train@base")
+    assert dvc_tags() == {"dvc_stage": "train@base"}
+
+
+def test_a_digest_covers_names_and_content(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("one")
+    first = content_digest(tmp_path)
+    assert len(first) == 36
+    assert content_digest(tmp_path) == first
+    (tmp_path / "a" / "x").write_text("two")
+    second = content_digest(tmp_path)
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    assert len({first, second, content_digest(tmp_path)}) == 3
+
+
+def test_a_large_folder_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "MAX_HASHED_BYTES", 10)
+    (tmp_path / "x").write_text("01234567890")
+    digest = content_digest(tmp_path)
+    assert digest.startswith("len:")
+    (tmp_path / "x").write_text("abcdefghijk")
+    assert content_digest(tmp_path) == digest
+    (tmp_path / "x").write_text("abcdefghijkl")
+    assert content_digest(tmp_path) != digest
+
+
+def test_secrets_are_masked_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SOME_KEY", "on")
+    values = {
+        "command": "kedro run --params a.token=xyz,b=1 --on 0123456789abcdef",
+        "presigned": "https://host/x?X-Amz-Signature=abc&part=1",
+        "hf_token": "abc",
+        "nested": [{"password": "p"}, "s3://key:secret@bucket/x"],
+        "max_new_tokens": 8,
+        "special_tokens": ["a"],
+        "url": "https://host/x@y",
+    }
+    assert without_secrets(values) == {
+        "command": "kedro run --params a.token=***,b=1 --on ***",
+        "presigned": "https://host/x?X-Amz-Signature=***&part=1",
+        "hf_token": "***",
+        "nested": [{"password": "***"}, "s3://***@bucket/x"],
+        "max_new_tokens": 8,
+        "special_tokens": ["a"],
+        "url": "https://host/x@y",
+    }
+
+
+def test_numbers_of_nested_values_have_joined_names() -> None:
+    values = {"a": {"b": 1, "c": {"d": 0.5, "e": "text"}}, "f": True, "g": None, "h": {}}
+    assert numbers(values, "/") == {"a/b": 1, "a/c/d": 0.5}
+    assert dict(flattened(values, ".")) == {"a.b": 1, "a.c.d": 0.5, "a.c.e": "text", "f": True, "g": None, "h": {}}

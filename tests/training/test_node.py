@@ -1,0 +1,117 @@
+"""The node `train` from its inputs to the launch, with a stand-in for the processes that it launches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.data.plan.steps import plan_fingerprint
+from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.pipelines.train import nodes
+from tests.engine.training import make_training
+
+INGEST = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
+ROW = {"step": 1, "loss": 1.0, "tokens": 10, "tokens_per_second": 5.0}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Any]:
+    """All that `train` gets, of a base model in the folder `pretrained`."""
+    pretrained, base_model = tmp_path / "pretrained", tmp_path / "models" / "base"
+    build_tiny_model(pretrained, family="qwen3_vl", seed=0, corpus=["which digit?"])
+    training = make_training(tmp_path / "data", pretrained, "qwen3_vl", kinds=("text",) * 8, packs_per_step=1)
+    model = ModelConfig(processor_type="qwen3_vl", load_from_pretrained_path=str(pretrained))
+    base_model.mkdir(parents=True)
+    manifest = {"path": str(pretrained), "family": "qwen3_vl", "parameters": model.prepared()}
+    (base_model / "manifest.json").write_text(json.dumps(manifest))
+    tokenized = Path(training.data.tokenized)
+    fingerprint = plan_fingerprint([tokenized], BatchingConfig(), {"a": 1.0})
+    return {
+        "base_model": base_model,
+        "tokenized_samples": tokenized,
+        "stream_samples": tmp_path / "stream.parquet",
+        "pack_plan": pd.read_parquet(training.data.pack_plan),
+        "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
+        "video_frames": Path(training.data.video_frames),
+        "model": model,
+        "batching": BatchingConfig(),
+        "ingest": INGEST,
+    }
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of trainings that were launched; each ended at once, with a result."""
+    folders: list[Path] = []
+
+    def launch(spec_path: Path, processes: nodes.Processes, on_poll: Callable[[], None]) -> None:
+        folders.append(spec_path.parent)
+        if processes.nodes.node_rank == 0:
+            (spec_path.parent / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
+            (spec_path.parent / "result.json").write_text("{}")
+            (spec_path.parent / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+            (spec_path.parent / "checkpoints" / "checkpoint-1" / "COMPLETE").touch()
+
+    monkeypatch.setattr(nodes, "launch", launch)
+    return folders
+
+
+def train(inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+    """Run the node and return its result."""
+    config = TrainConfig(report_to="none", nproc_per_node=1, **parameters)
+    return nodes.train(**inputs, train=config)[2]
+
+
+def test_a_base_model_replaced_in_place_is_trained_anew(
+    inputs: dict[str, Any], launched: list[Path], tmp_path: Path
+) -> None:
+    first = train(inputs)
+    assert train(inputs)["base_model"] == first["base_model"]
+    assert len(launched) == 1, "the second only has to publish what the first trained"
+    weights = tmp_path / "pretrained" / "model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert train(inputs)["base_model"] != first["base_model"]
+    assert len(set(launched)) == 2
+
+
+@pytest.fixture
+def second_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+
+
+def test_another_node_joins_and_leaves_all_results_to_the_first(
+    inputs: dict[str, Any], launched: list[Path], second_node: None
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        train(inputs)
+    assert left.value.code == 0
+    [folder] = launched
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("resume", "published", "joins"), [("auto", False, False), ("none", False, True), ("auto", True, True)]
+)
+def test_another_node_joins_where_the_first_has_something_to_train(
+    inputs: dict[str, Any],
+    launched: list[Path],
+    request: pytest.FixtureRequest,
+    resume: str,
+    published: bool,
+    joins: bool,
+) -> None:
+    train(inputs)
+    if published:
+        (launched[0] / nodes.PUBLISHED).touch()
+    request.getfixturevalue("second_node")
+    with pytest.raises(SystemExit):
+        train(inputs, resume_from_checkpoint=resume)
+    assert launched[1:] == [launched[0]] * joins
