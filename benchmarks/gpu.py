@@ -84,7 +84,7 @@ _OPTIM = OptimSpec(
     ema_decay=0.0,
 )
 _PARALLEL = ParallelSpec(
-    wrap=(),
+    transformer_layer_cls_to_wrap=(),
     reshard_after_forward=False,
     hsdp_shard_size=0,
     forward_prefetch=0,

@@ -95,7 +95,7 @@ class EarlyChecks:
 
         if name not in RECORDED or name not in self._paths:
             return None
-        declared = {block: self._blocks[block].decisive() for block in RECORDED[name]}
+        declared = {block: self._blocks[block].decisive("frames") for block in RECORDED[name]}
         try:
             recorded = read_record(Path(self._paths[name]))
         except (OSError, ValueError) as error:  # cut off, or no such file at all

@@ -21,7 +21,7 @@ INGEST = {"datasets": [SOURCE], "seed": 1, "eval_fraction": 0.5}
 
 
 def difference(before: Block, now: Block) -> str | None:
-    return first_difference({"x": before.decisive()}, {"x": now.decisive()})
+    return first_difference({"x": before.decisive("frames")}, {"x": now.decisive("frames")})
 
 
 def ingest(source: dict[str, Any] | None = None, **changes: Any) -> IngestConfig:

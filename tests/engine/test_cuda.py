@@ -29,7 +29,7 @@ def _attention(kernel: str) -> dict[str, Any]:
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "inductor"}
-RECOMPUTED = {"gradient_checkpointing": ("llm", "vit")}
+RECOMPUTED = {"checkpointed_towers": ("llm", "vit")}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": BF16,
     "fp16": {"parallel": {"fp16": True}},
@@ -39,8 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": BF16 | {"model": COMPILED},
     "compiled, recomputed": BF16 | {"model": COMPILED | RECOMPUTED},
     "cpu_offload": {"parallel": {"bf16": True, "cpu_offload": True}},
-    "padded": BF16 | {"data": {"rmpad": False}},
-    "loader processes": BF16 | {"data": {"num_workers": 2}},
+    "padded": BF16 | {"data": {"use_rmpad": False}},
+    "loader processes": BF16 | {"data": {"dataloader_num_workers": 2}},
     "ema": BF16 | {"optim": {"ema_decay": 0.9}},
     "muon": BF16 | {"optim": {"optim": "muon"}},
 }

@@ -85,7 +85,7 @@ def test_packs_in_one_micro_batch_train_the_same(
     rmpad: bool, trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
     expected = trainings("qwen3_vl")
-    data = {"packs_per_micro_batch": 3, "num_workers": 1, "rmpad": rmpad}
+    data = {"per_device_train_batch_size": 3, "dataloader_num_workers": 1, "use_rmpad": rmpad}
     actual = changed(expected, tmp_path, run={"save_steps": 0}, data=data)
     trained(actual, nproc=1)
     assert_same_training(actual, expected)
@@ -100,7 +100,7 @@ def test_packs_in_one_micro_batch_train_the_same(
             2,
             {
                 "reshard_after_forward": False,
-                "wrap": ("Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP"),
+                "transformer_layer_cls_to_wrap": ("Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP"),
                 "cpu_offload": True,
             },
         ),
@@ -116,7 +116,10 @@ def test_ways_to_shard_train_the_same(
     assert_same_training(actual, expected)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["shard_size"] == parallel.get("hsdp_shard_size", nproc)
-    assert set(result["wrapped"]) == {*parallel.get("wrap", ("Qwen3VLTextDecoderLayer",)), "Qwen3VLVisionBlock"}
+    assert set(result["wrapped"]) == {
+        *parallel.get("transformer_layer_cls_to_wrap", ("Qwen3VLTextDecoderLayer",)),
+        "Qwen3VLVisionBlock",
+    }
     assert result["cpu_offload"].startswith("not used" if parallel.get("cpu_offload") else "not asked")
 
 
@@ -124,7 +127,10 @@ def test_ways_to_shard_train_the_same(
     ("parallel", "message"),
     [
         ({"hsdp_shard_size": 3}, "hsdp_shard_size 3 does not divide the 2 ranks"),
-        ({"wrap": ("Qwen2_5_VLDecoderLayer",)}, "no module of qwen3_vl has the class 'Qwen2_5_VLDecoderLayer'"),
+        (
+            {"transformer_layer_cls_to_wrap": ("Qwen2_5_VLDecoderLayer",)},
+            "no module of qwen3_vl has the class 'Qwen2_5_VLDecoderLayer'",
+        ),
     ],
 )
 def test_impossible_sharding_is_refused(
@@ -141,7 +147,7 @@ def test_ranks_that_share_packs_train_the_same(
 ) -> None:
     expected = trainings(family)
     # Two ranks also recompute their activations, exchanges of tokens and heads included.
-    model = {"gradient_checkpointing": ("llm", "vit") if nproc == 2 else ()}
+    model = {"checkpointed_towers": ("llm", "vit") if nproc == 2 else ()}
     actual = changed(expected, tmp_path, run={"save_steps": 0}, parallel={"sp_ulysses_degree": 2}, model=model)
     trained(actual, nproc)
     assert_same_training(actual, expected)
@@ -230,7 +236,7 @@ def test_sigterm_ends_the_step_saves_and_the_same_command_goes_on(
     trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
     expected = trainings("qwen3_vl")
-    actual = changed(expected, tmp_path, run={"save_steps": 0}, data={"num_workers": 1})
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, data={"dataloader_num_workers": 1})
     actual.save(tmp_path / "train_spec.json")
     run_ranks(main_asked_to_stop, 2, tmp_path / "train_spec.json", log_dir=tmp_path / "logs")
     assert json.loads((tmp_path / "stopped.json").read_text()) == {"step": 2}

@@ -90,7 +90,7 @@ def make_training(
             attn_implementation="auto",
             vit_attn_implementation="auto",
             freeze_modules=(),
-            gradient_checkpointing=(),
+            checkpointed_towers=(),
             use_liger_kernel=False,
             image_min_pixels=3136,
             image_max_pixels=50176,
@@ -103,12 +103,12 @@ def make_training(
             pack_plan=str(folder / "pack_plan.parquet"),
             video_frames=str(folder / "video_frames"),
             packing_length=64,
-            packs_per_micro_batch=1,
-            rmpad=True,
+            per_device_train_batch_size=1,
+            use_rmpad=True,
             epochs=1.0,
-            num_workers=0,
-            prefetch_factor=2,
-            pin_memory=True,
+            dataloader_num_workers=0,
+            dataloader_prefetch_factor=2,
+            dataloader_pin_memory=True,
             on_bad_sample="raise",
         ),
         stream=spec.StreamSpec(
@@ -142,7 +142,7 @@ def make_training(
             ema_decay=0.0,
         ),
         parallel=spec.ParallelSpec(
-            wrap=(),
+            transformer_layer_cls_to_wrap=(),
             reshard_after_forward=True,
             hsdp_shard_size=0,
             forward_prefetch=0,
@@ -152,9 +152,9 @@ def make_training(
             fp16=False,
             sp_ulysses_degree=1,
         ),
-        validation=spec.ValidationSpec(strategy="no", steps=0, plan="", load_best=False),
+        validation=spec.ValidationSpec(eval_strategy="no", eval_steps=0, plan="", load_best_model_at_end=False),
         export=spec.ExportSpec(
-            output_dir=str(output_dir / "export"), ema=False, dtype="float32", max_shard_bytes=5 * 10**9
+            output_dir=str(output_dir / "export"), export_ema=False, dtype="float32", max_shard_bytes=5 * 10**9
         ),
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qvl_pipeline.config import EvaluateConfig
-from qvl_pipeline.evaluation.generation import base_model_path, generate_answers, load_model
+from qvl_pipeline.evaluation.generation import generate_answers, load_model
 from qvl_pipeline.evaluation.likelihood import sample_losses, supervised_tokens
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.mrope import mrope_positions
@@ -84,13 +84,6 @@ def test_the_sampling_settings_of_a_published_model_do_not_leak_in(
     settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
     assert generate(world, tmp_path / "model", batch_size=1) == one_by_one
-
-
-def test_the_manifest_says_where_the_base_model_is(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"path": ".", "family": "qwen3_vl"}')
-    assert base_model_path(tmp_path) == str(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"path": "Qwen/Qwen3-VL-8B-Instruct", "family": "qwen3_vl"}')
-    assert base_model_path(tmp_path) == "Qwen/Qwen3-VL-8B-Instruct"
 
 
 def test_sampled_answers_are_those_of_the_seed(world: World, one_by_one: list[str]) -> None:

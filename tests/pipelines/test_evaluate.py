@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.evaluate.nodes import _processes, _score_table, generate, refuse_regressions
+from qvl_pipeline.pipelines.evaluate.nodes import _score_table, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
@@ -31,7 +31,7 @@ MODEL = ModelConfig(processor_type="qwen3_vl")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     world = build_world(folder, "qwen3_vl", KINDS)
-    manifest = {"path": ".", "family": "qwen3_vl", "parameters": MODEL.prepared()}
+    manifest = {"path": ".", "family": "qwen3_vl", "parameters": MODEL.decisive("tokens")}
     (world.model_folder / "manifest.json").write_text(json.dumps(manifest))
     world.teach(folder / "trained", [0, 1])
     return world
@@ -83,11 +83,11 @@ def inputs(world: World) -> dict[str, Any]:
     }
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_refused(inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert _processes(EvaluateConfig(nproc_per_node=1)) == 1
+    asked = inputs | {"params:evaluate": EvaluateConfig(nproc_per_node=2)}
     with pytest.raises(UserError, match=r"^evaluate.nproc_per_node is 2, but this node has 1 GPU and each"):
-        _processes(EvaluateConfig(nproc_per_node=2))
+        generate(*(asked[name] for name in create_pipeline().nodes[0].inputs))
 
 
 def test_a_base_model_that_was_replaced_since_is_not_compared_with(inputs: dict[str, Any]) -> None:

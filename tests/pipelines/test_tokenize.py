@@ -173,7 +173,7 @@ def test_every_sample_is_a_row_whose_placeholders_and_patches_agree(
 ) -> None:
     tokenized = TokenizedSamples(run["tokenized_samples"])
     processor = load_processor(run["base_model"], model)
-    loader = PatchLoader(patch_size=model.patch_size, frame_store=run["video_frames"])
+    loader = PatchLoader(patch_size=model.family.patch_size, frame_store=run["video_frames"])
     rows = [tokenized.row(index) for index in range(len(tokenized))]
     assert [row["sample_id"] for row in rows] == valid_samples["sample_id"].tolist()
     for row in rows:
@@ -221,7 +221,7 @@ def test_sizes_that_are_not_those_of_the_files_stop_the_stage(
 
 def test_the_tiny_model_is_a_folder_that_plain_transformers_loads(run: dict[str, Any], model: ModelConfig) -> None:
     manifest = json.loads((run["base_model"] / "manifest.json").read_text())
-    assert manifest == {"path": ".", "family": model.processor_type, "parameters": model.prepared()}
+    assert manifest == {"path": ".", "family": model.processor_type, "parameters": model.decisive("tokens")}
     loaded = AutoModelForImageTextToText.from_pretrained(run["base_model"])
     assert loaded.config.model_type == model.processor_type
     assert type(AutoProcessor.from_pretrained(run["base_model"])).__name__.lower().startswith("qwen")

@@ -47,7 +47,7 @@ def valid_samples(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 def made(model: ModelConfig, valid_samples: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("made")
     media_index = write_images(tmp_path_factory.getbasetemp(), {"preview.png": (97, 140)})
-    side = 2 * model.patch_size
+    side = 2 * model.family.patch_size
     write_store(folder / "frames", {"clip.mp4": (range(0, 12, 2), 4.0, (2 * side, 3 * side))})
     prepare_base_model(valid_samples, model)(folder / "base")
     tokenize(valid_samples, media_index, folder / "frames", folder / "base", model, BatchingConfig())[0](

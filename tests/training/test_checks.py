@@ -40,7 +40,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
             r"'warmup_stable_decay' takes 20\d steps .* but the run has 10: shorten them to 10 steps together",
         ),
         (
-            {"parallel": {"wrap": ("Qwen3VLTextDecoderLayer",)}},
+            {"parallel": {"transformer_layer_cls_to_wrap": ("Qwen3VLTextDecoderLayer",)}},
             "no module of qwen2_5_vl has the class 'Qwen3VLTextDecoderLayer'; its layers are Qwen2_5_VLDecoderLayer",
         ),
         ({"parallel": {"hsdp_shard_size": 3}}, "hsdp_shard_size 3 does not divide the 4 ranks"),
@@ -52,8 +52,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
             "^attn_implementation 'flash_attention_3'",
         ),
         ({"model": {"vit_attn_implementation": "torch_varlen"}}, "vit_attn_implementation 'torch_varlen' runs on CUDA"),
-        ({"model": {"attn_implementation": "torch_varlen"}, "data": {"rmpad": False}}, "knows no padding"),
-        ({"stream": {"max_steps": 9}, "validation": {"strategy": "epoch"}}, "'epoch' needs a plan, .*: use 'steps'"),
+        ({"model": {"attn_implementation": "torch_varlen"}, "data": {"use_rmpad": False}}, "knows no padding"),
+        (
+            {"stream": {"max_steps": 9}, "validation": {"eval_strategy": "epoch"}},
+            "'epoch' needs a plan, .*: use 'steps'",
+        ),
         ({"run": {"profile_steps": (11, 12)}}, r"profile_steps \[11, 12\] begin after the last step of the plan, 10"),
         (
             {"model": {"torch_compile": True, "torch_compile_backend": "inducter"}},
@@ -129,6 +132,10 @@ def test_what_fits_passes(training: TrainSpec, tmp_path: Path, monkeypatch: pyte
     groups = {
         "model": {"vit_attn_implementation": "eager", "freeze_modules": ("visual", "model.language_model.layers.0.*")},
         "optim": {"learning_rates": {"llm": 1e-4}, "optim": "muon"},
-        "parallel": {"wrap": ("Qwen2_5_VLDecoderLayer", "Qwen2MLP"), "hsdp_shard_size": 2, "sp_ulysses_degree": 4},
+        "parallel": {
+            "transformer_layer_cls_to_wrap": ("Qwen2_5_VLDecoderLayer", "Qwen2MLP"),
+            "hsdp_shard_size": 2,
+            "sp_ulysses_degree": 4,
+        },
     }
     assert checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4) == ("sdpa", "eager")

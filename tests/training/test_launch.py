@@ -18,7 +18,7 @@ from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.training.launcher import Processes, StoppedOnRequest, environment, launch
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training, trained
-from tests.pipelines.test_train import launched, processes_of, start
+from tests.training.test_running import launched, processes_of, start
 
 # What `kedro run` does on each node, without the rest of the pipeline.
 NODE = """

@@ -15,6 +15,9 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, Train
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.pipelines.train import nodes
+from qvl_pipeline.training import running
+from qvl_pipeline.training.launcher import Processes
+from qvl_pipeline.training.scratch import PUBLISHED
 from tests.engine.training import make_training
 
 INGEST = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
@@ -29,7 +32,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
     training = make_training(tmp_path / "data", pretrained, "qwen3_vl", kinds=("text",) * 8, packs_per_step=1)
     model = ModelConfig(processor_type="qwen3_vl", load_from_pretrained_path=str(pretrained))
     base_model.mkdir(parents=True)
-    manifest = {"path": str(pretrained), "family": "qwen3_vl", "parameters": model.prepared()}
+    manifest = {"path": str(pretrained), "family": "qwen3_vl", "parameters": model.decisive("tokens")}
     (base_model / "manifest.json").write_text(json.dumps(manifest))
     tokenized = Path(training.data.tokenized)
     fingerprint = plan_fingerprint([tokenized], BatchingConfig(), {"a": 1.0})
@@ -51,7 +54,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of trainings that were launched; each ended at once, with a result."""
     folders: list[Path] = []
 
-    def launch(spec_path: Path, processes: nodes.Processes, on_poll: Callable[[], None]) -> None:
+    def launch(spec_path: Path, processes: Processes, on_poll: Callable[[], None]) -> None:
         folders.append(spec_path.parent)
         if processes.nodes.node_rank == 0:
             (spec_path.parent / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
@@ -59,7 +62,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             (spec_path.parent / "checkpoints" / "checkpoint-1").mkdir(parents=True)
             (spec_path.parent / "checkpoints" / "checkpoint-1" / "COMPLETE").touch()
 
-    monkeypatch.setattr(nodes, "launch", launch)
+    monkeypatch.setattr(running, "launch", launch)
     return folders
 
 
@@ -110,7 +113,7 @@ def test_another_node_joins_where_the_first_has_something_to_train(
 ) -> None:
     train(inputs)
     if published:
-        (launched[0] / nodes.PUBLISHED).touch()
+        (launched[0] / PUBLISHED).touch()
     request.getfixturevalue("second_node")
     with pytest.raises(SystemExit):
         train(inputs, resume_from_checkpoint=resume)

@@ -15,7 +15,7 @@ from qvl_pipeline.config.base import Block
 from qvl_pipeline.config.train import FSDPConfig
 from qvl_pipeline.engine import spec as engine_spec
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.training.spec import make_spec
+from qvl_pipeline.training.spec import Inputs, make_spec
 
 SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc", "samples_per_epoch": 100.0}
 STREAM = {"dataset_type": "vision_iterable", "max_steps": 7}
@@ -120,11 +120,8 @@ def folder(tmp_path: Path) -> Path:
 def spec(
     folder: Path, train: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **batching: Any
 ) -> TrainSpec:
-    names = ("tokenized_samples", "stream_samples", "pack_plan", "video_frames")
     return make_spec(
-        base_model=folder,
-        **{name: Path(name) for name in names},
-        plan_summary=SUMMARY,
+        Inputs(folder, *map(Path, ("tokenized_samples", "stream_samples", "video_frames")), SUMMARY),
         model=ModelConfig(processor_type="qwen3_vl", **(model or {})),
         batching=BatchingConfig(**batching),
         weights={"a": 2.0},
@@ -132,7 +129,6 @@ def spec(
         output_dir=folder / "run",
         identity={},
         resume_from="",
-        eval_plan=folder / "eval_plan.parquet",
     )
 
 

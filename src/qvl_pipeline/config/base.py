@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from qvl_pipeline.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class Indifferent:
+    """Marks a parameter that decides nothing of what is written: `threads: Annotated[int, Indifferent()] = 1`.
+
+    Attributes:
+        to: What it does not decide, where it does decide something else; see `Block.decisive`.
+    """
+
+    to: str | None = None
 
 
 class Block(BaseModel):
@@ -20,12 +32,19 @@ class Block(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
-    # What `decisive` leaves out, as pydantic's `exclude`.
-    indifferent: ClassVar[dict[str, Any]] = {}
 
-    def decisive(self) -> dict[str, Any]:
-        """Return, as JSON values, what decides what the stage of the block writes; not where and how fast it works."""
-        return self.model_dump(mode="json", exclude=self.indifferent)
+    def decisive(self, of: str | None = None) -> dict[str, Any]:
+        """Return, as JSON values, what decides what is written; not where and how fast it is worked on.
+
+        Args:
+            of: Of what, where more than one thing depends on the block, and each on other parameters: `frames` (all
+                tables up to the frames of clips) or `tokens`. By default, of anything.
+        """
+        fields = type(self).model_fields.items()
+        marks = (Indifferent(), Indifferent(of))
+        kept = {name for name, field in fields if not any(mark in field.metadata for mark in marks)}
+        values = self.model_dump(mode="json", include=kept)
+        return {name: _decisive(getattr(self, name), value, of) for name, value in values.items()}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -47,6 +66,15 @@ class Block(BaseModel):
                 hint = did_you_mean(str(key), known, f"known keys: {', '.join(sorted(known))}")
                 raise ValueError(f"unknown key '{key}': {hint}")
         return values
+
+
+def _decisive(value: Any, dumped: Any, of: str | None) -> Any:
+    """Return what is decisive of a value that may be a block, or a list of them."""
+    if isinstance(value, Block):
+        return value.decisive(of)
+    if isinstance(value, list) and any(isinstance(block, Block) for block in value):
+        return [block.decisive(of) for block in value]
+    return dumped
 
 
 def _kinds(annotation: Any) -> set[Any]:

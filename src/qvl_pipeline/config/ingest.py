@@ -5,12 +5,12 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
 
 # What fsspec's file systems call their credentials. Parameters are written to MLflow, DVC and logs.
 _SECRET = re.compile(r"secret|password|passwd|token|credential|(^|_)(key|sas)$|connection_string", re.IGNORECASE)
@@ -45,8 +45,9 @@ class DatasetSource(Block):
     data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset"]
     format: Literal["auto", "openai", "sharegpt", "llava"] = "auto"
     split: Literal["train", "eval"] | None = None
-    weight: float = Field(default=1.0, gt=0)
-    repeat: int = Field(default=1, ge=1)
+    # For `tokenize`, which makes the plan.
+    weight: Annotated[float, Indifferent()] = Field(default=1.0, gt=0)
+    repeat: Annotated[int, Indifferent()] = Field(default=1, ge=1)
     limit: int | None = Field(default=None, ge=1)
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
@@ -69,6 +70,12 @@ class DatasetSource(Block):
             if _URL_WITH_PASSWORD.match(getattr(self, name)):
                 raise ValueError(f"{name} holds a password, and parameters are recorded: give it in the environment")
         return self
+
+    def decisive(self, of: str | None = None) -> dict[str, Any]:
+        """Return what decides the samples; two spellings of one path are the same."""
+        kept = super().decisive(of)
+        places = {key: kept[key] for key in ("path", "data_folder") if "://" not in kept[key]}
+        return kept | {key: _from_project(place) for key, place in places.items()}
 
 
 class DigitsDemoConfig(Block):
@@ -101,29 +108,17 @@ class IngestConfig(Block):
             copies of remote files (by URL and version). Later stages read them there.
     """
 
-    # Weights are for `tokenize`; the others say where things are, not what they are.
-    indifferent: ClassVar[dict[str, Any]] = {
-        "datasets": {"__all__": {"weight", "repeat"}},
-        "dataset_format": True,
-        "dataset_path": True,
-        "cache_folder": True,
-    }
-
     demo: DigitsDemoConfig | None = None
     datasets: list[DatasetSource] = Field(min_length=1)
-    dataset_format: Literal["yaml"] = "yaml"
-    dataset_path: str | None = None
+    dataset_format: Annotated[Literal["yaml"], Indifferent()] = "yaml"
+    dataset_path: Annotated[str | None, Indifferent()] = None
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 42
-    cache_folder: str = "data/01_raw/cache"
+    cache_folder: Annotated[str, Indifferent()] = "data/01_raw/cache"
 
-    def decisive(self) -> dict[str, Any]:
-        """Return what decides the samples; two spellings of one path are the same."""
-        kept = super().decisive()
-        for source in kept["datasets"]:
-            for key in ("path", "data_folder"):
-                if "://" not in source[key]:
-                    source[key] = _from_project(source[key])
+    def decisive(self, of: str | None = None) -> dict[str, Any]:
+        """Return what decides the samples."""
+        kept = super().decisive(of)
         if not self.eval_fraction:
             del kept["seed"]
         return kept

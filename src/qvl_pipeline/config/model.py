@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
+from qvl_pipeline.families import FAMILIES, ModelFamily
 
-Family = Literal["qwen3_vl", "qwen2_5_vl"]
+Family = Literal[tuple(FAMILIES)]
 Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa", "eager"]
 
 
 class ModelConfig(Block):
     """Parameters of the model and its processor.
+
+    Of these, frames of clips depend on the family alone (its patch size), and tokens on all but the attention kernels.
 
     Attributes:
         processor_type: Model family.
@@ -27,13 +30,13 @@ class ModelConfig(Block):
     """
 
     processor_type: Family
-    load_from_pretrained_path: str | None = None
-    processor_name: str | None = None
-    tiny_seed: int = 0
-    attn_implementation: Attention = "auto"
-    vit_attn_implementation: Attention | None = None
-    image_min_pixels: int = Field(default=56 * 56, ge=1)
-    image_max_pixels: int = Field(default=1280 * 28 * 28, ge=1)
+    load_from_pretrained_path: Annotated[str | None, Indifferent("frames")] = None
+    processor_name: Annotated[str | None, Indifferent("frames")] = None
+    tiny_seed: Annotated[int, Indifferent("frames")] = 0
+    attn_implementation: Annotated[Attention, Indifferent("frames"), Indifferent("tokens")] = "auto"
+    vit_attn_implementation: Annotated[Attention | None, Indifferent("frames"), Indifferent("tokens")] = None
+    image_min_pixels: Annotated[int, Indifferent("frames")] = Field(default=56 * 56, ge=1)
+    image_max_pixels: Annotated[int, Indifferent("frames")] = Field(default=1280 * 28 * 28, ge=1)
 
     @model_validator(mode="after")
     def _pixel_limits(self) -> ModelConfig:
@@ -45,15 +48,7 @@ class ModelConfig(Block):
             raise ValueError("processor_name needs load_from_pretrained_path: the tiny model has its own processor")
         return self
 
-    def decisive(self) -> dict[str, Any]:
-        """Return what decides the frames of clips, by its patch size; `prepared` has what decides the tokens."""
-        return {"processor_type": self.processor_type}
-
-    def prepared(self) -> dict[str, object]:
-        """Return what decides the base model and the tokens; attention is chosen anew by every stage."""
-        return self.model_dump(mode="json", exclude={"attn_implementation", "vit_attn_implementation"})
-
     @property
-    def patch_size(self) -> int:
-        """Side of one vision patch in pixels."""
-        return {"qwen3_vl": 16, "qwen2_5_vl": 14}[self.processor_type]
+    def family(self) -> ModelFamily:
+        """What is known of the family."""
+        return FAMILIES[self.processor_type]

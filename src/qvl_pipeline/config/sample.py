@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
 
 
 class SampleConfig(Block):
@@ -37,11 +37,6 @@ class SampleConfig(Block):
             `num_workers`.
     """
 
-    # Limits on what may be lost were kept to when it was written, or nothing was.
-    indifferent: ClassVar[dict[str, Any]] = dict.fromkeys(
-        ("frame_cache", "num_workers", "memory_gib", "decode_timeout_s", "max_reject_fraction"), True
-    )
-
     video_backend: Literal["pyav", "torchcodec", "decord", "qwen_vl_utils"] = "pyav"
     video_sampling_strategy: Literal["fps", "frame_num"] = "fps"
     fps: float = Field(default=2.0, gt=0)
@@ -54,15 +49,15 @@ class SampleConfig(Block):
     materialize: bool = True
     frame_encoding: Literal["zstd", "png", "raw", "jpeg"] = "zstd"
     jpeg_quality: int = Field(default=95, ge=1, le=100)
-    frame_cache: str | None = "data/05_model_input/frame_cache"
-    decode_timeout_s: float = Field(default=600.0, gt=0)
-    max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
-    num_workers: int | None = Field(default=None, ge=1)
-    memory_gib: float = Field(default=8.0, gt=0)
+    frame_cache: Annotated[str | None, Indifferent()] = "data/05_model_input/frame_cache"
+    decode_timeout_s: Annotated[float, Indifferent()] = Field(default=600.0, gt=0)
+    max_reject_fraction: Annotated[float, Indifferent()] = Field(default=0.05, ge=0, le=1)
+    num_workers: Annotated[int | None, Indifferent()] = Field(default=None, ge=1)
+    memory_gib: Annotated[float, Indifferent()] = Field(default=8.0, gt=0)
 
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self, of: str | None = None) -> dict[str, Any]:
         """Return what decides the frames; two names of one decoder are the same."""
-        return super().decisive() | {"video_backend": self.video_backend.replace("qwen_vl_utils", "pyav")}
+        return super().decisive(of) | {"video_backend": self.video_backend.replace("qwen_vl_utils", "pyav")}
 
     @model_validator(mode="after")
     def _ordered_limits(self) -> SampleConfig:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
 from qvl_pipeline.config.launch import LaunchConfig
 from qvl_pipeline.config.schedules import check_schedule
 
@@ -138,27 +138,36 @@ class TrainConfig(Block):
     use_liger_kernel: bool = False
     use_rmpad: bool = True
     fsdp2: Literal[True] = True
-    fsdp_config: FSDPConfig = FSDPConfig()
-    sp_ulysses_degree: Literal[1, 2, 4, 8] = 1
-    nproc_per_node: int | Literal["auto"] = "auto"
-    launch: LaunchConfig = LaunchConfig()
-    logging_steps: int = Field(default=1, ge=1)
-    save_steps: int = Field(default=0, ge=0)
-    save_total_limit: int = Field(default=1, ge=1)
-    save_async: bool = True
+    fsdp_config: Annotated[FSDPConfig, Indifferent()] = FSDPConfig()
+    sp_ulysses_degree: Annotated[Literal[1, 2, 4, 8], Indifferent()] = 1
+    nproc_per_node: Annotated[int | Literal["auto"], Indifferent()] = "auto"
+    launch: Annotated[LaunchConfig, Indifferent()] = LaunchConfig()
+    logging_steps: Annotated[int, Indifferent()] = Field(default=1, ge=1)
+    save_steps: Annotated[int, Indifferent()] = Field(default=0, ge=0)
+    save_total_limit: Annotated[int, Indifferent()] = Field(default=1, ge=1)
+    save_async: Annotated[bool, Indifferent()] = True
     resume_from_checkpoint: str = Field(default="auto", min_length=1)
-    report_to: list[Tracker] = Field(default_factory=lambda: ["mlflow"])
+    report_to: Annotated[list[Tracker], Indifferent()] = Field(default_factory=lambda: ["mlflow"])
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     eval_steps: int = Field(default=0, ge=0)
     load_best_model_at_end: bool = False
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
-    dataloader_num_workers: int = Field(default=0, ge=0)
-    dataloader_prefetch_factor: int = Field(default=2, ge=1)
-    dataloader_pin_memory: bool = True
-    on_bad_sample: Literal["raise", "skip"] = "raise"
-    profile_steps: list[int] = Field(default_factory=list)
-    memory_snapshot_on_oom: bool = False
+    dataloader_num_workers: Annotated[int, Indifferent()] = Field(default=0, ge=0)
+    dataloader_prefetch_factor: Annotated[int, Indifferent()] = Field(default=2, ge=1)
+    dataloader_pin_memory: Annotated[bool, Indifferent()] = True
+    on_bad_sample: Annotated[Literal["raise", "skip"], Indifferent()] = "raise"
+    profile_steps: Annotated[list[int], Indifferent()] = Field(default_factory=list)
+    memory_snapshot_on_oom: Annotated[bool, Indifferent()] = False
     seed: int = Field(default=42, ge=0)
+
+    def decisive(self, of: str | None = None) -> dict[str, Any]:
+        """Return what decides the weights: a run may be resumed under other values of all else."""
+        kept = super().decisive(of)
+        if self.resume_from_checkpoint in ("auto", "none"):  # where a training starts: both start at the base model
+            del kept["resume_from_checkpoint"]
+        if not self.load_best_model_at_end:  # else evaluations choose what is exported
+            kept = {key: value for key, value in kept.items() if key not in ("eval_strategy", "eval_steps")}
+        return kept
 
     @field_validator("report_to", mode="before")
     @classmethod

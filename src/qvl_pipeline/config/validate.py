@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
 
 Severity = Literal["error", "warn", "off"]
 # Rules whose breaking no later stage minds, with what they are when nothing else is said. All others are errors, and
@@ -44,10 +44,8 @@ class ValidateConfig(Block):
         probe_timeout_s: Wall-clock seconds one media file may take to probe before it is quarantined.
     """
 
-    # Limits on what may be lost were kept to when it was written, or nothing was.
-    indifferent: ClassVar[dict[str, Any]] = dict.fromkeys(("max_reject_fraction", "probe_timeout_s"), True)
-
-    max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
+    # A limit on what may be lost was kept to when it was written, or nothing was.
+    max_reject_fraction: Annotated[float, Indifferent()] = Field(default=0.05, ge=0, le=1)
     max_text_chars: int = Field(default=200_000, ge=1)
     max_image_pixels: int = Field(default=178_956_970, ge=1)
     max_aspect_ratio: float = Field(default=200.0, ge=1, le=200)
@@ -56,7 +54,7 @@ class ValidateConfig(Block):
     max_fps: float = Field(default=1000.0, gt=0)
     max_duration_mismatch: float = Field(default=0.1, ge=0, le=1)
     severity: dict[str, Severity] = Field(default_factory=dict)
-    probe_timeout_s: float = Field(default=60.0, gt=0)
+    probe_timeout_s: Annotated[float, Indifferent()] = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")
     def _only_what_can_be_softened(self) -> ValidateConfig:
@@ -70,11 +68,11 @@ class ValidateConfig(Block):
             raise ValueError(f"min_fps ({self.min_fps:g}) is above max_fps ({self.max_fps:g})")
         return self
 
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self, of: str | None = None) -> dict[str, Any]:
         """Return what decides the valid samples: of a rule, whether it is an error; warnings are only listed."""
         errors = {rule: self.severity_of(rule) == "error" for rule in sorted(SEVERITIES)}
         severity = {rule: "error" if error else "not an error" for rule, error in errors.items()}
-        return super().decisive() | {"severity": severity}
+        return super().decisive(of) | {"severity": severity}
 
     def severity_of(self, rule: str) -> Severity:
         """Say what breaking a rule means."""

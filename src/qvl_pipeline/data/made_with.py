@@ -13,9 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.config.base import Block
-from qvl_pipeline.errors import UserError
 
 # The entries that hold a record, and the blocks that are in it.
 RECORDED = {
@@ -43,7 +41,8 @@ def made_with(before: Attrs, **blocks: Block) -> Attrs:
     Returns:
         Attributes of the output: the record is under `made_with`.
     """
-    return {"made_with": before.get("made_with", {}) | {name: block.decisive() for name, block in blocks.items()}}
+    own = {name: block.decisive("frames") for name, block in blocks.items()}
+    return {"made_with": before.get("made_with", {}) | own}
 
 
 def with_attrs(schema: pa.Schema, attrs: Attrs) -> pa.Schema:
@@ -92,25 +91,6 @@ def first_difference(recorded: Record, declared: Record) -> str | None:
     others = f" (and {len(keys) - 1} more differ)" if keys[1:] else ""
     found = f"was made with {keys[0]} = {before.get(keys[0])!r}, but this run has {now.get(keys[0])!r}{others}"
     return f"{found}: give this run the former, or make it again"
-
-
-def check_prepared(base_model: Path, model: ModelConfig) -> None:
-    """Refuse a base model, and with it tokens, that were prepared for other parameters of the model.
-
-    Args:
-        base_model: Folder with the `manifest.json` of `tokenize`.
-        model: Parameters of the model.
-
-    Raises:
-        UserError: Names the first parameter that differs, and the command to run.
-    """
-    prepared = json.loads((base_model / "manifest.json").read_text(encoding="utf-8"))["parameters"]
-    for key, value in model.prepared().items():
-        if prepared.get(key) != value:
-            raise UserError(
-                f"base model and tokens were prepared with model.{key} = {prepared.get(key)!r}, but this run has "
-                f"{value!r}: run `kedro run --pipelines sample,tokenize` (with the same --env and --params) first"
-            )
 
 
 def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:

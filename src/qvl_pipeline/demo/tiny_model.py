@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from qvl_pipeline.demo.tokenizer import VOCAB_SIZE, train_tokenizer
+from qvl_pipeline.families import FAMILIES
 
 HIDDEN_SIZE = 128
 MAX_VIDEO_FRAMES = 16
@@ -41,12 +42,13 @@ TEXT = {
     # About 1/sqrt(hidden size). Qwen's 0.02 is meant for widths in the thousands; a narrow model starts slowly with it.
     "initializer_range": 0.08,
 }
+MERGE = 2  # neighbouring patches of a token, in each direction
 VISION = {
     "depth": 4,
     "hidden_size": 96,
     "intermediate_size": 192,
     "num_heads": 4,
-    "spatial_merge_size": 2,
+    "spatial_merge_size": MERGE,
     "temporal_patch_size": 2,
     "out_hidden_size": HIDDEN_SIZE,
     "initializer_range": 0.08,
@@ -63,13 +65,23 @@ QWEN3_VL = {
             "mrope_interleaved": True,
         },
     },
-    "vision_config": VISION | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]},
+    "vision_config": VISION
+    | {
+        "patch_size": FAMILIES["qwen3_vl"].patch_size,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [1, 2],
+    },
 }
 # Windows of 28 pixels (2 x 2 patches) inside images of at least 56; only the blocks named see the whole image.
 QWEN2_5_VL = {
     "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
     "vision_config": VISION
-    | {"patch_size": 14, "window_size": 28, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2},
+    | {
+        "patch_size": FAMILIES["qwen2_5_vl"].patch_size,
+        "window_size": 28,
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 2,
+    },
 }
 
 
@@ -104,10 +116,11 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
 
 
 def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
-    unit = 32  # pixels of one merged token's side
+    patch_size = QWEN3_VL["vision_config"]["patch_size"]
+    unit = MERGE * patch_size  # pixels of one merged token's side
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(
-            patch_size=16, size=_pixel_limits(unit), image_mean=[0.5] * 3, image_std=[0.5] * 3
+            patch_size=patch_size, size=_pixel_limits(unit), image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
         tokenizer=tokenizer,
         # This processor limits the pixels of the whole clip, not of a frame.
@@ -124,9 +137,10 @@ def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixi
 
 
 def _qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
-    unit = 28
+    patch_size = QWEN2_5_VL["vision_config"]["patch_size"]
+    unit = MERGE * patch_size
     processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=14, size=_pixel_limits(unit)),
+        image_processor=Qwen2VLImageProcessor(patch_size=patch_size, size=_pixel_limits(unit)),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(
             size=_pixel_limits(unit),

@@ -54,7 +54,7 @@ class ModelSpec:
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
         freeze_modules: Short names or globs of parts that stay as they are.
-        gradient_checkpointing: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
+        checkpointed_towers: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
         image_max_pixels: Most pixels of an image.
@@ -69,7 +69,7 @@ class ModelSpec:
     attn_implementation: str
     vit_attn_implementation: str
     freeze_modules: tuple[str, ...]
-    gradient_checkpointing: tuple[str, ...]
+    checkpointed_towers: tuple[str, ...]
     use_liger_kernel: bool
     image_min_pixels: int
     image_max_pixels: int
@@ -87,12 +87,12 @@ class DataSpec:
         pack_plan: Parquet file of `pack_plan`.
         video_frames: Folder of the frame store.
         packing_length: Token budget of a pack.
-        packs_per_micro_batch: Packs of one forward pass of one rank.
-        rmpad: Micro-batches are packs; otherwise a padded row for each sample.
+        per_device_train_batch_size: Packs of one forward pass of one rank.
+        use_rmpad: Micro-batches are packs; otherwise a padded row for each sample.
         epochs: Passes over the data that the plan makes.
-        num_workers: Loader processes of each rank.
-        prefetch_factor: Micro-batches that each loader process prepares ahead.
-        pin_memory: Pin batches for copies to a GPU.
+        dataloader_num_workers: Loader processes of each rank.
+        dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
+        dataloader_pin_memory: Pin batches for copies to a GPU.
         on_bad_sample: `raise` or `skip` a sample whose media cannot be loaded.
     """
 
@@ -100,12 +100,12 @@ class DataSpec:
     pack_plan: str
     video_frames: str
     packing_length: int
-    packs_per_micro_batch: int
-    rmpad: bool
+    per_device_train_batch_size: int
+    use_rmpad: bool
     epochs: float
-    num_workers: int
-    prefetch_factor: int
-    pin_memory: bool
+    dataloader_num_workers: int
+    dataloader_prefetch_factor: int
+    dataloader_pin_memory: bool
     on_bad_sample: str
 
 
@@ -180,7 +180,7 @@ class ParallelSpec:
     """How the model is sharded.
 
     Attributes:
-        wrap: Class names that FSDP2 shards one by one; empty takes the family's.
+        transformer_layer_cls_to_wrap: Class names that FSDP2 shards one by one; empty takes the family's.
         reshard_after_forward: Free gathered parameters after a layer's forward.
         hsdp_shard_size: Ranks that share one copy of the model; 0 shards it over all of them.
         forward_prefetch: Layers gathered ahead in the forward pass; 0 leaves it to FSDP2.
@@ -191,7 +191,7 @@ class ParallelSpec:
         sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
     """
 
-    wrap: tuple[str, ...]
+    transformer_layer_cls_to_wrap: tuple[str, ...]
     reshard_after_forward: bool
     hsdp_shard_size: int
     forward_prefetch: int
@@ -212,16 +212,17 @@ class ValidationSpec:
     """Evaluation during training.
 
     Attributes:
-        strategy: `no`, `steps` or `epoch`.
-        steps: Steps between two evaluations, for `steps`.
+        eval_strategy: `no`, `steps` or `epoch`.
+        eval_steps: Steps between two evaluations, for `steps`.
         plan: Parquet file of packs of the eval split; empty without evaluation.
-        load_best: Save a checkpoint at every evaluation that is the best so far, keep it, and export the best one.
+        load_best_model_at_end: Save a checkpoint at every evaluation that is the best so far, keep it, and export the
+            best one.
     """
 
-    strategy: str
-    steps: int
+    eval_strategy: str
+    eval_steps: int
     plan: str
-    load_best: bool
+    load_best_model_at_end: bool
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,13 @@ class ExportSpec:
 
     Attributes:
         output_dir: Where it goes.
-        ema: Export the average of the weights instead of the last ones.
+        export_ema: Export the average of the weights instead of the last ones.
         dtype: Type of the weights, `float32` or `bfloat16`.
         max_shard_bytes: Most bytes of one weights file.
     """
 
     output_dir: str
-    ema: bool
+    export_ema: bool
     dtype: str
     max_shard_bytes: int
 

@@ -79,19 +79,19 @@ class Trainer:
             streamed=spec.stream.max_steps > 0,
         )
         self.checkpoints = self._make_checkpoints()
-        evaluates = spec.validation.strategy != "no"
+        evaluates = spec.validation.eval_strategy != "no"
         inputs = spec, self.builder, self.mesh, self.device, self.skipped, watchdog
         self.validation = Validation(*inputs) if evaluates else None
 
     def _make_feed(self) -> PlannedFeed | StreamedFeed:
         """Take this rank's share of the plan, or of the stream where there is none."""
         data, dp = self.spec.data, self.mesh["dp"]
-        share = dp.get_local_rank(), dp.size(), data.packs_per_micro_batch
+        share = dp.get_local_rank(), dp.size(), data.per_device_train_batch_size
         always_vision = _trains_vision_only(self.model)
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
             samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
-            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.num_workers > 0
+            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers > 0
 
             def exchange(values: Sequence[int]) -> list[int]:
                 with self.watchdog.wait_for_ranks():
@@ -164,13 +164,13 @@ class Trainer:
             return
         self._evaluate_postponed()  # asked to stop in the last step, which leaves nothing to go on with but this
         exported_step = self.step
-        if spec.validation.load_best and self.validation.best_step:
+        if spec.validation.load_best_model_at_end and self.validation.best_step:
             exported_step = self.checkpoints.load(
                 output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}"
             )
-        elif spec.validation.load_best:
+        elif spec.validation.load_best_model_at_end:
             logger.warning("no evaluation had a sample left, so none is the best: the last weights are exported")
-        if spec.export.ema:
+        if spec.export.export_ema:
             self.average.copy_to_weights()
         export(self.model, self.processor, spec)
         if self.leads:
@@ -218,7 +218,9 @@ class Trainer:
                     if evaluates:
                         self._evaluate(row)
                         window.exclude(row["eval_time_s"])
-                        is_best = self.spec.validation.load_best and self.validation.best_step == step.number
+                        is_best = (
+                            self.spec.validation.load_best_model_at_end and self.validation.best_step == step.number
+                        )
                         stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
                         saves = stops or saves or is_best
                     if self.leads:
@@ -266,7 +268,7 @@ class Trainer:
     def _save(self) -> None:
         self.finite.check()
         self.checkpoints.save(self.step)
-        if self.spec.validation.load_best:
+        if self.spec.validation.load_best_model_at_end:
             self.checkpoints.protected_step = self.validation.best_step
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
@@ -318,7 +320,9 @@ class Trainer:
         dist.barrier()
         if self.validation:
             self.validation.resume(output_dir, done)
-            self.checkpoints.protected_step = self.validation.best_step if self.spec.validation.load_best else 0
+            self.checkpoints.protected_step = (
+                self.validation.best_step if self.spec.validation.load_best_model_at_end else 0
+            )
         return done
 
     def _write_result(self, output_dir: Path, done: int, exported_step: int) -> None:
@@ -359,6 +363,6 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Devic
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=model.family.tokens_per_second(config),
         sources=tuple(sorted(set(sources))),
-        rmpad=spec.data.rmpad,
+        rmpad=spec.data.use_rmpad,
         share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )

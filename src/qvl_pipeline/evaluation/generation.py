@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,19 +21,6 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 # Kernels that only training has, and their stand-in here.
 ATTENTION = {"auto": "sdpa", "torch_varlen": "sdpa"}
-
-
-def base_model_path(folder: Path) -> str:
-    """Read where the base model lies.
-
-    Args:
-        folder: The catalog entry `base_model`.
-
-    Returns:
-        Folder or hub id for `from_pretrained`.
-    """
-    path = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["path"]
-    return str(folder) if path == "." else path
 
 
 def load_model(model_path: str, attn_implementation: str) -> PreTrainedModel:

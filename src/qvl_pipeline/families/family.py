@@ -16,10 +16,12 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Everything about a family that the engine must know.
+    """Everything about a family that differs from the others.
 
     Attributes:
         name: Name in `model.processor_type`.
+        title: Name for people.
+        patch_size: Side of a vision patch in pixels. Published processors say it too, and are held to it.
         decoder_layer: Class name of a decoder layer; FSDP2 shards each.
         vision_block: Class name of a vision block; FSDP2 shards each.
         groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
@@ -33,6 +35,8 @@ class ModelFamily:
     """
 
     name: str
+    title: str
+    patch_size: int
     decoder_layer: str
     vision_block: str
     groups: tuple[tuple[str, str], ...]

@@ -34,6 +34,8 @@ def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
 
 FAMILY = ModelFamily(
     name="qwen2_5_vl",
+    title="Qwen2.5-VL",
+    patch_size=14,
     decoder_layer="Qwen2_5_VLDecoderLayer",
     vision_block="Qwen2_5_VLVisionBlock",
     groups=(

@@ -26,6 +26,8 @@ def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
 
 FAMILY = ModelFamily(
     name="qwen3_vl",
+    title="Qwen3-VL",
+    patch_size=16,
     decoder_layer="Qwen3VLTextDecoderLayer",
     vision_block="Qwen3VLVisionBlock",
     groups=(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +77,22 @@ def patchify(
     split = (times, temporal_patch_size, channels, rows, merge_size, patch_size, columns, merge_size, patch_size)
     pixels = frames.reshape(split).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
     out.reshape(pixels.shape)[...] = pixels
+
+
+def normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Return channel means and deviations, which images and clips share: both go through the tower in one call.
+
+    Raises:
+        ValueError: They do not share them.
+    """
+    image, video = processor.image_processor, processor.video_processor
+    mean, std = list(image.image_mean), list(image.image_std)
+    if (mean, std) != (list(video.image_mean), list(video.image_std)):
+        raise ValueError(
+            "normalises images and videos differently, but both go through the vision tower in one call: give "
+            "image_processor and video_processor the same image_mean and image_std"
+        )
+    return mean, std
 
 
 def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

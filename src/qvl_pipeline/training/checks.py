@@ -49,7 +49,7 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         )
     if spec.parallel.fp16 and not torch.cuda.is_available():
         raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
-    if spec.stream.max_steps and spec.validation.strategy == "epoch":
+    if spec.stream.max_steps and spec.validation.eval_strategy == "epoch":
         raise UserError("eval_strategy 'epoch' needs a plan, which iterable dataset types do not have: use 'steps'")
     if (profiled := spec.run.profile_steps) and profiled[0] > steps:
         raise UserError(
@@ -61,11 +61,11 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     _warn(spec, steps, device)
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
-        kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.rmpad)
+        kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.use_rmpad)
         check_shard_size(spec.parallel.hsdp_shard_size, ranks)
         model = build_skeleton(spec.model.path)
         check_degree(spec.parallel.sp_ulysses_degree, ranks, model.config.text_config.num_attention_heads)
-        layers_to_wrap(model, family, spec.parallel.wrap)
+        layers_to_wrap(model, family, spec.parallel.transformer_layer_cls_to_wrap)
         freeze(model, family, spec.model.freeze_modules)
         peak_rates(spec.optim, {family.group_of(name) for name, p in model.named_parameters() if p.requires_grad})
         learning_rate_schedule(spec.optim, steps)

@@ -79,26 +79,6 @@ class Processes:
         return [*command, f"--rdzv-endpoint={self.nodes.endpoint}", f"--rdzv-id={job}", f"--rdzv-conf=is_host={hosts}"]
 
 
-def check_gpus(nproc_per_node: int, key: str) -> None:
-    """Refuse more processes than this node has GPUs, of which each takes one; without GPUs they share the CPU.
-
-    Args:
-        nproc_per_node: Processes of this node.
-        key: Where that number is from, for the message.
-
-    Raises:
-        UserError: There are too few GPUs.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < nproc_per_node:
-        raise UserError(
-            f"{key} is {nproc_per_node}, but this node has {gpus} GPU{'s' * (gpus > 1)} and each process takes one: "
-            f"choose at most {gpus}, or 'auto'"
-        )
-
-
 def launch(
     spec_path: Path,
     processes: Processes,

@@ -24,7 +24,7 @@ def media_index(tmp_path: Path) -> pd.DataFrame:
 
 @pytest.fixture
 def store(tmp_path: Path, model: ModelConfig) -> FrameStore:
-    side = 2 * model.patch_size
+    side = 2 * model.family.patch_size
     write_store(tmp_path / "frames", {"clip.mp4": ([0, 3, 7, 10, 13], 5.0, (2 * side, 3 * side))})
     return FrameStore(tmp_path / "frames")
 
@@ -73,11 +73,14 @@ def test_a_processor_that_merges_otherwise_is_found(
 def test_the_image_limits_are_those_of_the_parameters(base_model: Path, model: ModelConfig) -> None:
     limited = model.model_copy(update={"image_min_pixels": 10_000, "image_max_pixels": 12_000})
     processor = load_processor(base_model, limited)
-    side = 2 * model.patch_size
-    assert processor.image_processor.get_number_of_image_patches(1000, 1000) * model.patch_size**2 <= 12_000
-    assert processor.image_processor.get_number_of_image_patches(side, side) * model.patch_size**2 >= 10_000
+    side = 2 * model.family.patch_size
+    assert processor.image_processor.get_number_of_image_patches(1000, 1000) * model.family.patch_size**2 <= 12_000
+    assert processor.image_processor.get_number_of_image_patches(side, side) * model.family.patch_size**2 >= 10_000
     image = Image.new("RGB", (1000, 1000))
-    assert len(processor.image_processor(image, return_tensors="pt")["pixel_values"]) * model.patch_size**2 <= 12_000
+    assert (
+        len(processor.image_processor(image, return_tensors="pt")["pixel_values"]) * model.family.patch_size**2
+        <= 12_000
+    )
 
 
 def altered(base_model: Path, folder: Path, part: str, **changes: object) -> Path:
@@ -91,7 +94,7 @@ def altered(base_model: Path, folder: Path, part: str, **changes: object) -> Pat
 
 def test_another_patch_size_is_an_error(base_model: Path, model: ModelConfig, tmp_path: Path) -> None:
     folder = altered(base_model, tmp_path / "model", "video_processor", patch_size=8)
-    with pytest.raises(UserError, match=f"patches of {model.patch_size} pixels and videos into patches of 8"):
+    with pytest.raises(UserError, match=f"patches of {model.family.patch_size} pixels and videos into patches of 8"):
         load_processor(folder, model)
 
 

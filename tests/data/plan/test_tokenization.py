@@ -36,7 +36,7 @@ def media_index(tmp_path: Path) -> pd.DataFrame:
 
 @pytest.fixture
 def store(tmp_path: Path, model: ModelConfig) -> FrameStore:
-    side = 2 * model.patch_size
+    side = 2 * model.family.patch_size
     sizes = {"even.mp4": (2 * side, 3 * side), "odd.mp4": (side, 4 * side)}
     write_store(tmp_path / "frames", {name: (*clip, sizes[name]) for name, clip in CLIPS.items()})
     return FrameStore(tmp_path / "frames")
@@ -316,7 +316,7 @@ def test_a_large_clip_costs_no_more_text_than_its_temporal_patches(
     model: ModelConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    side = 2 * model.patch_size
+    side = 2 * model.family.patch_size
     write_store(tmp_path / "large", {"long.mp4": (range(0, 200, 10), 30.0, (12 * side, 16 * side))})
     store = FrameStore(tmp_path / "large")
     samples = samples_table([{"messages": [("user", [("video", "long.mp4")]), ("assistant", "7")]}])

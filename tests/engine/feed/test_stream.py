@@ -311,7 +311,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[s
         Path(base.run.output_dir),
         run={"save_steps": 1, "save_total_limit": 4},
         stream={"packing": False},
-        data={"num_workers": 1},
+        data={"dataloader_num_workers": 1},
     )
     trained(training, nproc=2)
     return training
@@ -319,7 +319,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[s
 
 @pytest.mark.parametrize("nproc", [2, 1])
 def test_training_on_a_stream_goes_on_as_if_uninterrupted(streamed: TrainSpec, tmp_path: Path, nproc: int) -> None:
-    actual = changed(streamed, tmp_path / "run", run={"save_steps": 0}, data={"num_workers": 0})
+    actual = changed(streamed, tmp_path / "run", run={"save_steps": 0}, data={"dataloader_num_workers": 0})
     shutil.copytree(streamed.run.output_dir, actual.run.output_dir)
     for path in (Path(actual.run.output_dir) / "checkpoints").glob("checkpoint-*"):
         if path.name != "checkpoint-2":
@@ -355,7 +355,7 @@ def main_hanging(spec_path: Path) -> int:
 
 
 def test_a_rank_whose_samples_are_not_read_is_named_by_the_watchdog(streamed: TrainSpec, tmp_path: Path) -> None:
-    hanging = changed(streamed, tmp_path / "run", run={"step_timeout_s": 3.0}, data={"num_workers": 0})
+    hanging = changed(streamed, tmp_path / "run", run={"step_timeout_s": 3.0}, data={"dataloader_num_workers": 0})
     (tmp_path / "run").mkdir()
     hanging.save(tmp_path / "run" / "train_spec.json")
     with pytest.raises(JobFailedError):

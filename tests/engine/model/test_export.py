@@ -16,10 +16,10 @@ from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.export import export, split_into_files
 from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
-from tests.engine.packs import MEAN, STD
-from tests.engine.ranks import run_ranks
 from tests.engine.model.test_packed_vlm import reference_loss
 from tests.engine.model.test_weights import load_sharded
+from tests.engine.packs import MEAN, STD
+from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training
 
 

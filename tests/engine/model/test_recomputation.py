@@ -78,7 +78,7 @@ def test_text_only_rank_recomputes_the_tower_as_often_as_the_others(
     tiny_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text", "image", "text", "text"))
-    spec = changed(base, tmp_path / "run", model={"gradient_checkpointing": ("llm", "vit")})
+    spec = changed(base, tmp_path / "run", model={"checkpointed_towers": ("llm", "vit")})
     run_ranks(same_calls_on_all_ranks, 2, spec, log_dir=tmp_path / "logs", timeout_s=60)
 
 

@@ -28,7 +28,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[s
         run={"save_steps": 1, "save_total_limit": 3},
         model={"freeze_modules": ("vit",)},
         optim={"optim": "muon", "ema_decay": DECAY, "learning_rates": {"merger": 1e-3}},
-        export={"ema": True},
+        export={"export_ema": True},
     )
     rows = trained(training, nproc=2)
     assert rows[0]["learning_rates"] == {"deepstack": 1e-2, "merger": 1e-3, "llm": 1e-2, "embed": 1e-2}

@@ -95,7 +95,12 @@ def test_bad_loss_in_an_evaluation_stops_the_run_too(training: TrainSpec, tmp_pa
     # No loss is better than one that is not a number, nor worse: with it no step could be told to be the best.
     plan = pd.read_parquet(training.data.pack_plan).iloc[[0, BAD_SAMPLE]].assign(step=0, pack=[0, 1])
     plan.astype({"step": "int32", "pack": "int32"}).to_parquet(tmp_path / "eval_plan.parquet", index=False)
-    evaluated = {"strategy": "steps", "steps": 2, "plan": str(tmp_path / "eval_plan.parquet"), "load_best": True}
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "plan": str(tmp_path / "eval_plan.parquet"),
+        "load_best_model_at_end": True,
+    }
     reports = failed(
         changed(training, tmp_path, run={"save_steps": 1}, validation=evaluated), main_with_bad_pixels, last_good=1
     )

@@ -24,9 +24,9 @@ from qvl_pipeline.engine.parallel.sequence_parallel import (
     split_media,
     temporal_patches,
 )
+from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
 from tests.engine.packs import load_packed, make_builder, make_samples
 from tests.engine.ranks import run_ranks
-from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
 
 # Micro-batches: the kinds of their samples, and whether a rank of another group has media.
 MICRO_BATCHES = (

@@ -33,7 +33,7 @@ def training(tmp_path: Path, tiny_folders: Callable[[str], Path]) -> TrainSpec:
     plan = pd.read_parquet(base.data.pack_plan)
     plan = plan.iloc[[0, 1, 3]].assign(step=0, pack=[0, 1, 2])
     plan.astype({"step": "int32", "pack": "int32"}).to_parquet(tmp_path / "eval_plan.parquet", index=False)
-    validation = ValidationSpec(strategy="steps", steps=2, plan=str(tmp_path / "eval_plan.parquet"), load_best=False)
+    validation = ValidationSpec("steps", 2, str(tmp_path / "eval_plan.parquet"), load_best_model_at_end=False)
     return dataclasses.replace(base, validation=validation)
 
 
@@ -74,9 +74,9 @@ def test_training_is_bit_identical_with_and_without(training: TrainSpec, tmp_pat
         spec = changed(
             training,
             tmp_path / f"{strategy} {num_workers}",
-            data={"num_workers": num_workers},
+            data={"dataloader_num_workers": num_workers},
             parallel={"reshard_after_forward": reshard},
-            validation={"strategy": strategy, "steps": 1},
+            validation={"eval_strategy": strategy, "eval_steps": 1},
         )
         return spec, trained(spec, nproc=2)
 
@@ -93,7 +93,9 @@ def test_epoch_strategy_evaluates_after_each_pass_in_time_that_is_not_that_of_tr
     training: TrainSpec, tmp_path: Path
 ) -> None:
     # Three steps make one and a half passes over the data: the first pass ends within step 2.
-    spec = changed(training, tmp_path / "run", data={"epochs": 1.5}, validation={"strategy": "epoch", "steps": 0})
+    spec = changed(
+        training, tmp_path / "run", data={"epochs": 1.5}, validation={"eval_strategy": "epoch", "eval_steps": 0}
+    )
     rows = trained(spec, nproc=1)
     assert ["eval_loss" in row for row in rows] == [False, True, True]
     # Between the rows of steps 2 and 3 are that evaluation and one step.
@@ -122,7 +124,7 @@ def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Pat
         tmp_path / "best",
         run={"save_steps": 1, "save_total_limit": 1},
         optim={"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0},
-        validation={"strategy": "steps", "steps": 1, "load_best": True},
+        validation={"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True},
     )
     rows = trained(best, nproc=2)
     losses = [row["eval_loss"] for row in rows]
@@ -130,7 +132,7 @@ def test_best_checkpoint_is_kept_and_exported(training: TrainSpec, tmp_path: Pat
     assert best_step == 1, losses
     assert [step for step, _ in completed(Path(best.run.output_dir) / "checkpoints")] == [best_step, 3]
     assert json.loads((Path(best.run.output_dir) / "result.json").read_text())["exported_step"] == best_step
-    again = changed(best, tmp_path / "again", validation={"load_best": False}, run={"save_total_limit": 3})
+    again = changed(best, tmp_path / "again", validation={"load_best_model_at_end": False}, run={"save_total_limit": 3})
     trained(again, nproc=2)
     shutil.rmtree(Path(again.run.output_dir) / "checkpoints" / "checkpoint-3")
     assert not all(torch.equal(_weights(best)[name], weight) for name, weight in _weights(again).items())
@@ -147,7 +149,7 @@ def _eval_plan(training: TrainSpec, name: str, rows: list[int]) -> dict[str, Any
     path = Path(training.validation.plan).with_name(f"{name}.parquet")
     plan = pd.read_parquet(training.data.pack_plan).iloc[rows].assign(step=0, pack=range(len(rows)))
     plan.astype({"step": "int32", "pack": "int32"}).to_parquet(path, index=False)
-    return {"plan": str(path), "steps": 1}
+    return {"plan": str(path), "eval_steps": 1}
 
 
 def test_a_bad_sample_is_left_out_of_the_loss_or_ends_the_run(training: TrainSpec, tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_without_a_sample_left_there_is_no_best_and_the_last_weights_are_exporte
     training: TrainSpec, tmp_path: Path
 ) -> None:
     (tmp_path / "data" / "4.png").write_bytes(b"no longer an image")
-    validation = _eval_plan(training, "bad", [4]) | {"load_best": True}
+    validation = _eval_plan(training, "bad", [4]) | {"load_best_model_at_end": True}
     spec = changed(training, tmp_path / "run", data={"on_bad_sample": "skip"}, validation=validation)
     rows = trained(spec, nproc=1)
     assert [(row["eval_loss"], row["eval_tokens"]) for row in rows] == [(None, 0)] * 3
@@ -212,7 +214,7 @@ def test_a_stop_saves_before_it_evaluates_and_the_rows_are_those_of_an_undisturb
         training,
         tmp_path / "whole",
         optim={"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0},
-        validation={"strategy": "steps", "steps": 1, "load_best": True},
+        validation={"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True},
     )
     expected = trained(whole, nproc=1)
     stopped = changed(whole, tmp_path / "stopped")

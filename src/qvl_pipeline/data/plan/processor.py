@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,10 @@ from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
 from qvl_pipeline.config import ModelConfig
+from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.media.pixels import open_image
+from qvl_pipeline.media.pixels import normalization, open_image
 from qvl_pipeline.tokens.chat import render_chats
 from qvl_pipeline.tokens.encoding import Medium, encode_chats, video_metadata
 
@@ -31,23 +31,21 @@ def load_processor(base_model: Path, model: ModelConfig) -> ProcessorMixin:
     Raises:
         UserError: It cannot be found, or does not fit the model family.
     """
-    manifest = json.loads((base_model / "manifest.json").read_text(encoding="utf-8"))
-    name = manifest.get("processor") or manifest["path"]
+    name = read_base_model(base_model).processor
     try:
-        processor = AutoProcessor.from_pretrained(base_model if name == "." else name)
+        processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"the processor '{name}' cannot be loaded: {error}") from error
     images, videos = processor.image_processor, processor.video_processor
-    if (images.patch_size, videos.patch_size) != (model.patch_size, model.patch_size):
+    if (images.patch_size, videos.patch_size) != (model.family.patch_size, model.family.patch_size):
         raise UserError(
             f"the processor '{name}' cuts images into patches of {images.patch_size} pixels and videos into patches of "
-            f"{videos.patch_size}, but processor_type {model.processor_type} needs {model.patch_size}"
+            f"{videos.patch_size}, but processor_type {model.processor_type} needs {model.family.patch_size}"
         )
-    if (images.image_mean, images.image_std) != (videos.image_mean, videos.image_std):
-        raise UserError(
-            f"the processor '{name}' normalises images and videos differently, but both go through the vision tower in "
-            "one call: give image_processor and video_processor the same image_mean and image_std"
-        )
+    try:
+        normalization(processor)
+    except ValueError as error:
+        raise UserError(f"the processor '{name}' {error}") from error
     images.size = {"shortest_edge": model.image_min_pixels, "longest_edge": model.image_max_pixels}
     return processor
 

@@ -174,6 +174,26 @@ def plan_fingerprint(files: Sequence[Path], batching: BatchingConfig, weights: M
     return hashlib.sha256((content + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 
+def check_plan(
+    plan_summary: dict[str, Any],
+    tokenized_samples: Path,
+    stream_samples: Path,
+    batching: BatchingConfig,
+    weights: Mapping[str, float],
+) -> None:
+    """Refuse a plan that was made for other data or other parameters than a run has.
+
+    Raises:
+        UserError: It was; the message names the pipeline to run.
+    """
+    files = [tokenized_samples, stream_samples] if batching.streamed else [tokenized_samples]
+    if plan_fingerprint(files, batching, weights) != plan_summary["fingerprint"]:
+        raise UserError(
+            "the pack plan was made for other data or other `batching` parameters than this run's: "
+            "run `kedro run --pipelines tokenize` (with the same --env and --params) to make it anew"
+        )
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,7 +59,12 @@ class LoaderOptions:
     @classmethod
     def from_spec(cls, data: DataSpec, *, cuda: bool) -> LoaderOptions:
         """Take the options of a run."""
-        return cls(data.num_workers, data.prefetch_factor, data.pin_memory and cuda, data.on_bad_sample == "skip")
+        return cls(
+            num_workers=data.dataloader_num_workers,
+            prefetch_factor=data.dataloader_prefetch_factor,
+            pin_memory=data.dataloader_pin_memory and cuda,
+            skip_bad_samples=data.on_bad_sample == "skip",
+        )
 
 
 def load_batches(

@@ -20,6 +20,7 @@ from qvl_pipeline.engine.model.weights import build_skeleton
 from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.media.pixels import normalization
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def build_model(
             spec.model.vit_attn_implementation,
             device,
             half=spec.parallel.half,
-            rmpad=spec.data.rmpad,
+            rmpad=spec.data.use_rmpad,
             sp_group=sp_group,
         ),
         "frozen": freeze(hf, family, spec.model.freeze_modules),
@@ -70,17 +71,8 @@ def build_model(
     }
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
-    recompute_activations(hf, spec.model.gradient_checkpointing)
+    recompute_activations(hf, spec.model.checkpointed_towers)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
-    return PackedVLM(hf, family, *_normalization(processor), sp_group), facts
-
-
-def _normalization(processor: Any) -> tuple[list[float], list[float]]:
-    """Channel means and deviations, which images and clips share: both go through the tower in one call."""
-    image, video = processor.image_processor, processor.video_processor
-    mean, std = list(image.image_mean), list(image.image_std)
-    if (mean, std) != (list(video.image_mean), list(video.image_std)):
-        raise ValueError("the processor normalises images and videos differently, which no Qwen-VL model does")
-    return mean, std
+    return PackedVLM(hf, family, *normalization(processor), sp_group), facts

@@ -26,9 +26,9 @@ def shard_model(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> d
         Facts for `result.json`.
 
     Raises:
-        ValueError: A name in `spec.wrap` is not the class of any module, or the ranks cannot be divided as asked.
+        ValueError: A class name is not that of any module, or the ranks cannot be divided as asked.
     """
-    layers = layers_to_wrap(model, model.family, spec.wrap)
+    layers = layers_to_wrap(model, model.family, spec.transformer_layer_cls_to_wrap)
     return shard(model, model.hf.model.visual, layers, lambda batch: batch.patches is None, device, spec)
 
 

@@ -57,7 +57,7 @@ class Validation:
         self._watchdog = watchdog
         self._watched = False
         dp = mesh["dp"]
-        packs = spec.data.packs_per_micro_batch
+        packs = spec.data.per_device_train_batch_size
         self._steps = share_out(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
         self.best_step = 0
         self.postponed: dict[str, Any] | None = None
@@ -68,8 +68,8 @@ class Validation:
         """Say whether `step` is to be followed by an evaluation: as `eval_strategy` asks, and at the end."""
         if step == max_steps:
             return True
-        if self._spec.validation.strategy == "steps":
-            return step % self._spec.validation.steps == 0
+        if self._spec.validation.eval_strategy == "steps":
+            return step % self._spec.validation.eval_steps == 0
         passed, before = (math.floor(self._spec.data.epochs * s / max_steps + 1e-9) for s in (step, step - 1))
         return passed > before
 

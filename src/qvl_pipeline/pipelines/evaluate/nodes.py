@@ -12,16 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
-from qvl_pipeline.data.made_with import check_prepared
+from qvl_pipeline.data.base_model import check_prepared, read_base_model
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
-from qvl_pipeline.training.launcher import check_gpus
-
-FAMILY_NAMES = {"qwen3_vl": "Qwen3-VL", "qwen2_5_vl": "Qwen2.5-VL"}
+from qvl_pipeline.training.processes import processes_per_node
 
 
 def generate(
@@ -59,7 +57,6 @@ def generate(
 
     from qvl_pipeline.evaluation.answering import Answering, answer_all
     from qvl_pipeline.evaluation.checks import checked_samples
-    from qvl_pipeline.evaluation.generation import base_model_path
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
 
@@ -78,7 +75,7 @@ def generate(
     samples = TokenizedSamples(tokenized_samples)
     rows = chosen.index.tolist()
     processor = AutoProcessor.from_pretrained(trained_model)
-    paths = {"base": base_model_path(base_model)} if evaluate.compare_base else {}
+    paths = {"base": read_base_model(base_model).path} if evaluate.compare_base else {}
     asked = Answering(
         models={**paths, "trained": str(trained_model)},
         processor=str(trained_model),
@@ -91,7 +88,8 @@ def generate(
     with progress_bar() as bar:
         task = bar.add_task("answers and losses", total=2 * len(rows) * len(asked.models))
         scratch = base_model.parent / "scratch" / "evaluation"
-        found = answer_all(asked, scratch, _processes(evaluate), partial(bar.advance, task))
+        processes = processes_per_node(evaluate.nproc_per_node, "evaluate.nproc_per_node", without_gpus=1)
+        found = answer_all(asked, scratch, processes, partial(bar.advance, task))
     answers = {name: [by_row[row][0] for row in rows] for name, by_row in found.items()}
     losses = {name: [by_row[row][1] for row in rows] for name, by_row in found.items()}
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
@@ -99,15 +97,6 @@ def generate(
     metrics = {name: average_scores(table, name) for name in answers}
     Console().print(_score_table(metrics))
     return table, metrics, {name: slices(table, name) for name in answers}
-
-
-def _processes(evaluate: EvaluateConfig) -> int:
-    import torch
-
-    if evaluate.nproc_per_node == "auto":
-        return max(1, torch.cuda.device_count())
-    check_gpus(evaluate.nproc_per_node, "evaluate.nproc_per_node")
-    return evaluate.nproc_per_node
 
 
 def _score_table(metrics: dict[str, Any]) -> Table:
@@ -180,7 +169,7 @@ def write_report(
     from qvl_pipeline.reports.report import render_report
     from qvl_pipeline.reports.thumbnails import MediaThumbnails
 
-    name = FAMILY_NAMES[model.processor_type]
+    name = model.family.title
     origin = model.load_from_pretrained_path or f"a tiny {name} with random weights (seed {model.tiny_seed})"
     return render_report(
         title=evaluate.report_title or name,

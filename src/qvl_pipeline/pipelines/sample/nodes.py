@@ -46,7 +46,7 @@ def sample_clips(
     fit, unfit = [], []
     for clip in list_clips(valid_samples, media_index):
         try:
-            estimated_bytes(clip, sample, model.patch_size)
+            estimated_bytes(clip, sample, model.family.patch_size)
             fit.append(clip)
         except ValueError as error:
             unfit.append((clip, Failure("clip_unfit", str(error))))
@@ -54,7 +54,7 @@ def sample_clips(
     _check_reject_fraction(lost, len(valid_samples), sample)
     backend = choose_backend(sample.video_backend)
     attrs = made_with(valid_samples.attrs, sample=sample, model=model)
-    reading = {"patch_size": model.patch_size, "backend": backend}
+    reading = {"patch_size": model.family.patch_size, "backend": backend}
     return partial(write_store, clips=fit, unfit=unfit, sample=sample, attrs=attrs, **reading)
 
 

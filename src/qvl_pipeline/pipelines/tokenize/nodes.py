@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
+from qvl_pipeline.data.base_model import write_manifest
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 
@@ -39,14 +39,11 @@ def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Calla
     Raises:
         UserError: The pretrained model cannot be found, or is of another family.
     """
-    manifest: dict[str, Any] = {"path": ".", "family": model.processor_type, "parameters": model.prepared()}
     if model.load_from_pretrained_path is None:
         train = valid_samples.loc[valid_samples["split"] == "train", "messages"]
-        return partial(_write_tiny_model, manifest=manifest, seed=model.tiny_seed, corpus=list(_texts(train)))
-    name = model.load_from_pretrained_path
-    _check_family(name, model.processor_type)
-    pointer = manifest | {"path": name, "processor": model.processor_name or name}
-    return partial(_write_manifest, manifest=pointer)
+        return partial(_write_tiny_model, model=model, corpus=list(_texts(train)))
+    _check_family(model.load_from_pretrained_path, model.processor_type)
+    return partial(write_manifest, model=model)
 
 
 def tokenize(
@@ -252,13 +249,8 @@ def _check_family(name: str, family: str) -> None:
         raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")
 
 
-def _write_tiny_model(folder: Path, *, manifest: dict[str, Any], seed: int, corpus: list[str]) -> None:
+def _write_tiny_model(folder: Path, *, model: ModelConfig, corpus: list[str]) -> None:
     from qvl_pipeline.demo.tiny_model import build_tiny_model
 
-    build_tiny_model(folder, family=manifest["family"], seed=seed, corpus=corpus)
-    _write_manifest(folder, manifest=manifest)
-
-
-def _write_manifest(folder: Path, *, manifest: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    build_tiny_model(folder, family=model.processor_type, seed=model.tiny_seed, corpus=corpus)
+    write_manifest(folder, model)

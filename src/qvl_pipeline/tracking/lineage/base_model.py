@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage.digests import content_digest
 
@@ -40,10 +41,10 @@ def base_model_digest(base_model: Path) -> str:
     Raises:
         UserError: The model that it points to is not there, or cannot be fetched.
     """
-    path = json.loads((base_model / "manifest.json").read_text(encoding="utf-8"))["path"]
-    if path == ".":
+    model = read_base_model(base_model)
+    if model.is_own:
         return content_digest(base_model)
-    files = _files(path)
+    files = _files(model.path)
     digest = hashlib.sha256()
     for file, sha256 in zip(files, _sha256_of(files, base_model.parent / "scratch" / MEMORY), strict=True):
         digest.update(f"{file.name}\0{sha256}\0".encode())

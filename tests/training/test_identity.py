@@ -9,8 +9,7 @@ import pytest
 
 from qvl_pipeline.config import ModelConfig, TrainConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.training.resuming import checkpoint_to_start_from, run_identity
-from qvl_pipeline.training.spec import run_fingerprint
+from qvl_pipeline.training.identity import checkpoint_to_start_from, run_fingerprint, run_identity
 
 MODEL = ModelConfig(processor_type="qwen3_vl")
 SUMMARY = {"fingerprint": "abc"}

@@ -1,12 +1,41 @@
-"""Which checkpoint a run may start from."""
+"""What makes two trainings the same one: which continues the other's checkpoints, and which may start from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qvl_pipeline.config import ModelConfig, TrainConfig
 from qvl_pipeline.errors import UserError
+
+
+def run_fingerprint(
+    model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any], contents: Sequence[str]
+) -> str:
+    """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
+
+    Images are the exception. They lie outside of the project, maybe by the million on slow storage, where even their
+    times say little: a copy has others. Whoever changes an image in place under an unfinished run starts it afresh.
+
+    Args:
+        model: Parameters of the model.
+        train: Parameters of training.
+        plan_summary: Facts of the plan, which has a fingerprint of its own.
+        contents: Digests of what else counts: base model and frames.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    content = {
+        "model": model.decisive(),
+        "train": train.decisive(),
+        "plan": plan_summary["fingerprint"],
+        "contents": list(contents),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_identity(base_model: str, model: ModelConfig, train: TrainConfig, plan_fingerprint: str) -> dict[str, str]:

@@ -15,15 +15,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
-from qvl_pipeline.config.launch import THIS_NODE
+from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.train.nodes import _check_inputs, _prepared, _processes, _publish
+from qvl_pipeline.training.identity import run_fingerprint
 from qvl_pipeline.training.launcher import Processes, RankFailedError, _describe_failure, launch
+from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.progress import training_progress
-from qvl_pipeline.training.spec import make_spec, run_fingerprint
+from qvl_pipeline.training.scratch import held, publish
+from qvl_pipeline.training.spec import Inputs, make_spec
 from tests.engine.training import changed, make_training
 
 MODEL = ModelConfig(processor_type="qwen3_vl")
@@ -71,21 +72,13 @@ class TestFingerprint:
         assert len({run_fingerprint(MODEL, TrainConfig(), SUMMARY, digests) for digests in contents}) == 3
 
 
-def test_parameters_that_the_tokens_were_not_made_for_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"path": ".", "parameters": MODEL.prepared()}))
-    changed_model = MODEL.model_copy(update={"image_max_pixels": 9999})
-    ingest = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
-    with pytest.raises(UserError, match=r"model.image_max_pixels = 1003520, but this run has 9999.*sample,tokenize"):
-        _check_inputs(tmp_path, [tmp_path / "t.arrow"], SUMMARY, changed_model, BatchingConfig(), ingest)
-
-
 class TestPublishing:
     def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         for part in ("export/model.safetensors", "checkpoints/checkpoint-9/COMPLETE", "metrics.jsonl", "result.json"):
             (run / part).parent.mkdir(parents=True, exist_ok=True)
             (run / part).touch()
-        _publish(run, tmp_path / "trained")
+        publish(run, tmp_path / "trained")
         assert [path.name for path in (tmp_path / "trained").iterdir()] == ["model.safetensors"]
         assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "PUBLISHED"}
 
@@ -94,12 +87,7 @@ class TestSpec:
     def spec(self, folder: Path, manifest: dict, model: ModelConfig, train: TrainConfig, **batching: Any) -> TrainSpec:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return make_spec(
-            base_model=folder,
-            tokenized_samples=Path("tokenized.arrow"),
-            stream_samples=Path("stream.parquet"),
-            pack_plan=Path("plan.parquet"),
-            video_frames=Path("frames"),
-            plan_summary=SUMMARY,
+            Inputs(folder, Path("tokenized.arrow"), Path("stream.parquet"), Path("frames"), SUMMARY),
             model=model,
             batching=BatchingConfig(per_device_train_batch_size=3, **batching),
             weights={"a": 2.0},
@@ -113,7 +101,7 @@ class TestSpec:
         spec = self.spec(tmp_path, {"path": ".", "family": "qwen3_vl"}, MODEL, TrainConfig(warmup_ratio=0.1))
         assert spec.model.path == spec.model.processor == str(tmp_path)
         assert spec.optim.warmup_steps == 4
-        assert spec.data.packs_per_micro_batch == 3
+        assert spec.data.per_device_train_batch_size == 3
 
     def test_feeding_reaches_the_engine(self, tmp_path: Path) -> None:
         train = TrainConfig(
@@ -124,7 +112,11 @@ class TestSpec:
         )
         manifest = {"path": ".", "family": "qwen3_vl"}
         planned = self.spec(tmp_path, manifest, MODEL, train)
-        feeding = (planned.data.num_workers, planned.data.prefetch_factor, planned.data.pin_memory)
+        feeding = (
+            planned.data.dataloader_num_workers,
+            planned.data.dataloader_prefetch_factor,
+            planned.data.dataloader_pin_memory,
+        )
         assert feeding == (2, 5, False)
         assert planned.data.on_bad_sample == "skip"
         assert planned.stream.max_steps == 0
@@ -144,8 +136,8 @@ class TestSpec:
         train = TrainConfig(**values, export_ema=True, gradient_checkpointing=["llm"], torch_compile=True)
         spec = self.spec(tmp_path, {"path": ".", "family": "qwen3_vl"}, MODEL, train)
         assert {key: getattr(spec.optim, key) for key in values} == values
-        assert spec.export.ema
-        assert spec.model.gradient_checkpointing == ("llm",)
+        assert spec.export.export_ema
+        assert spec.model.checkpointed_towers == ("llm",)
         assert (spec.model.torch_compile, spec.model.torch_compile_backend) == (True, "inductor")
 
     def test_hub_model_is_passed_on_by_name(self, tmp_path: Path) -> None:
@@ -161,23 +153,23 @@ class TestSpec:
 def test_processes_without_gpus_are_the_declared_data_parallel_size(monkeypatch: pytest.MonkeyPatch) -> None:
     batching = BatchingConfig(data_parallel_size=3)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 3
-    assert _processes(THIS_NODE, TrainConfig(sp_ulysses_degree=2), batching).per_node == 6
-    assert _processes(THIS_NODE, TrainConfig(nproc_per_node=5), batching).per_node == 5
+    assert training_processes(TrainConfig(), batching).per_node == 3
+    assert training_processes(TrainConfig(sp_ulysses_degree=2), batching).per_node == 6
+    assert training_processes(TrainConfig(nproc_per_node=5), batching).per_node == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert _processes(THIS_NODE, TrainConfig(), batching).per_node == 8
+    assert training_processes(TrainConfig(), batching).per_node == 8
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert _processes(THIS_NODE, TrainConfig(nproc_per_node=4), BatchingConfig()).per_node == 4
+    assert training_processes(TrainConfig(nproc_per_node=4), BatchingConfig()).per_node == 4
     with pytest.raises(
         UserError, match=r"^train.nproc_per_node is 5, but this node has 4 GPUs .* choose at most 4, or"
     ):
-        _processes(THIS_NODE, TrainConfig(nproc_per_node=5), BatchingConfig())
+        training_processes(TrainConfig(nproc_per_node=5), BatchingConfig())
     monkeypatch.setenv("PET_NPROC_PER_NODE", "8")
     with pytest.raises(UserError, match=r"^PET_NPROC_PER_NODE is 8, but"):
-        _processes(THIS_NODE, TrainConfig(), BatchingConfig())
+        training_processes(TrainConfig(), BatchingConfig())
 
 
 class TestPreparing:
@@ -190,7 +182,7 @@ class TestPreparing:
 
     def test_cut_off_run_keeps_its_checkpoint_and_the_rows_up_to_it(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
-        with _prepared(folder, resume=True):
+        with held(folder, resume=True):
             pass
         assert (folder / "checkpoints" / "checkpoint-2" / "COMPLETE").exists()
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
@@ -199,36 +191,36 @@ class TestPreparing:
     def test_run_that_was_not_published_is_kept_whole(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         (folder / "result.json").touch()
-        with _prepared(folder, resume=True):
+        with held(folder, resume=True):
             pass
         assert (folder / "result.json").exists()
 
     def test_published_run_starts_afresh(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         (folder / "PUBLISHED").touch()
-        with _prepared(folder, resume=True):
+        with held(folder, resume=True):
             pass
         assert list(folder.iterdir()) == []
 
     def test_the_log_of_a_node_that_joined_before_is_kept(self, tmp_path: Path) -> None:
         for name in ("engine.log", "engine.node1.log"):
             (tmp_path / name).touch()
-        with _prepared(tmp_path, resume=False):
+        with held(tmp_path, resume=False):
             assert [path.name for path in tmp_path.iterdir()] == ["engine.node1.log"]
 
     @pytest.mark.parametrize("resume", [True, False])
     def test_what_another_process_trains_is_not_touched(self, tmp_path: Path, resume: bool) -> None:
         folder = tmp_path / "scratch"
-        with _prepared(folder, resume=resume):
+        with held(folder, resume=resume):
             self.interrupted(folder)
-            with pytest.raises(UserError, match="another process trains there"), _prepared(folder, resume=resume):
+            with pytest.raises(UserError, match="another process trains there"), held(folder, resume=resume):
                 pass
             assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
             assert (folder / "errors").exists()
 
     def test_resuming_can_be_refused(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
-        with _prepared(folder, resume=False):
+        with held(folder, resume=False):
             pass
         assert list(folder.iterdir()) == []
 
