@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export UV_SYSTEM_CERTS := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test compare ui viz viz-static repro replay clean
+.PHONY: help setup run test docs compare ui viz viz-static repro replay clean
 
 help: ## Show this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 	@echo "==> line coverage of src/, worker processes included"
 	@coverage combine --quiet
 	@coverage report
+
+docs: $(ENVIRONMENT) ## Write docs/parameters.md and the JSON schema of parameters from their declarations.
+	@python -m qvl_pipeline.profiles.reference
 
 compare: $(ENVIRONMENT) ## Put trainings side by side on one page: RUNS="base tiny_qwen2_5_vl", profiles or run ids; none for all.
 	@kedro run --pipelines compare$(if $(COMPARED), --params compare.runs=$(COMPARED))

@@ -122,7 +122,8 @@ def compare(
 
 def _make_training(folder: Path, count: int, seed: int) -> Path:
     """Write model, samples, images and plan; return the path of the spec."""
-    from qvl_pipeline.training.spec import make_spec
+    from qvl_pipeline.training.scratch import PACK_PLAN
+from qvl_pipeline.training.spec import Inputs, make_spec
 
     model = folder / "model"
     build_tiny_model(model, family="qwen3_vl", seed=0, corpus=["which digit is this?", "seven"])
@@ -137,23 +138,19 @@ def _make_training(folder: Path, count: int, seed: int) -> Path:
         writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
     batching = BatchingConfig(packing_length=PACKING_LENGTH, data_parallel_size=RANKS)
     plan, summary = make_plan(tokenized, batching, {"benchmark": 1.0})
-    plan.to_parquet(folder / "pack_plan.parquet", index=False)
+    run = folder / "run"
+    run.mkdir()
+    plan.to_parquet(run / PACK_PLAN, index=False)
     spec = make_spec(
-        base_model=model,
-        tokenized_samples=tokenized,
-        stream_samples=folder / "no_stream.parquet",
-        pack_plan=folder / "pack_plan.parquet",
-        video_frames=folder / "video_frames",
-        plan_summary=summary,
+        Inputs(model, tokenized, folder / "no_stream.parquet", folder / "video_frames", summary),
         model=ModelConfig(processor_type="qwen3_vl"),
         batching=batching,
         weights={"benchmark": 1.0},
         train=TrainConfig(learning_rate=1e-4, report_to=["none"]),
-        output_dir=folder / "run",
+        output_dir=run,
         identity={},
         resume_from="",
     )
-    (folder / "run").mkdir()
     spec.save(folder / "spec.json")
     return folder / "spec.json"
 

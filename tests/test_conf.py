@@ -14,8 +14,9 @@ import pytest
 import yaml
 from kedro.config import OmegaConfigLoader
 
+from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.pipeline_registry import register_pipelines
-from qvl_pipeline.profiles.checking import BLOCKS, check_parameters
+from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
 

@@ -28,12 +28,15 @@ GLUE = {
     "data.progress",
     "data.runner",
     "errors",
-    "tracking.data_version",
-    "tracking.lineage",
-    "tracking.mlflow_run",
-    "tracking.outbox",
-    "tracking.sinks",
-    "tracking.unsent",
+    "tracking.flattening",
+    "tracking.lineage.code",
+    "tracking.lineage.data_version",
+    "tracking.lineage.digests",
+    "tracking.mlflow.outbox",
+    "tracking.mlflow.run",
+    "tracking.mlflow.sinks",
+    "tracking.mlflow.unsent",
+    "tracking.secrets",
 }
 # Started by `train` in processes of its own, not imported.
 STARTED = {"train": ["engine"]}
@@ -86,12 +89,17 @@ def imported(pipeline: str) -> set[str]:
     relative = {module.removeprefix(f"{PACKAGE}.") for module in modules}
     # The package `config` holds the models of all blocks; a stage depends on those it reads.
     config = {"config.base"} | {f"config.{block}" for block in blocks(pipeline)}
+    unread = (
+        "families" if "model" not in blocks(pipeline) else None
+    )  # facts about models, by which the block is checked
     # What it draws is the output of the stage `draw`, and its input.
     drawing = {module for module in relative if pipeline == "ingest" and module.split(".")[0] == "demo"}
     return {
         module
         for module in relative - GLUE - drawing
-        if module_file(module).name != "__init__.py" and (not module.startswith("config.") or module in config)
+        if module.split(".")[0] != unread
+        and module_file(module).name != "__init__.py"
+        and (not module.startswith("config.") or module in config)
     }
 
 

@@ -13,11 +13,11 @@ import yaml
 from kedro.config import OmegaConfigLoader
 from kedro.framework.project import pipelines
 
+from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.data.made_with import RECORDED, made_with, read_record, with_attrs, write_record
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipeline_registry import STAGES
-from qvl_pipeline.profiles.checking import BLOCKS
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
 from tests.kedro_project import run
 

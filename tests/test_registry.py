@@ -9,8 +9,8 @@ import pytest
 from kedro.framework.project import pipelines
 from kedro.validation.type_extractor import TypeExtractor
 
+from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.pipeline_registry import STAGES, TOOLS, register_pipelines
-from qvl_pipeline.profiles.checking import BLOCKS
 from tests.kedro_project import make_project
 
 # Each of these takes longer to import than Kedro itself.

@@ -18,7 +18,7 @@ _SIZE = (640, 480)
 def measure(rows: int) -> Section:
     """Probe one JPEG of 640 x 480 for a thousand of `rows`."""
     from qvl_pipeline.config import ValidateConfig
-    from qvl_pipeline.data.sources.messages import Media
+    from qvl_pipeline.data.messages import Media
     from qvl_pipeline.data.validation.media_index import probe_files
 
     with TemporaryDirectory() as folder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.hooks import EarlyChecks, Progress
-from qvl_pipeline.profiles.checking import BLOCKS
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.tracking.mlflow.hook import MlflowHook
 

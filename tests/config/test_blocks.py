@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qvl_pipeline import config
 from qvl_pipeline.config.base import Block
 
-BLOCKS = [getattr(config, name) for name in config.__all__]
+BLOCKS = [*config.BLOCKS.values(), config.DatasetSource, config.DigitsDemoConfig, config.FSDPConfig]
 
 
 STREAM = {"dataset_type": "vision_iterable", "max_steps": 10}

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from qvl_pipeline.config import IngestConfig
+from qvl_pipeline.config import BLOCKS, IngestConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.profiles.checking import BLOCKS, check_parameters
+from qvl_pipeline.profiles.checking import check_parameters
 
 
 @pytest.fixture

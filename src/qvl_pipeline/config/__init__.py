@@ -1,5 +1,6 @@
 """Parameters of every stage: one pydantic model per block, the only place for defaults, units and cross-checks."""
 
+from qvl_pipeline.config.base import Block
 from qvl_pipeline.config.batching import BatchingConfig
 from qvl_pipeline.config.compare import CompareConfig
 from qvl_pipeline.config.data_engine import DataEngineConfig
@@ -11,8 +12,23 @@ from qvl_pipeline.config.sample import SampleConfig
 from qvl_pipeline.config.train import FSDPConfig, TrainConfig
 from qvl_pipeline.config.validate import ValidateConfig
 
+BLOCKS: dict[str, type[Block]] = {
+    "ingest": IngestConfig,
+    "validate": ValidateConfig,
+    "sample": SampleConfig,
+    "model": ModelConfig,
+    "batching": BatchingConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "data_engine": DataEngineConfig,
+    "compare": CompareConfig,
+    "replay": ReplayConfig,
+}
+
 __all__ = [
+    "BLOCKS",
     "BatchingConfig",
+    "Block",
     "CompareConfig",
     "DataEngineConfig",
     "DatasetSource",

@@ -13,6 +13,9 @@ def _split(value: Any) -> Any:
     return [name.strip() for name in value.split("+")] if isinstance(value, str) else value
 
 
+_Runs = list[Annotated[str, Field(min_length=1)]]
+
+
 class CompareConfig(Block):
     """Block `compare`.
 
@@ -23,4 +26,4 @@ class CompareConfig(Block):
             Empty: the newest training of every profile.
     """
 
-    runs: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_split)] = Field(default_factory=list)
+    runs: Annotated[_Runs, BeforeValidator(_split, json_schema_input_type=_Runs | str)] = Field(default_factory=list)

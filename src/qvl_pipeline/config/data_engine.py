@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
 
 
 class DataEngineConfig(Block):
@@ -21,10 +21,10 @@ class DataEngineConfig(Block):
         batch_rows: Most rows that are worked on in one piece. Fewer spread a small file over more cores.
     """
 
-    runner: Literal["native", "ray"] = "native"
-    ray_address: str | None = None
-    memory_limit_gib: float = Field(default=2.0, ge=1.0)
-    batch_rows: int = Field(default=4096, ge=1)
+    runner: Annotated[Literal["native", "ray"], Indifferent()] = "native"
+    ray_address: Annotated[str | None, Indifferent()] = None
+    memory_limit_gib: Annotated[float, Indifferent()] = Field(default=2.0, ge=1.0)
+    batch_rows: Annotated[int, Indifferent()] = Field(default=4096, ge=1)
 
     @model_validator(mode="after")
     def _address_needs_ray(self) -> DataEngineConfig:

@@ -45,9 +45,9 @@ class DatasetSource(Block):
     data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset"]
     format: Literal["auto", "openai", "sharegpt", "llava"] = "auto"
     split: Literal["train", "eval"] | None = None
-    # For `tokenize`, which makes the plan.
-    weight: Annotated[float, Indifferent()] = Field(default=1.0, gt=0)
-    repeat: Annotated[int, Indifferent()] = Field(default=1, ge=1)
+    # These two are for the plan.
+    weight: Annotated[float, Indifferent("frames")] = Field(default=1.0, gt=0)
+    repeat: Annotated[int, Indifferent("frames")] = Field(default=1, ge=1)
     limit: int | None = Field(default=None, ge=1)
     storage_options: dict[str, Any] = Field(default_factory=dict)
 

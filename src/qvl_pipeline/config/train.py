@@ -169,7 +169,7 @@ class TrainConfig(Block):
             kept = {key: value for key, value in kept.items() if key not in ("eval_strategy", "eval_steps")}
         return kept
 
-    @field_validator("report_to", mode="before")
+    @field_validator("report_to", mode="before", json_schema_input_type=list[Tracker] | Tracker)
     @classmethod
     def _one_tracker_is_a_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value

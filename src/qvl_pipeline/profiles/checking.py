@@ -1,4 +1,4 @@
-"""The parameters blocks of the project, and what is said when one of them is wrong."""
+"""What is said when parameters are wrong: every key, with the file that it is from."""
 
 from __future__ import annotations
 
@@ -9,33 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from qvl_pipeline.config import (
-    BatchingConfig,
-    CompareConfig,
-    DataEngineConfig,
-    EvaluateConfig,
-    IngestConfig,
-    ModelConfig,
-    ReplayConfig,
-    SampleConfig,
-    TrainConfig,
-    ValidateConfig,
-)
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config import BLOCKS, Block
 from qvl_pipeline.errors import UserError, did_you_mean
-
-BLOCKS: dict[str, type[Block]] = {
-    "ingest": IngestConfig,
-    "validate": ValidateConfig,
-    "sample": SampleConfig,
-    "model": ModelConfig,
-    "batching": BatchingConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "data_engine": DataEngineConfig,
-    "compare": CompareConfig,
-    "replay": ReplayConfig,
-}
 
 Key = tuple[str | int, ...]
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvl_pipeline.data.plan.packing import SIZE_NOISE, Packs, balanced, best_fit, first_fit, one_each
+from qvl_pipeline.data.plan.packing import Packs, balanced, best_fit, first_fit, one_each
+from qvl_pipeline.data.plan.packing.best_fit_decreasing import SIZE_NOISE
 from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 PACKERS = [best_fit, first_fit, balanced]
@@ -41,7 +42,7 @@ def images_and_text(count: int, max_patches: int) -> tuple[np.ndarray, np.ndarra
 def test_every_sample_is_in_one_pack_and_no_budget_is_exceeded(packer, samples, max_patches, units) -> None:
     lengths, patches = arrays(samples)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qvl_pipeline.data.plan.packing.PATCH_UNITS", units)
+        patch.setattr("qvl_pipeline.data.plan.packing.best_fit_decreasing.PATCH_UNITS", units)
         packs = packer(lengths, patches, max_tokens=100, max_patches=max_patches, rng=np.random.default_rng(0))
     assert sorted(packs.samples.tolist()) == list(range(len(samples)))
     assert len(packs) == len(lists(packs))
@@ -116,7 +117,7 @@ def test_samples_of_like_size_are_mixed() -> None:
 
 
 def test_best_fit_puts_the_largest_first_and_each_into_the_fullest_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvl_pipeline.data.plan.packing.SIZE_NOISE", 0.0)
+    monkeypatch.setattr("qvl_pipeline.data.plan.packing.best_fit_decreasing.SIZE_NOISE", 0.0)
     lengths = np.array([50, 20, 70, 30, 25])
     packs = best_fit(lengths, np.zeros(5), max_tokens=100, max_patches=None, rng=np.random.default_rng(0))
     # 70 | 50 | 30 joins 70 (full) | 25 and 20 join 50
@@ -124,7 +125,7 @@ def test_best_fit_puts_the_largest_first_and_each_into_the_fullest_pack(monkeypa
 
 
 def test_best_fit_looks_beyond_a_full_pack_that_has_no_patches_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvl_pipeline.data.plan.packing.SIZE_NOISE", 0.0)
+    monkeypatch.setattr("qvl_pipeline.data.plan.packing.best_fit_decreasing.SIZE_NOISE", 0.0)
     lengths, patches = np.array([60, 50, 30]), np.array([90, 10, 20])
     packs = best_fit(lengths, patches, max_tokens=100, max_patches=100, rng=np.random.default_rng(0))
     assert lists(packs) == [[0], [1, 2]]

@@ -19,11 +19,11 @@ import pytest
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
 from qvl_pipeline.data import batches
+from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
 from qvl_pipeline.data.sources import ingest, readers
 from qvl_pipeline.data.sources.finished import finished_part
 from qvl_pipeline.data.sources.ingest import ingest_sources
-from qvl_pipeline.data.sources.messages import Media
 from qvl_pipeline.data.sources.raw import list_files
 from qvl_pipeline.data.sources.readers import Slab, read_slabs
 from qvl_pipeline.data.sources.rows import assign_split, derive_kind

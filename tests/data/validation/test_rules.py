@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from qvl_pipeline.config import ValidateConfig
-from qvl_pipeline.data.sources.messages import Media, Message
+from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.validation import rules
 from qvl_pipeline.data.validation.rules import (
     MEDIA_RULES,

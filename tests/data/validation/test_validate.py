@@ -15,8 +15,8 @@ from PIL import Image
 
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data import batches
+from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
-from qvl_pipeline.data.sources.messages import Media
 from qvl_pipeline.data.tables import MEDIA_INDEX, QUARANTINE, REJECTS, SAMPLES
 from qvl_pipeline.data.validation.media_index import probe_files
 from qvl_pipeline.data.validation.rules import RULES

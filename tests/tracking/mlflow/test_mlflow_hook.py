@@ -16,9 +16,8 @@ import pytest
 import torch
 import yaml
 
-from qvl_pipeline.config import ModelConfig, TrainConfig
+from qvl_pipeline.config import BLOCKS, ModelConfig, TrainConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.profiles.checking import BLOCKS
 from qvl_pipeline.tracking.lineage.data_version import dvc_md5
 from tests.kedro_project import FAILS, METRICS, REPOSITORY, WAITS, make_project, run
 

@@ -15,7 +15,7 @@ import tests.kedro_project as quick
 from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
 from qvl_pipeline.tracking.mlflow.run import going_on, log_json_file
 from qvl_pipeline.tracking.mlflow.sinks import make_sinks
-from qvl_pipeline.training.spec import make_spec
+from qvl_pipeline.training.spec import Inputs, make_spec
 
 SUMMARY = {
     "steps": 1,
@@ -39,12 +39,7 @@ def _train(
     folder.mkdir(parents=True)
     (base_model / "manifest.json").write_text(json.dumps({"path": ".", "family": "qwen3_vl"}))
     spec = make_spec(
-        base_model=base_model,
-        tokenized_samples=Path("tokenized.arrow"),
-        stream_samples=Path("stream.parquet"),
-        pack_plan=Path("plan.parquet"),
-        video_frames=Path("frames"),
-        plan_summary=SUMMARY,
+        Inputs(base_model, Path("tokenized.arrow"), Path("stream.parquet"), Path("frames"), SUMMARY),
         model=model,
         batching=batching,
         weights={},

@@ -14,9 +14,10 @@ import orjson
 import pyarrow as pa
 
 from qvl_pipeline.config import DatasetSource, IngestConfig
+from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
+from qvl_pipeline.data.sources.conversations import CONVERSATION_COLUMNS, Row, to_conversation
 from qvl_pipeline.data.sources.embedded import is_embedded, store_embedded
-from qvl_pipeline.data.sources.messages import CONVERSATION_COLUMNS, Media, Message, Row, to_conversation
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.tables import MEDIA
 

@@ -10,7 +10,7 @@ import daft
 import pyarrow as pa
 
 from qvl_pipeline.config import ValidateConfig
-from qvl_pipeline.data.sources.messages import Media
+from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.tables import MEDIA_INDEX
 from qvl_pipeline.data.validation.rules import Probes, broken_by_media, first_error
 from qvl_pipeline.media.probe import Probe

@@ -11,8 +11,8 @@ from itertools import groupby
 import orjson
 
 from qvl_pipeline.config import ValidateConfig
+from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import quote
-from qvl_pipeline.data.sources.messages import Media, Message
 from qvl_pipeline.media.probe import Probe
 
 # Tokens that build the prompt. In a text they would end a turn early, or stand for a picture that is not there.

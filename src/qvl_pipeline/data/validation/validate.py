@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.batches import TableWriter, read_batches
 from qvl_pipeline.data.made_with import attrs_of, made_with, with_attrs
+from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
-from qvl_pipeline.data.sources.messages import Media
 from qvl_pipeline.data.tables import QUARANTINE, SAMPLES, WARNINGS
 from qvl_pipeline.data.validation.media_index import index_media, probe_files
 from qvl_pipeline.data.validation.rules import (

@@ -7,8 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
+from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import RejectedRowError
-from qvl_pipeline.data.sources.messages import Conversation, Media, to_conversation
+from qvl_pipeline.data.sources.conversations import Conversation, to_conversation
 
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
 

@@ -1,4 +1,4 @@
-"""The canonical form of a conversation, and how a row of each known form becomes one."""
+"""How a row of each known form becomes a conversation in canonical form."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, type_name
 
 Row = dict[str, Any]
-Message = dict[str, Any]
 
 TURN_COLUMNS = ("messages", "conversations")
 MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
@@ -36,22 +36,6 @@ _ITEM_KEYS = {
 }
 # `bytes` is how Hugging Face datasets embed a file in a table.
 _FILE_KEYS = {"image": {"url", "path", "bytes", "detail"}, "video": {"url", "path", "bytes", *_WINDOW}}
-
-
-class Media(NamedTuple):
-    """One use of a media file.
-
-    Attributes:
-        type: `image` or `video`.
-        path: Path of the file; while a row is read, also a URL or the content itself (bytes, or a data URL).
-        start: First second used of a clip; `None` is its beginning.
-        end: Last second used of a clip; `None` is its end.
-    """
-
-    type: str
-    path: str | bytes
-    start: float | None = None
-    end: float | None = None
 
 
 class Conversation(NamedTuple):
