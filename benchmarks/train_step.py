@@ -123,7 +123,7 @@ def compare(
 def _make_training(folder: Path, count: int, seed: int) -> Path:
     """Write model, samples, images and plan; return the path of the spec."""
     from qvl_pipeline.training.scratch import PACK_PLAN
-from qvl_pipeline.training.spec import Inputs, make_spec
+    from qvl_pipeline.training.spec import Inputs, make_spec
 
     model = folder / "model"
     build_tiny_model(model, family="qwen3_vl", seed=0, corpus=["which digit is this?", "seven"])
