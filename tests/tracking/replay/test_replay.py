@@ -120,7 +120,7 @@ def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:
         read_run(recorded(client, []))
     with pytest.raises(UserError, match="evaluates the training abc: replay that"):
         read_run(recorded(client, [], {"mlflow.parentRunId": "abc"}))
-    tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "base", "dataset": "digits"}
+    tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "tiny_qwen3_vl", "dataset": "digits"}
     with pytest.raises(UserError, match=r"its artifact uncommitted\.patch is not there"):
         read_run(recorded(client, [], tags | {"git_dirty": "true"}))
 

@@ -144,7 +144,9 @@ def _stages_before(run: RecordedRun) -> tuple[str, ...]:
 def _kedro_run(folder: Path, names: tuple[str, ...], run: RecordedRun) -> str:
     """Run pipelines in the worktree; return the id of their MLflow run."""
     label = f"replay of {run.id} {uuid.uuid4().hex[:8]}"
-    (folder / "conf" / PROFILE / "mlflow.yml").write_text(yaml.safe_dump({"run_name": label}))
+    local = Path("conf/local/mlflow.yml")  # is in no commit, and says where this person's runs go
+    own = yaml.safe_load(local.read_text(encoding="utf-8")) if local.exists() else None
+    (folder / "conf" / PROFILE / "mlflow.yml").write_text(yaml.safe_dump({**(own or {}), "run_name": label}))
     options = ["--pipelines", ",".join(names)] if names else []
     # `DVC_*` and `MLFLOW_RUN_ID` would say that this is a stage of DVC, or that run.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_RUN_ID"))}
