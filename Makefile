@@ -1,6 +1,6 @@
 # `make run` on a fresh clone needs python3 (3.11 to 3.13), git and make, nothing else.
 
-PROFILE ?= tiny_qwen3_vl
+override PROFILE := $(or $(PROFILE),tiny_qwen3_vl)
 RUNS ?=
 PORT ?= 5000
 

@@ -217,6 +217,17 @@ def test_a_second_repro_changes_nothing(repository: Path) -> None:
     assert "Data and pipelines are up to date." in command(repository, "dvc repro ingest@digits")
     assert (repository / "dvc.lock").read_text() == lock
     assert command(repository, "git status --short") == "?? dvc.lock\n"
+    # Of the file with all blocks, only those that a stage reads count.
+    parameters = repository / "conf/tiny_qwen3_vl/parameters.yml"
+    blocks = yaml.safe_load(parameters.read_text())
+    blocks["train"]["learning_rate"] = 0.5
+    parameters.write_text("# Another order, too.\n" + yaml.safe_dump(dict(reversed(blocks.items())), sort_keys=False))
+    assert "up to date" in command(repository, "dvc status ingest@digits")
+    blocks["ingest"]["eval_fraction"] = 0.5
+    parameters.write_text(yaml.safe_dump(blocks))
+    status = command(repository, "dvc status ingest@digits")
+    assert "ingest@digits:" in status
+    assert "draw:" not in status, "what is drawn does not depend on the split"
 
 
 def test_dvc_finds_the_pointer_files_of_raw_data(tmp_path: Path) -> None:
