@@ -1,15 +1,13 @@
 # `make run` on a fresh clone needs python3 (3.11 to 3.13), git and make, nothing else.
 
-PROFILE ?=
+override PROFILE := $(or $(PROFILE),tiny_qwen3_vl)
 RUNS ?=
 PORT ?= 5000
 
 # uv from the machine when there is one, else a private copy in .uv/
 UV = $(shell command -v uv || echo .uv/bin/uv)
 ENVIRONMENT := .venv/.up-to-date
-KEDRO_RUN := kedro run$(if $(PROFILE), --env $(PROFILE))
-# Of two that name a dataset, the profile's takes precedence.
-GLOBALS := conf/base/globals.yml $(if $(PROFILE),conf/$(PROFILE)/globals.yml)
+KEDRO_RUN := kedro run$(if $(filter-out tiny_qwen3_vl,$(PROFILE)), --env $(PROFILE))
 EMPTY :=
 COMMA := ,
 # Kedro takes a comma in --params for the start of another parameter.
@@ -34,10 +32,10 @@ setup: $(ENVIRONMENT) ## Make or update .venv; the other targets do it when need
 run: $(ENVIRONMENT) ## Run all stages, from data to report. PROFILE=tiny_qwen2_5_vl for another profile.
 	@echo "==> $(KEDRO_RUN)"
 	@$(KEDRO_RUN)
-	@echo "==> data:   data/08_reporting/$$(awk '/^dataset:/ {name = $$2} END {print name}' $(GLOBALS))/validation.html"
-	@echo "==> labels: data/08_reporting/$(or $(PROFILE),base)/label_preview.html"
-	@echo "==> report: data/08_reporting/$(or $(PROFILE),base)/report.html"
-	@echo "==> model:  data/06_models/$(or $(PROFILE),base)/trained"
+	@echo "==> data:   data/08_reporting/$$(awk '/^dataset:/ {print $$2}' conf/$(PROFILE)/globals.yml)/validation.html"
+	@echo "==> labels: data/08_reporting/$(PROFILE)/label_preview.html"
+	@echo "==> report: data/08_reporting/$(PROFILE)/report.html"
+	@echo "==> model:  data/06_models/$(PROFILE)/trained"
 	@echo "==> 'make compare' puts two or more trainings on data/08_reporting/compare.html"
 	@echo "==> 'make ui' shows all runs; 'make repro' runs only what has changed"
 
@@ -61,7 +59,7 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 docs: $(ENVIRONMENT) ## Write docs/parameters.md and the JSON schema of parameters from their declarations.
 	@python -m qvl_pipeline.profiles.reference
 
-compare: $(ENVIRONMENT) ## Put trainings side by side on one page: RUNS="base tiny_qwen2_5_vl", profiles or run ids; none for all.
+compare: $(ENVIRONMENT) ## Put trainings side by side on one page: RUNS="tiny_qwen3_vl tiny_qwen2_5_vl", profiles or run ids; none for all.
 	@kedro run --pipelines compare$(if $(COMPARED), --params compare.runs=$(COMPARED))
 	@echo "==> data/08_reporting/compare.html"
 

@@ -51,7 +51,7 @@ def train(models: Path, proxy: FaultyProxy, steps: int, *, failing: bool) -> dic
 
     client = MlflowClient()
     run_id = client.create_run("0").info.run_id
-    path = models / "base" / "scratch" / run_id / "metrics.jsonl"
+    path = models / "tiny_qwen3_vl" / "scratch" / run_id / "metrics.jsonl"
     path.parent.mkdir(parents=True)
     sink = MetricsSink("mlflow", run_id, path, SendToMlflow(run_id))
     requests = len(proxy.happened)

@@ -18,7 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "validate": {"max_reject_fraction": 1.0},
     # Every decoding process imports its libraries anew.
     "sample": {"num_workers": 1},
-    "tokenize": {"num_train_epochs": 1, "data_parallel_size": 1},
+    "batching": {"num_train_epochs": 1, "data_parallel_size": 1},
     "train": {"logging_steps": 1, "save_steps": 0},
 }
 
@@ -31,12 +31,12 @@ def make_repository(folder: Path) -> Path:
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     (folder / "src" / "qvl_pipeline").symlink_to(REPOSITORY / "src" / "qvl_pipeline")
-    for stage, values in SMALL.items():
-        path = folder / "conf" / "base" / f"parameters_{stage}.yml"
-        ((block, parameters),) = yaml.safe_load(path.read_text()).items()
+    path = folder / "conf" / "tiny_qwen3_vl" / "parameters.yml"
+    blocks = yaml.safe_load(path.read_text())
+    for block, values in SMALL.items():
         for key, value in values.items():
-            parameters[key] = parameters[key] | value if isinstance(value, dict) else value
-        path.write_text(yaml.safe_dump({block: parameters}))
+            blocks[block][key] = blocks[block][key] | value if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(blocks))
     command(folder, "git init --quiet")
     commit(folder)
     return folder

@@ -17,6 +17,7 @@ from qvl_pipeline.config import CompareConfig, EvaluateConfig, IngestConfig, Mod
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
+SHIPPED = ["qwen2_5_vl_7b", "qwen3_vl_8b", "tiny_qwen2_5_vl", "tiny_qwen3_vl"]
 # A seed with which the training takes a second.
 WAITS = 1234
 # And one with which it fails by a bug.
@@ -32,8 +33,10 @@ def make_project(folder: Path) -> Path:
     (folder / "src").mkdir(parents=True)
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
     shutil.copy(REPOSITORY / ".telemetry", folder)
-    shutil.copytree(REPOSITORY / "conf", folder / "conf", ignore=shutil.ignore_patterns("local"))
-    (folder / "conf" / "local").mkdir()
+    (folder / "conf" / "local").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "conf" / "logging.yml", folder / "conf")
+    for name in ("base", *SHIPPED):  # and no profile of one's own
+        shutil.copytree(REPOSITORY / "conf" / name, folder / "conf" / name)
     return folder
 
 

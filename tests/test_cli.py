@@ -51,7 +51,7 @@ def test_every_spelling_of_the_pipeline_option_works_without_a_warning(
 
 def test_several_pipelines_run_as_one(project: Path) -> None:
     assert kedro_run("--pipelines", "tokenize,ingest").exit_code == 0
-    assert (project / "data/08_reporting/base/plan_summary.json").exists()
+    assert (project / "data/08_reporting/tiny_qwen3_vl/plan_summary.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_several_pipelines_run_as_one(project: Path) -> None:
         ),
         (["--pipelines", "trian"], "there is no pipeline 'trian': did you mean 'train'?"),
         (["--pipelines", "xyz"], "there is no pipeline 'xyz': the pipelines are ingest, validate, sample,"),
-        (["--env", "nope"], "there is no profile 'nope': the profiles in conf/ are base, qwen2_5_vl_7b"),
+        (["--env", "nope"], "there is no profile 'nope': the profiles in conf/ are qwen2_5_vl_7b, qwen3_vl_8b"),
         (["--params", "train.learning_rat=1"], "unknown key 'learning_rat': did you mean 'learning_rate'? (--params)"),
     ],
 )
@@ -78,10 +78,10 @@ def test_what_a_person_can_mend_is_an_error_without_a_traceback(
 
 
 def test_a_configuration_file_that_cannot_be_read_is_named(project: Path) -> None:
-    (project / "conf/base/parameters_train.yml").write_text("train: [\n")
+    (project / "conf/tiny_qwen3_vl/parameters.yml").write_text("train: [\n")
     result = kedro_run()
     assert result.exit_code == 1
-    assert "parameters_train.yml" in result.output
+    assert "parameters.yml" in result.output
     assert "Traceback" not in result.output
 
 
@@ -123,7 +123,7 @@ def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_interrupted_run_keeps_its_status_when_nobody_reads_its_output() -> None:
     code = (
-        "import os, sys; from qvl_pipeline.cli import _end; reader, writer = os.pipe(); os.close(reader);"
+        "import os, sys; from qvl_pipeline.cli.run import _end; reader, writer = os.pipe(); os.close(reader);"
         "sys.stdout = open(writer, 'w'); sys.stdout.write('unread'); _end(130)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -146,7 +146,7 @@ def test_the_real_command_says_what_to_run_first(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert lines[:2] == [
         "Error: train cannot start, inputs do not exist yet:",
-        "  base_model (data/06_models/base/base)",
+        "  base_model (data/06_models/tiny_qwen3_vl/base)",
     ]
     assert lines[-1] == "Run `kedro run --pipelines ingest,validate,sample,tokenize` first."
     assert not (folder / "mlflow.db").exists()

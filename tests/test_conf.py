@@ -6,34 +6,38 @@ import logging.config
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kedro.config import OmegaConfigLoader
 
 from qvl_pipeline.config import BLOCKS
-from qvl_pipeline.pipeline_registry import register_pipelines
+from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
 from qvl_pipeline.profiles.checking import check_parameters
+from qvl_pipeline.profiles.loader import ProfileLoader, profile_names
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
+from tests.kedro_project import SHIPPED
 
 CONF = Path(__file__).parents[1] / "conf"
-PROFILES = sorted(path.parent.name for path in CONF.glob("*/globals.yml"))
-OVERLAYS = [profile for profile in PROFILES if profile != "base"]
+# Lines that fit on one screen.
+SCREEN = 45
 LAYERS = ["raw", "intermediate", "primary", "model_input", "models", "model_output", "reporting"]
 
 
+def loader(profile: str) -> ProfileLoader:
+    return ProfileLoader(str(CONF), env=profile, **CONFIG_LOADER_ARGS)
+
+
 def load(profile: str, kind: str) -> dict[str, Any]:
-    return OmegaConfigLoader(str(CONF), env=profile, **CONFIG_LOADER_ARGS)[kind]
+    return loader(profile)[kind]
 
 
 def own(profile: str) -> dict[str, dict[str, Any]]:
     """Return the values that the files of a profile name themselves, without those that follow the profile."""
-    files = [yaml.safe_load(path.read_text()) or {} for path in (CONF / profile).glob("parameters_*.yml")]
-    return {name: without_references(block) for blocks in files for name, block in blocks.items()}
+    blocks = yaml.safe_load((CONF / profile / "parameters.yml").read_text())
+    return {name: without_references(block) for name, block in blocks.items()}
 
 
 def without_references(block: dict[str, Any]) -> dict[str, Any]:
@@ -41,46 +45,47 @@ def without_references(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_profiles_are_the_four_described() -> None:
-    assert PROFILES == ["base", "qwen2_5_vl_7b", "qwen3_vl_8b", "tiny_qwen2_5_vl"]
+    assert set(SHIPPED) <= set(profile_names(CONF))
+    assert CONFIG_LOADER_ARGS["default_run_env"] == "tiny_qwen3_vl"
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", SHIPPED)
 def test_every_profile_is_valid_and_named_like_its_folder(profile: str) -> None:
-    assert check_parameters(load(profile, "parameters"), {}, [CONF / profile]).keys() == BLOCKS.keys()
+    assert check_parameters(load(profile, "parameters"), loader(profile).origins).keys() == BLOCKS.keys()
     assert load(profile, "globals")["profile"] == profile
 
 
-@pytest.mark.parametrize("profile", OVERLAYS)
-def test_every_profile_has_the_same_files(profile: str) -> None:
-    """DVC needs a file to exist that a stage depends on."""
-    parameters = {path.name for path in (CONF / "base").glob("parameters_*.yml")}
-    assert {path.name for path in (CONF / profile).iterdir()} == parameters | {"globals.yml"}
+@pytest.mark.parametrize("profile", SHIPPED)
+def test_a_profile_is_two_files_that_fit_on_one_screen(profile: str) -> None:
+    files = sorted((CONF / profile).iterdir())
+    assert [path.name for path in files] == ["globals.yml", "parameters.yml"]
+    assert sum(len(path.read_text().splitlines()) for path in files) <= SCREEN
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_no_block_is_in_two_files(profile: str) -> None:
-    """Kedro merges them without a word, in no certain order."""
-    names = [name for path in (CONF / profile).glob("**/*.yml") for name in yaml.safe_load(path.read_text()) or {}]
-    assert [name for name, count in Counter(names).items() if count > 1] == []
+@pytest.mark.parametrize("profile", SHIPPED)
+def test_a_profile_has_every_key_that_dvc_needs(profile: str) -> None:
+    stages = {name for stage in STAGES for name in register_pipelines()[stage].inputs()}
+    needed = {name.removeprefix("params:") for name in stages if name.startswith("params:")} - {"data_engine"}
+    assert needed <= own(profile).keys()
 
 
-@pytest.mark.parametrize("profile", ["qwen2_5_vl_7b", "qwen3_vl_8b"])
-def test_no_value_of_the_tiny_model_shows_through_in_a_real_one(profile: str) -> None:
-    overlay = own(profile)
-    missing = [
-        f"{block}.{key}" for block, values in own("base").items() for key in values if key not in overlay.get(block, {})
-    ]
-    assert missing == []
+def test_base_holds_nothing_of_a_model_or_a_dataset() -> None:
+    assert sorted(path.name for path in (CONF / "base").iterdir()) == ["catalog.yml", "mlflow.yml", "parameters.yml"]
+    assert {name: sorted(block) for name, block in own("base").items() if block} == {
+        "train": ["bf16", "dataloader_num_workers", "gradient_checkpointing", "use_liger_kernel"]
+    }
 
 
-@pytest.mark.parametrize("profile", OVERLAYS)
-def test_a_profile_changes_only_what_it_names(profile: str) -> None:
-    """Kedro's default strategy would drop the other keys of every block that a profile touches."""
-    base, overlay, merged = own("base"), own(profile), load(profile, "parameters")
-    assert merged.keys() == base.keys()
-    for name, block in base.items():
-        expected = block | overlay.get(name, {})
-        assert {key: merged[name][key] for key in expected} == expected
+@pytest.mark.parametrize("profile", ["tiny_qwen2_5_vl", "tiny_qwen3_vl"])
+def test_no_value_for_real_models_shows_through_in_a_tiny_one(profile: str) -> None:
+    assert own("base")["train"].keys() <= own(profile)["train"].keys()
+
+
+def test_the_tiny_profiles_prepare_their_dataset_alike() -> None:
+    one, other = own("tiny_qwen3_vl"), own("tiny_qwen2_5_vl")
+    assert (one["ingest"], one["validate"]) == (other["ingest"], other["validate"])
+    differing = {f"{name}.{key}" for name in one for key in one[name] if one[name][key] != other[name][key]}
+    assert differing == {"model.processor_type", "batching.num_train_epochs"}
 
 
 GUIDE_COMMON = {
@@ -164,7 +169,7 @@ GUIDE = {
 
 @pytest.mark.parametrize("profile", GUIDE)
 def test_the_real_profiles_have_the_values_of_the_guide(profile: str) -> None:
-    blocks = check_parameters(load(profile, "parameters"), {}, [CONF / profile])
+    blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
     for guide in (GUIDE_COMMON, GUIDE[profile]):
         for block, expected in guide.items():
             # Of nested blocks, what the profile sets: the guide is silent on the rest.
@@ -174,7 +179,7 @@ def test_the_real_profiles_have_the_values_of_the_guide(profile: str) -> None:
 
 
 def test_every_catalog_entry_is_used_and_described() -> None:
-    catalog = load("base", "catalog")
+    catalog = load("tiny_qwen3_vl", "catalog")
     used = {name for pipeline in register_pipelines().values() for name in pipeline.datasets()}
     assert set(catalog) == {name for name in used if not name.startswith("params:")}
     for entry in catalog.values():
@@ -184,7 +189,7 @@ def test_every_catalog_entry_is_used_and_described() -> None:
 
 def test_data_flows_through_the_layers_in_order() -> None:
     """Kedro-Viz shows no layers at all when there is a cycle among them."""
-    catalog = load("base", "catalog")
+    catalog = load("tiny_qwen3_vl", "catalog")
     layer = {name: LAYERS.index(entry["metadata"]["kedro-viz"]["layer"]) for name, entry in catalog.items()}
     for node in (node for node in register_pipelines()["__default__"].nodes if node.outputs):
         latest = max((layer[name] for name in node.inputs if name in layer), default=0)
@@ -198,7 +203,7 @@ def test_every_parameters_block_is_declared_and_read() -> None:
 
 
 def test_two_profiles_share_a_dataset_and_nothing_else() -> None:
-    base, other = load("base", "catalog"), load("tiny_qwen2_5_vl", "catalog")
+    base, other = load("tiny_qwen3_vl", "catalog"), load("tiny_qwen2_5_vl", "catalog")
     shared = {name for name in base if base[name]["filepath"] == other[name]["filepath"]}
     pipelines = register_pipelines()
     of_the_dataset = pipelines["ingest"].all_outputs() | pipelines["validate"].all_outputs()

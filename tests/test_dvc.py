@@ -14,9 +14,9 @@ import pytest
 import yaml
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
-from kedro.config import OmegaConfigLoader
 
 from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
+from qvl_pipeline.profiles.loader import ProfileLoader
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
 from tests.dvc_repository import command, make_repository
 
@@ -63,7 +63,7 @@ def pipeline_and_env(name: str) -> tuple[str, str]:
 
 def paths(names: set[str], env: str) -> set[str]:
     """Return the files of catalog entries."""
-    catalog = OmegaConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["catalog"]
+    catalog = ProfileLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["catalog"]
     return {catalog[name]["filepath"] for name in names if not name.startswith("params:")}
 
 
@@ -117,7 +117,7 @@ def test_there_is_a_stage_for_every_pipeline_of_every_dataset_and_profile() -> N
     expected = [f"{stage}@{dataset}" for stage in STAGES[:2] for dataset in declared["datasets"]]
     expected += [f"{stage}@{profile}" for stage in STAGES[2:] for profile in declared["profiles"]]
     assert sorted(expected) == NAMES
-    assert list(declared["profiles"]) == ["base"], "a bare `dvc repro` runs on any machine"
+    assert list(declared["profiles"]) == ["tiny_qwen3_vl"], "a bare `dvc repro` runs on any machine"
 
 
 def test_the_declared_datasets_are_those_of_the_profiles() -> None:
@@ -156,13 +156,8 @@ def test_outputs_are_outputs(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_the_pipeline_reads(name: str) -> None:
     pipeline, env = pipeline_and_env(name)
-    expected = {
-        f"conf/{folder}/{path.name}"
-        for path in (ROOT / "conf" / "base").glob("parameters_*.yml")
-        for folder in ("base", env)
-        if blocks(pipeline) & yaml.safe_load(path.read_text()).keys()
-    }
-    assert {params.def_path for params in stages()[name].params} == expected
+    expected = {f"conf/{folder}/parameters.yml": blocks(pipeline) for folder in ("base", env)}
+    assert {params.def_path: set(params.params) for params in stages()[name].params} == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,9 +194,10 @@ def test_files_that_code_reads_are_dependencies_of_a_stage() -> None:
 
 def test_the_embedded_dataset_is_drawn_where_it_is_read() -> None:
     draw = stages()[DRAW]
-    parameters = yaml.safe_load((ROOT / "conf/base/parameters_ingest.yml").read_text())["ingest"]
+    parameters = yaml.safe_load((ROOT / "conf/tiny_qwen3_vl/parameters.yml").read_text())["ingest"]
     assert [out.def_path for out in draw.outs] == [parameters["demo"]["folder"]]
-    assert {params.def_path for params in draw.params} == {"conf/base/parameters_ingest.yml"}
+    (params,) = draw.params
+    assert (params.def_path, params.params) == ("conf/tiny_qwen3_vl/parameters.yml", ["ingest.demo"])
     assert set(map(str, code_dependencies(DRAW))) == {
         f"{ROOT}/src/{PACKAGE}/demo",
         f"{ROOT}/src/{PACKAGE}/pipelines/ingest/embedded.py",
@@ -209,9 +205,9 @@ def test_the_embedded_dataset_is_drawn_where_it_is_read() -> None:
 
 
 def test_metrics_and_plots_are_declared() -> None:
-    evaluate, train = stages()["evaluate@base"], stages()["train@base"]
-    assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/base/metrics.json"]
-    assert [out.def_path for out in train.outs if out.plot] == ["data/08_reporting/base/training_metrics.csv"]
+    evaluate, train = stages()["evaluate@tiny_qwen3_vl"], stages()["train@tiny_qwen3_vl"]
+    assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/tiny_qwen3_vl/metrics.json"]
+    assert [out.def_path for out in train.outs if out.plot] == ["data/08_reporting/tiny_qwen3_vl/training_metrics.csv"]
 
 
 @pytest.fixture
@@ -229,6 +225,17 @@ def test_a_second_repro_changes_nothing(repository: Path) -> None:
     assert "Data and pipelines are up to date." in command(repository, "dvc repro ingest@digits")
     assert (repository / "dvc.lock").read_text() == lock
     assert command(repository, "git status --short") == "?? dvc.lock\n"
+    # Of the file with all blocks, only those that a stage reads count.
+    parameters = repository / "conf/tiny_qwen3_vl/parameters.yml"
+    blocks = yaml.safe_load(parameters.read_text())
+    blocks["train"]["learning_rate"] = 0.5
+    parameters.write_text("# Another order, too.\n" + yaml.safe_dump(dict(reversed(blocks.items())), sort_keys=False))
+    assert "up to date" in command(repository, "dvc status ingest@digits")
+    blocks["ingest"]["eval_fraction"] = 0.5
+    parameters.write_text(yaml.safe_dump(blocks))
+    status = command(repository, "dvc status ingest@digits")
+    assert "ingest@digits:" in status
+    assert "draw:" not in status, "what is drawn does not depend on the split"
 
 
 def test_dvc_finds_the_pointer_files_of_raw_data(tmp_path: Path) -> None:

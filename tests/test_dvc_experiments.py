@@ -17,9 +17,9 @@ from moto.server import ThreadedMotoServer
 from qvl_pipeline.reports.compare import compare_runs
 from tests.dvc_repository import command
 
-RESULT = "data/08_reporting/base/train_result.json"
-METRICS = "data/08_reporting/base/metrics.json"
-PARAMETERS = "conf/base/parameters_train.yml"
+RESULT = "data/08_reporting/tiny_qwen3_vl/train_result.json"
+METRICS = "data/08_reporting/tiny_qwen3_vl/metrics.json"
+PARAMETERS = "conf/tiny_qwen3_vl/parameters.yml"
 RATES = {"slow": 0.0005, "fast": 0.004}
 
 
@@ -51,7 +51,7 @@ def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
     command(trained, "dvc push")
     (trained / ".dvc/config.local").unlink()
     command(copy, "dvc pull")
-    for layer in ("data/02_intermediate", "data/06_models/base/trained"):
+    for layer in ("data/02_intermediate", "data/06_models/tiny_qwen3_vl/trained"):
         files = [path.relative_to(trained) for path in (trained / layer).rglob("*") if path.is_file()]
         assert files
         assert all((copy / file).read_bytes() == (trained / file).read_bytes() for file in files)
@@ -60,7 +60,7 @@ def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
     (copy / METRICS).unlink()
     command(copy, "kedro run --pipelines evaluate")
     assert json.loads((copy / METRICS).read_text()) == committed
-    assert not (copy / "data" / "06_models" / "base" / "scratch").exists(), "nothing was trained"
+    assert not (copy / "data" / "06_models" / "tiny_qwen3_vl" / "scratch").exists(), "nothing was trained"
     # The report tells which run it is of, so that alone may differ.
     assert "changed deps" not in command(copy, "dvc status")
 
@@ -69,9 +69,9 @@ def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
 def experiments(trained: Path) -> Path:
     """Two experiments with other learning rates: one in the project, one from the queue in a folder of its own."""
     change = f"-S {PARAMETERS}:train.learning_rate"
-    command(trained, f"dvc exp run --queue --name fast {change}={RATES['fast']} train@base")
+    command(trained, f"dvc exp run --queue --name fast {change}={RATES['fast']} train@tiny_qwen3_vl")
     command(trained, "dvc queue start")
-    command(trained, f"dvc exp run --name slow {change}={RATES['slow']} train@base")
+    command(trained, f"dvc exp run --name slow {change}={RATES['slow']} train@tiny_qwen3_vl")
     deadline = time.monotonic() + 120
     while "Success" not in (status := command(trained, "dvc queue status")):
         assert "Failed" not in status, command(trained, "dvc queue logs fast")
@@ -103,7 +103,7 @@ def test_experiments_are_in_mlflow_and_agree_with_dvc(table: dict[str, dict[str,
         assert parameters["train"]["learning_rate"] == rate
         assert json.loads(run.data.params["train.learning_rate"]) == rate
         assert run.info.status == "FINISHED"
-        assert run.data.tags["dvc_stage"] == "train@base"
+        assert run.data.tags["dvc_stage"] == "train@tiny_qwen3_vl"
         assert result["mlflow_run_id"] == run.info.run_id
         assert result["final_loss"] == run.data.metrics["train/loss"]
         losses[name] = result["final_loss"]

@@ -25,8 +25,8 @@ def refusal(project: Path, *names: str, **options: Any) -> list[str]:
 def test_missing_inputs_are_named_with_their_place_and_the_command_that_makes_them(project: Path) -> None:
     assert refusal(project, "train") == [
         "train cannot start, inputs do not exist yet:",
-        "  base_model (data/06_models/base/base)",
-        "  plan_summary (data/08_reporting/base/plan_summary.json)",
+        "  base_model (data/06_models/tiny_qwen3_vl/base)",
+        "  plan_summary (data/08_reporting/tiny_qwen3_vl/plan_summary.json)",
         "Run `kedro run --pipelines ingest,tokenize` first.",
     ]
 
@@ -40,7 +40,7 @@ def test_only_what_is_missing_is_to_be_run_and_with_the_same_profile(project: Pa
 
 def test_a_chain_that_makes_its_own_inputs_runs(project: Path) -> None:
     run(project, "ingest", "tokenize", "train")
-    assert (project / "data/08_reporting/base/train_result.json").exists()
+    assert (project / "data/08_reporting/tiny_qwen3_vl/train_result.json").exists()
 
 
 def test_an_input_that_no_pipeline_makes_is_yours_to_provide(project: Path) -> None:
@@ -59,21 +59,46 @@ def test_an_input_that_no_pipeline_makes_is_yours_to_provide(project: Path) -> N
 def test_an_unknown_profile_names_the_nearest_and_all_of_them(project: Path) -> None:
     (line,) = refusal(project, env="tiny_qwen2_5")
     assert line.startswith("there is no profile 'tiny_qwen2_5': did you mean 'tiny_qwen2_5_vl'? The profiles")
-    assert "base, qwen2_5_vl_7b, qwen3_vl_8b, tiny_qwen2_5_vl" in line
+    assert "qwen2_5_vl_7b, qwen3_vl_8b, tiny_qwen2_5_vl, tiny_qwen3_vl" in line
+    assert line.endswith("`kedro profile new tiny_qwen2_5 --data FILE` makes it")
 
 
-@pytest.mark.parametrize("names_its_place", [True, False])
-def test_a_copied_profile_that_would_overwrite_the_other_is_refused(project: Path, names_its_place: bool) -> None:
+@pytest.mark.parametrize("env", ["base", "local"])
+def test_what_all_profiles_share_and_what_is_personal_are_no_profiles(project: Path, env: str) -> None:
+    (project / "conf" / env / "globals.yml").write_text("dataset: digits\n")
+    (line,) = refusal(project, env=env)
+    assert line.startswith(f"'{env}' is no profile, but ")
+    assert line.endswith("the profiles in conf/ are qwen2_5_vl_7b, qwen3_vl_8b, tiny_qwen2_5_vl, tiny_qwen3_vl")
+
+
+def test_a_copied_profile_that_would_overwrite_the_other_is_refused(project: Path) -> None:
     shutil.copytree(project / "conf/tiny_qwen2_5_vl", project / "conf/mine")
-    if not names_its_place:  # the one of base is taken
-        (project / "conf/mine/globals.yml").unlink()
-    place = "tiny_qwen2_5_vl" if names_its_place else "base"
     assert refusal(project, "ingest", env="mine") == [
-        f"the profile 'mine' would overwrite the results of the profile '{place}': write `profile: mine` into "
+        "the profile 'mine' would overwrite the results of the profile 'tiny_qwen2_5_vl': write `profile: mine` into "
         "conf/mine/globals.yml"
     ]
-    (project / "conf/mine/globals.yml").write_text("profile: mine\n")
+    (project / "conf/mine/globals.yml").unlink()
+    assert refusal(project, "ingest", env="mine") == [
+        "the profile 'mine' does not say where its results go: write `profile: …` and `dataset: …` into "
+        "conf/mine/globals.yml"
+    ]
+    (project / "conf/mine/globals.yml").write_text("profile: mine\ndataset: digits\n")
     run(project, "ingest", env="mine")
+
+
+@pytest.mark.parametrize("stage", [None, "train@tiny_qwen3_vl"])
+def test_under_dvc_what_decides_results_is_not_to_be_in_conf_local(
+    project: Path, stage: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = "ingest: {eval_fraction: 0.1, cache_folder: /big/disk}\nevaluate: {seed: 3}\ndata_engine: {batch_rows: 7}\n"
+    (project / "conf/local/parameters.yml").write_text(own)
+    if stage:
+        monkeypatch.setenv("DVC_STAGE", stage)
+    run(project, "ingest")
+    warnings = [message for message in caplog.messages if "DVC does not see" in message]
+    assert len(warnings) == (stage is not None)
+    # Neither a place of files, nor a block that the stage does not read.
+    assert all("what conf/local sets: after a change of ingest.eval_fraction there, it" in line for line in warnings)
 
 
 def test_a_wrong_parameter_of_a_later_stage_stops_an_early_one(project: Path) -> None:

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from kedro.config import OmegaConfigLoader
 from kedro.framework.project import pipelines
 
 from qvl_pipeline.config import BLOCKS
@@ -18,6 +17,7 @@ from qvl_pipeline.config.base import Block
 from qvl_pipeline.data.made_with import RECORDED, made_with, read_record, with_attrs, write_record
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipeline_registry import STAGES
+from qvl_pipeline.profiles.loader import ProfileLoader
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
 from tests.kedro_project import run
 
@@ -32,16 +32,14 @@ def real(project: Path) -> Path:
 
 
 def declared(project: Path) -> dict[str, Block]:
-    """The blocks of the profile `base`."""
-    files = {
-        block: project / f"conf/base/parameters_{block}.yml" for block in ("ingest", "validate", "sample", "model")
-    }
-    return {block: BLOCKS[block](**yaml.safe_load(path.read_text())[block]) for block, path in files.items()}
+    """The blocks of the embedded example that decide its data."""
+    values = yaml.safe_load((project / "conf/tiny_qwen3_vl/parameters.yml").read_text())
+    return {block: BLOCKS[block](**values[block]) for block in ("ingest", "validate", "sample", "model")}
 
 
 def put(project: Path, name: str, record: dict[str, Any]) -> None:
     """Put a hand-over in its place: one with a record and nothing else in it."""
-    catalog = OmegaConfigLoader(str(project / "conf"), env="base", **CONFIG_LOADER_ARGS)["catalog"]
+    catalog = ProfileLoader(str(project / "conf"), **CONFIG_LOADER_ARGS)["catalog"]
     path = project / catalog[name]["filepath"]
     path.parent.mkdir(parents=True, exist_ok=True)
     attrs, schema = {"made_with": record}, pa.schema([])
@@ -104,7 +102,7 @@ def test_the_frames_are_as_decisive_as_the_tokens(real: Path) -> None:
         chain = {block: blocks[block] for block in RECORDED.get(name, ())}
         put(real, name, made_with({}, **chain | others)["made_with"])
     message = refusal(real, "train")
-    assert "video_frames (data/05_model_input/base/video_frames) was made with sample." in message
+    assert "video_frames (data/05_model_input/tiny_qwen3_vl/video_frames) was made with sample." in message
 
 
 def test_an_output_of_an_earlier_version_is_to_be_made_again(real: Path) -> None:
@@ -123,10 +121,10 @@ def test_an_input_that_was_cut_off_is_to_be_made_again(real: Path, entry: str) -
     for name in {entry for entry in pipelines["train"].inputs() if not entry.startswith("params:")}:
         put(real, name, made_with({}, **{block: blocks[block] for block in RECORDED.get(name, ())})["made_with"])
     files = {"tokenized_samples": "tokenized.arrow", "video_frames": "video_frames/made_with.json"}
-    path = real / "data/05_model_input/base" / files[entry]
+    path = real / "data/05_model_input/tiny_qwen3_vl" / files[entry]
     path.write_bytes(path.read_bytes()[:10])
     message = refusal(real, "train")
-    assert message.startswith(f"train cannot start, because {entry} (data/05_model_input/base/")
+    assert message.startswith(f"train cannot start, because {entry} (data/05_model_input/tiny_qwen3_vl/")
     assert ") cannot be read (" in message
     assert "make it again by `kedro run --pipelines " in message
     assert "\n" not in message
@@ -135,8 +133,10 @@ def test_an_input_that_was_cut_off_is_to_be_made_again(real: Path, entry: str) -
 def test_two_profiles_of_one_dataset_cannot_take_each_others_tables(real: Path) -> None:
     folder = real / "conf/mine"
     folder.mkdir()
-    (folder / "globals.yml").write_text("profile: mine\n")
-    (folder / "parameters_ingest.yml").write_text(yaml.safe_dump({"ingest": {**TEXT, "eval_fraction": 0.5}}))
+    (folder / "globals.yml").write_text("profile: mine\ndataset: digits\n")
+    blocks = yaml.safe_load((real / "conf/tiny_qwen3_vl/parameters.yml").read_text())
+    blocks["ingest"] = {**TEXT, "eval_fraction": 0.5}
+    (folder / "parameters.yml").write_text(yaml.safe_dump(blocks))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     source = real / "data/01_raw/a.jsonl"
     source.parent.mkdir(parents=True)

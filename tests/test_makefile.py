@@ -97,7 +97,7 @@ def test_run_installs_once_and_says_so(folder: Folder) -> None:
 @pytest.mark.parametrize(("profile", "dataset"), [("", "digits"), ("qwen3_vl_8b", "my_dataset")])
 def test_run_ends_with_the_places_of_all_pages(folder: Folder, profile: str, dataset: str) -> None:
     folder.add_command("uv")
-    name = profile or "base"
+    name = profile or "tiny_qwen3_vl"
     lines = folder.make("run", *([f"PROFILE={profile}"] if profile else [])).stdout.splitlines()
     assert lines[-6:-2] == [
         f"==> data:   data/08_reporting/{dataset}/validation.html",
@@ -156,7 +156,7 @@ def test_variables_reach_the_commands(folder: Folder) -> None:
     folder.make("ui", MLFLOW_TRACKING_URI="https://mlflow.example.org")
     folder.make("repro")
     folder.make("compare")
-    folder.make("compare", "RUNS=base,  tiny_qwen2_5_vl 0a1b")
+    folder.make("compare", "RUNS=tiny_qwen3_vl,  tiny_qwen2_5_vl 0a1b")
     ui = "mlflow ui --workers 1 --host 127.0.0.1 --port"
     assert folder.calls() == [
         "kedro run --env tiny_qwen2_5_vl",
@@ -164,12 +164,18 @@ def test_variables_reach_the_commands(folder: Folder) -> None:
         f"{ui} 5000 --backend-store-uri https://mlflow.example.org",
         "dvc repro",
         "kedro run --pipelines compare",
-        "kedro run --pipelines compare --params compare.runs=base+tiny_qwen2_5_vl+0a1b",
+        "kedro run --pipelines compare --params compare.runs=tiny_qwen3_vl+tiny_qwen2_5_vl+0a1b",
     ]
 
 
 def test_clean_keeps_data_and_runs(folder: Folder) -> None:
-    for name in ("data/06_models/base/model", "mlflow.db", ".venv/bin/python", "src/__pycache__/a.pyc", ".coverage.1"):
+    for name in (
+        "data/06_models/tiny_qwen3_vl/model",
+        "mlflow.db",
+        ".venv/bin/python",
+        "src/__pycache__/a.pyc",
+        ".coverage.1",
+    ):
         (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.path / name).write_text("")
     folder.make("clean")

@@ -37,7 +37,7 @@ def client(trained: Path, tracking_database: str) -> mlflow.MlflowClient:
 
 @pytest.fixture(scope="module")
 def run_id(trained: Path) -> str:
-    return json.loads((trained / "data/08_reporting/base/train_result.json").read_text())["mlflow_run_id"]
+    return json.loads((trained / "data/08_reporting/tiny_qwen3_vl/train_result.json").read_text())["mlflow_run_id"]
 
 
 @pytest.fixture

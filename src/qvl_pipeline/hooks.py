@@ -19,11 +19,14 @@ from kedro.pipeline.node import Node
 from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.profiles.checking import check_parameters
+from qvl_pipeline.profiles.loader import LOCAL, ProfileLoader, profile_names
 
 logger = logging.getLogger(__name__)
 
 # What these make is under the name of the dataset, which several profiles may have.
 SHARED = {"ingest", "validate"}
+# Parameters of where a stage works; what it writes does not depend on them.
+UNDECIDING = {"data_engine"}
 
 
 class EarlyChecks:
@@ -37,16 +40,14 @@ class EarlyChecks:
             UserError: `conf/` has no such profile, it would write where another one does, or a parameters block is
                 wrong; also one of a later stage.
         """
-        loader = context.config_loader
-        conf = Path(loader.conf_source)
-        profile = conf / (context.env or loader.default_run_env)
-        _check_profile(profile)
-        if context.env not in (None, loader.default_run_env, loader.base_env):
-            _check_place(profile, loader["globals"].get("profile"))
+        loader: ProfileLoader = context.config_loader
+        _check_profile(loader)
+        _check_place(loader.profile, loader["globals"])
         # Paths in parameters and tables start at the project root, wherever the command was started.
         os.chdir(context.project_path)
-        folders = [profile, conf / loader.base_env]
-        self._blocks = check_parameters(loader["parameters"], loader.runtime_params or {}, folders)
+        parameters = loader["parameters"]  # before their origins: of a file that cannot be read, it says which
+        self._origins = loader.origins
+        self._blocks = check_parameters(parameters, self._origins)
 
     @hook_impl
     def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ class EarlyChecks:
         evaluation = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
         self._evaluation_checked_before = evaluation[0] if "generate" in evaluation else None
         _check_node(pipeline, catalog)
+        self._warn_of_what_dvc_does_not_see(pipeline)
         wrong = self._unusable(pipeline, catalog)
         if not wrong:
             return
@@ -89,6 +91,21 @@ class EarlyChecks:
         problems = {name: self._made_otherwise(name) for name in sorted(inputs) if catalog.exists(name)}
         missing = dict.fromkeys(sorted(inputs - problems.keys()))
         return missing | {name: problem for name, problem in problems.items() if problem}
+
+    def _warn_of_what_dvc_does_not_see(self, pipeline: Pipeline) -> None:
+        """Under DVC, name values of `conf/local` that decide what is written: no dependency of a stage."""
+        if "DVC_STAGE" not in os.environ:
+            return
+        read = {name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:")}
+        keys = [
+            (name, key) for name in self._blocks if name in read - UNDECIDING for key in self._blocks[name].decisive()
+        ]
+        if own := [".".join(key) for key in keys if self._origins.of(key).startswith(f"conf/{LOCAL}/")]:
+            logger.warning(
+                "DVC does not see what conf/%s sets: after a change of %s there, it takes old results for new ones; "
+                "put what decides results into the profile",
+                *(LOCAL, ", ".join(own)),
+            )
 
     def _made_otherwise(self, name: str) -> str | None:
         from qvl_pipeline.data.made_with import RECORDED, first_difference, read_record
@@ -157,19 +174,29 @@ class Progress:
         logger.info("done in %.0f s", time.perf_counter() - self._started)
 
 
-def _check_profile(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    profiles = sorted(path.parent.name for path in folder.parent.glob("*/globals.yml"))
-    hint = did_you_mean(folder.name, profiles, otherwise="")
-    raise UserError(
-        f"there is no profile '{folder.name}': {f'{hint} The' if hint else 'the'} profiles in conf/ are "
-        f"{', '.join(profiles)}"
-    )
+def _check_profile(loader: ProfileLoader) -> None:
+    folder = loader.profile
+    profiles = profile_names(Path(loader.conf_source))
+    known = f"the profiles in conf/ are {', '.join(profiles)}"
+    for name, what in ((loader.base_env, "what all profiles share"), (LOCAL, "your own values, which every run gets")):
+        if folder.name == name:
+            raise UserError(f"'{name}' is no profile, but {what}: leave out --env, or name a profile; {known}")
+    if not folder.is_dir():
+        hint = did_you_mean(folder.name, profiles, otherwise="")
+        raise UserError(
+            f"there is no profile '{folder.name}': {f'{hint} T' if hint else 't'}{known[1:]}; "
+            f"`kedro profile new {folder.name} --data FILE` makes it"
+        )
 
 
-def _check_place(folder: Path, place: str | None) -> None:
+def _check_place(folder: Path, names: dict[str, Any]) -> None:
     """Refuse a profile that was copied and still writes where the other does: it would replace its model."""
+    file = f"{'/'.join(folder.parts[-2:])}/globals.yml"
+    if missing := [f"`{key}: …`" for key in ("profile", "dataset") if not names.get(key)]:
+        raise UserError(
+            f"the profile '{folder.name}' does not say where its results go: write {' and '.join(missing)} into {file}"
+        )
+    place = names["profile"]
     if place == folder.name or not (folder.parent / str(place) / "globals.yml").exists():
         return
     from qvl_pipeline.tracking.replay.repeat import PROFILE
@@ -177,7 +204,7 @@ def _check_place(folder: Path, place: str | None) -> None:
     if folder.name != PROFILE:  # which repeats another one, in a worktree of its own
         raise UserError(
             f"the profile '{folder.name}' would overwrite the results of the profile '{place}': write `profile: "
-            f"{folder.name}` into {'/'.join(folder.parts[-2:])}/globals.yml"
+            f"{folder.name}` into {file}"
         )
 
 

@@ -7,6 +7,7 @@ import sys
 
 from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.hooks import EarlyChecks, Progress
+from qvl_pipeline.profiles.loader import BASE, ProfileLoader
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.tracking.mlflow.hook import MlflowHook
 
@@ -38,9 +39,10 @@ HOOKS = (EarlyChecks(), Progress(), MlflowHook(BLOCKS))
 # all: "kedro-mlflow" disables nothing.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro_mlflow",)
 
+CONFIG_LOADER_CLASS = ProfileLoader
 CONFIG_LOADER_ARGS = {
-    "base_env": "base",
-    "default_run_env": "local",
+    "base_env": BASE,
+    "default_run_env": "tiny_qwen3_vl",
     "config_patterns": {"mlflow": ["mlflow.yml"]},
     # A profile names only what it changes; Kedro's default replaces whole blocks.
     "merge_strategy": {"parameters": "soft", "globals": "soft", "mlflow": "soft"},

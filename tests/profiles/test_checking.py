@@ -8,6 +8,7 @@ import pytest
 from qvl_pipeline.config import BLOCKS, IngestConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.profiles.checking import check_parameters
+from qvl_pipeline.profiles.origins import Origins
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def parameters(**blocks: Any) -> dict[str, Any]:
 
 def message(conf: Path, runtime: dict[str, Any] | None = None, **blocks: Any) -> str:
     with pytest.raises(UserError) as caught:
-        check_parameters(parameters(**blocks), runtime or {}, [conf / "wide", conf / "base"])
+        check_parameters(parameters(**blocks), Origins(runtime or {}, [conf / "wide", conf / "base"]))
     return str(caught.value)
 
 
 def test_good_parameters_are_models_with_every_block(conf: Path) -> None:
-    blocks = check_parameters(parameters(), {}, [conf / "base"])
+    blocks = check_parameters(parameters(), Origins({}, [conf / "base"]))
     assert {name: type(block) for name, block in blocks.items()} == BLOCKS
     assert isinstance(blocks["ingest"], IngestConfig)
 

@@ -34,22 +34,22 @@ def _database(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_means_the_newest_finished_training(recorder: Recorder) -> None:
-    recorder.training("base")
-    newest = recorder.training("base")
-    recorder.training("base", status="FAILED")
-    recorder.training("base", pipelines="ingest+validate")
+    recorder.training("first")
+    newest = recorder.training("first")
+    recorder.training("first", status="FAILED")
+    recorder.training("first", pipelines="ingest+validate")
     other = recorder.training("other", pipelines="train+evaluate")
-    assert compare_runs(["base", "other"]).runs["run_id"].to_dict() == {"base": newest, "other": other}
-    assert compare_runs().runs["run_id"].to_dict() == {"base": newest, "other": other}
+    assert compare_runs(["first", "other"]).runs["run_id"].to_dict() == {"first": newest, "other": other}
+    assert compare_runs().runs["run_id"].to_dict() == {"first": newest, "other": other}
 
 
 def test_run_ids_and_dvc_experiments_name_trainings_too(recorder: Recorder) -> None:
-    first = recorder.training("base", 1e-3, tags={"dvc_experiment": "slow"}, pipelines="train")
-    second = recorder.training("base", 1e-2)
-    third = recorder.training("base", 5e-3)
+    first = recorder.training("first", 1e-3, tags={"dvc_experiment": "slow"}, pipelines="train")
+    second = recorder.training("first", 1e-2)
+    third = recorder.training("first", 5e-3)
     runs = compare_runs(["slow", second, third]).runs
     assert runs["run_id"].tolist() == [first, second, third]
-    assert list(runs.index) == ["slow", f"base {second[:8]}", f"base {third[:8]}"]
+    assert list(runs.index) == ["slow", f"first {second[:8]}", f"first {third[:8]}"]
     assert compare_runs(["slow", second, third]).parameters.loc["train.learning_rate"].tolist() == [
         "0.001",
         "0.01",
@@ -60,43 +60,43 @@ def test_run_ids_and_dvc_experiments_name_trainings_too(recorder: Recorder) -> N
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["base", "bass"], "no finished training of a profile or DVC experiment 'bass'.*trainings of base, other"),
-        (["base"], "1 trainings were found, and 2 to 8 can be compared"),
-        (["base", "other", "base"], "'base' and 'base' are the same training"),
+        (["first", "bass"], "no finished training of a profile or DVC experiment 'bass'.*trainings of first, other"),
+        (["first"], "1 trainings were found, and 2 to 8 can be compared"),
+        (["first", "other", "first"], "'first' and 'first' are the same training"),
     ],
 )
 def test_what_cannot_be_compared_is_said(recorder: Recorder, names: list[str], message: str) -> None:
-    recorder.training("base")
+    recorder.training("first")
     recorder.training("other")
     with pytest.raises(UserError, match=message):
         compare_runs(names)
 
 
 def test_a_run_that_is_no_training_is_refused(recorder: Recorder) -> None:
-    recorder.training("base")
+    recorder.training("first")
     with pytest.raises(UserError, match="is no training; it ran ingest"):
-        compare_runs(["base", recorder.training("base", pipelines="ingest")])
+        compare_runs(["first", recorder.training("first", pipelines="ingest")])
 
 
 def test_only_parameters_that_differ_are_listed(recorder: Recorder) -> None:
-    recorder.training("base", 1e-3, parameters={"sample": {"fps": 2}, "model": {"image_max_pixels": 4096}})
+    recorder.training("first", 1e-3, parameters={"sample": {"fps": 2}, "model": {"image_max_pixels": 4096}})
     recorder.training(
         "other", 2e-3, parameters={"sample": {"fps": 1}, "model": {"image_max_pixels": 4096}, "new": {"a": None}}
     )
-    table = compare_runs(["base", "other"]).parameters
+    table = compare_runs(["first", "other"]).parameters
     assert table.to_dict("index") == {
-        "new.a": {"base": "not set", "other": "null"},
-        "sample.fps": {"base": "2", "other": "1"},
-        "train.learning_rate": {"base": "0.001", "other": "0.002"},
+        "new.a": {"first": "not set", "other": "null"},
+        "sample.fps": {"first": "2", "other": "1"},
+        "train.learning_rate": {"first": "0.001", "other": "0.002"},
     }
 
 
 def test_scores_have_intervals_and_gains_are_paired(recorder: Recorder) -> None:
-    recorder.training("base", answers=predictions({"video": HARD, "text": EASY}))
+    recorder.training("first", answers=predictions({"video": HARD, "text": EASY}))
     recorder.training("other", answers=predictions({"video": EASY, "text": EASY}))
-    comparison = compare_runs(["base", "other"])
+    comparison = compare_runs(["first", "other"])
     scores = comparison.scores.set_index(["run", "kind"])
-    assert scores.loc[("base", "video"), ["rate", "n", "low", "high"]].tolist() == [0.3, 10, *wilson_interval(0.3, 10)]
+    assert scores.loc[("first", "video"), ["rate", "n", "low", "high"]].tolist() == [0.3, 10, *wilson_interval(0.3, 10)]
     assert scores.loc[("other", "overall"), "rate"] == 0.9
     gains = comparison.differences.set_index("kind")
     assert (gains["run"] == "other").all()
@@ -108,21 +108,21 @@ def test_scores_have_intervals_and_gains_are_paired(recorder: Recorder) -> None:
 
 def test_only_the_same_samples_are_paired(recorder: Recorder) -> None:
     answers = predictions({"video": HARD})
-    recorder.training("base", answers=answers)
+    recorder.training("first", answers=answers)
     changed = predictions({"video": EASY}).iloc[2:]
     changed.loc[3, "question"] = "Another question under the old number"
     recorder.training("other", answers=changed)
-    comparison = compare_runs(["base", "other"])
+    comparison = compare_runs(["first", "other"])
     assert comparison.common == 7
     assert comparison.differences.set_index("kind").loc["video", "n"] == 7
 
 
 def test_ten_different_answers_are_shown_of_all_kinds_those_that_matter_first(recorder: Recorder) -> None:
-    recorder.training("base", answers=predictions({"video": [False] * 20, "text": [False] * 4, "same": EASY}))
+    recorder.training("first", answers=predictions({"video": [False] * 20, "text": [False] * 4, "same": EASY}))
     recorder.training(
         "other", answers=predictions({"video": [False] * 19 + [True], "text": [True] * 4, "same": EASY}, "8")
     )
-    comparison = compare_runs(["base", "other"])
+    comparison = compare_runs(["first", "other"])
     assert comparison.disagreeing == 25  # the wrong answers are 7 and 8
     rows = comparison.disagreements
     assert len(rows) == 10
@@ -134,12 +134,12 @@ def test_ten_different_answers_are_shown_of_all_kinds_those_that_matter_first(re
 
 def test_the_newest_evaluation_counts(recorder: Recorder) -> None:
     base = recorder.training(
-        "base", answers=predictions({"video": HARD}), parameters={"evaluate": {"max_new_tokens": 4}}
+        "first", answers=predictions({"video": HARD}), parameters={"evaluate": {"max_new_tokens": 4}}
     )
     recorder.training("other", answers=predictions({"video": HARD}), parameters={"evaluate": {"max_new_tokens": 4}})
     first = recorder.evaluation(base, predictions({"video": [True] * 10}), max_new_tokens=8)
     recorder.evaluation(base, predictions({"video": EASY}), max_new_tokens=16)
-    newest, chosen = compare_runs(["base", "other"]), compare_runs([first, "other"])
+    newest, chosen = compare_runs(["first", "other"]), compare_runs([first, "other"])
     assert newest.scores["rate"].tolist()[0] == 0.9
     assert newest.parameters.loc["evaluate.max_new_tokens"].tolist() == ["16", "4"]
     assert chosen.scores["rate"].tolist()[0] == 1.0
@@ -148,27 +148,27 @@ def test_the_newest_evaluation_counts(recorder: Recorder) -> None:
 
 
 def test_without_predictions_there_are_scores_but_no_intervals(recorder: Recorder) -> None:
-    run = recorder.training("base")
+    run = recorder.training("first")
     for key, value in {"trained/video/exact_match": 0.4, "trained/video/n": 5, "trained/video/loss": 1.0}.items():
         recorder.client.log_metric(run, key, value)
     recorder.training("other", answers=predictions({"video": EASY}))
-    comparison = compare_runs(["base", "other"])
+    comparison = compare_runs(["first", "other"])
     row = comparison.scores.iloc[0]
-    assert row[["run", "kind", "metric", "rate", "n"]].tolist() == ["base", "video", "exact_match", 0.4, 5]
+    assert row[["run", "kind", "metric", "rate", "n"]].tolist() == ["first", "video", "exact_match", 0.4, 5]
     assert np.isnan(row["low"])
     assert (comparison.common, len(comparison.differences), len(comparison.disagreements)) == (0, 0, 0)
     page = render_comparison(comparison)
-    assert "The predictions of base are not in MLflow" in page
+    assert "The predictions of first are not in MLflow" in page
     assert "no sample to which MLflow has the answers of all of them" in page
 
 
 def test_trainings_that_answered_other_samples_have_no_gain_and_the_page_says_why(recorder: Recorder) -> None:
     answers = predictions({"video": EASY})
-    recorder.training("base", answers=answers)
+    recorder.training("first", answers=answers)
     recorder.training("other", answers=answers.assign(question=answers["question"] + " Say it."))
     recorder.training("same", answers=answers)
-    page = render_comparison(compare_runs(["base", "other", "same"]))
-    assert "No gain of other over base:</b> the two evaluations have no sample in common" in page
+    page = render_comparison(compare_runs(["first", "other", "same"]))
+    assert "No gain of other over first:</b> the two evaluations have no sample in common" in page
     assert "No gain of same" not in page
     assert "samples are the same when their id, kind, task, question and expected answer are" in page
 
@@ -178,16 +178,16 @@ def test_a_parameter_of_one_source_differs_alone(recorder: Recorder) -> None:
         source = {"path": "data/a.json", "weight": weight, "storage_options": {"anon": True}}
         return {"ingest": {"datasets": [{"name": "a", **source}, {"name": "b", **source, "weight": 1.0}], "seed": 42}}
 
-    recorder.training("base", parameters=declared(1.0))
+    recorder.training("first", parameters=declared(1.0))
     recorder.training("other", parameters=declared(0.5))
-    parameters = compare_runs(["base", "other"]).parameters
+    parameters = compare_runs(["first", "other"]).parameters
     assert parameters.T.to_dict("list") == {"ingest.datasets[a].weight": ["1.0", "0.5"]}
 
 
 def test_speed_memory_and_versions_stand_side_by_side(recorder: Recorder) -> None:
-    recorder.training("base", final_loss=0.2, tags={"mlflow.source.git.commit": "abc", "git_dirty": "true"})
+    recorder.training("first", final_loss=0.2, tags={"mlflow.source.git.commit": "abc", "git_dirty": "true"})
     recorder.training("other", final_loss=0.3, tags={"mlflow.source.git.commit": "abc", "git_dirty": "false"})
-    comparison = compare_runs(["base", "other"])
+    comparison = compare_runs(["first", "other"])
     figures = comparison.figures
     assert figures.loc["tokens per second"].tolist() == pytest.approx([200, 300]), "without the first, slow step"
     assert figures.loc["peak memory, GiB"].tolist() == [2.0, 2.0]
@@ -196,15 +196,15 @@ def test_speed_memory_and_versions_stand_side_by_side(recorder: Recorder) -> Non
     versions = comparison.versions
     assert versions.loc["code: git commit"].tolist() == ["abc", "abc"]
     assert versions.loc["code: uncommitted changes"].tolist() == ["true", "false"]
-    assert versions.loc["data: pack_plan"].tolist() == ["sha:base", "sha:other"]
+    assert versions.loc["data: pack_plan"].tolist() == ["sha:first", "sha:other"]
     assert "DVC experiment" not in versions.index
 
 
 def test_curves_are_overlaid_and_text_is_escaped(recorder: Recorder, tmp_path: Path) -> None:
-    recorder.training("base", answers=predictions({"video": HARD}))
+    recorder.training("first", answers=predictions({"video": HARD}))
     recorder.training("other", answers=predictions({"video": EASY}, answer="<script>alert(1)</script>"))
-    comparison = compare_runs(["base", "other"])
-    losses = comparison.curves.query("metric == 'train/loss' and run == 'base'").set_index("step")["value"]
+    comparison = compare_runs(["first", "other"])
+    losses = comparison.curves.query("metric == 'train/loss' and run == 'first'").set_index("step")["value"]
     assert losses.index.tolist() == list(range(5, 201, 5))
     page = render_comparison(comparison)
     assert page == render_comparison(comparison)
@@ -216,9 +216,9 @@ def test_curves_are_overlaid_and_text_is_escaped(recorder: Recorder, tmp_path: P
 
 
 def test_a_metric_that_was_sent_twice_is_drawn_once(recorder: Recorder) -> None:
-    run = recorder.training("base")
+    run = recorder.training("first")
     recorder.training("other")
     recorder.client.log_metric(run, "train/loss", 9.0, step=5)
-    losses = compare_runs(["base", "other"]).curves.query("metric == 'train/loss' and run == 'base'")
+    losses = compare_runs(["first", "other"]).curves.query("metric == 'train/loss' and run == 'first'")
     assert losses["step"].is_unique
     assert pd.Series(losses["value"].to_numpy(), losses["step"])[5] == 9.0

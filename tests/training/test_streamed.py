@@ -25,11 +25,11 @@ PARAMETERS = {
 
 
 def test_an_iterable_dataset_type_trains_without_a_plan(trained: Path) -> None:
-    before = load_file(trained / "data/06_models/base/trained/model.safetensors")
+    before = load_file(trained / "data/06_models/tiny_qwen3_vl/trained/model.safetensors")
     parameters = ",".join(f"{key}={value}" for key, value in PARAMETERS.items())
     command(trained, f"kedro run --pipelines tokenize,train --params {parameters}")
 
-    inputs, reports = trained / "data/05_model_input/base", trained / "data/08_reporting/base"
+    inputs, reports = trained / "data/05_model_input/tiny_qwen3_vl", trained / "data/08_reporting/tiny_qwen3_vl"
     assert len(pd.read_parquet(inputs / "pack_plan.parquet")) == 0
 
     rows = pd.read_csv(reports / "training_metrics.csv")
@@ -42,5 +42,5 @@ def test_an_iterable_dataset_type_trains_without_a_plan(trained: Path) -> None:
     assert (result["steps"], result["world_size"]) == (3, 2)
     assert result["tokens"] == rows["tokens"].sum()
     assert result["final_loss"] == pytest.approx(rows["loss"].iloc[-1])
-    after = load_file(trained / "data/06_models/base/trained/model.safetensors")
+    after = load_file(trained / "data/06_models/tiny_qwen3_vl/trained/model.safetensors")
     assert not any(torch.equal(after[name], weight) for name, weight in before.items())

@@ -55,7 +55,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     """Trainings of two profiles."""
     recorder = Recorder(tmp_path_factory.mktemp("mlflow"), empty_database)
     half, most = [True, False] * 20, [True] * 35 + [False] * 5
-    recorder.training("base", 2e-3, predictions({"video": half, "text": most}), final_loss=0.3)
+    recorder.training("tiny_qwen3_vl", 2e-3, predictions({"video": half, "text": most}), final_loss=0.3)
     recorder.training("tiny_qwen2_5_vl", 1e-3, predictions({"video": most, "text": most}, answer="8"), final_loss=0.2)
     return recorder
 
@@ -99,7 +99,7 @@ def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
     text = shown(open_page(mlflow_ui, "mlflow-runs"))
     assert "2 matching runs" in text
     assert "Playground" not in text, "the menu of another kind of work"
-    assert " base " in text
+    assert " tiny_qwen3_vl " in text
     assert " tiny_qwen2_5_vl " in text
 
 
@@ -117,7 +117,7 @@ def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorde
     chosen = f"runs={runs}&metric={metric}&experiments={experiments}&plot_metric_keys={metrics}"
     page = open_page(f"{site}#/metric?{chosen}", "mlflow-curves")
     assert len(re.findall(r'class="trace scatter', page)) >= 2
-    assert "base (train/loss)" in shown(page)
+    assert "tiny_qwen3_vl (train/loss)" in shown(page)
     assert "tiny_qwen2_5_vl (train/loss)" in shown(page)
 
 
@@ -128,7 +128,7 @@ def comparison(recorder: Recorder) -> Iterator[str]:
 
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(recorder.uri)
-    yield render_comparison(compare_runs(["base", "tiny_qwen2_5_vl"]))
+    yield render_comparison(compare_runs(["tiny_qwen3_vl", "tiny_qwen2_5_vl"]))
     mlflow.set_tracking_uri(before)
 
 
@@ -139,7 +139,7 @@ def test_the_comparison_shows_overlaid_curves(comparison: str, tmp_path: Path) -
     assert re.findall(r'class="line (run\d) smooth"', training_loss) == ["run0", "run1"]
     text = shown(page)
     assert "train.learning_rate 0.002 0.001" in text
-    assert re.search(r"video exact_match base 40 50\.0 %", text)
+    assert re.search(r"video exact_match tiny_qwen3_vl 40 50\.0 %", text)
     assert re.search(r"tiny_qwen2_5_vl 40 87\.5 % 73\.9 % \S 94\.5 % \+37\.5", text)
 
 
@@ -188,7 +188,7 @@ def served(folder: Path) -> Iterator[str]:
 def viz(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """The address and the folder of the web site that `make viz-static` writes."""
     project = make_project(tmp_path_factory.mktemp("viz") / "project")
-    reporting = project / "data" / "08_reporting" / "base"
+    reporting = project / "data" / "08_reporting" / "tiny_qwen3_vl"
     reporting.mkdir(parents=True)
     metrics = pd.DataFrame({"step": [5, 10, 15], "loss": [3.0, 1.0, 0.5], "eval_loss": [None, 1.5, None]})
     metrics.to_csv(reporting / "training_metrics.csv", index=False)

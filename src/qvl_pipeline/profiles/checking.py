@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from qvl_pipeline.config import BLOCKS, Block
 from qvl_pipeline.errors import UserError, did_you_mean
+from qvl_pipeline.profiles.origins import Key, Origins
 
-Key = tuple[str | int, ...]
 
-
-def check_parameters(parameters: dict[str, Any], runtime: dict[str, Any], folders: list[Path]) -> dict[str, Block]:
+def check_parameters(parameters: dict[str, Any], origins: Origins) -> dict[str, Block]:
     """Return every block validated, with its defaults filled in.
 
     Args:
         parameters: The merged parameters.
-        runtime: Those of them given on the command line, by `--params`.
-        folders: Configuration folders, the one that takes precedence first; only read to say where a value comes from.
+        origins: Where they come from, to say it of a wrong one.
 
     Raises:
         UserError: A block or a key is unknown, missing, or has a value that is not allowed. All of them are listed.
@@ -34,7 +30,7 @@ def check_parameters(parameters: dict[str, Any], runtime: dict[str, Any], folder
         except ValidationError as error:
             problems += _by_key(name, parameters, error).items()
     if problems:
-        lines = [f"{'.'.join(map(str, key))}: {text} ({_origin(key, runtime, folders)})" for key, text in problems]
+        lines = [f"{'.'.join(map(str, key))}: {text} ({origins.nearest(key)})" for key, text in problems]
         raise UserError("\n".join(["the parameters cannot be used:", *(f"  {line}" for line in lines)]))
     return blocks
 
@@ -64,23 +60,3 @@ def _real_keys(location: Key, parameters: Any) -> Iterator[str | int]:
         yield key
         found = key in parameters if isinstance(parameters, dict) else isinstance(key, int)
         parameters = parameters[key] if found else None
-
-
-def _origin(key: Key, runtime: dict[str, Any], folders: list[Path]) -> str:
-    """Return where the value of `key` is set, else where its block is."""
-    for length in range(len(key), 0, -1):
-        if _has(runtime, key[:length]):
-            return "--params"
-        for path in (path for folder in folders for path in sorted(folder.glob("**/parameters*.yml"))):
-            if _has(yaml.safe_load(path.read_text(encoding="utf-8")), key[:length]):
-                return "/".join(path.parts[-3:])
-    return f"add it to a parameters file in {' or '.join('/'.join(folder.parts[-2:]) for folder in folders)}"
-
-
-def _has(values: Any, key: Key) -> bool:
-    for part in key:
-        inside = part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int)
-        if not inside:
-            return False
-        values = values[part]
-    return True

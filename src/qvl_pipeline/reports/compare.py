@@ -67,7 +67,7 @@ def compare_runs(names: list[str] | None = None) -> Comparison:
     if not 2 <= len(found) <= MOST_RUNS:
         raise UserError(
             f"compare.runs: {len(found)} trainings were found, and 2 to {MOST_RUNS} can be compared: name profiles, "
-            "DVC experiments or MLflow run ids, for example compare.runs=base+tiny_qwen2_5_vl"
+            "DVC experiments or MLflow run ids, for example compare.runs=tiny_qwen3_vl+tiny_qwen2_5_vl"
         )
     return compare([read_run(training, evaluation) for training, evaluation in found])
 

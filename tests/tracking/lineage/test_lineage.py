@@ -46,8 +46,8 @@ def test_outside_of_a_repository_there_are_no_git_tags(tmp_path: Path, monkeypat
 
 def test_dvc_tags_are_those_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
-    monkeypatch.setenv("DVC_STAGE", "train@base")
-    assert dvc_tags() == {"dvc_stage": "train@base"}
+    monkeypatch.setenv("DVC_STAGE", "train@tiny_qwen3_vl")
+    assert dvc_tags() == {"dvc_stage": "train@tiny_qwen3_vl"}
 
 
 def test_a_digest_covers_names_and_content(tmp_path: Path) -> None:

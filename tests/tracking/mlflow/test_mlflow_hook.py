@@ -52,7 +52,7 @@ def test_a_kedro_run_is_one_finished_run_named_after_the_profile(project: Path) 
 
 def test_a_run_of_single_stages_has_their_names_too(project: Path) -> None:
     run(project, "tokenize", "ingest")
-    assert recorded()[-1].info.run_name == "base/ingest+tokenize"
+    assert recorded()[-1].info.run_name == "tiny_qwen3_vl/ingest+tokenize"
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
@@ -106,6 +106,27 @@ def test_the_merged_parameters_of_all_blocks_are_an_artifact(project: Path) -> N
     }
 
 
+@pytest.mark.parametrize("env", [None, "tiny_qwen2_5_vl"])
+def test_where_every_parameter_comes_from_is_an_artifact(project: Path, env: str | None) -> None:
+    (project / "conf/local/parameters.yml").write_text("train: {seed: 7}\nevaluate: {task_by_source: {a.b: anls}}\n")
+    run(project, "ingest", "tokenize", "train", env=env, params={"train": {"learning_rate": 0.5}})
+    last = recorded()[-1]
+    origin = yaml.safe_load(artifact(last.info.run_id, "parameters_origin.yml").read_text())
+    profile = f"conf/{env or 'tiny_qwen3_vl'}/parameters.yml"
+    expected = {
+        "train.learning_rate": "--params",
+        "train.seed": "conf/local/parameters.yml",
+        "evaluate.task_by_source.a.b": "conf/local/parameters.yml",
+        "train.save_steps": profile,
+        "ingest.demo.seed": profile,
+        "evaluate.report_title": "conf/base/parameters.yml",
+        "train.optim": "default",
+    }
+    assert {key: origin[key] for key in expected} == expected
+    assert last.data.params["train.seed"] == "7", "what is one's own is recorded like all others"
+    assert last.data.params.keys() <= origin.keys()
+
+
 def test_a_value_too_long_for_mlflow_is_cut_and_named(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     modules = [f"a-module-name-{i}" for i in range(1000)]
     run(project, params={"train": {"freeze_modules": modules}})
@@ -140,8 +161,11 @@ def test_a_stage_alone_records_its_inputs_and_the_fingerprints_of_what_is_there(
     new = recorded()[-1]
     used = {entry.dataset.name: entry.dataset for entry in new.inputs.dataset_inputs}
     assert set(used) == {"base_model", "plan_summary"}
-    assert used["base_model"].digest == f"md5:{dvc_md5(project / 'data/06_models/base/base').removesuffix('.dir')}"
-    assert json.loads(used["base_model"].source) == {"uri": str(project / "data/06_models/base/base")}
+    assert (
+        used["base_model"].digest
+        == f"md5:{dvc_md5(project / 'data/06_models/tiny_qwen3_vl/base').removesuffix('.dir')}"
+    )
+    assert json.loads(used["base_model"].source) == {"uri": str(project / "data/06_models/tiny_qwen3_vl/base")}
     assert (new.data.tags["data_fingerprint"], new.data.tags["plan_fingerprint"]) == ("data-1", "plan of data-1")
     assert new.data.tags["pipelines"] == "train"
     run(project, "ingest")
@@ -178,7 +202,7 @@ def test_an_evaluation_writes_its_metrics_into_the_run_of_the_training_too(proje
 
 def test_metrics_for_a_training_run_that_is_gone_are_a_warning(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(project, "ingest", "tokenize", "train")
-    result = project / "data/08_reporting/base/train_result.json"
+    result = project / "data/08_reporting/tiny_qwen3_vl/train_result.json"
     result.write_text(json.dumps({"mlflow_run_id": "0" * 32}))
     run(project, "evaluate")
     assert "MLflow does not have 'metrics'" in caplog.text
@@ -273,8 +297,8 @@ def test_a_trained_model_is_a_pointer_and_on_request_a_version_in_the_registry(p
     run(project)
     pointer = json.loads(artifact(recorded()[-1].info.run_id, "model/pointer.json").read_text())
     assert pointer == {
-        "path": "data/06_models/base/trained",
-        "digest": f"md5:{dvc_md5(project / 'data/06_models/base/trained').removesuffix('.dir')}",
+        "path": "data/06_models/tiny_qwen3_vl/trained",
+        "digest": f"md5:{dvc_md5(project / 'data/06_models/tiny_qwen3_vl/trained').removesuffix('.dir')}",
         "version": "content, not recorded by DVC",
     }
     client = mlflow.MlflowClient()

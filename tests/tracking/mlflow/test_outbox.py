@@ -47,7 +47,7 @@ def synced(project: Path) -> dict[str, dict[str, int]]:
     pipelines.configure("qvl_pipeline.pipeline_registry")
     run(project, "sync_metrics")
     quick.use_quick_nodes(project)
-    return json.loads((project / "data/08_reporting/base/sync_report.json").read_text())
+    return json.loads((project / "data/08_reporting/tiny_qwen3_vl/sync_report.json").read_text())
 
 
 def test_an_evaluation_beside_a_server_that_is_down_is_sent_later_and_once(

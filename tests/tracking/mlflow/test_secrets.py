@@ -82,8 +82,13 @@ def planted(project: Path, server: int, monkeypatch: pytest.MonkeyPatch) -> Path
     return project
 
 
+@pytest.mark.parametrize("env", [None, "tiny_qwen2_5_vl"])
 def test_no_file_of_a_run_and_no_line_of_its_log_holds_a_secret(
-    planted: Path, tracking_database: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    env: str | None,
+    planted: Path,
+    tracking_database: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     import mlflow
 
@@ -91,7 +96,7 @@ def test_no_file_of_a_run_and_no_line_of_its_log_holds_a_secret(
         {"name": "here", "path": "rows.jsonl", "data_type": "jsonl"},
         {"name": "there", "path": f"https://host/rows.jsonl?X-Amz-Signature=url-{PLANTED}", "data_type": "jsonl"},
     ]
-    quick.run(planted, "ingest", "tokenize", "train", params={"ingest": {"demo": None, "datasets": sources}})
+    quick.run(planted, "ingest", "tokenize", "train", env=env, params={"ingest": {"demo": None, "datasets": sources}})
     caplog.set_level("DEBUG")
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("qvl_pipeline")

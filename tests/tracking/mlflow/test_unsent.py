@@ -57,7 +57,7 @@ def run_id(proxy: FaultyProxy) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "data/06_models/base/scratch/abc"
+    folder = tmp_path / "data/06_models/tiny_qwen3_vl/scratch/abc"
     folder.mkdir(parents=True)
     return folder
 
@@ -191,7 +191,7 @@ def test_kedro_sends_them_and_makes_no_run_of_its_own(project: Path, tracking_da
     run(project, "sync_metrics")
     assert stored(run_id, "train/loss") == [(step, 1 / step) for step in range(1, 4)]
     assert len(client.search_runs(experiments)) == before
-    report = json.loads((project / "data/08_reporting/base/sync_report.json").read_text())
+    report = json.loads((project / "data/08_reporting/tiny_qwen3_vl/sync_report.json").read_text())
     assert report == {run_id: {"sent": 3, "left": 0}}
     sink_of("0" * 32, folder)
     with pytest.raises(UserError, match="MLflow did not take all of 0000"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 
 from qvl_pipeline.config import ReplayConfig
 from qvl_pipeline.errors import UserError
@@ -120,9 +121,20 @@ def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:
         read_run(recorded(client, []))
     with pytest.raises(UserError, match="evaluates the training abc: replay that"):
         read_run(recorded(client, [], {"mlflow.parentRunId": "abc"}))
-    tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "base", "dataset": "digits"}
+    tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "tiny_qwen3_vl", "dataset": "digits"}
     with pytest.raises(UserError, match=r"its artifact uncommitted\.patch is not there"):
         read_run(recorded(client, [], tags | {"git_dirty": "true"}))
+
+
+def test_a_replay_is_recorded_where_ones_own_runs_are(tmp_path: Path) -> None:
+    (tmp_path / "conf/local").mkdir(parents=True)
+    (tmp_path / "work/conf" / replay.PROFILE).mkdir(parents=True)
+    written = tmp_path / "work/conf" / replay.PROFILE / "mlflow.yml"
+    replay._name_next_run(tmp_path, tmp_path / "work", "a replay")
+    assert yaml.safe_load(written.read_text()) == {"run_name": "a replay"}
+    (tmp_path / "conf/local/mlflow.yml").write_text("experiment: mine\nrun_name: mine\n")
+    replay._name_next_run(tmp_path, tmp_path / "work", "a replay")
+    assert yaml.safe_load(written.read_text()) == {"experiment": "mine", "run_name": "a replay"}
 
 
 def test_a_run_that_is_repeated_ends_in_its_own_way_when_the_replay_is_interrupted(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from qvl_pipeline.tracking.replay.repeatable import RecordedRun
 from tests.kedro_project import make_project
 
 PROFILE = "replay"
-PLAN = Path("data/05_model_input/base/pack_plan.parquet")
-FRAMES = Path("data/05_model_input/base/video_frames")
+PLAN = Path("data/05_model_input/tiny_qwen3_vl/pack_plan.parquet")
+FRAMES = Path("data/05_model_input/tiny_qwen3_vl/video_frames")
 MANIFEST = Path("data/01_raw/digits.manifest.json")
 DEMO = {"demo": {"folder": "data/01_raw/digits"}, "datasets": [{"path": "data/01_raw/digits/rows.jsonl"}]}
 OWN = {"demo": None, "datasets": [{"path": "data/01_raw/own/rows.jsonl"}]}
@@ -48,7 +48,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def worktree(project: Path) -> Path:
     folder = project / "data/replay/run"
     shutil.copytree(project / "conf", folder / "conf")
-    write(folder / "conf" / PROFILE / "globals.yml", yaml.safe_dump({"profile": "base", "dataset": "digits"}))
+    write(folder / "conf" / PROFILE / "globals.yml", yaml.safe_dump({"profile": "tiny_qwen3_vl", "dataset": "digits"}))
     return folder
 
 
@@ -59,7 +59,7 @@ def inputs(project: Path) -> dict[str, str]:
 
 
 def got(project: Path, worktree: Path, inputs: dict[str, str], ingest: dict[str, Any]) -> dict[str, str]:
-    run = RecordedRun("run", "0", ("train",), "c", "", "base", "digits", "raw-1", {"ingest": ingest}, inputs)
+    run = RecordedRun("run", "0", ("train",), "c", "", "tiny_qwen3_vl", "digits", "raw-1", {"ingest": ingest}, inputs)
     return get_data(project, worktree, PROFILE, run, inputs)
 
 

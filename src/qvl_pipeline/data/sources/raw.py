@@ -18,14 +18,14 @@ from qvl_pipeline.errors import UserError
 _LOGGER = logging.getLogger(__name__)
 
 # How a file type is recognised in a folder.
-_ENDINGS = {
+ENDINGS = {
     "parquet": (".parquet",),
     "arrow": (".arrow",),
     "hf_dataset": (".json", ".arrow"),
     **{kind: (f".{kind}", f".{kind}.gz", f".{kind}.zst") for kind in ("json", "jsonl", "csv")},
 }
 # Rows, too, by the look of their names, that a folder of another type does not give.
-_LIKE_ROWS = tuple({ending for endings in _ENDINGS.values() for ending in endings} | {".ndjson", ".bz2", ".xz", ".zip"})
+_LIKE_ROWS = tuple({ending for endings in ENDINGS.values() for ending in endings} | {".ndjson", ".bz2", ".xz", ".zip"})
 # How Hugging Face datasets name the splits of a `DatasetDict`.
 _HF_SPLITS = {"train": "train"} | dict.fromkeys(("eval", "validation", "valid", "val", "dev", "test"), "eval")
 
@@ -52,7 +52,7 @@ def list_files(config: IngestConfig) -> list[dict[str, Any]]:
             **{key: value for key, value in (("url", file.url), ("split", file.split)) if value},
         }
         for number, source in enumerate(config.datasets)
-        for file in _source_files(source, Path(config.cache_folder) / "remote", f"ingest.datasets[{number}].path")
+        for file in find_files(source, Path(config.cache_folder) / "remote", f"ingest.datasets[{number}].path")
     ]
 
 
@@ -84,13 +84,13 @@ class _File(NamedTuple):
     split: str | None = None
 
 
-def _source_files(source: DatasetSource, cache: Path, parameter: str) -> list[_File]:
+def find_files(source: DatasetSource, cache: Path, parameter: str) -> list[_File]:
     """Find the files of a source, in the order in which they are read."""
     remote = is_url(source.path)
     found = list_remote(source.path, source.storage_options) if remote else _list_local(Path(source.path))
     if not found:
         raise UserError(f"{parameter}: '{source.path}' does not exist or is empty; name it from the project root on")
-    endings = _ENDINGS[source.data_type]
+    endings = ENDINGS[source.data_type]
     # A file that is named itself may have any name.
     left_out = {name: None for name in found if name and not name.lower().endswith(endings)}
     found = {name: place for name, place in found.items() if name not in left_out}

@@ -92,13 +92,13 @@ def _join(pieces: list[_Piece]) -> Slab:
 
 def _read_jsonl(path: Path) -> Iterator[_Piece]:
     # By bytes: one that is not UTF-8 fails its line, not the file.
-    with path.open("rb") as raw, _decompressed(raw) as file:
+    with path.open("rb") as raw, decompressed(raw) as file:
         for lines in iter(lambda: file.readlines(_PIECE_BYTES), []):
             yield _Piece(pa.array(lines, pa.large_binary()), None, _position(raw))
 
 
 def _read_json(path: Path) -> Iterator[_Piece]:
-    with path.open("rb") as raw, _decompressed(raw) as file:
+    with path.open("rb") as raw, decompressed(raw) as file:
         rows: list[bytes] = []
         size = 0
         for row in _entries(io.TextIOWrapper(file, encoding="utf-8"), path):
@@ -179,7 +179,7 @@ class _JsonText:
 def _read_csv(path: Path) -> Iterator[_Piece]:
     """Read a CSV file with a header. All values are texts, and JSON where they begin with a bracket."""
     csv.field_size_limit(sys.maxsize)
-    with path.open("rb") as raw, _decompressed(raw) as file:
+    with path.open("rb") as raw, decompressed(raw) as file:
         rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline=""))
         header = next(rows, [])
         if len(set(header)) < len(header):
@@ -296,7 +296,7 @@ def _refuse_doubled_columns(schema: pa.Schema) -> None:
         raise ValueError("its columns are ambiguous: two have the same name")
 
 
-def _decompressed(file: BinaryIO) -> BinaryIO:
+def decompressed(file: BinaryIO) -> BinaryIO:
     """Return the content of a file that may be compressed, without its byte order mark."""
     start = file.read(4)
     file.seek(0)

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.flattening import flattened
 from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
 from qvl_pipeline.tracking.lineage.uncommitted import PATCH, uncommitted
 from qvl_pipeline.tracking.mlflow.sinks import check_installed
@@ -39,6 +40,8 @@ LONG_STAGES = ("sample", "train", "evaluate")
 GIVEN = "given_parameters.yml"
 # The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
 TRAIN_RESULT = "train_result"
+# By the dotted name of every parameter: the file that sets it, `--params`, or `default`.
+ORIGIN = "parameters_origin.yml"
 
 
 class MlflowConfig(Block):
@@ -48,7 +51,7 @@ class MlflowConfig(Block):
         tracking_uri: Database or server that records runs.
         artifact_location: Folder of artifacts, when `tracking_uri` is a local database.
         experiment: Experiment of every run.
-        run_name: Name of the run; that of single stages has their names behind it, as in `base/train`.
+        run_name: Name of the run; that of single stages has their names behind it, as in `qwen3_vl_8b/train`.
         system_metrics_interval_s: Seconds between two samples of CPU, memory, disk, network and GPUs in the stages that
             take long (`sample`, `train`, `evaluate`); 0 takes none.
         register_model: Name under which every trained model becomes a version in the model registry, by default none.
@@ -149,6 +152,7 @@ class MlflowHook:
                 self._run.log_text(uncommitted(self._context.project_path), PATCH)
             self._run.log_yaml(self._parameters, "parameters.yml")
             self._run.log_yaml(self._context.config_loader["parameters"], GIVEN)
+            self._run.log_yaml(self._origin(), ORIGIN)
             self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
             for name in sorted(pipeline.inputs() & self._paths.keys()):
                 self._run.log_input(name, self._paths[name], context="+".join(names))
@@ -207,6 +211,11 @@ class MlflowHook:
 
             with going_on(f"the end of this run ({status})"):
                 run.finish(status)
+
+    def _origin(self) -> dict[str, str]:
+        origins = self._context.config_loader.origins
+        keys = [key.split("\0") for key, _ in flattened(self._parameters, "\0")]  # a name may hold a dot
+        return {".".join(key): origins.of(tuple(key)) for key in keys}
 
     def _log_sources(self, files: list[dict[str, Any]]) -> None:
         """Record every declared source of data: where it is, and its version."""

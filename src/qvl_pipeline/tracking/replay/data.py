@@ -31,9 +31,9 @@ def get_data(project: Path, folder: Path, profile: str, run: RecordedRun, inputs
         How each input was got: `linked` (it is in the project as the run read it), `from DVC` (its cache or remote has
         that md5), or `made again`, which is then left to the stages before, all of them, and holds for every input.
     """
-    catalog = OmegaConfigLoader(
-        str(folder / "conf"), base_env="base", default_run_env="local", env=profile, merge_strategy={"globals": "soft"}
-    )["catalog"]
+    catalog = OmegaConfigLoader(str(folder / "conf"), base_env="base", env=profile, merge_strategy={"globals": "soft"})[
+        "catalog"
+    ]
     paths = {name: Path(catalog[name]["filepath"]) for name in sorted(inputs) if name in catalog}
     raw_is_same = _get_raw(project, folder, run, project / catalog["raw_manifest"]["filepath"])
     how = {name: _get(project, folder, path, inputs[name]) for name, path in paths.items()} if raw_is_same else {}

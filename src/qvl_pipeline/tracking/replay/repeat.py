@@ -123,6 +123,13 @@ def _write_profile(folder: Path, run: RecordedRun) -> None:
     (profile / "parameters.yml").write_text(yaml.safe_dump(run.parameters))
 
 
+def _name_next_run(project: Path, folder: Path, label: str) -> None:
+    """Name what runs in the worktree, in the place where this person's runs go: no commit has `conf/local`."""
+    local = project / "conf" / "local" / "mlflow.yml"
+    own = yaml.safe_load(local.read_text(encoding="utf-8")) if local.exists() else None
+    (folder / "conf" / PROFILE / "mlflow.yml").write_text(yaml.safe_dump({**(own or {}), "run_name": label}))
+
+
 def _inputs(runs: list[RecordedRun]) -> dict[str, str]:
     """Return the digest of every entry that `runs` read and did not write themselves."""
     written = set().union(
@@ -144,7 +151,7 @@ def _stages_before(run: RecordedRun) -> tuple[str, ...]:
 def _kedro_run(folder: Path, names: tuple[str, ...], run: RecordedRun) -> str:
     """Run pipelines in the worktree; return the id of their MLflow run."""
     label = f"replay of {run.id} {uuid.uuid4().hex[:8]}"
-    (folder / "conf" / PROFILE / "mlflow.yml").write_text(yaml.safe_dump({"run_name": label}))
+    _name_next_run(Path.cwd(), folder, label)
     options = ["--pipelines", ",".join(names)] if names else []
     # `DVC_*` and `MLFLOW_RUN_ID` would say that this is a stage of DVC, or that run.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_RUN_ID"))}

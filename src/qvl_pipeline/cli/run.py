@@ -1,10 +1,9 @@
-"""`kedro run`, with errors that people can read: one sentence instead of a traceback when it is theirs to mend."""
+"""`kedro run`: what Kedro has, with endings and errors that people can read."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -14,17 +13,9 @@ from typing import Any, NoReturn
 import click
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.project import pipelines
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from qvl_pipeline.cli.sentences import one_sentence
 from qvl_pipeline.errors import UserError, did_you_mean
-
-# What a person can mend: data, parameters or the environment; and configuration files that cannot be read.
-MENDABLE = (UserError, YAMLError, OmegaConfBaseException)
-# So are these, whoever comes upon them: no space or quota left, a read-only file system, no right to a file.
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-
-cli = click.Group(name="qvl_pipeline", help="Commands of this project.")
 
 
 def _run(**options: Any) -> dict[str, Any]:
@@ -38,17 +29,14 @@ def _run(**options: Any) -> dict[str, Any]:
     if options["pipelines"] == ["replay"] and "run_id" in options["params"]:
         options["params"]["replay"] = {"run_id": options["params"].pop("run_id")}
     try:
-        _check_names(options["pipelines"])
-        return kedro_run.callback(**options)
+        with one_sentence():
+            _check_names(options["pipelines"])
+            return kedro_run.callback(**options)
     except KeyboardInterrupt:
         click.echo("Aborted!", err=True)
         _end(128 + signal.SIGINT)
     except _Terminated as error:
         _end(error.code)
-    except Exception as error:
-        if cause := _mendable(error):
-            raise click.ClickException(_sentence(cause)) from error
-        raise
 
 
 class _Terminated(SystemExit):
@@ -79,21 +67,4 @@ def _check_names(names: list[str]) -> None:
             raise UserError(f"there is no pipeline '{name}': {hint}")
 
 
-def _mendable(error: BaseException | None) -> BaseException | None:
-    """Return the mendable error that `error` is or was caused by: Kedro wraps what a dataset raises while saving."""
-    while error is not None and not isinstance(error, MENDABLE):
-        if isinstance(error, OSError) and error.errno in MACHINE:
-            return error
-        error = error.__cause__
-    return error
-
-
-def _sentence(error: BaseException) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    where = f" ('{error.filename}')" if error.filename else ""
-    return f"{error.strerror}{where}: make room or give the right to it, and run the same command again"
-
-
 run = click.Command("run", params=kedro_run.params, callback=_run, help=kedro_run.help)
-cli.add_command(run)
