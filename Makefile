@@ -3,10 +3,13 @@
 override PROFILE := $(or $(PROFILE),tiny_qwen3_vl)
 RUNS ?=
 PORT ?= 5000
+# Another Python, in an environment of its own: make test PYTHON=3.13 VENV=.venv-3.13
+PYTHON ?= >=3.11,<3.14
+VENV ?= .venv
 
 # uv from the machine when there is one, else a private copy in .uv/
 UV = $(shell command -v uv || echo .uv/bin/uv)
-ENVIRONMENT := .venv/.up-to-date
+ENVIRONMENT := $(VENV)/.up-to-date
 KEDRO_RUN := kedro run$(if $(filter-out tiny_qwen3_vl,$(PROFILE)), --env $(PROFILE))
 EMPTY :=
 COMMA := ,
@@ -14,7 +17,7 @@ COMMA := ,
 COMPARED := $(subst $(EMPTY) $(EMPTY),+,$(strip $(subst $(COMMA), ,$(RUNS))))
 
 # Recipes, DVC stages and their children find this project's commands first. Nothing reports home.
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -84,7 +87,7 @@ replay: $(ENVIRONMENT) ## Repeat a run and compare it bit for bit. RUN=<id in ML
 	@kedro run --pipelines replay --params run_id=$(RUN)
 
 clean: ## Remove .venv and everything tools have cached. Data, models and MLflow runs stay.
-	rm -rf .venv .uv .pytest_cache .ruff_cache .import_linter_cache .grimp_cache .hypothesis .coverage* htmlcov build dist .viz
+	rm -rf .venv* .uv .pytest_cache .ruff_cache .import_linter_cache .grimp_cache .hypothesis .coverage* htmlcov build dist .viz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --compile-bytecode: every process starts from it, also where Python may not write into .venv; without, a `kedro run`
@@ -93,8 +96,8 @@ $(ENVIRONMENT): requirements.lock pyproject.toml
 	@command -v "$(UV)" >/dev/null || { echo "==> uv is not installed: getting a private copy into .uv/"; \
 	    python3 -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv; } || { \
 	    echo "Install uv (https://docs.astral.sh/uv) or the venv module of python3, and try again." >&2; exit 1; }
-	@test -x .venv/bin/python || "$(UV)" venv --quiet --python ">=3.11,<3.14" .venv
-	@echo "==> installing requirements.lock into .venv (several GB the first time)"
-	@"$(UV)" pip install --quiet --compile-bytecode --python .venv/bin/python --requirement requirements.lock
-	@"$(UV)" pip install --quiet --python .venv/bin/python --no-deps --editable .
+	@test -x "$(VENV)/bin/python" || "$(UV)" venv --quiet --python "$(PYTHON)" "$(VENV)"
+	@echo "==> installing requirements.lock into $(VENV) (several GB the first time)"
+	@"$(UV)" pip install --quiet --compile-bytecode --python "$(VENV)/bin/python" --requirement requirements.lock
+	@"$(UV)" pip install --quiet --python "$(VENV)/bin/python" --no-deps --editable .
 	@touch $@

@@ -119,6 +119,15 @@ def test_a_changed_requirement_is_installed_into_the_same_environment(folder: Fo
     assert folder.calls() == INSTALL
 
 
+def test_another_python_gets_an_environment_of_its_own(folder: Folder) -> None:
+    folder.add_command("uv")
+    folder.make("setup", "PYTHON=3.13", "VENV=.venv-3.13")
+    made, *installed = folder.calls()
+    assert made == "uv venv --quiet --python 3.13 .venv-3.13"
+    assert installed == [call.replace(".venv/", ".venv-3.13/") for call in INSTALL]
+    assert not (folder.path / ".venv").exists()
+
+
 def test_an_interrupted_installation_is_made_again(folder: Folder) -> None:
     folder.add_command("uv")
     folder.make("setup")
