@@ -15,6 +15,7 @@ SPEC = "train_spec.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EXPORT = "export"
+CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 PUBLISHED = "PUBLISHED"
 
@@ -58,9 +59,16 @@ def _make_ready(folder: Path, *, resume: bool) -> None:
     keep_rows_until(folder / METRICS, done)
 
 
-def publish(folder: Path, destination: Path) -> None:
-    """Copy the export to its place, then drop what only an unfinished training needs: it is several times the model."""
+def publish(folder: Path, card: str, destination: Path) -> None:
+    """Copy the export to its place, then drop what only an unfinished training needs: it is several times the model.
+
+    Args:
+        folder: The training's scratch folder.
+        card: The model card that goes with it.
+        destination: Folder to make.
+    """
     shutil.copytree(folder / EXPORT, destination)
+    (destination / CARD).write_text(card, encoding="utf-8")
     (folder / PUBLISHED).touch()
     shutil.rmtree(folder / EXPORT)
     shutil.rmtree(folder / CHECKPOINTS)
