@@ -84,8 +84,9 @@ class TestPublishing:
         for part in ("export/model.safetensors", "checkpoints/checkpoint-9/COMPLETE", "metrics.jsonl", "result.json"):
             (run / part).parent.mkdir(parents=True, exist_ok=True)
             (run / part).touch()
-        publish(run, tmp_path / "trained")
-        assert [path.name for path in (tmp_path / "trained").iterdir()] == ["model.safetensors"]
+        publish(run, "# a card", tmp_path / "trained")
+        assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == ["README.md", "model.safetensors"]
+        assert (tmp_path / "trained" / "README.md").read_text() == "# a card"
         assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "PUBLISHED"}
 
 
