@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Qwen-VL merges frames in pairs and patches in squares of 2 x 2.
+from qvl_pipeline.families.family import MERGE_SIZE
+
+# Qwen-VL merges frames in pairs.
 FRAME_FACTOR = 2
-MERGE_SIZE = 2
 # qwen_vl_utils' VIDEO_MAX_TOKEN_NUM: most merged tokens of one frame, whatever `max_pixels` says.
 MAX_FRAME_TOKENS = 768
 MAX_RATIO = 200
