@@ -29,8 +29,8 @@ from qvl_pipeline.engine.model.processor_files import video_values
 from qvl_pipeline.engine.spec import SamplingSpec, TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.sampling import smart_nframes, video_size
-from tests.engine.model.layouts import OLD_FORMS, in_old_form
 from tests.engine.training import changed, make_training
+from tests.layouts import OLD_FORMS, in_old_form
 
 SAMPLING = SamplingSpec(
     video_sampling_strategy="fps",
