@@ -218,3 +218,9 @@ def trained(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> lis
     training.save(folder / "train_spec.json")
     run_ranks(main, nproc, folder / "train_spec.json", log_dir=folder / "logs", timeout_s=timeout_s)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_error(output_dir: Path) -> dict[str, Any]:
+    """Return the report of the rank that failed first: others may have been ended before they wrote theirs."""
+    reports = [json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")]
+    return min(reports, key=lambda report: report["time"])

@@ -17,7 +17,7 @@ from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.pipelines.train import nodes
 from qvl_pipeline.training import running
 from qvl_pipeline.training.launcher import Processes
-from qvl_pipeline.training.scratch import PUBLISHED
+from qvl_pipeline.training.scratch import leave, note_published
 from tests.engine.training import make_training
 
 INGEST = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
@@ -59,6 +59,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         if processes.nodes.node_rank == 0:
             (spec_path.parent / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
             (spec_path.parent / "result.json").write_text("{}")
+            (spec_path.parent / "export").mkdir()
             (spec_path.parent / "checkpoints" / "checkpoint-1").mkdir(parents=True)
             (spec_path.parent / "checkpoints" / "checkpoint-1" / "COMPLETE").touch()
 
@@ -113,7 +114,8 @@ def test_another_node_joins_where_the_first_has_something_to_train(
 ) -> None:
     train(inputs)
     if published:
-        (launched[0] / PUBLISHED).touch()
+        note_published(launched[0])
+        leave(launched[0].parent)
     request.getfixturevalue("second_node")
     with pytest.raises(SystemExit):
         train(inputs, resume_from_checkpoint=resume)

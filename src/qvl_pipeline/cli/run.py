@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,10 +19,15 @@ from kedro.framework.project import pipelines
 
 from qvl_pipeline.cli.sentences import one_sentence
 from qvl_pipeline.errors import UserError, did_you_mean
+from qvl_pipeline.unfinished import unfinished_folder
+
+# How the names of temporary folders of runs begin.
+_TEMPORARY = "qvl-run-"
 
 
 def _run(**options: Any) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, _leave)
+    _use_temporary_folder()
     # Threads of torch that wait for each other otherwise burn the cores that they wait for: on a busy CPU, the answers
     # of a tiny model take ten times as long. OpenMP reads this when torch is imported, which nothing has done so far.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -37,6 +45,19 @@ def _run(**options: Any) -> dict[str, Any]:
         _end(128 + signal.SIGINT)
     except _Terminated as error:
         _end(error.code)
+
+
+def _use_temporary_folder() -> None:
+    """Give this run and all of its processes a temporary folder of their own: what killed ones leave goes with it.
+
+    Where this process is killed itself, the next run removes it. What is to outlive a run stays where it was.
+    """
+    place = tempfile.gettempdir()
+    folder = unfinished_folder(Path(place), _TEMPORARY)
+    # After multiprocessing has removed its own, which is inside.
+    multiprocessing.util.Finalize(None, folder.cleanup, exitpriority=-200)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{place}/torchinductor_{os.getuid()}")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
 
 
 class _Terminated(SystemExit):

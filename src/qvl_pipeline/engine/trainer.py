@@ -338,7 +338,9 @@ class Trainer:
             "exported_step": exported_step,
             **self.facts,
         }
-        (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        partial = output_dir / ".result.json.partial"
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(output_dir / "result.json")  # with which a training is finished
 
 
 def _trains_vision_only(model: PackedVLM) -> bool:

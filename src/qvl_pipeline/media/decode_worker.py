@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.orphans import end_with_client
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -111,6 +112,7 @@ def read_module(read: Callable[[Any], Any]) -> str:
 
 def _serve(pipe: Connection, read: Callable[[Any], Any]) -> None:
     """Read clips until the parent is gone."""
+    end_with_client()  # also when a decoder hangs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     pipe.send("ready")
     while True:

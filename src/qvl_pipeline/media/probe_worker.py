@@ -13,6 +13,8 @@ import weakref
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Self
 
+from qvl_pipeline.orphans import end_with
+
 if TYPE_CHECKING:
     from qvl_pipeline.media.probe import Probe
 
@@ -74,8 +76,11 @@ class ProbeWorker:
         return Probe(failure=f"crashed the decoder (exit status {status})")
 
     def _start(self) -> subprocess.Popen[str]:
+        watched, held = os.pipe()
+        self._alive = os.fdopen(held, "wb")
         child = self._child = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, str(watched)],
+            pass_fds=[watched],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -84,6 +89,7 @@ class ProbeWorker:
             # Ctrl-C is for this process, which ends the child: also one that hangs, also when the interpreter exits.
             start_new_session=True,
         )
+        os.close(watched)
         weakref.finalize(self, child.kill)
         if not child.stdout.readline():
             raise RuntimeError(f"the process that probes media does not start (exit status {self._end()})")
@@ -95,6 +101,7 @@ class ProbeWorker:
         child, self._child = self._child, None
         with contextlib.suppress(BrokenPipeError), child:  # closing its input flushes what it never read
             child.kill()
+        self._alive.close()
         return child.returncode
 
 
@@ -107,8 +114,13 @@ def _ask(child: subprocess.Popen[str], request: list[str | int]) -> str:
     return answer if answer.endswith("\n") else ""
 
 
-def _serve() -> None:
-    """Answer requests until there are no more: a JSON list in, a JSON object out, each on a line."""
+def _serve(watched: int) -> None:
+    """Answer requests until there are no more: a JSON list in, a JSON object out, each on a line.
+
+    Args:
+        watched: Reading end of the pipe that the parent holds: a decoder that hangs ends with the parent, too.
+    """
+    end_with(watched)
     from qvl_pipeline.media.probe import probe_media
 
     warnings.simplefilter("ignore")
@@ -123,4 +135,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(int(sys.argv[1]))

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.orphans import end_with_client
 from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
 
 ROWS_PER_BATCH = 512
@@ -119,6 +120,7 @@ _worker: tuple[ProcessorMixin, FrameStore]
 
 def _start_worker(processor: ProcessorMixin, store: FrameStore) -> None:
     global _worker
+    end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
     _worker = processor, store
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 

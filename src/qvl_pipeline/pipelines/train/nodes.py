@@ -87,6 +87,7 @@ def train(
     active = mlflow.active_run()
     rows, result = collect(folder)
     provenance = {
+        "training": fingerprint,
         "plan_fingerprint": plan_summary["fingerprint"],
         "base_model": base_digest,
         "git_commit": git_tags(Path.cwd()).get("mlflow.source.git.commit"),
