@@ -117,8 +117,11 @@ def open_container(path: MediaPath) -> av.container.InputContainer:
     try:
         return av.open(os.fspath(path), options=VIDEO_OPTIONS)
     # What FFmpeg answers where a format is not among those allowed, or would open something else.
-    except (av.ArgumentError, av.PermissionError) as error:
-        raise UserError(f"video '{path}' is of a format that is not read; run the pipeline 'validate'") from error
+    except (av.ArgumentError, av.PermissionError):
+        reason = "its format is not one of a video, or not one that is read"
+        raise UserError(f"video '{path}' cannot be decoded ({reason}); run the pipeline 'validate'") from OSError(
+            reason
+        )
 
 
 @contextmanager

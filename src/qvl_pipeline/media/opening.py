@@ -127,7 +127,7 @@ def open_media(
         file = OpenMedia(name, descriptor, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
         if content_hash is not None and hash_media(file) != content_hash:
             raise ChangedMediaError(
-                f"'{name}' is not the file that was validated: put that back, or run all pipelines from 'validate' on"
+                f"'{name}' has changed since 'validate' ran: put back what was there, or run the pipelines again"
             )
         yield file
     finally:
@@ -145,6 +145,7 @@ def hash_media(file: OpenMedia) -> str:
 
 def _open_inside(path: str, flags: int, folders: Sequence[str]) -> int:
     """Open a file by its real path, and look again, once it is open, where that is: links change at any moment."""
+    Path(path).stat()  # first of all it must be there
     real = _inside(path, os.path.realpath(path), folders)
     descriptor = os.open(real, flags | os.O_NOFOLLOW)
     try:

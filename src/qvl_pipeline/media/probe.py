@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,8 @@ def probe_media(path: str, kind: str, max_pixels: int, folders: Sequence[str] | 
     except OutsideFolderError as error:
         return Probe(missing=str(error).removeprefix(f"'{path}' "))
     except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to itself
+            return Probe(missing="does not exist")
         return Probe(failure=_reason(error))
 
 
