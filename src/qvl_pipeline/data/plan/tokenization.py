@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.orphans import end_with_client
-from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
+from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 
 ROWS_PER_BATCH = 512
 # A process takes seconds to start, in which another tokenises thousands of samples.
@@ -33,6 +33,7 @@ _MEDIUM = pa.struct(
         ("grid_h", pa.int32()),
         ("grid_w", pa.int32()),
         ("seconds_per_grid", pa.float64()),
+        ("content_hash", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
@@ -44,10 +45,11 @@ SCHEMA = pa.schema(
 
 
 def media_grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore) -> MediaGrids:
-    """Take the sizes of images from `media_index`: its `width` and `height` are those of the upright image."""
-    sizes = media_index.loc[media_index["type"] == "image", ["path", "height", "width"]].dropna()
-    heights, widths = sizes["height"].astype(int), sizes["width"].astype(int)
-    return MediaGrids(processor, dict(zip(sizes["path"], zip(heights, widths, strict=True), strict=True)), store)
+    """Take the facts about images from `media_index`: its `width` and `height` are those of the upright image."""
+    known = media_index.loc[media_index["type"] == "image", ["path", "height", "width", "content_hash"]]
+    known = known.dropna(subset=["height", "width"])
+    facts = zip(known["height"].astype(int), known["width"].astype(int), known["content_hash"], strict=True)
+    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store)
 
 
 def tokenize_samples(
@@ -101,8 +103,8 @@ def _in_parallel(
                 if len(waiting) == 2 * workers:
                     yield waiting.popleft().result()
                 paths = {item["path"] for row in rows for item in row["media"]}
-                sizes = {path: grids.image_sizes[path] for path in paths & grids.image_sizes.keys()}
-                waiting.append(pool.submit(_work, rows, sizes))
+                images = {path: grids.images[path] for path in paths & grids.images.keys()}
+                waiting.append(pool.submit(_work, rows, images))
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
@@ -125,6 +127,6 @@ def _start_worker(processor: ProcessorMixin, store: FrameStore) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
-def _work(rows: list[dict[str, Any]], image_sizes: dict[str, tuple[int, int]]) -> pa.RecordBatch:
+def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> pa.RecordBatch:
     processor, store = _worker
-    return _record_batch(rows, MediaGrids(processor, image_sizes, store), processor)
+    return _record_batch(rows, MediaGrids(processor, images, store), processor)

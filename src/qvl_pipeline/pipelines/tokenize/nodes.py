@@ -96,7 +96,7 @@ def tokenize(
     batches = tokenize_samples(now, grids, processor, workers=useful_workers(len(now)))
     return (
         partial(_write_tokenized, batches=batches, total=len(now), attrs=valid_samples.attrs),
-        partial(write_stream_samples, samples=streamed, image_sizes=grids.image_sizes),
+        partial(write_stream_samples, samples=streamed, images=grids.images),
     )
 
 
