@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.pipelines.train import nodes
@@ -43,6 +43,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "pack_plan": pd.read_parquet(training.data.pack_plan),
         "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
         "video_frames": Path(training.data.video_frames),
+        "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),
         "ingest": INGEST,
