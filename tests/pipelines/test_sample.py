@@ -361,7 +361,7 @@ def test_a_pipe_in_place_of_a_clip_is_not_waited_for(
 def test_a_decoder_that_crashes_takes_only_its_clip_along() -> None:
     worker = DecodeWorker(bad_readers.crash_on_two, timeout_s=60)
     outcomes = [worker.read(number) for number in (1, 2, 3)]
-    worker.kill()
+    worker.close()
     assert outcomes == [1, Failure("decoder_crashed", "crashed the decoder (exit status -11)"), 3]
 
 

@@ -18,6 +18,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.training.card import with_scores
 from qvl_pipeline.training.processes import processes_per_node
@@ -73,6 +74,7 @@ def generate(
             "the base model was replaced since the model was trained from it: put it back, run `kedro run --pipelines "
             "train` (with the same --env), or set evaluate.compare_base to false"
         )
+    FrameStore(video_frames).check_shards()
     chosen = checked_samples(tokenized_samples, evaluate)
     samples = TokenizedSamples(tokenized_samples)
     rows = chosen.index.tolist()

@@ -12,6 +12,7 @@ import pandas as pd
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
+from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
@@ -46,14 +47,15 @@ def train(
         A writer of the trained model's folder, the logged steps, and the result.
 
     Raises:
-        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; or another
-            process trains the same.
+        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; frames
+            are lost; or another process trains the same.
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
     weights = source_weights(ingest)
     check_prepared(base_model, model)
     check_plan(plan_summary, tokenized_samples, stream_samples, batching, weights)
+    FrameStore(video_frames).check_shards()
     eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
 
     base_digest = base_model_digest(base_model)
