@@ -1,4 +1,4 @@
-"""Preference data: answers that are compared or judged, which a fine-tuning on answers would learn from as they stand."""
+"""Preference data: answers that are compared or judged, all of which a fine-tuning would learn from."""
 
 from __future__ import annotations
 

@@ -78,9 +78,9 @@ class _Judged(NamedTuple):
 def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: ValidateConfig, batch_rows: int) -> Validation:
     """Apply every rule to every sample.
 
-    The samples are read a batch at a time, a few columns after the other: for the files that they use, for what each of
-    them breaks by itself, for what it breaks because of the others, and for the columns that nothing reads. What stays in memory is what was found in the files, what is
-    wrong, and a fingerprint of each sample.
+    The samples are read four times, a batch at a time: for the files that they use, for what each of them breaks by
+    itself, for what it breaks because of the others, and for the columns that nothing reads. What stays in memory is
+    what was found in the files, what is wrong, and a fingerprint of each sample.
 
     Args:
         samples: Table `samples`.
