@@ -75,7 +75,7 @@ def _write_tokenized(path: Path, spec: TrainSpec, table: pd.DataFrame, images: d
     processor = load_processor(spec)
     grids = MediaGrids(processor, images, FrameStore(Path(spec.data.video_frames)))
     with pa.ipc.new_file(str(path), TOKENIZED) as writer:
-        for batch in tokenize_samples(table, grids, processor):
+        for batch, _ in tokenize_samples(table, grids, processor):
             writer.write_batch(batch)
 
 

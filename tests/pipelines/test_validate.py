@@ -125,3 +125,18 @@ def test_the_page_shows_counts_histograms_and_pictures_of_sound_files_alone(tmp_
     samples = _samples(reserved, asked, media=(good, broken))
     quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), INGEST, ENGINE)
     assert write_page(samples, _rejects(), quarantine, warnings, media_index, report, ENGINE).count("<img") == 1
+
+
+def test_columns_that_nothing_reads_are_counted_printed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = ['{"id":1,"<score>":2}', '{"id":2,"<score>":null}', "{}"]
+    rows = [
+        {"sample_id": f"s/{row}", "source": "s", "row": row, "split": "train", "messages": GOOD, "media": []}
+        | {"metadata": text}
+        for row, text in enumerate(metadata)
+    ]
+    samples = as_file(pa.Table.from_pylist(rows, SAMPLES))
+    quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), ENGINE)
+    assert report["put_aside"] == {"s": {"id": 2, "<score>": 1}}
+    assert "columns of s that nothing reads, put aside in metadata: id (2), <score> (1)" in capsys.readouterr().out
+    html = write_page(samples, _rejects(), quarantine, warnings, media_index, report, ENGINE)
+    assert "id (2), &lt;score&gt; (1)" in html

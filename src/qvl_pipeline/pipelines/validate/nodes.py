@@ -146,4 +146,7 @@ def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.Data
     for rule, count in report["warnings"].items():
         example = f"{noted.loc[rule, 'sample_id']}: {noted.loc[rule, 'detail']}"
         parts.append(Text(f"used, with a warning: {rule} ({count:,}), for example {example}"))
+    for source, columns in report["put_aside"].items():
+        named = ", ".join(f"{column} ({count:,})" for column, count in columns.items())
+        parts.append(Text(f"columns of {source} that nothing reads, put aside in metadata: {named}"))
     return Group(*parts)
