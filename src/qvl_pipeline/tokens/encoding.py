@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import ProcessorMixin
@@ -28,7 +28,7 @@ from qvl_pipeline.tokens.control import encode_texts, without_marks
 from qvl_pipeline.tokens.unusable import Unusable, UnusableSampleError
 
 COPIED = ("sample_id", "source", "split", "kind", "task", "answer")
-_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid")
+_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid", "content_hash")
 
 # An entry of the column `media`; a clip also has the `seconds` of its frames.
 Medium = Mapping[str, Any]
@@ -51,22 +51,28 @@ class EncodedChat:
     last_answer: str
 
 
+class ImageFacts(NamedTuple):
+    """What the media index knows of an image: size of the upright picture in pixels, and sha256 of the file."""
+
+    height: int
+    width: int
+    content_hash: str | None
+
+
 class MediaGrids:
     """Sizes of images and clips in patches, from the media index and the frame store."""
 
-    def __init__(
-        self, processor: ProcessorMixin, image_sizes: Mapping[str, tuple[int, int]], store: FrameStore
-    ) -> None:
+    def __init__(self, processor: ProcessorMixin, images: Mapping[str, ImageFacts], store: FrameStore) -> None:
         """Set up the look-up.
 
         Args:
             processor: The model's processor, which says the pixel limits and the patch sizes.
-            image_sizes: Height and width of each upright image, by its path.
+            images: What is known of each image, by its path.
             store: Sampled clips.
         """
-        self._images = processor.image_processor
+        self._image_processor = processor.image_processor
         self._videos = processor.video_processor
-        self.image_sizes = image_sizes
+        self.images = images
         self.store = store
 
     def medium(self, item: Mapping[str, Any]) -> Medium:
@@ -93,20 +99,24 @@ class MediaGrids:
             "grid_h": clip["height"] // self._videos.patch_size,
             "grid_w": clip["width"] // self._videos.patch_size,
             "seconds_per_grid": seconds_per_grid(clip["seconds"], self._videos.temporal_patch_size),
+            "content_hash": clip["content_hash"],
             "seconds": clip["seconds"],
         }
 
     def _image(self, path: str) -> Medium:
-        if path not in self.image_sizes:
+        if path not in self.images:
             raise UserError(f"image '{path}' has no size in media_index: run the pipeline 'validate' again")
+        image = self.images[path]
         height, width = smart_resize(
-            *self.image_sizes[path],
-            factor=self._images.patch_size * self._images.merge_size,
-            min_pixels=self._images.size["shortest_edge"],
-            max_pixels=self._images.size["longest_edge"],
+            image.height,
+            image.width,
+            factor=self._image_processor.patch_size * self._image_processor.merge_size,
+            min_pixels=self._image_processor.size["shortest_edge"],
+            max_pixels=self._image_processor.size["longest_edge"],
         )
-        grid_h, grid_w = height // self._images.patch_size, width // self._images.patch_size
-        return {"type": "image", "key": path, "grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
+        grid_h, grid_w = height // self._image_processor.patch_size, width // self._image_processor.patch_size
+        grid = {"grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
+        return {"type": "image", "key": path, **grid, "content_hash": image.content_hash}
 
 
 def encode_samples(

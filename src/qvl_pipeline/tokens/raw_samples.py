@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
+from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
 
 
@@ -69,8 +69,9 @@ class RawSamples:
             UserError: The media of a sample are not there, and it may not be skipped.
         """
         raw = [self._row(row) for row in rows]
-        sizes = {m["path"]: (m["height"], m["width"]) for row in raw for m in row["media"] if m["height"] is not None}
-        return list(self._encode(raw, MediaGrids(self._processor, sizes, self._store)))
+        media = [item for row in raw for item in row["media"] if item["height"] is not None]
+        images = {m["path"]: ImageFacts(m["height"], m["width"], m["content_hash"]) for m in media}
+        return list(self._encode(raw, MediaGrids(self._processor, images, self._store)))
 
     def _row(self, row: int) -> dict[str, Any]:
         shard = bisect_right(self._starts, row) - 1

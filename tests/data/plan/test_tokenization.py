@@ -254,7 +254,7 @@ def test_columns_are_those_of_the_contract(samples: pd.DataFrame, grids: MediaGr
     medium = pa.struct(
         [("type", pa.string()), ("key", pa.string())]
         + [(f"grid_{axis}", pa.int32()) for axis in "thw"]
-        + [("seconds_per_grid", pa.float64())]
+        + [("seconds_per_grid", pa.float64()), ("content_hash", pa.string())]
     )
     expected = {name: pa.string() for name in ("sample_id", "source", "split", "kind", "task", "answer")}
     expected |= {

@@ -27,7 +27,7 @@ from qvl_pipeline.errors import UserError
 from tests.engine.packs import make_builder
 from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.streams import OVERLONG, TokenizedFile, make_streamed, open_raw, rewritten
-from tests.engine.training import changed, trained
+from tests.engine.training import changed, first_error, trained
 
 SPEC = StreamSpec(
     samples="",
@@ -358,8 +358,7 @@ def test_a_rank_whose_samples_are_not_read_is_named_by_the_watchdog(streamed: Tr
     hanging.save(tmp_path / "run" / "train_spec.json")
     with pytest.raises(JobFailedError):
         run_ranks(main_hanging, 2, tmp_path / "run" / "train_spec.json", log_dir=tmp_path / "logs", timeout_s=60)
-    reports = [json.loads(path.read_text()) for path in (tmp_path / "run" / "errors").glob("rank*.json")]
-    report = min(reports, key=lambda report: report["time"])  # rank 0 may have seen rank 1 go
+    report = first_error(tmp_path / "run")  # rank 0 may have seen rank 1 go
     assert (report["rank"], report["step"], report["sample_ids"]) == (1, 2, [])
     assert "step 2 has taken" in report["message"]
     assert "still waits for the samples of its next step" in report["message"]

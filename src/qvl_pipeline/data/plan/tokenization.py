@@ -17,7 +17,8 @@ from transformers import ProcessorMixin
 from qvl_pipeline.data.tables import QUARANTINE
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
+from qvl_pipeline.orphans import end_with_client
+from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
 
 ROWS_PER_BATCH = 512
@@ -34,6 +35,7 @@ _MEDIUM = pa.struct(
         ("grid_h", pa.int32()),
         ("grid_w", pa.int32()),
         ("seconds_per_grid", pa.float64()),
+        ("content_hash", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
@@ -57,10 +59,11 @@ class Tokenized(NamedTuple):
 
 
 def media_grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore) -> MediaGrids:
-    """Take the sizes of images from `media_index`: its `width` and `height` are those of the upright image."""
-    sizes = media_index.loc[media_index["type"] == "image", ["path", "height", "width"]].dropna()
-    heights, widths = sizes["height"].astype(int), sizes["width"].astype(int)
-    return MediaGrids(processor, dict(zip(sizes["path"], zip(heights, widths, strict=True), strict=True)), store)
+    """Take the facts about images from `media_index`: its `width` and `height` are those of the upright image."""
+    known = media_index.loc[media_index["type"] == "image", ["path", "height", "width", "content_hash"]]
+    known = known.dropna(subset=["height", "width"])
+    facts = zip(known["height"].astype(int), known["width"].astype(int), known["content_hash"], strict=True)
+    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store)
 
 
 def tokenize_samples(
@@ -134,8 +137,8 @@ def _in_parallel(
                 if len(waiting) == 2 * workers:
                     yield waiting.popleft().result()
                 paths = {item["path"] for row in rows for item in row["media"]}
-                sizes = {path: grids.image_sizes[path] for path in paths & grids.image_sizes.keys()}
-                waiting.append(pool.submit(_work, rows, sizes))
+                images = {path: grids.images[path] for path in paths & grids.images.keys()}
+                waiting.append(pool.submit(_work, rows, images))
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
@@ -153,10 +156,11 @@ _worker: tuple[ProcessorMixin, FrameStore]
 
 def _start_worker(processor: ProcessorMixin, store: FrameStore) -> None:
     global _worker
+    end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
     _worker = processor, store
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
-def _work(rows: list[dict[str, Any]], image_sizes: dict[str, tuple[int, int]]) -> Tokenized:
+def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
     processor, store = _worker
-    return _tokenized(rows, MediaGrids(processor, image_sizes, store), processor)
+    return _tokenized(rows, MediaGrids(processor, images, store), processor)

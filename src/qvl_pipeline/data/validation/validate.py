@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -75,7 +75,13 @@ class _Judged(NamedTuple):
     held_out: dict[str | None, str]
 
 
-def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: ValidateConfig, batch_rows: int) -> Validation:
+def validate_samples(
+    samples: pq.ParquetFile,
+    rejects: pa.Table,
+    config: ValidateConfig,
+    batch_rows: int,
+    folders: Sequence[str] | None = None,
+) -> Validation:
     """Apply every rule to every sample.
 
     The samples are read four times, a batch at a time: for the files that they use, for what each of them breaks by
@@ -87,13 +93,14 @@ def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: Validat
         rejects: Table `rejects`; only counted.
         config: Limits.
         batch_rows: Rows of a batch.
+        folders: Real paths of the folders that media must be inside of; `None` where they may be anywhere.
 
     Returns:
         The tables, in the order of `samples`, and the report.
     """
     read = partial(read_batches, samples, batch_rows=batch_rows)
     uses = (use for batch in read(["media"]) for uses in batch["media"].to_pylist() for use in uses)
-    probes = probe_files((Media(**use) for use in uses), config)
+    probes = probe_files((Media(**use) for use in uses), config, folders)
     judged = _judge_alone(_parsed(read(["sample_id", "split", "messages", "media"]), probes), config)
     quarantine, warned = _judge_together(read([*QUARANTINE.names[:-2], "media"]), probes, judged, config)
     total = samples.metadata.num_rows

@@ -103,7 +103,7 @@ def tokenize(
     unusable: list[Unusable] = []
     return (
         partial(_write_tokenized, batches=batches, total=len(now), attrs=valid_samples.attrs, unusable=unusable),
-        partial(write_stream_samples, samples=streamed, image_sizes=grids.image_sizes),
+        partial(write_stream_samples, samples=streamed, images=grids.images),
         partial(_write_quarantine, samples=now, unusable=unusable),
     )
 
