@@ -198,7 +198,7 @@ def variable_frame_rate(use: Media, probe: Probe, config: ValidateConfig) -> str
 
 
 def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
-    """An image has 8 bits a channel: Pillow, and so every Qwen-VL processor, turns deeper ones nearly white."""
+    """An image has 8 bits a channel: Pillow, and so every Qwen-VL processor, turns larger values white."""
     if use.type != "image" or probe.mode is None or probe.mode.split(";")[0] not in ("I", "F"):
         return None
     return f"has more than 8 bits a channel (mode {probe.mode}) and would turn nearly white: convert it to 8 bits"
