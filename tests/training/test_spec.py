@@ -152,8 +152,13 @@ def spec(
 
 @pytest.mark.parametrize(
     ("block", "tried"),
-    [(TrainConfig, TRAIN), (FSDPConfig, FSDP), (ModelConfig, MODEL), (BatchingConfig, STREAMED)]
-    + [(SampleConfig, SAMPLE)],
+    [
+        (TrainConfig, TRAIN),
+        (FSDPConfig, FSDP),
+        (ModelConfig, MODEL),
+        (BatchingConfig, STREAMED),
+        (SampleConfig, SAMPLE),
+    ],
 )
 def test_every_parameter_is_tried_below(block: type[Block], tried: dict[str, Any]) -> None:
     assert set(block.model_fields) == set(tried) | NOT_THE_ENGINES.get(block, set())
