@@ -54,7 +54,8 @@ def _use_temporary_folder() -> None:
     """
     place = tempfile.gettempdir()
     folder = unfinished_folder(Path(place), _TEMPORARY)
-    # After multiprocessing has removed its own, which is inside.
+    # Not when the directory object's turn is, but after multiprocessing has removed its own folder, which is inside.
+    folder._finalizer.atexit = False
     multiprocessing.util.Finalize(None, folder.cleanup, exitpriority=-200)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{place}/torchinductor_{os.getuid()}")
     os.environ["TMPDIR"] = tempfile.tempdir = folder.name

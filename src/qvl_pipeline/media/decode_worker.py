@@ -55,9 +55,10 @@ class DecodeWorker:
         self._timeout_s = timeout_s
         self._child: BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._killed = False
 
     def read(self, clip: Any) -> Any:
-        """Read one clip.
+        """Read one clip, and once more where the process ended over it: the machine may have ended it, for its memory.
 
         Args:
             clip: What `read` takes.
@@ -68,6 +69,11 @@ class DecodeWorker:
         Raises:
             RuntimeError: The child does not start.
         """
+        outcome = self._read_once(clip)
+        ended = isinstance(outcome, Failure) and outcome.rule == "decoder_crashed"
+        return self._read_once(clip) if ended and not self._killed else outcome
+
+    def _read_once(self, clip: Any) -> Any:
         if self._child is None:
             self._start()
         try:
@@ -83,13 +89,17 @@ class DecodeWorker:
             return Failure("decoder_crashed", f"crashed the decoder (exit status {status})")
 
     def kill(self) -> None:
-        """End the child, also one that hangs; a `read` that waits for it in another thread returns."""
+        """End the child for good, also one that hangs; a `read` that waits for it in another thread returns."""
+        self._killed = True
+        self._kill_child()
+
+    def _kill_child(self) -> None:
         if (child := self._child) is not None:
             child.kill()
             child.join()
 
     def _end(self) -> None:
-        self.kill()
+        self._kill_child()
         self._pipe.close()
         self._child = self._pipe = None
 
