@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,14 +175,18 @@ if __name__ == "__main__":
 
 def test_temporary_files_go_with_the_run_or_with_the_next(tmp_path: Path) -> None:
     (tmp_path / "start.py").write_text(TEMPORARY)
-    place = tmp_path / "temporary files"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="temporary files"))  # in a folder of pytest, its name would be too long
 
-    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
         command = [sys.executable, str(tmp_path / "start.py"), *arguments]
         return subprocess.run(
-            command, cwd=place, env=environment | {"TMPDIR": str(place)}, capture_output=True, text=True, timeout=120
+            command,
+            cwd=place,
+            env=environment | {"TMPDIR": str(place)} | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     start("9")
@@ -193,3 +198,8 @@ def test_temporary_files_go_with_the_run_or_with_the_next(tmp_path: Path) -> Non
     assert killed.name not in done.stdout, "it was removed before the second began"
     assert str(place / "torchinductor_") in done.stdout, "compiled code outlives the run"
     assert list(place.iterdir()) == []
+    long = place / ("long" * 20)
+    long.mkdir()
+    assert start(TMPDIR=str(long)).returncode == 0
+    assert list(long.iterdir()) == []
+    shutil.rmtree(place)

@@ -23,6 +23,8 @@ from qvl_pipeline.unfinished import unfinished_folder
 
 # How the names of temporary folders of runs begin.
 _TEMPORARY = "qvl-run-"
+# Sockets of multiprocessing are in it, and the name of a socket has at most 107 bytes.
+_LONGEST = 107 - len("/qvl-run-12345678/pymp-12345678/listener-12345678")
 
 
 def _run(**options: Any) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def _use_temporary_folder() -> None:
     Where this process is killed itself, the next run removes it. What is to outlive a run stays where it was.
     """
     place = tempfile.gettempdir()
-    folder = unfinished_folder(Path(place), _TEMPORARY)
+    folder = unfinished_folder(Path(place if len(os.fsencode(place)) <= _LONGEST else "/tmp"), _TEMPORARY)
     # Not when the directory object's turn is, but after multiprocessing has removed its own folder, which is inside.
     folder._finalizer.atexit = False
     multiprocessing.util.Finalize(None, folder.cleanup, exitpriority=-200)
