@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, TrainConfig
 from qvl_pipeline.data.base_model import read_base_model
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.scratch import EVAL_PLAN, EXPORT, PACK_PLAN
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def make_spec(
     batching: BatchingConfig,
     weights: Mapping[str, float],
     train: TrainConfig,
+    adapter: AdapterConfig,
     output_dir: Path,
     identity: dict[str, str],
     resume_from: str,
@@ -57,9 +59,13 @@ def make_spec(
         batching: Parameters of the plan.
         weights: How often a sample of each source is seen per pass.
         train: Parameters of training.
+        adapter: Parameters of the adapter.
         output_dir: Folder the engine works in, which has the plans.
         identity: What the run and a checkpoint it starts from must agree in.
         resume_from: Checkpoint to start from; empty for the base model.
+
+    Raises:
+        UserError: Two blocks say different things.
     """
     from qvl_pipeline.engine import spec
 
@@ -100,6 +106,7 @@ def make_spec(
         optim=_filled(
             spec.OptimSpec,
             train,
+            learning_rates=_learning_rates(train, adapter),
             warmup_steps=train.warmup_steps or math.ceil(train.warmup_ratio * summary["steps"]),
         ),
         parallel=_filled(spec.ParallelSpec, train, train.fsdp_config),
@@ -114,7 +121,23 @@ def make_spec(
             output_dir=str((output_dir / EXPORT).resolve()),
             dtype={"bf16": "bfloat16", "fp32": "float32"}[train.export_dtype],
         ),
+        adapter=_filled(spec.AdapterSpec, adapter),
     )
+
+
+def _learning_rates(train: TrainConfig, adapter: AdapterConfig) -> dict[str, float]:
+    """Return the rates of parts from the two blocks that have some.
+
+    Raises:
+        UserError: Both have the rate of one part.
+    """
+    if adapter.type == "none":
+        return train.learning_rates
+    if doubled := sorted(set(train.learning_rates) & set(adapter.learning_rates)):
+        raise UserError(
+            f"train.learning_rates and adapter.learning_rates both have a rate of '{doubled[0]}': keep one of them"
+        )
+    return {**train.learning_rates, **adapter.learning_rates}
 
 
 def _filled(group: type[Group], *blocks: Any, **given: Any) -> Group:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from qvl_pipeline.engine.model.adapters.export import FOLDER, export_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.whole_weights import WholeWeights
 from qvl_pipeline.engine.spec import TrainSpec
 
 
@@ -31,7 +32,11 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
+    if spec.adapter.used and spec.adapter.export != "merged":
+        export_adapter(model, spec, partial / FOLDER if leads else None)
+    if not spec.adapter.used or spec.adapter.export != "adapter":
+        weights = WholeWeights(model, spec.model.path, leads=leads)
+        _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
     if not leads:
         return
     _plain_config(model, dtype).save_pretrained(partial)
@@ -41,20 +46,18 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
     partial.replace(target)
 
 
-def _write_weights(model: PackedVLM, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(
+    model: PackedVLM, weights: WholeWeights, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
     """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
-    state = model.hf.state_dict()
-    for tied in model.hf.all_tied_weights_keys:
-        # One parameter under two names: a file with both would be larger, and could come apart when edited.
-        state.pop(tied)
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in state.items()}
+    sizes = {name: number * dtype.itemsize for name, number in weights.sizes().items()}
     files = split_into_files(sizes, max_shard_bytes)
     for file, names in files.items():
         tensors = {}
         for name in names:
-            tensor = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
-            if folder:
-                tensors[model.family.hub_name(name)] = tensor.to(dtype).cpu().contiguous()
+            tensor = weights.read(name)
+            if tensor is not None:
+                tensors[model.family.hub_name(name)] = tensor.to(dtype).contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:
