@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.pipelines.train import nodes
@@ -45,6 +45,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "video_frames": Path(training.data.video_frames),
         "model": model,
         "batching": BatchingConfig(),
+        "adapter": AdapterConfig(),
         "ingest": INGEST,
     }
 

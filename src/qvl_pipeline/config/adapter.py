@@ -75,3 +75,6 @@ class AdapterConfig(Block):
         if not any(wanted and wanted != "none" for wanted in self.targets.values()):
             raise ValueError("targets names no part to adapt: name one, such as {llm: all}")
         return self
+
+
+NO_ADAPTER = AdapterConfig()

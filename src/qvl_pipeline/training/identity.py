@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config.adapter import NO_ADAPTER
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage.digests import content_digest
 
@@ -16,9 +17,9 @@ from qvl_pipeline.tracking.lineage.digests import content_digest
 def run_fingerprint(
     model: ModelConfig,
     train: TrainConfig,
-    adapter: AdapterConfig,
     plan_summary: dict[str, Any],
     contents: Sequence[str],
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> str:
     """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
 
@@ -28,9 +29,9 @@ def run_fingerprint(
     Args:
         model: Parameters of the model.
         train: Parameters of training.
-        adapter: Parameters of the adapter.
         plan_summary: Facts of the plan, which has a fingerprint of its own.
         contents: Digests of what else counts: base model and frames.
+        adapter: Parameters of the adapter.
 
     Returns:
         16 hexadecimal digits.
@@ -62,7 +63,11 @@ def adapter_digest(adapter: AdapterConfig) -> list[str]:
 
 
 def run_identity(
-    base_model: str, model: ModelConfig, train: TrainConfig, adapter: AdapterConfig, plan_fingerprint: str
+    base_model: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    plan_fingerprint: str,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> dict[str, str]:
     """Say what a run and a checkpoint it starts from must agree in, by parameter.
 

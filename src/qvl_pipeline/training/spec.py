@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config.adapter import NO_ADAPTER
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.scratch import EVAL_PLAN, EXPORT, PACK_PLAN
@@ -46,10 +47,10 @@ def make_spec(
     batching: BatchingConfig,
     weights: Mapping[str, float],
     train: TrainConfig,
-    adapter: AdapterConfig,
     output_dir: Path,
     identity: dict[str, str],
     resume_from: str,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> TrainSpec:
     """Make the engine's spec.
 
@@ -59,10 +60,10 @@ def make_spec(
         batching: Parameters of the plan.
         weights: How often a sample of each source is seen per pass.
         train: Parameters of training.
-        adapter: Parameters of the adapter.
         output_dir: Folder the engine works in, which has the plans.
         identity: What the run and a checkpoint it starts from must agree in.
         resume_from: Checkpoint to start from; empty for the base model.
+        adapter: Parameters of the adapter.
 
     Raises:
         UserError: Two blocks say different things.

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from qvl_pipeline.engine.model.adapters.export import FOLDER, export_adapter
+from qvl_pipeline.engine.model.adapters import FOLDER
+from qvl_pipeline.engine.model.adapters.export import export_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.whole_weights import WholeWeights
 from qvl_pipeline.engine.spec import TrainSpec
@@ -32,15 +33,17 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    whole = not spec.adapter.used or spec.adapter.export != "adapter"
     if spec.adapter.used and spec.adapter.export != "merged":
         export_adapter(model, spec, partial / FOLDER if leads else None)
-    if not spec.adapter.used or spec.adapter.export != "adapter":
+    if whole:
         weights = WholeWeights(model, spec.model.path, leads=leads)
         _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
     if not leads:
         return
-    _plain_config(model, dtype).save_pretrained(partial)
-    model.hf.generation_config.save_pretrained(partial)
+    if whole:  # a configuration says that there is a model
+        _plain_config(model, dtype).save_pretrained(partial)
+        model.hf.generation_config.save_pretrained(partial)
     processor.save_pretrained(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)

@@ -56,10 +56,10 @@ def train(
     eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
 
     base_digest = base_model_digest(base_model)
-    identity = run_identity(base_digest, model, train, adapter, plan_summary["fingerprint"])
+    identity = run_identity(base_digest, model, train, plan_summary["fingerprint"], adapter)
     resume_from, resume = checkpoint_to_start_from(train, identity), train.resume_from_checkpoint != "none"
     contents = [base_digest, content_digest(video_frames), *adapter_digest(adapter)]
-    fingerprint = run_fingerprint(model, train, adapter, plan_summary, contents)
+    fingerprint = run_fingerprint(model, train, plan_summary, contents, adapter)
     folder = base_model.parent / "scratch" / fingerprint
     spec = make_spec(
         Inputs(base_model, tokenized_samples, stream_samples, video_frames, plan_summary),

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from qvl_pipeline.engine.model.adapters.files import write_adapter
-from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers
-from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter, row_lengths_of
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers, row_lengths_of
+from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights
 from qvl_pipeline.engine.spec import TrainSpec
 
-# Below the exported model. An `adapter_config.json` beside merged weights would be applied to them once more.
-FOLDER = "adapter"
 logger = logging.getLogger(__name__)
 
 

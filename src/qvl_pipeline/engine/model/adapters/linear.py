@@ -107,10 +107,15 @@ def row_lengths(
     The sum is never made: |w + s b A|² = |w|² + 2 s b·(A w) + s² b·(A Aᵀ b) for each row.
     """
     a, b = a.float(), b.float()
-    square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    square = row_lengths_of(weight).square()
     cross = (F.linear(weight, a.to(weight.dtype)).float() * b).sum(1)
     update = ((b @ (a @ a.T)) * b).sum(1)
     return square.sqrt(), (square + 2 * scaling * cross + scaling**2 * update).clamp_min(0).sqrt()
+
+
+def row_lengths_of(weight: torch.Tensor) -> torch.Tensor:
+    """Lengths of the rows of a matrix, `[out]`, float32: from which peft's lengths and ours are told apart."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qvl_pipeline.engine.model.adapters.linear import Form
-from qvl_pipeline.engine.model.adapters.values import row_lengths_of
+from qvl_pipeline.engine.model.adapters.linear import Form, row_lengths_of
 
 
 def merged(weight: torch.Tensor, adapter: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:

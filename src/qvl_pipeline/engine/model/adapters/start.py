@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qvl_pipeline.engine.model.adapters.files import StoredAdapter, read_adapter
-from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers, adapter_parameters
-from qvl_pipeline.engine.model.adapters.values import fill, row_lengths_of
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers, adapter_parameters, row_lengths_of
+from qvl_pipeline.engine.model.adapters.values import fill
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights
 from qvl_pipeline.engine.spec import AdapterSpec

@@ -31,8 +31,3 @@ def gathered_adapter(layer: AdaptedLinear) -> dict[str, torch.Tensor]:
     """Return the whole tensors that an adapter adds to its layer, by their names there; called by all ranks."""
     added = [(name, p) for name, p in layer.named_parameters(recurse=False) if name.startswith("lora_")]
     return {name: gathered(parameter) for name, parameter in added}
-
-
-def row_lengths_of(weight: torch.Tensor) -> torch.Tensor:
-    """Lengths of the rows of a matrix, `[out]`, float32: from which peft's lengths and ours are told apart."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
