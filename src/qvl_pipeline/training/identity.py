@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvl_pipeline.config import AdapterConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.config.adapter import NO_ADAPTER
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage.digests import content_digest
 
 
 def run_fingerprint(
+    sample: SampleConfig,
     model: ModelConfig,
     train: TrainConfig,
     plan_summary: dict[str, Any],
@@ -27,6 +28,7 @@ def run_fingerprint(
     times say little: a copy has others. Whoever changes an image in place under an unfinished run starts it afresh.
 
     Args:
+        sample: Parameters of sampling, which the exported processor has too.
         model: Parameters of the model.
         train: Parameters of training.
         plan_summary: Facts of the plan, which has a fingerprint of its own.
@@ -37,6 +39,7 @@ def run_fingerprint(
         16 hexadecimal digits.
     """
     content = {
+        "sample": sample.decisive(),
         "model": model.decisive(),
         "train": train.decisive(),
         # What was trained without adapters before there were any goes on.

@@ -199,8 +199,9 @@ class Checkpoints:
         self._saving: tuple[int, Future[Any]] | None = None
         self._newest = max((step for step, _ in completed(folder)), default=0)
         if dist.get_rank() == 0:
-            for partial in folder.glob(".checkpoint-*.partial"):
-                shutil.rmtree(partial)
+            whole = {path for _, path in completed(folder)}
+            for left_behind in [*folder.glob(".checkpoint-*.partial"), *(set(folder.glob("checkpoint-*")) - whole)]:
+                _remove(left_behind)
         dist.barrier()
 
     def save(self, step: int) -> None:
@@ -312,10 +313,19 @@ class Checkpoints:
         partial.rename(target)
         for number, path in completed(self._folder)[: -self._keep]:
             if number != self.protected_step:
-                shutil.rmtree(path)
+                _remove(path)
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".checkpoint-{step}.partial"
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, its marker first: a kill in between leaves none that looks whole. Training goes on."""
+    try:
+        (path / _COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s is no longer needed, but cannot be deleted: %s", path, error)
 
 
 def _done(action: Callable[[], Any]) -> Future[Any]:
