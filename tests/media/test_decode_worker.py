@@ -17,7 +17,7 @@ from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
 def worker() -> Iterator[DecodeWorker]:
     worker = DecodeWorker(read_killed, timeout_s=60)
     yield worker
-    worker.kill()
+    worker.close()
 
 
 def read_killed(starts: tuple[Path, int]) -> str:
@@ -52,7 +52,7 @@ def test_a_worker_that_is_killed_does_not_start_again() -> None:
     thread.start()
     while worker._child is None or worker._pipe is None:
         pass
-    worker.kill()
+    worker.close()
     thread.join(60)
     assert worker._child is None
     assert isinstance(outcomes[0], Failure)

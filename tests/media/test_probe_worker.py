@@ -21,15 +21,15 @@ SPOILT_DECODER = """
 import os, time
 from PIL import Image
 opened = Image.open
-def spoilt(path):
-    name = os.path.basename(path)
+def spoilt(path, **options):
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{path.fileno()}"))
     if name == "hang.png":
         time.sleep(60)
     if name == "crash.png":
         os.abort()
     if name == "chatter.png":
         os.write(1, b"printed by a C library\\n")
-    return opened(path)
+    return opened(path, **options)
 Image.open = spoilt
 """
 

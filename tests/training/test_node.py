@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train import nodes
 from qvl_pipeline.training import running
 from qvl_pipeline.training.launcher import Processes
@@ -43,8 +46,10 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "pack_plan": pd.read_parquet(training.data.pack_plan),
         "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
         "video_frames": Path(training.data.video_frames),
+        "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),
+        "adapter": AdapterConfig(),
         "ingest": INGEST,
     }
 
@@ -83,6 +88,16 @@ def test_a_base_model_replaced_in_place_is_trained_anew(
     save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     assert train(inputs)["base_model"] != first["base_model"]
     assert len(set(launched)) == 2
+
+
+def test_lost_frames_are_named_before_anything_starts(inputs: dict[str, Any], launched: list[Path]) -> None:
+    index = inputs["video_frames"] / "index.parquet"
+    frames = pq.ParquetFile(index).read()
+    row = frames.schema.empty_table().to_pandas().reindex([0]).assign(shard="frames-00000.arrow", batch=0)
+    pq.write_table(pa.concat_tables([frames, pa.Table.from_pandas(row, frames.schema, preserve_index=False)]), index)
+    with pytest.raises(UserError, match=r"frames-00000.arrow is missing: run `kedro run --pipelines sample`"):
+        train(inputs)
+    assert launched == []
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
@@ -29,6 +29,7 @@ from qvl_pipeline.training.scratch import held, is_finished, leave, note_publish
 from qvl_pipeline.training.spec import Inputs, make_spec
 from tests.engine.training import changed, make_training
 
+SAMPLE = SampleConfig()
 MODEL = ModelConfig(processor_type="qwen3_vl")
 SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc", "samples_per_epoch": 100.0}
 
@@ -51,9 +52,12 @@ def start(spec: TrainSpec) -> Path:
 
 class TestFingerprint:
     def test_what_only_changes_the_view_keeps_the_checkpoints(self) -> None:
-        first = run_fingerprint(MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY, [])
+        first = run_fingerprint(SAMPLE, MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY, [])
         assert (
-            run_fingerprint(MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY, []) == first
+            run_fingerprint(
+                SampleConfig(), MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY, []
+            )
+            == first
         )
 
     @pytest.mark.parametrize(
@@ -67,11 +71,13 @@ class TestFingerprint:
     def test_what_changes_the_training_does_not_share_checkpoints(
         self, model: ModelConfig, train: TrainConfig, plan: dict
     ) -> None:
-        assert run_fingerprint(model, train, plan, []) != run_fingerprint(MODEL, TrainConfig(), SUMMARY, [])
+        assert run_fingerprint(SAMPLE, model, train, plan, []) != run_fingerprint(
+            SampleConfig(), MODEL, TrainConfig(), SUMMARY, []
+        )
 
     def test_another_base_model_and_other_frames_do_not_share_checkpoints(self) -> None:
         contents = (["sha:1", "sha:2"], ["sha:3", "sha:2"], ["sha:1", "sha:3"])
-        assert len({run_fingerprint(MODEL, TrainConfig(), SUMMARY, digests) for digests in contents}) == 3
+        assert len({run_fingerprint(SAMPLE, MODEL, TrainConfig(), SUMMARY, digests) for digests in contents}) == 3
 
 
 class TestPublishing:
@@ -85,8 +91,9 @@ class TestPublishing:
         return run
 
     def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, run: Path, tmp_path: Path) -> None:
-        publish(run, tmp_path / "trained")
-        assert [path.name for path in (tmp_path / "trained").iterdir()] == ["model.safetensors"]
+        publish(run, "# a card", tmp_path / "trained")
+        assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == ["README.md", "model.safetensors"]
+        assert (tmp_path / "trained" / "README.md").read_text() == "# a card"
         assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "checkpoints", "export"}
         note_published(run)
         leave(tmp_path / "scratch")
@@ -138,6 +145,7 @@ class TestSpec:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return make_spec(
             Inputs(folder, Path("tokenized.arrow"), Path("stream.parquet"), Path("frames"), SUMMARY),
+            sample=SAMPLE,
             model=model,
             batching=BatchingConfig(per_device_train_batch_size=3, **batching),
             weights={"a": 2.0},

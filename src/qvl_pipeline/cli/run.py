@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 
 import click
 from kedro.framework.cli.project import run as kedro_run
-from kedro.framework.project import pipelines
 
+from qvl_pipeline.cli.selection import check_selection
 from qvl_pipeline.cli.sentences import one_sentence
-from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.unfinished import unfinished_folder
 
 # How the names of temporary folders of runs begin.
@@ -40,7 +39,7 @@ def _run(**options: Any) -> dict[str, Any]:
         options["params"]["replay"] = {"run_id": options["params"].pop("run_id")}
     try:
         with one_sentence():
-            _check_names(options["pipelines"])
+            check_selection(options)
             return kedro_run.callback(**options)
     except KeyboardInterrupt:
         click.echo("Aborted!", err=True)
@@ -82,13 +81,6 @@ def _end(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # the reader of a pipe has gone, too
             stream.flush()
     os._exit(status)
-
-
-def _check_names(names: list[str]) -> None:
-    for name in names:
-        if name not in pipelines:
-            hint = did_you_mean(name, pipelines, f"the pipelines are {', '.join(pipelines)}")
-            raise UserError(f"there is no pipeline '{name}': {hint}")
 
 
 run = click.Command("run", params=kedro_run.params, callback=_run, help=kedro_run.help)

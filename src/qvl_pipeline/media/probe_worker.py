@@ -10,8 +10,9 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qvl_pipeline.orphans import end_with
 
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 class ProbeWorker:
     """A child process that probes one file after the other. It is started anew when a file was its end."""
 
-    def __init__(self, *, timeout_s: float, max_pixels: int) -> None:
+    def __init__(self, *, timeout_s: float, max_pixels: int, folders: Sequence[str] | None = None) -> None:
         """Set up a worker; its process starts with the first file.
 
         Args:
             timeout_s: Wall-clock seconds that one file may take.
             max_pixels: A picture with more pixels is not decoded.
+            folders: Real paths of the folders that files must be inside of; `None` where they may be anywhere.
         """
         self._timeout_s = timeout_s
         self._max_pixels = max_pixels
+        self._folders = folders
         self._child: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -73,7 +76,7 @@ class ProbeWorker:
         timer.daemon = True
         timer.start()
         try:
-            answer = _ask(child, [path, kind, self._max_pixels])
+            answer = _ask(child, [path, kind, self._max_pixels, self._folders])
         finally:
             timer.cancel()
             timer.join()
@@ -114,7 +117,7 @@ class ProbeWorker:
         return child.returncode
 
 
-def _ask(child: subprocess.Popen[str], request: list[str | int]) -> str:
+def _ask(child: subprocess.Popen[str], request: list[Any]) -> str:
     """Return the child's answer, empty when it died over it."""
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(json.dumps(request) + "\n")

@@ -31,6 +31,7 @@ SPEC = "train_spec.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EXPORT = "export"
+CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 PUBLISHED = "PUBLISHED"
 
@@ -126,9 +127,16 @@ def _make_ready(folder: Path, *, resume: bool) -> None:
     keep_rows_until(folder / METRICS, done)
 
 
-def publish(folder: Path, destination: Path) -> None:
-    """Copy the export to its place; nothing is deleted before all results are in theirs."""
+def publish(folder: Path, card: str, destination: Path) -> None:
+    """Copy the export to its place; nothing is deleted before all results are in theirs.
+
+    Args:
+        folder: The training's scratch folder.
+        card: The model card that goes with it.
+        destination: Folder to make.
+    """
     shutil.copytree(folder / EXPORT, destination)
+    (destination / CARD).write_text(card, encoding="utf-8")
 
 
 def note_published(folder: Path) -> None:

@@ -28,7 +28,7 @@ from qvl_pipeline.engine.feed.stream_packing import PACK_WINDOW, fill_pack, work
 from qvl_pipeline.engine.signals import start_loader
 from qvl_pipeline.engine.spec import StreamSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tokens.raw_samples import Unusable
+from qvl_pipeline.tokens.unusable import Unusable
 
 # Samples that a lane tokenises together.
 TOKENISED_TOGETHER = 16
