@@ -58,10 +58,12 @@ class EarlyChecks:
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Refuse a pipeline whose inputs are not there yet, or were made with other parameters than this run has.
 
+        And one that prepares data for a training that cannot run here: see `training/early.py`.
+
         Raises:
             UserError: Names every missing input, the pipeline that makes it, and the command to run first; or an input
                 that was made otherwise, and how. Or this is one of several nodes, and not the one that runs other
-                pipelines than training.
+                pipelines than training. Or the training that follows could not run.
         """
         evaluation = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
         self._evaluation_checked_before = evaluation[0] if "generate" in evaluation else None
@@ -69,6 +71,7 @@ class EarlyChecks:
         self._warn_of_what_dvc_does_not_see(pipeline)
         wrong = self._unusable(pipeline, catalog)
         if not wrong:
+            self._check_what_follows(pipeline)
             return
         names = ", ".join(run_params["pipeline_names"] or ["the run"])
         root = Path(run_params["project_path"])
@@ -84,6 +87,21 @@ class EarlyChecks:
         sharing = "Profiles that are to differ in this need a `dataset` each, in their globals.yml."
         hint = "" if SHARED.isdisjoint(stages) else f" {sharing}"
         raise UserError(f"{names} cannot start, because {name} ({place}) {problem} by {command}.{hint}")
+
+    def _check_what_follows(self, pipeline: Pipeline) -> None:
+        """Ask now what training and evaluation would only find out when the data for them are made, hours from now."""
+        stages = {node.name: node for node in pipeline.nodes if node.name in ("train", "generate")}
+        made = pipeline.all_outputs()
+        if "generate" in stages and made & set(stages["generate"].inputs):
+            from qvl_pipeline.evaluation.generation import check_generation
+
+            check_generation(self._blocks["evaluate"])
+        if "train" in stages and made & set(stages["train"].inputs):
+            from qvl_pipeline.training.early import check_before_preparing
+
+            logger.info("asking first whether this machine can train what is to be prepared; this takes some seconds")
+            blocks = {name: self._blocks[name] for name in ("model", "batching", "train", "ingest")}
+            check_before_preparing(**blocks, scratch=Path(self._paths["base_model"]).parent / "scratch")
 
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
