@@ -8,13 +8,15 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save_file
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.training.early import check_before_preparing
+from qvl_pipeline.training.early import check_before_preparing, check_eval_samples
 
 SOURCE = {"name": "a", "path": "a", "data_type": "json"}
 
@@ -144,3 +146,13 @@ def test_a_disk_without_room_for_checkpoints_and_export_is_refused(
     left.mkdir(parents=True)
     (left / "state").write_bytes(bytes(5 * 10**7))
     check(tmp_path / "models" / "scratch", train=train)
+
+
+def test_valid_samples_without_an_eval_split_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "valid_samples.parquet"
+    pq.write_table(pa.table({"split": ["train", "eval"]}), path)
+    check_eval_samples(path, "'evaluate'")
+    for splits in (["train", "train"], pa.array([], pa.string())):
+        pq.write_table(pa.table({"split": splits}), path)
+        with pytest.raises(UserError, match="no valid sample is of the split 'eval', which 'evaluate' needs: give a"):
+            check_eval_samples(path, "'evaluate'")

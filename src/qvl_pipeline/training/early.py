@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +13,8 @@ from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import checkpoint_to_start_from
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.spec import Inputs, make_spec
+
+logger = logging.getLogger(__name__)
 
 
 def check_before_preparing(
@@ -32,6 +35,7 @@ def check_before_preparing(
     Raises:
         UserError: Says what is wrong and what to do.
     """
+    logger.info("asking first whether this machine can train what is to be prepared; this takes some seconds")
     check_eval_split(train, ingest)
     processes = training_processes(train, batching)
     checkpoint_to_start_from(train, identity={})  # that it is there, and complete
@@ -65,6 +69,27 @@ def check_eval_split(train: TrainConfig, ingest: IngestConfig) -> None:
         raise UserError(
             f"train.eval_strategy is '{train.eval_strategy}', but every source has 'split: train': set it to 'no', or "
             "leave the split of a source to its rows or to ingest.eval_fraction"
+        )
+
+
+def check_eval_samples(valid_samples: Path, needed_by: str) -> None:
+    """Refuse to go on with samples none of which is of the eval split.
+
+    Args:
+        valid_samples: Parquet file of the samples that passed validation.
+        needed_by: What needs such samples.
+
+    Raises:
+        UserError: There is none.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not pc.any(pc.equal(pq.read_table(valid_samples, columns=["split"])["split"], "eval")).as_py():
+        raise UserError(
+            f"no valid sample is of the split 'eval', which {needed_by} needs: give a source 'split: eval' or set "
+            "ingest.eval_fraction; or set train.eval_strategy to 'no' and leave out 'evaluate' (kedro run --pipelines "
+            "sample,tokenize,train)"
         )
 
 
