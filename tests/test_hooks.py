@@ -201,7 +201,7 @@ def test_no_frame_is_decoded_when_there_is_no_sample_for_the_evaluation_that_fol
 
 def test_a_wrong_argument_of_generation_is_said_before_the_data_are_made(tmp_path: Path) -> None:
     tokenize = Node(lambda samples: samples, "valid_samples", "tokenized_samples", name="tokenize")
-    with pytest.raises(UserError, match="evaluate.generation.temperatur is no argument of generation: did you mean"):
+    with pytest.raises(UserError, match=r"evaluate.generation.temperatur is no argument of generation: did you mean"):
         started(tmp_path, [tokenize, LATER["generate"]], evaluate=EvaluateConfig(generation={"temperatur": 1.0}))
 
 
