@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.json import JSONDataset
+from qwen_vl_utils.vision_process import calculate_video_frame_range
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, ValidateConfig
 from qvl_pipeline.data.made_with import made_with, read_record
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.plan.steps import make_plan
-from qvl_pipeline.datasets import FileDataset, FolderDataset
+from qvl_pipeline.datasets import FileDataset, FolderDataset, TableDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
@@ -39,7 +41,7 @@ INGEST = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "js
 SAMPLE = SampleConfig(
     fps=3, video_min_frames=2, video_max_frames=12, video_min_pixels=1024, video_max_pixels=64 * 64, frame_cache=None
 )
-BATCHING = BatchingConfig(packing_length=256)
+BATCHING = BatchingConfig(packing_length=256, max_reject_fraction=0.2)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
@@ -113,6 +115,11 @@ def run(
         | {name: FolderDataset(filepath=str(folder / name)) for name in ("video_frames", "base_model")}
         | {"tokenized_samples": FileDataset(filepath=str(folder / "tokenized.arrow"))}
         | {"stream_samples": FileDataset(filepath=str(folder / "stream.parquet"))}
+        | {
+            "tokenize_quarantine": TableDataset(
+                filepath=str(folder / "tokenize_quarantine.parquet"), schema="qvl_pipeline.data.tables.QUARANTINE"
+            )
+        }
         | {"plan_summary": JSONDataset(filepath=str(folder / "plan_summary.json"))}
     )
     SequentialRunner().run(create_sample() + create_tokenize(), catalog)
@@ -145,20 +152,32 @@ def test_qwen3_vl_reads_the_time_at_which_the_source_shows_the_frames(
         assert read == (expected if model.processor_type == "qwen3_vl" else [])
 
 
-def test_qwen2_5_vl_is_told_the_interval_at_which_the_source_shows_the_frames(
-    run: dict[str, Any], valid_samples: pd.DataFrame
+def official_interval(item: dict[str, Any], frames_taken: int) -> float:
+    """Seconds of a temporal patch by qwen_vl_utils' `sample_fps`."""
+    rate = float(1 / TIME_BASES[Path(item["path"]).stem])
+    part = {f"video_{name}": item[name] for name in ("start", "end") if item[name] is not None}
+    *_, frames = calculate_video_frame_range(part, len(SECONDS[Path(item["path"]).stem]), rate)
+    return 2 / (frames_taken / frames * rate)
+
+
+def test_the_interval_told_is_the_official_one_and_the_true_one_where_the_rate_varies(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame
 ) -> None:
+    """What Qwen2.5-VL is told; Qwen3-VL reads seconds, and its interval is always the true one."""
     tokenized = TokenizedSamples(run["tokenized_samples"])
-    clips = 0
+    official = 0
     for index, sample in valid_samples.iterrows():
         media = [medium for medium in tokenized.row(index)["media"] if medium["type"] == "video"]
-        for medium, shown in zip(media, frames_shown(run, sample), strict=True):
+        items = [item for item in sample["media"] if item["type"] == "video"]
+        for item, medium, shown in zip(items, media, frames_shown(run, sample), strict=True):
+            if model.processor_type == "qwen2_5_vl" and "variable" not in item["path"]:
+                assert medium["seconds_per_grid"] == pytest.approx(official_interval(item, len(shown)), rel=1e-12)
+                official += 1
+                continue
             true = np.reshape(shown, (-1, 2)).mean(axis=1)
             told = true[0] + np.arange(medium["grid_t"]) * medium["seconds_per_grid"]
-            one_frame = np.diff(SECONDS[Path(medium["key"].split("#")[0]).stem]).max()
-            assert np.abs(told - true).max() <= one_frame
-            clips += 1
-    assert clips == 9
+            assert np.abs(told - true).max() <= np.diff(SECONDS[Path(item["path"]).stem]).max()
+    assert official == (5 if model.processor_type == "qwen2_5_vl" else 0)
 
 
 def test_the_parameters_of_all_stages_before_are_recorded_with_the_tokens_and_the_frames(
@@ -263,7 +282,7 @@ def test_a_model_of_another_family_is_an_error(
 
 
 def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
+    plan(run["tokenized_samples"], run["stream_samples"], run["tokenize_quarantine"], BATCHING, INGEST)
     printed = capsys.readouterr().out
     summary = run["plan_summary"]
     for text in (f"{summary['packs']} of 256 tokens", f"{summary['tokens']:,}", "1 left out, the first is source/8"):
@@ -283,12 +302,18 @@ def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.Capt
 def test_packs_that_let_ranks_wait_are_not_taken_in_silence(
     changes: dict[str, Any], proposes: bool, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan(run["tokenized_samples"], run["stream_samples"], BATCHING.model_copy(update=changes), INGEST)
+    plan(
+        run["tokenized_samples"],
+        run["stream_samples"],
+        run["tokenize_quarantine"],
+        BATCHING.model_copy(update=changes),
+        INGEST,
+    )
     assert ("'balanced'" in capsys.readouterr().out) == proposes
 
 
 def test_each_source_is_summed_up_and_printed(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
+    plan(run["tokenized_samples"], run["stream_samples"], run["tokenize_quarantine"], BATCHING, INGEST)
     printed = capsys.readouterr().out
     summary = run["plan_summary"]
     [source] = summary["sources"]
@@ -304,3 +329,48 @@ def test_the_label_preview_shows_every_sample_that_is_trained_on(
     trained = valid_samples["kind"] != "long"
     assert shown == valid_samples.loc[trained, "sample_id"].tolist()
     assert run["token_statistics"]["clips"]["total"] == 9
+
+
+def test_what_is_left_out_is_said_before_training_and_may_be_too_much(
+    run: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = (run["tokenized_samples"], run["stream_samples"], run["tokenize_quarantine"])
+    plan(*inputs, BATCHING, INGEST)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    longest = TokenizedSamples(run["tokenized_samples"]).columns(["length"])["length"].to_numpy().max()
+    expected = (
+        r"1 of 9 training samples \(11\.1%\) are left out: 1 are longer than packing_length \(256 tokens\), the first "
+        rf"is source/8, the longest has {longest:,} tokens and the largest 0 patches: raise batching.packing_length"
+    )
+    assert any(re.fullmatch(expected, line) for line in warned)
+    with pytest.raises(UserError, match=expected + r", or raise the limit: it is more than the 5\.0% that batching\."):
+        plan(*inputs, BatchingConfig(packing_length=256), INGEST)
+
+
+def test_a_sample_that_the_template_refuses_is_counted_listed_and_left_out(
+    run: dict[str, Any], model: ModelConfig, media_index: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Templates refuse what they do not know, by `raise_exception` or by failing in any other way."""
+    shutil.copytree(run["base_model"], tmp_path / "base")
+    template = (tmp_path / "base" / "chat_template.jinja").read_text()
+    refusing = "{%- if messages[0].content[0].text == 'refuse' -%}{{ 1 // 0 }}{%- endif -%}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(refusing + template)
+    samples = samples_table([{"messages": [("user", text), ("assistant", "7")]} for text in ("a", "refuse", "b")])
+    write_tokens, _, write_quarantine = tokenize(
+        samples, media_index, run["video_frames"], tmp_path / "base", model, BATCHING
+    )
+    write_tokens(tmp_path / "tokenized.arrow")
+    write_quarantine(tmp_path / "quarantine.parquet")
+    quarantine = pd.read_parquet(tmp_path / "quarantine.parquet")
+    assert quarantine.to_dict("records") == [
+        {"sample_id": "source/1", "source": "source", "row": 1, "split": "train", "rule": "template_refusal"}
+        | {"detail": "the chat template refuses it: integer division or modulo by zero"}
+    ]
+    assert "template_refusal: 1, for example source/1: the chat template refuses it" in caplog.text
+    kept = TokenizedSamples(tmp_path / "tokenized.arrow").columns(["sample_id"])["sample_id"].to_pylist()
+    assert kept == ["source/0", "source/2"]
+    batching = BATCHING.model_copy(update={"max_reject_fraction": 0.34})
+    _, summary = plan(tmp_path / "tokenized.arrow", tmp_path / "none", quarantine, batching, INGEST)
+    assert (summary["quarantined"], summary["samples"]) == ({"template_refusal": 1}, 2)
+    with pytest.raises(UserError, match=r"1 of 3 .* left out: 1 cannot be tokenised, by template_refusal \(1\): mend"):
+        plan(tmp_path / "tokenized.arrow", tmp_path / "none", quarantine, BATCHING, INGEST)

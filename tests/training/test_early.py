@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.early import check_before_preparing, check_eval_samples
@@ -36,9 +36,11 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(scratch: Path, *, sources: list[dict[str, Any]] | None = None, **blocks: dict[str, Any]) -> None:
     check_before_preparing(
+        SampleConfig(),
         ModelConfig(**{"processor_type": "qwen3_vl"} | blocks.get("model", {})),
         BatchingConfig(**blocks.get("batching", {})),
         TrainConfig(**blocks.get("train", {})),
+        AdapterConfig(**blocks.get("adapter", {})),
         IngestConfig(datasets=sources or [SOURCE]),
         scratch,
     )

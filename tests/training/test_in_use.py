@@ -22,11 +22,11 @@ HOLD = """
 import sys
 from pathlib import Path
 from qvl_pipeline.training.in_use import InUse
-held = InUse(Path(sys.argv[1]), writes=sys.argv[2:], profile="mine")
+held = InUse(Path(sys.argv[1]), "mine")
+held.write() if sys.argv[2:] else held.read()
 print("held", flush=True)
 sys.stdin.readline()
-for name in sys.argv[2:]:
-    held.written(name)
+held.read()
 print("written", flush=True)
 sys.stdin.readline()
 """
@@ -62,27 +62,42 @@ def another_process(folder: Path, *writes: str) -> Iterator[subprocess.Popen[str
         process.kill()
 
 
-def test_many_read_and_one_writes(tmp_path: Path) -> None:
+@contextmanager
+def hold(folder: Path) -> Iterator[InUse]:
+    held = InUse(folder, "mine")
+    yield held
+    held.end()
+
+
+def test_many_read_and_none_writes_under_them(tmp_path: Path) -> None:
     with another_process(tmp_path):
-        InUse(tmp_path, writes=(), profile="mine").end()
-        with pytest.raises(
-            UserError, match="another run of the profile 'mine', a training or an evaluation maybe, is u"
-        ):
-            InUse(tmp_path, writes=["tokenized_samples"], profile="mine")
-        InUse(tmp_path / "another profile", writes=["tokenized_samples"], profile="other").end()
-    InUse(tmp_path, writes=["tokenized_samples"], profile="mine").end()  # a killed run holds nothing
+        with hold(tmp_path) as held:
+            held.read()
+        for refuse in (InUse.write, InUse.check_that_nobody_reads):
+            with (
+                hold(tmp_path) as held,
+                pytest.raises(UserError, match="another run of the profile 'mine', a training o"),
+            ):
+                refuse(held)
+        with hold(tmp_path / "another profile") as held:
+            held.write()
+    with hold(tmp_path) as held:  # a killed run holds nothing
+        held.write()
 
 
 def test_a_run_that_has_written_all_it_writes_lets_others_train(tmp_path: Path) -> None:
-    with another_process(tmp_path, "tokenized_samples", "base_model") as process:
-        with pytest.raises(UserError, match="'mine' is just writing the tables and frames that this one reads: wait"):
-            InUse(tmp_path, writes=(), profile="mine")
+    with another_process(tmp_path, "writes") as process:
+        with hold(tmp_path) as held:
+            held.check_that_nobody_reads()  # it will be done
+            with pytest.raises(UserError, match="'mine' is just writing the tables and frames that this one reads: wa"):
+                held.read()
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "written\n"
-        InUse(tmp_path, writes=(), profile="mine").end()
-        with pytest.raises(UserError, match="is using the tables and frames that this one would write anew"):
-            InUse(tmp_path, writes=["video_frames"], profile="mine")
+        with hold(tmp_path) as held:
+            held.read()
+        with hold(tmp_path) as held, pytest.raises(UserError, match="is using the tables and frames that this one wo"):
+            held.write()
 
 
 def test_a_run_is_refused_before_it_writes_under_a_training(project: Path) -> None:

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train import nodes
 from qvl_pipeline.training import running
 from qvl_pipeline.training.launcher import Processes
-from qvl_pipeline.training.scratch import PUBLISHED
+from qvl_pipeline.training.scratch import leave, note_published
 from tests.engine.training import make_training
 
 INGEST = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
@@ -46,8 +46,10 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "pack_plan": pd.read_parquet(training.data.pack_plan),
         "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
         "video_frames": Path(training.data.video_frames),
+        "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),
+        "adapter": AdapterConfig(),
         "ingest": INGEST,
     }
 
@@ -62,6 +64,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         if processes.nodes.node_rank == 0:
             (spec_path.parent / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
             (spec_path.parent / "result.json").write_text("{}")
+            (spec_path.parent / "export").mkdir()
             (spec_path.parent / "checkpoints" / "checkpoint-1").mkdir(parents=True)
             (spec_path.parent / "checkpoints" / "checkpoint-1" / "COMPLETE").touch()
 
@@ -126,7 +129,8 @@ def test_another_node_joins_where_the_first_has_something_to_train(
 ) -> None:
     train(inputs)
     if published:
-        (launched[0] / PUBLISHED).touch()
+        note_published(launched[0])
+        leave(launched[0].parent)
     request.getfixturevalue("second_node")
     with pytest.raises(SystemExit):
         train(inputs, resume_from_checkpoint=resume)

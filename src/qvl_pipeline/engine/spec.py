@@ -226,6 +226,31 @@ class ValidationSpec:
 
 
 @dataclass(frozen=True)
+class SamplingSpec:
+    """Which frames of a clip the samples were made of, and at which size: the exported processor is to do the same.
+
+    Attributes:
+        video_sampling_strategy: `fps` samples at a rate, `frame_num` takes a fixed number of frames.
+        fps: Frames sampled per second of the clip.
+        frame_num: Frames per clip, for `frame_num`.
+        video_min_frames: Fewest frames per clip, for `fps`.
+        video_max_frames: Most frames per clip, for `fps`.
+        video_min_pixels: Fewest pixels per frame.
+        video_max_pixels: Most pixels per frame.
+        video_total_pixels: Most pixels per clip, all frames together.
+    """
+
+    video_sampling_strategy: str
+    fps: float
+    frame_num: int
+    video_min_frames: int
+    video_max_frames: int
+    video_min_pixels: int
+    video_max_pixels: int
+    video_total_pixels: int
+
+
+@dataclass(frozen=True)
 class ExportSpec:
     """The trained model as a plain transformers folder.
 
@@ -243,6 +268,40 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """A low-rank update that is trained in place of the model; names as in `config/adapter.py`.
+
+    Attributes:
+        type: `none`, `lora` or `dora`; with `none` nothing else here counts.
+        r: Rank of the update.
+        alpha: Factor on the update, before it is divided by the rank.
+        rslora: Divide by the root of the rank instead.
+        dropout: Share of the inputs of the update that are dropped.
+        init: `zeros_b` or `pissa`.
+        targets: For each part `all`, `none`, or a list of kinds and globs.
+        train_fully: Short names or globs of parts that are trained beside it.
+        start_from: Folder of an adapter to go on from; empty starts anew.
+        export: `adapter`, `merged` or `both`.
+    """
+
+    type: str
+    r: int
+    alpha: float
+    rslora: bool
+    dropout: float
+    init: str
+    targets: dict[str, str | list[str]]
+    train_fully: tuple[str, ...]
+    start_from: str
+    export: str
+
+    @property
+    def used(self) -> bool:
+        """Whether there is one."""
+        return self.type != "none"
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """A whole training run."""
 
@@ -253,7 +312,9 @@ class TrainSpec:
     optim: OptimSpec
     parallel: ParallelSpec
     validation: ValidationSpec
+    sampling: SamplingSpec
     export: ExportSpec
+    adapter: AdapterSpec
 
     def save(self, path: Path) -> None:
         """Write the spec as JSON."""

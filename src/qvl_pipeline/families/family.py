@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
 
 
+# Side of the square of patches that becomes one token, in all families so far.
+MERGE_SIZE = 2
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """Everything about a family that differs from the others.
@@ -22,6 +26,7 @@ class ModelFamily:
         name: Name in `model.processor_type`.
         title: Name for people.
         patch_size: Side of a vision patch in pixels. Published processors say it too, and are held to it.
+        limits_are_per_clip: Whether the `size` of the video processor limits a whole clip, or each frame.
         decoder_layer: Class name of a decoder layer; FSDP2 shards each.
         vision_block: Class name of a vision block; FSDP2 shards each.
         groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
@@ -37,6 +42,7 @@ class ModelFamily:
     name: str
     title: str
     patch_size: int
+    limits_are_per_clip: bool
     decoder_layer: str
     vision_block: str
     groups: tuple[tuple[str, str], ...]
@@ -46,6 +52,11 @@ class ModelFamily:
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels of a picture that one token stands for."""
+        return (self.patch_size * MERGE_SIZE) ** 2
 
     def group_of(self, parameter_name: str) -> str:
         """Name the group a parameter belongs to.

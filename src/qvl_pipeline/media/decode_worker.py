@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.orphans import end_with_client
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -61,7 +62,7 @@ class DecodeWorker:
         self._closed = False
 
     def read(self, clip: Any) -> Any:
-        """Read one clip.
+        """Read one clip, and once more where the process ended over it: the machine may have ended it, for its memory.
 
         Args:
             clip: What `read` takes.
@@ -72,6 +73,11 @@ class DecodeWorker:
         Raises:
             RuntimeError: The child does not start, or the worker was closed.
         """
+        outcome = self._read_once(clip)
+        ended = isinstance(outcome, Failure) and outcome.rule == "decoder_crashed"
+        return self._read_once(clip) if ended and not self._closed else outcome
+
+    def _read_once(self, clip: Any) -> Any:
         if self._child is None:
             self._start()
         try:
@@ -146,6 +152,7 @@ def read_module(read: Callable[[Any], Any]) -> str:
 
 def _serve(pipe: Connection, read: Callable[[Any], Any]) -> None:
     """Read clips until the parent is gone."""
+    end_with_client()  # also when a decoder hangs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     with contextlib.suppress(EOFError, ConnectionError):
         pipe.send("ready")

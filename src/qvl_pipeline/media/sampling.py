@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Qwen-VL merges frames in pairs and patches in squares of 2 x 2.
+from qvl_pipeline.families.family import MERGE_SIZE
+
+# Qwen-VL merges frames in pairs.
 FRAME_FACTOR = 2
-MERGE_SIZE = 2
 # qwen_vl_utils' VIDEO_MAX_TOKEN_NUM: most merged tokens of one frame, whatever `max_pixels` says.
 MAX_FRAME_TOKENS = 768
 MAX_RATIO = 200
+# A frame's share of the budget of its clip is never less than so many times `min_pixels`.
+SHARE_FLOOR = 1.05
 
 
 def smart_nframes(
@@ -166,11 +169,49 @@ def video_size(
         ValueError: The frames are too elongated.
     """
     factor = patch_size * MERGE_SIZE
-    share = min(MAX_FRAME_TOKENS * factor**2, total_pixels / n_frames * FRAME_FACTOR)
-    limit = min(max_pixels, max(share, int(min_pixels * 1.05)))
+    budget = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
+    limit = frame_limit(n_frames, factor=factor, **budget)
     return smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=limit)
+
+
+def frame_limit(n_frames: int, *, factor: int, min_pixels: int, max_pixels: int, total_pixels: int) -> float:
+    """Most pixels of a frame of a clip.
+
+    Args:
+        n_frames: Frames sampled.
+        factor: Side of a merged patch in pixels.
+        min_pixels: Fewest pixels per frame; its share of the clip does not fall below.
+        max_pixels: Most pixels per frame.
+        total_pixels: Most pixels of all frames; two frames share one temporal patch, so each may have twice its share.
+    """
+    share = min(MAX_FRAME_TOKENS * factor**2, total_pixels / n_frames * FRAME_FACTOR)
+    return min(max_pixels, max(share, int(min_pixels * SHARE_FLOOR)))
 
 
 def seconds_per_grid(seconds: Sequence[float], temporal_patch_size: int = FRAME_FACTOR) -> float:
     """Mean time between two temporal patches, from the true times of the sampled frames `[T]`."""
     return temporal_patch_size * (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+
+
+def told_seconds_per_grid(
+    indices: Sequence[int], seconds: Sequence[float], fps: float, temporal_patch_size: int = FRAME_FACTOR
+) -> float:
+    """Time of a temporal patch as Qwen2.5-VL is told it, by the formula that its training and all engines have.
+
+    That is the temporal patch over the sampled rate, which is the share of the clip's frames that was taken times their
+    rate (transformers' `VideoMetadata.sampled_fps`, qwen_vl_utils' `sample_fps`). The frames themselves, which are
+    spread from the first to the last, lie further apart: by 14 % if they are 8, by 33 % if 4. Where the frame rate
+    varies, that share says nothing of time, and the true interval is told.
+
+    Args:
+        indices: Number of each sampled frame in the source `[T]`; the first and the last are those of the clip.
+        seconds: Its true time `[T]`.
+        fps: Mean frame rate of the source.
+        temporal_patch_size: Frames in a temporal patch.
+    """
+    shown = np.asarray(seconds) - seconds[0]
+    expected = np.asarray(indices) - indices[0]
+    if np.abs(shown * fps - expected).max() >= 0.5:
+        return seconds_per_grid(seconds, temporal_patch_size)
+    frames = indices[-1] - indices[0] + 1
+    return temporal_patch_size / (len(indices) / frames * fps)

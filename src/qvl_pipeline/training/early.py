@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_family, check_weights, write_manifest
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.checks import check_before_launch
@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_preparing(
-    model: ModelConfig, batching: BatchingConfig, train: TrainConfig, ingest: IngestConfig, scratch: Path
+    sample: SampleConfig,
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    adapter: AdapterConfig,
+    ingest: IngestConfig,
+    scratch: Path,
 ) -> None:
     """Refuse a training that cannot run, by parameters, base model and machine alone.
 
@@ -26,9 +32,11 @@ def check_before_preparing(
     processor and index of weights are fetched, and no weights.
 
     Args:
+        sample: Parameters of sampling.
         model: Parameters of the model.
         batching: Parameters of the plan.
         train: Parameters of training.
+        adapter: Parameters of the adapter.
         ingest: The declared sources.
         scratch: Folder in which trainings of the profile work.
 
@@ -48,6 +56,7 @@ def check_before_preparing(
         nowhere = base_model / "not made yet"
         spec = make_spec(
             Inputs(base_model, nowhere, nowhere, nowhere, summary),
+            sample=sample,
             model=model,
             batching=batching,
             weights={},
@@ -55,6 +64,7 @@ def check_before_preparing(
             output_dir=scratch,
             identity={},
             resume_from="",
+            adapter=adapter,
         )
         check_before_launch(spec, steps, processes.per_node * processes.nodes.nnodes)
 

@@ -7,15 +7,13 @@ error, they would train on other data than were planned.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
-
-logger = logging.getLogger(__name__)
+from qvl_pipeline.locks import relock
 
 # The catalog entries. The plan is not among them: a training copies it.
 READ_WHILE_TRAINING = frozenset({"base_model", "tokenized_samples", "stream_samples", "video_frames"})
@@ -25,41 +23,56 @@ LOCK = ".in_use"
 class InUse:
     """A run's hold of those entries of its profile: of many runs that read them, or of one that writes them.
 
-    The lock is the operating system's, and ends with the process however that ends. On a file system without locks
-    (some of clusters) it is done without.
+    The lock is the operating system's, and ends with the process however that ends; without locks (on some file systems
+    of clusters) it holds nothing. Runs that write wait for each other elsewhere, stage by stage.
     """
 
-    def __init__(self, folder: Path, *, writes: Iterable[str], profile: str) -> None:
-        """Take hold, if nobody is in the way.
+    def __init__(self, folder: Path, profile: str) -> None:
+        """Hold nothing yet.
 
         Args:
-            folder: A folder that only this profile writes to.
-            writes: Those of the entries that this run writes; the others it reads.
+            folder: A folder that only this profile writes to; made when missing.
             profile: Name of the profile, for messages.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._profile = profile
+        self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def read(self) -> None:
+        """Hold the entries as one of those that read them.
 
         Raises:
-            UserError: Another run writes what this one reads, or reads or writes what this one writes.
+            UserError: Another run writes them.
         """
-        self._writing = set(writes)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._handle, (fcntl.LOCK_EX if self._writing else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            relock(self._handle, shared=True)
         except BlockingIOError as error:
-            self.end()
-            raise UserError(_refusal(profile, writes=bool(self._writing))) from error
-        except OSError as error:
-            logger.info("%s cannot be locked (%s): do not run 'sample' or 'tokenize' under a training", folder, error)
+            raise UserError(_refusal(self._profile, writes=False)) from error
 
-    def written(self, name: str) -> None:
-        """Let other runs read, once the last of the entries is written."""
-        if name in self._writing:
-            self._writing.discard(name)
-            if not self._writing:
-                try:
-                    fcntl.flock(self._handle, fcntl.LOCK_SH)
-                except OSError as error:
-                    logger.debug("no lock to share: %s", error)
+    def write(self) -> None:
+        """Hold the entries as the only one.
+
+        Raises:
+            UserError: Another run reads them.
+        """
+        try:
+            relock(self._handle, shared=False)
+        except BlockingIOError as error:
+            raise UserError(_refusal(self._profile, writes=True)) from error
+
+    def check_that_nobody_reads(self) -> None:
+        """Refuse to begin what could not write in the end. Another run that writes is no hindrance: it will be done.
+
+        Raises:
+            UserError: Another run reads them.
+        """
+        try:
+            relock(self._handle, shared=True)
+        except BlockingIOError:
+            return
+        self.write()
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def end(self) -> None:
         """Let go."""

@@ -49,10 +49,10 @@ def check_space(spec: TrainSpec, steps: int | None, model: nn.Module) -> None:
 
 
 def checkpoint_bytes(spec: TrainSpec, model: nn.Module) -> int:
-    """Bytes of a checkpoint: float32 weights, and of those that are trained the optimizer's state and their average."""
+    """Bytes of a checkpoint: of what is trained, float32 weights, the optimizer's state and the average."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    average = _FLOAT32 * trained if spec.optim.ema_decay else 0
-    return _FLOAT32 * _numbers(model) + _STATE_BYTES[spec.optim.optim] * trained + average
+    each = _FLOAT32 + _STATE_BYTES[spec.optim.optim] + (_FLOAT32 if spec.optim.ema_decay else 0)
+    return each * trained
 
 
 def _checkpoints_at_once(spec: TrainSpec, steps: int | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,19 +10,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import ProcessorMixin
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from qvl_pipeline.engine.model.adapters import FOLDER
+from qvl_pipeline.engine.model.adapters.export import export_adapter
+from qvl_pipeline.engine.model.base_files import OF_WEIGHTS, find_base_files, with_dtype
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.processor_files import PROCESSOR_FILES, processor_files
+from qvl_pipeline.engine.model.whole_weights import WholeWeights
 from qvl_pipeline.engine.spec import TrainSpec
 
 
-def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None:
-    """Write weights, configuration, processor and generation config; called by all ranks.
+def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
+    """Write the base model's folder with other weights, or a folder with an adapter; called by all ranks.
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
     holds more than one of them whole, and rank 0 no more than one file of them.
+
+    Args:
+        model: The trained model.
+        files: Content of all other files, by name; the first rank's count.
+        spec: The run.
     """
     target = Path(spec.export.output_dir)
     partial = target.with_name(f".{target.name}.partial")
@@ -31,30 +39,56 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
+    whole = not spec.adapter.used or spec.adapter.export != "adapter"
+    if spec.adapter.used and spec.adapter.export != "merged":
+        export_adapter(model, spec, partial / FOLDER if leads else None)
+    if whole:
+        weights = WholeWeights(model, spec.model.path, leads=leads)
+        _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
     if not leads:
         return
-    _plain_config(model, dtype).save_pretrained(partial)
-    model.hf.generation_config.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    for name, content in files.items():
+        if whole or name not in OF_WEIGHTS:
+            (partial / name).write_bytes(content)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
 
 
-def _write_weights(model: PackedVLM, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def exported_files(processor: ProcessorMixin, spec: TrainSpec) -> dict[str, bytes]:
+    """Make all that an export holds but weights, from the base model's files.
+
+    Only what training decided is not as it was: the type of the weights in `config.json`, and how the processor samples
+    and resizes.
+
+    Args:
+        processor: The base model's processor.
+        spec: The run.
+
+    Returns:
+        Content of each file, by name.
+
+    Raises:
+        ValueError: The base model has no configuration of an image processor.
+    """
+    paths = find_base_files(spec.model.path, spec.model.processor)
+    files = {name: path.read_bytes() for name, path in paths.items()}
+    files[CONFIG_NAME] = with_dtype(files[CONFIG_NAME], getattr(torch, spec.export.dtype))
+    of_processor = {name: files[name] for name in PROCESSOR_FILES if name in files}
+    return files | processor_files(of_processor, processor, spec.model, spec.sampling)
+
+
+def _write_weights(
+    model: PackedVLM, weights: WholeWeights, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
     """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
-    state = model.hf.state_dict()
-    for tied in model.hf.all_tied_weights_keys:
-        # One parameter under two names: a file with both would be larger, and could come apart when edited.
-        state.pop(tied)
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in state.items()}
+    sizes = {name: number * dtype.itemsize for name, number in weights.sizes().items()}
     files = split_into_files(sizes, max_shard_bytes)
     for file, names in files.items():
         tensors = {}
         for name in names:
-            tensor = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
-            if folder:
-                tensors[model.family.hub_name(name)] = tensor.to(dtype).cpu().contiguous()
+            tensor = weights.read(name)
+            if tensor is not None:
+                tensors[model.family.hub_name(name)] = tensor.to(dtype).contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:
@@ -84,13 +118,3 @@ def split_into_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str
     if len(shards) == 1:
         return {SAFE_WEIGHTS_NAME: shards[0]}
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": names for n, names in enumerate(shards, start=1)}
-
-
-def _plain_config(model: PackedVLM, dtype: torch.dtype) -> PreTrainedConfig:
-    """The model's configuration without what only training needs."""
-    config = copy.deepcopy(model.hf.config)
-    config.architectures = [type(model.hf).__name__]
-    for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation_internal = None
-        part.dtype = dtype
-    return config
