@@ -22,7 +22,7 @@ from transformers.video_utils import VideoMetadata
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.tokens import END_OF_TURN
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
-from qvl_pipeline.media.sampling import seconds_per_grid
+from qvl_pipeline.media.sampling import seconds_per_grid, told_seconds_per_grid
 from qvl_pipeline.tokens.chat import RenderedChat, render_chats
 from qvl_pipeline.tokens.control import encode_texts, without_marks
 from qvl_pipeline.tokens.unusable import Unusable, UnusableSampleError
@@ -72,6 +72,8 @@ class MediaGrids:
         """
         self._image_processor = processor.image_processor
         self._videos = processor.video_processor
+        # Qwen2.5-VL's model is given an interval, Qwen3-VL's reads the seconds in the text.
+        self._tells_interval = "second_per_grid_ts" in processor.model_input_names
         self.images = images
         self.store = store
 
@@ -92,15 +94,19 @@ class MediaGrids:
     def _clip(self, item: Mapping[str, Any]) -> Medium:
         key = clip_id(item["path"], item["start"], item["end"])
         clip = self.store.info(key)
+        temporal_patch, seconds = self._videos.temporal_patch_size, clip["seconds"]
+        interval = seconds_per_grid(seconds, temporal_patch)
+        if self._tells_interval:
+            interval = told_seconds_per_grid(clip["frame_indices"], seconds, clip["source_fps"], temporal_patch)
         return {
             "type": "video",
             "key": key,
-            "grid_t": -(-clip["n_frames"] // self._videos.temporal_patch_size),
+            "grid_t": -(-clip["n_frames"] // temporal_patch),
             "grid_h": clip["height"] // self._videos.patch_size,
             "grid_w": clip["width"] // self._videos.patch_size,
-            "seconds_per_grid": seconds_per_grid(clip["seconds"], self._videos.temporal_patch_size),
+            "seconds_per_grid": interval,
             "content_hash": clip["content_hash"],
-            "seconds": clip["seconds"],
+            "seconds": seconds,
         }
 
     def _image(self, path: str) -> Medium:
