@@ -132,6 +132,25 @@ def test_columns_that_only_another_form_reads_are_put_aside() -> None:
     assert samples["answer"].to_pylist() == ["This.", "This."]
 
 
+def test_calls_in_a_table_have_their_own_arguments_alone() -> None:
+    """A column of calls gives each the arguments of all."""
+    called = [
+        {"tools": [{"name": name}], "messages": [{"role": "user", "content": "?"}, _calling(name, **arguments)]}
+        for name, arguments in (("a", {"city": "Rome"}), ("b", {"days": 2}))
+    ]
+    tables = [_ingest(_write(f"a.{kind}", called))[0] for kind in ("jsonl", "parquet")]
+    assert tables[0].num_rows == 2
+    assert tables[0].equals(tables[1])
+    null = [called[0], {"messages": [{"role": "user", "content": "?"}, _calling("b", days=None)]}]
+    messages = orjson.loads(_ingest(_write("b.jsonl", null))[0]["messages"].to_pylist()[1])
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"days": None}
+
+
+def _calling(name: str, **arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
 REJECTED = {
     b"{": ("unreadable_row", "row 0: it is not JSON ("),
     b'{"messages": NaN}': ("unreadable_row", "row 0: it is not JSON ("),
