@@ -8,7 +8,7 @@ from pathlib import Path
 # Share of the memory that one row may take: as objects of Python it is 25 times as large, and for a while there twice.
 _ROWS_IN_MEMORY = 50
 _PIECE_BYTES = 1 << 20
-# No data that says something is compressed by more; what is, and does not fit into memory either, is a bomb.
+# No data that says something is compressed by more: what is, and does not fit into memory either, is a bomb.
 MOST_EXPANSION = 300
 # How much of a file is read before all of it is judged by it.
 _ENOUGH_TO_JUDGE = 1 << 26
@@ -67,8 +67,7 @@ class Guard:
         """
         self._total += size
         whole = self._total / done if done and self._total > _ENOUGH_TO_JUDGE else self._total
-        suspicious = self._total > MOST_EXPANSION * self._file_bytes
-        if self._total > self._allowed or (suspicious and whole > self._allowed):
+        if max(self._total, whole) > self._allowed:
             raise ValueError(
                 f"it is a decompression bomb: its {self._file_bytes:,} bytes hold about {whole / 2**30:,.1f} GiB, over "
                 f"{MOST_EXPANSION} times as much and more than data_engine.memory_limit_gib"

@@ -60,7 +60,9 @@ def plain(column: pa.Array) -> pa.Array:
     if types.is_run_end_encoded(column.type):
         return plain(pc.run_end_decode(column))
     try:
-        return column.cast(target)
+        found = column.cast(target)
+        found.validate()  # a list of views that ends with a null is cast wrongly
+        return found
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pa.array(column.to_pylist(), target) if types.is_nested(target) else _texts(column)
 

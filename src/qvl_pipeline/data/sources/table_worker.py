@@ -157,7 +157,8 @@ def _read(path: str, data_type: str, limits: Limits) -> Iterator[bytes]:
             yield memoryview(content)
         yield _line()
     except MemoryError:
-        yield _line(error="a row of it needs more memory to be decoded than data_engine.memory_limit_gib allows")
+        needs = "a part of it needs more memory to be decoded than data_engine.memory_limit_gib allows"
+        yield _line(error=f"{needs}: raise that, if you trust the file")
     # Whatever a parser stumbles over: the file is bad.
     except Exception as error:
         yield _line(error=str(error) or type(error).__name__)

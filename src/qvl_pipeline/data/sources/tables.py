@@ -47,7 +47,7 @@ def read_table(path: Path, data_type: str, limits: Limits) -> Iterator[Piece]:
 
     Raises:
         ValueError: The file is damaged, or holds more than it may.
-        MemoryError: A row cannot be decoded in the memory that there is.
+        MemoryError: A part of it cannot be decoded in the memory that there is.
     """
     read: Callable[[Path, Limits], Iterator[tuple[pa.RecordBatch, float]]]
     read = _parquet_batches if data_type == "parquet" else _arrow_batches
@@ -61,7 +61,8 @@ def read_table(path: Path, data_type: str, limits: Limits) -> Iterator[Piece]:
 
 
 def _parquet_batches(path: Path, limits: Limits) -> Iterator[tuple[pa.RecordBatch, float]]:
-    with pq.ParquetFile(path, pre_buffer=False) as file:
+    # Column by column, not in one piece: one of embedded pictures may be as large as the file.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=limits.piece_bytes) as file:
         rows = file.metadata.num_rows
         size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups))
         read = 0
