@@ -21,11 +21,11 @@ from qvl_pipeline.config import DataEngineConfig, IngestConfig
 from qvl_pipeline.data import batches
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
-from qvl_pipeline.data.sources import ingest, readers
+from qvl_pipeline.data.sources import ingest, limits
 from qvl_pipeline.data.sources.finished import finished_part
 from qvl_pipeline.data.sources.ingest import ingest_sources
 from qvl_pipeline.data.sources.raw import list_files
-from qvl_pipeline.data.sources.readers import Slab, read_slabs
+from qvl_pipeline.data.sources.readers import RowFiles, Slab
 from qvl_pipeline.data.sources.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
 from qvl_pipeline.evaluation.metrics import references
@@ -390,7 +390,7 @@ def test_kind_by_media(images: int, videos: int, kind: str) -> None:
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slab is about 1,000 rows of these tests, and tables are written in groups of 100 rows."""
-    monkeypatch.setattr(readers, "_PIECE_BYTES", 1 << 15)
+    monkeypatch.setattr(limits, "_PIECE_BYTES", 1 << 15)
     monkeypatch.setattr(ingest, "_SLABS_IN_LIMIT", 1 << 12)
     monkeypatch.setattr(batches, "ROW_GROUP_ROWS", 100)
 
@@ -400,10 +400,10 @@ def _many(rows: int) -> list[dict[str, Any]]:
 
 
 def test_no_slab_is_in_memory_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch, small_slabs: None) -> None:
-    sizes, held = [], []
+    sizes, held, read = [], [], RowFiles.slabs
 
     def watched(*arguments: Any) -> Iterator[Slab]:
-        slabs = read_slabs(*arguments)
+        slabs = read(*arguments)
         empty = pa.total_allocated_bytes()
         while (slab := next(slabs, None)) is not None:
             sizes.append(slab.rows.nbytes)
@@ -412,7 +412,7 @@ def test_no_slab_is_in_memory_while_the_next_is_read(monkeypatch: pytest.MonkeyP
             yield handed_over.pop()
             held.append(pa.total_allocated_bytes() - empty)
 
-    monkeypatch.setattr(ingest, "read_slabs", watched)
+    monkeypatch.setattr(RowFiles, "slabs", watched)
     _ingest(_write("a.jsonl", _many(8000)))
     assert len(held) > 3
     assert max(held) < max(sizes) / 2
