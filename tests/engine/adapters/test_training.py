@@ -18,7 +18,7 @@ from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.model.test_weights import load_sharded
-from tests.engine.ranks import run_ranks
+from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, make_training, trained
 
 LORA = {"type": "lora", "targets": {"llm": "all", "merger": "all"}}
@@ -155,6 +155,34 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(
     assert all(name.rpartition(".")[2] in ("lora_A", "lora_B") for name in tensors)
     states = {name.rpartition(".")[0].removeprefix("optimizer.state.hf.") for name in stored if "exp_avg" in name}
     assert states == tensors
+
+
+def test_a_checkpoint_is_no_larger_than_the_adapter_and_its_two_moments(
+    tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text",), packs_per_step=1)
+    training = changed(base, tmp_path / "run", adapter={"type": "lora", "r": 64})
+    trained(training, nproc=2)
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".distcp")
+    numbers = sum(tensor.numel() for tensor in adapter(training).values())
+    assert 3 * 4 * numbers < size <= 1.1 * 3 * 4 * numbers
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_checkpoint_of_another_base_model_is_refused(
+    kind: str, tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text",) * 2, packs_per_step=1)
+    groups = {"adapter": LORA if kind == "lora" else {"type": "none"}}
+    one, other = ({"identity": {"base_model": digest}} for digest in ("sha:1", "sha:2"))
+    first = changed(base, tmp_path / "run", run=dict(one), **groups)
+    trained(first, nproc=1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    with pytest.raises(JobFailedError):
+        trained(changed(base, tmp_path / "two", run={**other, "resume_from": str(checkpoint)}, **groups), nproc=1)
+    message = json.loads((tmp_path / "two" / "errors" / "rank0.json").read_text())["message"]
+    assert "belongs to a run of another kind (base_model: sha:1 there, sha:2 here)" in message
 
 
 @pytest.mark.parametrize(

@@ -266,9 +266,11 @@ class Checkpoints:
         Generators and other state of single ranks are taken over when the number of ranks is the same.
 
         Raises:
-            CheckpointError: It is missing, incomplete or does not hold what this run needs.
+            CheckpointError: It is missing, incomplete, of another base model or kind of run, or does not hold what this
+                run needs.
         """
         marker = read_marker(path)
+        self._check_identity(path, marker.get("identity", {}))
         state: dict[str, Any] = dict(self._state)
         own = marker["world_size"] == dist.get_world_size()
         if own:
@@ -281,6 +283,16 @@ class Checkpoints:
             stateful.load_state_dict(state[self._rank][name])
         self._newest = int(marker["step"]) if path.parent == self._folder else self._newest
         return int(marker["step"])
+
+    def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another base model, or of other parts: it holds only what was trained of them."""
+        differing = sorted(name for name in self._identity if found.get(name) != self._identity[name])
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {self._identity[name]} "
+                "here): put that back, or start afresh with train.resume_from_checkpoint=none"
+            )
 
     def _rank_states(self) -> dict[str, Any]:
         return {name: stateful.state_dict() for name, stateful in self._rank_state.items()}
