@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -23,7 +24,7 @@ from qvl_pipeline.engine.run.checkpoints import completed
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import JobFailedError, run_ranks
-from tests.engine.training import changed, make_training, trained
+from tests.engine.training import changed, first_error, make_training, trained
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +139,7 @@ def test_impossible_sharding_is_refused(
 ) -> None:
     with pytest.raises(JobFailedError):
         trained(changed(trainings("qwen3_vl"), tmp_path, parallel=parallel), nproc=2)
-    assert message in json.loads((tmp_path / "errors" / "rank0.json").read_text())["message"]
+    assert message in first_error(tmp_path)["message"]
 
 
 @pytest.mark.parametrize("nproc", [2, 4])
@@ -196,11 +197,18 @@ def test_export_is_the_last_checkpoint_under_names_that_transformers_knows(
     assert all(not torch.equal(weight, base[name]) for name, weight in exported.items() if weight.ndim == 2)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 def test_frozen_parts_stay_bit_unchanged_under_weight_decay(
-    family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+    bf16: bool, family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
-    training = changed(trainings(family), tmp_path, run={"save_steps": 0}, model={"freeze_modules": ("visual",)})
+    """Also where they are held in bfloat16 while they are trained with, and of no checkpoint's business."""
+    groups = {"model": {"freeze_modules": ("visual",)}, "parallel": {"bf16": bf16}}
+    training = changed(trainings(family), tmp_path, run={"save_steps": 0}, **groups)
     trained(training, nproc=2)
+    stored = FileSystemReader(tmp_path / "checkpoints" / "checkpoint-3").read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith("model.")]
+    assert names
+    assert not [name for name in names if ".visual." in name]
     base = load_file(Path(training.model.path) / "model.safetensors")
     for name, weight in weights(training).items():
         assert torch.equal(weight, base[name]) == ("visual" in name), name
@@ -213,7 +221,7 @@ def test_failed_rank_names_its_sample_and_ends_the_job(trainings: Callable[[str]
     (folder / "4.png").write_bytes(b"no longer an image")
     with pytest.raises(JobFailedError):
         trained(bad, nproc=2)
-    report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
+    report = first_error(Path(bad.run.output_dir))
     assert report["step"] == 2
     assert "4.png" in report["message"]
     assert not (Path(bad.run.output_dir) / "result.json").exists()
@@ -258,8 +266,7 @@ def test_sample_whose_decoding_hangs_is_named_by_the_watchdog(
     os.mkfifo(tmp_path / "data" / "4.png")  # opening it waits for a writer, forever
     with pytest.raises(JobFailedError):
         trained(hanging, nproc=2, timeout_s=100)
-    reports = [json.loads(path.read_text()) for path in (tmp_path / "run" / "errors").glob("rank*.json")]
-    report = min(reports, key=lambda report: report["time"])  # rank 1 may have seen rank 0 go
+    report = first_error(tmp_path / "run")  # rank 1 may have seen rank 0 go
     assert (report["rank"], report["step"], report["sample_ids"]) == (0, 2, ["a/4"])
     assert report["type"] == "StepTimeoutError"
     assert "step 2 has taken" in report["message"]

@@ -147,6 +147,7 @@ def make_training(
             hsdp_shard_size=0,
             forward_prefetch=0,
             backward_prefetch=0,
+            accumulate_sharded=False,
             cpu_offload=False,
             bf16=False,
             fp16=False,
@@ -165,6 +166,18 @@ def make_training(
         ),
         export=spec.ExportSpec(
             output_dir=str(output_dir / "export"), export_ema=False, dtype="float32", max_shard_bytes=5 * 10**9
+        ),
+        adapter=spec.AdapterSpec(
+            type="none",
+            r=4,
+            alpha=8.0,
+            rslora=False,
+            dropout=0.0,
+            init="zeros_b",
+            targets={"llm": "all"},
+            train_fully=(),
+            start_from="",
+            export="both",
         ),
     )
 
@@ -228,3 +241,9 @@ def trained(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> lis
     training.save(folder / "train_spec.json")
     run_ranks(main, nproc, folder / "train_spec.json", log_dir=folder / "logs", timeout_s=timeout_s)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_error(output_dir: Path) -> dict[str, Any]:
+    """Return the report of the rank that failed first: others may have been ended before they wrote theirs."""
+    reports = [json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")]
+    return min(reports, key=lambda report: report["time"])

@@ -122,7 +122,8 @@ def test_frames_whose_references_were_cut_away_are_not_counted(tmp_path: Path) -
     table = read_frame_table(headless)
     numbers = [number_in(frame) for frame in decode_frames(headless, table, range(len(table.seconds)))]
     assert numbers == list(range(24, N_FRAMES))
-    np.testing.assert_allclose(table.seconds, CONSTANT[24:], atol=1e-9)
+    # The clock of a Matroska file starts where the file does.
+    np.testing.assert_allclose(table.seconds, np.array(CONSTANT[24:]) - CONSTANT[24], atol=1e-9)
 
 
 def test_mean_rate_is_the_declared_one_unless_the_frames_contradict_it(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_demuxer_that_misses_its_keyframe_is_not_trusted(tmp_path: Path, monke
             self._container.close()
 
     opened = decoding.av.open
-    monkeypatch.setattr(decoding.av, "open", lambda path: Misled(opened(path)))
+    monkeypatch.setattr(decoding.av, "open", lambda path, options: Misled(opened(path, options=options)))
     indices = [1, 20, 45, 59]
     assert [number_in(frame) for frame in decode_frames(path, table, indices)] == indices
 

@@ -124,7 +124,7 @@ def test_rows_of_every_type_become_a_profile(
     shown = 2 if write is write_folder else 5  # of the first file
     about = "" if write is write_folder else "about 20 rows"
     assert f"{path}: {kind}, {about}" in result.output
-    assert result.output.count("single_image, all 1 media files found") == shown
+    assert result.output.count("single_image, 1 media file found") == shown
     assert "kedro run --env mine --pipelines ingest,validate" in result.output
     assert f"  mine: {{env: mine, raw: {path}}}\n  mine: mine\n" in result.output
     assert yaml.safe_load((project / "conf/mine/globals.yml").read_text()) == {"profile": "mine", "dataset": "mine"}
@@ -198,7 +198,9 @@ def test_bad_rows_are_named_with_rule_and_reason_and_the_good_ones_are_enough(pr
     assert result.exit_code == 0
     shown = result.output.splitlines()
     assert shown[2].startswith("  row 1: unreadable_row: it is not JSON")
-    assert shown[3] == "  row 2: unknown_format: it has neither 'messages' nor 'conversations'"
+    assert shown[3].startswith(
+        "  row 2: unknown_format: it has neither 'messages' nor 'conversations', but 'text'; known"
+    )
     assert shown[4] == "  row 3: missing_media: there is no file 'pictures/7.png'"
 
 
@@ -208,7 +210,7 @@ def test_embedded_media_leave_no_trace(project: Path) -> None:
     turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cup."}]
     write_parquet(project / "a.parquet", [{"messages": turns, "images": [{"bytes": content, "path": None}]}] * 3)
     result = profile_new("mine", "--data", "a.parquet")
-    assert "row 0: single_image, all 1 media files found" in result.output
+    assert "row 0: single_image, 1 media file found" in result.output
     assert not (project / "data").exists()
 
 

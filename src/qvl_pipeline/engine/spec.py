@@ -185,6 +185,7 @@ class ParallelSpec:
         hsdp_shard_size: Ranks that share one copy of the model; 0 shards it over all of them.
         forward_prefetch: Layers gathered ahead in the forward pass; 0 leaves it to FSDP2.
         backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
+        accumulate_sharded: Exchange gradients after every micro-batch instead of once a step.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
         bf16: Compute in bfloat16.
         fp16: Compute in float16 with a dynamic loss scale.
@@ -196,6 +197,7 @@ class ParallelSpec:
     hsdp_shard_size: int
     forward_prefetch: int
     backward_prefetch: int
+    accumulate_sharded: bool
     cpu_offload: bool
     bf16: bool
     fp16: bool
@@ -268,6 +270,40 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """A low-rank update that is trained in place of the model; names as in `config/adapter.py`.
+
+    Attributes:
+        type: `none`, `lora` or `dora`; with `none` nothing else here counts.
+        r: Rank of the update.
+        alpha: Factor on the update, before it is divided by the rank.
+        rslora: Divide by the root of the rank instead.
+        dropout: Share of the inputs of the update that are dropped.
+        init: `zeros_b` or `pissa`.
+        targets: For each part `all`, `none`, or a list of kinds and globs.
+        train_fully: Short names or globs of parts that are trained beside it.
+        start_from: Folder of an adapter to go on from; empty starts anew.
+        export: `adapter`, `merged` or `both`.
+    """
+
+    type: str
+    r: int
+    alpha: float
+    rslora: bool
+    dropout: float
+    init: str
+    targets: dict[str, str | list[str]]
+    train_fully: tuple[str, ...]
+    start_from: str
+    export: str
+
+    @property
+    def used(self) -> bool:
+        """Whether there is one."""
+        return self.type != "none"
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """A whole training run."""
 
@@ -280,6 +316,7 @@ class TrainSpec:
     validation: ValidationSpec
     sampling: SamplingSpec
     export: ExportSpec
+    adapter: AdapterSpec
 
     def save(self, path: Path) -> None:
         """Write the spec as JSON."""

@@ -18,6 +18,7 @@ from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
+from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.loading import build_model, load_processor
@@ -69,6 +70,8 @@ class Trainer:
         self.flops = flops_of(self.model)
         self.facts |= shard_model(self.model, self.device, spec.parallel)
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
+        if spec.adapter.used:
+            set_initial_values(self.model, spec.adapter, spec.model.path, spec.run.seed)
         self.builder = _make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
@@ -282,8 +285,9 @@ class Trainer:
             window.add_batch(batch, waited_s=time.perf_counter() - asked)
             self.skipped.add(step.number, batch.skipped)
             batch = batch.to(self.device)
-            # Gradients are exchanged once a step, after its last micro-batch.
-            self.model.set_requires_gradient_sync(number == len(step.micro_batches))
+            # Gradients are exchanged once a step, after its last micro-batch; or after each, to hold none of them whole.
+            is_last = number == len(step.micro_batches)
+            self.model.set_requires_gradient_sync(is_last or self.spec.parallel.accumulate_sharded)
             losses = self.model(batch)
             loss = losses.sum() / step.supervised_tokens
             (loss * self.loss_scale.value if self.loss_scale else loss).backward()
@@ -340,7 +344,9 @@ class Trainer:
             "exported_step": exported_step,
             **self.facts,
         }
-        (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        partial = output_dir / ".result.json.partial"
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(output_dir / "result.json")  # with which a training is finished
 
 
 def _trains_vision_only(model: PackedVLM) -> bool:

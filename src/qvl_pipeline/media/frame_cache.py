@@ -44,7 +44,7 @@ class FrameCache:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clips: dict[str, tuple[CachedShard, int]] = {}
-        self._by_first_key: dict[str, CachedShard] = {}
+        self._by_first_key: dict[str, list[CachedShard]] = {}
         self._links = False
         for table in sorted(self._folder.glob("*.parquet")):
             path = table.with_suffix(".arrow")
@@ -85,14 +85,12 @@ class FrameCache:
         Returns:
             The shard; `None` when there is none, or when more of the clips would go into it.
         """
-        found = self._by_first_key.get(keys[0]) if keys else None
-        if found is None or found.keys != list(keys[: len(found.keys)]) or not found.path.exists():
-            return None
-        if len(found.keys) < len(keys):
-            reader = pa.ipc.open_file(pa.memory_map(str(found.path)))
-            if sum(reader.get_batch(number).nbytes for number in range(reader.num_record_batches)) < shard_bytes:
-                return None
-        return found
+        candidates = self._by_first_key.get(keys[0], ()) if keys else ()
+        # An interrupted run may have left the beginning of the shard that the next one finished.
+        for found in sorted(candidates, key=lambda shard: len(shard.keys), reverse=True):
+            if found.keys == list(keys[: len(found.keys)]) and found.path.exists():
+                return found if len(found.keys) == len(keys) or _size(found.path) >= shard_bytes else None
+        return None
 
     def keep(self, shard: Path, keys: Sequence[str], rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
         """Take in a finished shard.
@@ -134,5 +132,11 @@ class FrameCache:
             shutil.copyfile(source, target)
 
     def _remember(self, shard: CachedShard) -> None:
-        self._by_first_key[shard.keys[0]] = shard
+        self._by_first_key.setdefault(shard.keys[0], []).append(shard)
         self._clips |= {key: (shard, number) for number, key in enumerate(shard.keys)}
+
+
+def _size(shard: Path) -> int:
+    """Bytes of a shard's record batches, as the writer counts them."""
+    reader = pa.ipc.open_file(pa.memory_map(str(shard)))
+    return sum(reader.get_batch(number).nbytes for number in range(reader.num_record_batches))

@@ -151,7 +151,7 @@ BAD: dict[str, list[bytes]] = {
         _sharegpt(None),
         _sharegpt(3),
         _sharegpt("<image>", image="a.png", images=["a.png"]),
-        b'{"conversations": [{"from": "human", "value": "a", "weight": 0}]}',
+        b'{"conversations": [{"from": "human", "value": "a", "weight": 2}]}',
         b'{"conversations": [{"from": 3, "value": "a"}]}',
     ],
     "path_outside_data_folder": [
@@ -178,6 +178,14 @@ BAD: dict[str, list[bytes]] = {
         _image("data:text/html;base64,AAAA"),
         _image("data:video/mp4;base64,AAAA"),
         _image("data:"),
+    ],
+    "preference_data": [
+        _column(chosen={"role": "assistant", "content": "This."}, rejected={"role": "assistant", "content": "That."}),
+        _column(rejected_response="That."),
+        _column(label=False),
+        _column(kto_tag="True"),
+        orjson.dumps({"prompt": "Which?", "chosen": "This.", "rejected": "That."}),
+        _sharegpt("Which?", rejected={"from": "gpt", "value": "That."}),
     ],
     "audio_not_supported": [
         _item(type="audio", audio="a.wav"),

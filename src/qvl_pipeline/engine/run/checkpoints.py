@@ -23,12 +23,15 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+
+from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +67,25 @@ def read_marker(path: Path) -> dict[str, Any]:
 
 
 class ModelState:
-    """The weights of a (sharded) model."""
+    """The weights of a (sharded) model that are not the base model's: what is trained, and what adapters add.
+
+    Frozen weights are in the base model, which a checkpoint's identity names by its digest.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Refer to the model."""
         self._model = model
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._names = {name for name, parameter in parameters if parameter.requires_grad}
+        self._names |= adapter_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights under the names of the unsharded model."""
-        return get_model_state_dict(self._model)
+        return {name: weight for name, weight in get_model_state_dict(self._model).items() if name in self._names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put weights back."""
-        set_model_state_dict(self._model, state_dict)
+        set_model_state_dict(self._model, state_dict, options=StateDictOptions(strict=False))
 
 
 class OptimizerState:
@@ -190,8 +199,9 @@ class Checkpoints:
         self._saving: tuple[int, Future[Any]] | None = None
         self._newest = max((step for step, _ in completed(folder)), default=0)
         if dist.get_rank() == 0:
-            for partial in folder.glob(".checkpoint-*.partial"):
-                shutil.rmtree(partial)
+            whole = {path for _, path in completed(folder)}
+            for left_behind in [*folder.glob(".checkpoint-*.partial"), *(set(folder.glob("checkpoint-*")) - whole)]:
+                _remove(left_behind)
         dist.barrier()
 
     def save(self, step: int) -> None:
@@ -256,9 +266,11 @@ class Checkpoints:
         Generators and other state of single ranks are taken over when the number of ranks is the same.
 
         Raises:
-            CheckpointError: It is missing, incomplete or does not hold what this run needs.
+            CheckpointError: It is missing, incomplete, of another base model or kind of run, or does not hold what this
+                run needs.
         """
         marker = read_marker(path)
+        self._check_identity(path, marker.get("identity", {}))
         state: dict[str, Any] = dict(self._state)
         own = marker["world_size"] == dist.get_world_size()
         if own:
@@ -271,6 +283,16 @@ class Checkpoints:
             stateful.load_state_dict(state[self._rank][name])
         self._newest = int(marker["step"]) if path.parent == self._folder else self._newest
         return int(marker["step"])
+
+    def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another base model, or of other parts: it holds only what was trained of them."""
+        differing = sorted(name for name in self._identity if found.get(name) != self._identity[name])
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {self._identity[name]} "
+                "here): put that back, or start afresh with train.resume_from_checkpoint=none"
+            )
 
     def _rank_states(self) -> dict[str, Any]:
         return {name: stateful.state_dict() for name, stateful in self._rank_state.items()}
@@ -303,10 +325,19 @@ class Checkpoints:
         partial.rename(target)
         for number, path in completed(self._folder)[: -self._keep]:
             if number != self.protected_step:
-                shutil.rmtree(path)
+                _remove(path)
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".checkpoint-{step}.partial"
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, its marker first: a kill in between leaves none that looks whole. Training goes on."""
+    try:
+        (path / _COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s is no longer needed, but cannot be deleted: %s", path, error)
 
 
 def _done(action: Callable[[], Any]) -> Future[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
@@ -17,7 +17,7 @@ from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
 from qvl_pipeline.training.card import model_card
 from qvl_pipeline.training.checks import check_before_launch
-from qvl_pipeline.training.identity import checkpoint_to_start_from, run_fingerprint, run_identity
+from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.running import collect, join, run_engine
 from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish
@@ -35,6 +35,7 @@ def train(
     model: ModelConfig,
     batching: BatchingConfig,
     train: TrainConfig,
+    adapter: AdapterConfig,
     ingest: IngestConfig,
 ) -> tuple[Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
     """Execute the pack plan on this machine's GPUs, or on its CPU when there are none.
@@ -46,20 +47,24 @@ def train(
         A writer of the trained model's folder, the logged steps, and the result.
 
     Raises:
-        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; or another
-            process trains the same.
+        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; frames
+            are lost; or another process trains the same.
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
+    from qvl_pipeline.media.frame_store import FrameStore
+
     weights = source_weights(ingest)
     check_prepared(base_model, model)
     check_plan(plan_summary, tokenized_samples, stream_samples, batching, weights)
+    FrameStore(video_frames).check_shards()
     eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
 
     base_digest = base_model_digest(base_model)
-    identity = run_identity(base_digest, model, train, plan_summary["fingerprint"])
+    identity = run_identity(base_digest, model, train, plan_summary["fingerprint"], adapter)
     resume_from, resume = checkpoint_to_start_from(train, identity), train.resume_from_checkpoint != "none"
-    fingerprint = run_fingerprint(sample, model, train, plan_summary, [base_digest, content_digest(video_frames)])
+    contents = [base_digest, content_digest(video_frames), *adapter_digest(adapter)]
+    fingerprint = run_fingerprint(sample, model, train, plan_summary, contents, adapter)
     folder = base_model.parent / "scratch" / fingerprint
     spec = make_spec(
         Inputs(base_model, tokenized_samples, stream_samples, video_frames, plan_summary),
@@ -68,6 +73,7 @@ def train(
         batching=batching,
         weights=weights,
         train=train,
+        adapter=adapter,
         output_dir=folder,
         identity=identity,
         resume_from=resume_from,
@@ -91,8 +97,10 @@ def train(
     rows, result = collect(folder)
     code = git_tags(Path.cwd())
     name = base_model.parent.name
-    card = model_card(name, sample=sample, model=model, train=train, plan_summary=plan_summary, code=code)
+    facts = {"sample": sample, "model": model, "train": train, "adapter": adapter, "plan_summary": plan_summary}
+    card = model_card(name, **facts, code=code)
     provenance = {
+        "training": fingerprint,
         "plan_fingerprint": plan_summary["fingerprint"],
         "base_model": base_digest,
         "git_commit": code.get("mlflow.source.git.commit"),
