@@ -28,6 +28,8 @@ GLUE = {
     "data.progress",
     "data.runner",
     "errors",
+    "locks",
+    "orphans",
     "tracking.flattening",
     "tracking.lineage.code",
     "tracking.lineage.data_version",
@@ -37,6 +39,7 @@ GLUE = {
     "tracking.mlflow.sinks",
     "tracking.mlflow.unsent",
     "tracking.secrets",
+    "unfinished",
 }
 # Started by `train` in processes of its own, not imported.
 STARTED = {"train": ["engine"]}

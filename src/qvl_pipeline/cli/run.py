@@ -22,6 +22,8 @@ from qvl_pipeline.unfinished import unfinished_folder
 
 # How the names of temporary folders of runs begin.
 _TEMPORARY = "qvl-run-"
+# Sockets of multiprocessing are in it, and the name of a socket has at most 107 bytes.
+_LONGEST = 107 - len("/qvl-run-12345678/pymp-12345678/listener-12345678")
 
 
 def _run(**options: Any) -> dict[str, Any]:
@@ -52,8 +54,9 @@ def _use_temporary_folder() -> None:
     Where this process is killed itself, the next run removes it. What is to outlive a run stays where it was.
     """
     place = tempfile.gettempdir()
-    folder = unfinished_folder(Path(place), _TEMPORARY)
-    # After multiprocessing has removed its own, which is inside.
+    folder = unfinished_folder(Path(place if len(os.fsencode(place)) <= _LONGEST else "/tmp"), _TEMPORARY)
+    # Not when the directory object's turn is, but after multiprocessing has removed its own folder, which is inside.
+    folder._finalizer.atexit = False
     multiprocessing.util.Finalize(None, folder.cleanup, exitpriority=-200)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{place}/torchinductor_{os.getuid()}")
     os.environ["TMPDIR"] = tempfile.tempdir = folder.name

@@ -6,6 +6,7 @@ import os.path
 import posixpath
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
 from qvl_pipeline.data.sources.remote import is_url
@@ -90,7 +91,10 @@ class RemoteFolder:
         if not separator:
             scheme, path = self._scheme, posixpath.join(self._root, reference)
         path = posixpath.normpath(path)
-        if scheme != self._scheme or not path.startswith(f"{self._root}/"):
+        # Servers of HTTP take `%2e%2e` for `..`.
+        decoded = posixpath.normpath(unquote(path))
+        inside = path.startswith(f"{self._root}/") and decoded.startswith(unquote(f"{self._root}/"))
+        if scheme != self._scheme or not inside:
             raise _outside(reference, self.root)
         return f"{scheme}://{path}"
 
@@ -138,7 +142,11 @@ class LocalFolder:
         except OSError as error:  # a name longer than the file system allows
             raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: {error.strerror}") from error
         if not inside:
-            raise _outside(reference, self._folder.removeprefix(self._root))
+            outside = _outside(reference, self._folder.removeprefix(self._root))
+            inner = reference.lstrip("/")
+            if reference.startswith("/") and ".." not in inner and os.path.lexists(f"{self._folder}/{inner}"):
+                outside.detail += f", but '{inner}' is there: paths without / in front start from data_folder"
+            raise outside
         return path.removeprefix(self._root)
 
     def _holds_file(self, path: str) -> bool:
