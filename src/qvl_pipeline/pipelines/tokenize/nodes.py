@@ -176,11 +176,12 @@ def _check_eval_split(tokenized_samples: Path) -> None:
 def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int, attrs: dict[str, Any]) -> None:
     from qvl_pipeline.data.made_with import with_attrs
     from qvl_pipeline.data.plan.tokenization import SCHEMA
+    from qvl_pipeline.storage.batches import write_checked
 
     with progress_bar() as bar, pa.ipc.new_file(str(path), with_attrs(SCHEMA, attrs)) as writer:
         task = bar.add_task("Samples", total=total)
-        for batch in batches:
-            writer.write_batch(batch)
+        for number, batch in enumerate(batches):
+            write_checked(writer, batch, number)
             bar.advance(task, batch.num_rows)
 
 
