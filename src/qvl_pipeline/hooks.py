@@ -56,12 +56,12 @@ class EarlyChecks:
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Refuse a pipeline whose inputs are not there yet, or were made with other parameters than this run has.
+        """Refuse a pipeline whose inputs are not there yet, damaged, or made with other parameters than this run has.
 
         Raises:
             UserError: Names every missing input, the pipeline that makes it, and the command to run first; or an input
-                that was made otherwise, and how. Or this is one of several nodes, and not the one that runs other
-                pipelines than training.
+                that is damaged or was made otherwise, and how. Or this is one of several nodes, and not the one that
+                runs other pipelines than training.
         """
         evaluation = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
         self._evaluation_checked_before = evaluation[0] if "generate" in evaluation else None
@@ -88,7 +88,8 @@ class EarlyChecks:
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
         inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
-        problems = {name: self._made_otherwise(name) for name in sorted(inputs) if catalog.exists(name)}
+        there = [name for name in sorted(inputs) if catalog.exists(name)]
+        problems = {name: self._damage(name) or self._made_otherwise(name) for name in there}
         missing = dict.fromkeys(sorted(inputs - problems.keys()))
         return missing | {name: problem for name, problem in problems.items() if problem}
 
@@ -106,6 +107,12 @@ class EarlyChecks:
                 "put what decides results into the profile",
                 *(LOCAL, ", ".join(own)),
             )
+
+    def _damage(self, name: str) -> str | None:
+        from qvl_pipeline.storage.soundness import damage
+
+        wrong = damage(Path(self._paths[name])) if self._paths.get(name) else None
+        return f"cannot be used ({wrong}): make it again" if wrong else None
 
     def _made_otherwise(self, name: str) -> str | None:
         from qvl_pipeline.data.made_with import RECORDED, first_difference, read_record

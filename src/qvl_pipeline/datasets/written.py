@@ -9,6 +9,8 @@ from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
+from qvl_pipeline.storage.room import room_for
+
 Writer = Callable[[Path], Any]
 
 
@@ -43,12 +45,17 @@ class _WrittenDataset(AbstractDataset[Writer, Path]):
         return self._filepath
 
     def save(self, data: Writer) -> None:
-        """Let `data` write a temporary sibling, then move it into place."""
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        """Let `data` write a temporary sibling, then move it into place.
+
+        Raises:
+            NoRoomError: There is no room for it.
+        """
         partial, old = (self._filepath.with_name(f".{self._filepath.name}.{end}") for end in ("partial", "old"))
         _remove(partial)
         try:
-            data(partial)
+            with room_for(self._filepath, written=partial):
+                self._filepath.parent.mkdir(parents=True, exist_ok=True)
+                data(partial)
         except BaseException:
             _remove(partial)
             raise

@@ -12,11 +12,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from qvl_pipeline.engine.run.checkpoint_files import CheckpointError
 from qvl_pipeline.engine.run.stopping import StopRequest
 from qvl_pipeline.engine.run.watchdog import StepTimeoutError, Watchdog
 from qvl_pipeline.engine.signals import end_loaders, ignore_stop_signals
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
+from qvl_pipeline.storage.digests import DamagedError
+from qvl_pipeline.storage.room import NoRoomError, is_full, no_room
+
+# What a person can mend who knows which file it is; where in the code it was found says nothing more.
+MENDABLE = (CheckpointError, DamagedError, NoRoomError)
 
 
 def main(spec_path: Path) -> int:
@@ -45,7 +51,10 @@ def main(spec_path: Path) -> int:
         trainer = Trainer(spec, stop, Watchdog(spec.run.ddp_timeout, end_hanging))
         trainer.run()
     except Exception as error:
-        _write_error(errors, rank, trainer, error, traceback.format_exc())
+        where, output_dir = traceback.format_exc(), Path(spec.run.output_dir)
+        if is_full(error) and not isinstance(error, MENDABLE):
+            error = NoRoomError(no_room(Path(getattr(error, "filename", None) or output_dir), None, error))
+        _write_error(errors, rank, trainer, error, where)
         return 1
     dist.destroy_process_group()
     return 0
@@ -69,6 +78,7 @@ def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Except
         "step": getattr(error, "step", getattr(trainer, "step", 0)),
         "sample_ids": getattr(error, "sample_ids", getattr(trainer, "sample_ids", [])),
         "type": type(error).__name__,
+        "mendable": isinstance(error, MENDABLE),
         "message": str(error),
         "time": time.time(),
         "traceback": where,

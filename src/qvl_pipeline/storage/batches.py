@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from qvl_pipeline.storage.digests import DamagedError, Piece, agrees, digest_of
+from qvl_pipeline.storage.digests import Piece, agrees, damaged, digest_of
 from qvl_pipeline.storage.tables import damage_named
 
 _KEY = "digest."
@@ -39,7 +39,7 @@ class CheckedBatches:
         have_digests: Whether every column of every batch has a digest.
     """
 
-    def __init__(self, path: Path, advice: str) -> None:
+    def __init__(self, path: Path, advice: str = "") -> None:
         """Map the file.
 
         Args:
@@ -70,8 +70,7 @@ class CheckedBatches:
         batch, digests = self.unchecked[number], self._digests[number]
         for name, recorded in [(name, digests[name]) for name in names or batch.schema.names if name in digests]:
             if not agrees(recorded, _pieces(batch, name, number)):
-                reason = f"batch {number}, column '{name}' is not what was written"
-                raise DamagedError(f"{self._path} is damaged ({reason}): {self._advice}")
+                raise damaged(self._path, f"batch {number}, column '{name}' is not what was written", self._advice)
             digests.pop(name, None)  # another thread may have
         return batch
 

@@ -40,6 +40,11 @@ class DamagedError(UserError):
     """What is read is not what was written; the message names the file."""
 
 
+def damaged(path: Path, reason: str, advice: str = "") -> DamagedError:
+    """Return the error that names a damaged file, and what to do."""
+    return DamagedError(f"{path} is damaged ({reason})" + (f": {advice}" if advice else ""))
+
+
 class _Hasher(Protocol):
     def update(self, data: Piece, /) -> None: ...
 
@@ -134,7 +139,7 @@ def unsealed(values: Any, path: Path) -> Any:
     rest = {key: value for key, value in values.items() if key != _SEAL}
     recorded = values[_SEAL]
     if not (isinstance(recorded, list) and recorded and agrees(str(recorded[0]), [_canonical(rest)])):
-        raise DamagedError(f"{path} is not what was written: it was damaged or edited since")
+        raise damaged(path, "it is not what was written")
     return rest
 
 
@@ -148,7 +153,7 @@ def read_sealed(path: Path) -> Any:
     try:
         return unsealed(json.loads(path.read_bytes()), path)
     except ValueError as error:  # also text that is no UTF-8
-        raise DamagedError(f"{path} is damaged: {error}") from error
+        raise damaged(path, str(error)) from error
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:

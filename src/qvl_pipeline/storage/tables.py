@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qvl_pipeline.storage.digests import DamagedError
+from qvl_pipeline.storage.digests import damaged
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -28,10 +29,20 @@ def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 def open_table(path: Path, *, memory_map: bool = False) -> pq.ParquetFile:
     """Open a file whose pages are checked as they are read, as far as they have checksums."""
-    return pq.ParquetFile(path, memory_map=memory_map, pre_buffer=False, page_checksum_verification=True)
+    return _CheckedFile(path, memory_map=memory_map, pre_buffer=False, page_checksum_verification=True)
 
 
-def read_table(path: Path, schema: pa.Schema | None = None, *, advice: str) -> pa.Table:
+class _CheckedFile(pq.ParquetFile):
+    def __init__(self, path: Path, **options: Any) -> None:
+        self._path = path
+        super().__init__(path, **options)
+
+    def iter_batches(self, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        with damage_named(self._path, "make it again, by the pipeline that writes it"):
+            yield from super().iter_batches(*args, **options)
+
+
+def read_table(path: Path, schema: pa.Schema | None = None, *, advice: str = "") -> pa.Table:
     """Read a file, and check all of it.
 
     Not `pyarrow.parquet.read_table`, which imports pandas where it is installed: training processes do without.
@@ -47,12 +58,12 @@ def read_table(path: Path, schema: pa.Schema | None = None, *, advice: str) -> p
     with damage_named(path, advice), open_table(path) as file:
         table = file.read()
     if schema is not None and not table.schema.equals(schema):
-        raise DamagedError(f"{path} is damaged (its columns are {', '.join(table.schema.names)}): {advice}")
+        raise damaged(path, f"its columns are {', '.join(table.schema.names)}", advice)
     return table
 
 
 @contextlib.contextmanager
-def damage_named(path: Path, advice: str) -> Iterator[None]:
+def damage_named(path: Path, advice: str = "") -> Iterator[None]:
     """Turn what Arrow raises for a file that is damaged into one sentence, within which a missing file stays missing.
 
     Raises:
@@ -63,4 +74,4 @@ def damage_named(path: Path, advice: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DamagedError(f"{path} is damaged ({' '.join(str(error).split())}): {advice}") from error
+        raise damaged(path, " ".join(str(error).split()), advice) from error

@@ -24,6 +24,7 @@ from qvl_pipeline.config.launch import THIS_NODE, Nodes
 from qvl_pipeline.engine.run.stopping import STOPPED
 from qvl_pipeline.engine.signals import STOP_SIGNALS
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.room import free_bytes, size_text
 
 _POLL_S = 0.2
 
@@ -235,8 +236,14 @@ def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: i
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
         # And NCCL tells at length that it ends too.
         tail = "\n".join(f"    {line}" for line in [line for line in lines if " NCCL INFO " not in line][-15:])
-        return f"{what} ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
+        free = size_text(free_bytes(output_dir))
+        return (
+            f"{what} ended with status {returncode} and no error report ({free} are free there); the end of {log_path}:"
+            f"\n{tail}"
+        )
     first = min(reports, key=lambda report: report["time"])
+    if first.get("mendable"):
+        return f"{what} failed at step {first['step']}: {first['message']}"
     samples = ", ".join(first["sample_ids"][:5]) + (", …" if len(first["sample_ids"]) > 5 else "")
     frames = "\n".join(f"    {line}" for line in first["traceback"].rstrip().splitlines()[-8:])
     return (

@@ -24,6 +24,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
 from qvl_pipeline.media.frame_cache import FrameCache
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.storage.room import size_text
 from qvl_pipeline.storage.tables import write_table
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"about {needed / GIB:,.1f} GiB of frames are to be written to {folder.parent}, but {free / GIB:,.1f} GiB "
+            f"about {size_text(needed)} of frames are to be written to {folder.parent}, but {size_text(free)} "
             "are free there: free some, lower sample.video_max_frames or sample.video_max_pixels, or set "
             "sample.frame_encoding: jpeg or sample.materialize: false"
         )

@@ -17,6 +17,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.storage.digests import write_digests
+from qvl_pipeline.storage.room import room_for
 
 
 def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None:
@@ -24,6 +26,9 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
     holds more than one of them whole, and rank 0 no more than one file of them.
+
+    Raises:
+        NoRoomError: The disk is full.
     """
     target = Path(spec.export.output_dir)
     partial = target.with_name(f".{target.name}.partial")
@@ -31,12 +36,15 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
-    if not leads:
-        return
-    _plain_config(model, dtype).save_pretrained(partial)
-    model.hf.generation_config.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize
+    with room_for(target, needed, partial):
+        _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
+        if not leads:
+            return
+        _plain_config(model, dtype).save_pretrained(partial)
+        model.hf.generation_config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_digests(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
 

@@ -38,6 +38,7 @@ from qvl_pipeline.engine.run.checkpoint_files import (
     read_marker,
     set_aside,
 )
+from qvl_pipeline.storage.room import bytes_in, free_bytes, is_full, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -296,8 +297,14 @@ class Checkpoints:
         self._newest = step
 
     def _refuse(self, step: int, writing: Future[Any]) -> None:
-        reason = _reasons(writing.exception()) if writing.done() and writing.exception() else "another rank failed"
+        error = writing.exception() if writing.done() else None
+        reason = _reasons(error) if error else "another rank failed"
         last = completed(self._folder)
+        if _no_room(error):
+            before = (
+                f"the one before has {size_text(bytes_in(last[-1][1]))}" if last else "there is none to compare with"
+            )
+            reason += f" ({before}, {size_text(free_bytes(self._folder))} are free there)"
         kept = f"the last complete one is {last[-1][1].name}" if last else "there is no earlier one"
         raise CheckpointError(
             f"the checkpoint after step {step} could not be written to {self._folder}: {reason}; {kept}. Make room or "
@@ -327,6 +334,12 @@ def _done(action: Callable[[], Any]) -> Future[Any]:
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         future.set_exception(error)
     return future
+
+
+def _no_room(error: BaseException | None) -> bool:
+    if isinstance(error, CheckpointException):
+        return any(is_full(failure) for failure, _ in error.failures.values())
+    return is_full(error)
 
 
 def _reasons(error: BaseException | None) -> str:

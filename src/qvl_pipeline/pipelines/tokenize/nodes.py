@@ -43,7 +43,7 @@ def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Calla
         train = valid_samples.loc[valid_samples["split"] == "train", "messages"]
         return partial(_write_tiny_model, model=model, corpus=list(_texts(train)))
     _check_family(model.load_from_pretrained_path, model.processor_type)
-    return partial(write_manifest, model=model)
+    return partial(_write_pointer, model=model)
 
 
 def tokenize(
@@ -254,4 +254,11 @@ def _write_tiny_model(folder: Path, *, model: ModelConfig, corpus: list[str]) ->
     from qvl_pipeline.demo.tiny_model import build_tiny_model
 
     build_tiny_model(folder, family=model.processor_type, seed=model.tiny_seed, corpus=corpus)
+    _write_pointer(folder, model=model)
+
+
+def _write_pointer(folder: Path, *, model: ModelConfig) -> None:
+    from qvl_pipeline.storage.digests import write_digests
+
     write_manifest(folder, model)
+    write_digests(folder)

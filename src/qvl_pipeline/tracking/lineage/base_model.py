@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.soundness import torn_weights
 from qvl_pipeline.tracking.lineage.digests import content_digest
 
 MEMORY = "base_model_digests.json"
@@ -62,7 +63,10 @@ def _files(path: str) -> list[Path]:
     try:
         if (config := cached_file(path, CONFIG_NAME)) is None:
             raise ValueError(f"it has no {CONFIG_NAME}")
-        return [Path(config), *sorted(weights_folder(path).glob("*.safetensors"))]
+        weights = sorted(weights_folder(path).glob("*.safetensors"))
+        if torn := next(filter(None, map(torn_weights, weights)), None):
+            raise ValueError(f"{torn}; fetch or copy it again")
+        return [Path(config), *weights]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
