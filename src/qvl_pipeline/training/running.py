@@ -20,7 +20,7 @@ _NESTED = ("loss_by_source", "learning_rates", "eval_loss_by_source")
 def run_engine(folder: Path, processes: Processes, steps: int, trackers: list[str]) -> None:
     """Launch the engine on the spec in `folder`, and pass its metrics on to a progress bar and to trackers.
 
-    Does nothing when it was trained to the end before, but cut off before it was published.
+    Of one that was trained to the end before, but cut off before it was published, only the trackers get the curve.
 
     Args:
         folder: The training's scratch folder, with its spec and plans.
@@ -33,6 +33,8 @@ def run_engine(folder: Path, processes: Processes, steps: int, trackers: list[st
         StoppedOnRequest: A signal asked to stop.
     """
     if (folder / RESULT).exists():
+        for sink in make_sinks(trackers, folder / METRICS, run_name=folder.parents[1].name):
+            sink.close()
         return
     from qvl_pipeline.tracking.mlflow.run import log_json_file
 

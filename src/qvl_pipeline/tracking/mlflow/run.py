@@ -25,6 +25,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage.data_version import data_version
+from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
 from qvl_pipeline.tracking.secrets import without_secrets
 
@@ -45,7 +46,7 @@ def use_server(tracking_uri: str) -> None:
         UserError: The database cannot be opened.
     """
     if tracking_uri.startswith("sqlite:///"):
-        path = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
+        path = _database(tracking_uri)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(path)) as database:
@@ -56,6 +57,10 @@ def use_server(tracking_uri: str) -> None:
                 "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file that can be written"
             ) from error
     mlflow.set_tracking_uri(tracking_uri)
+
+
+def _database(tracking_uri: str) -> Path:
+    return Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: str) -> MlflowRun:
@@ -70,6 +75,8 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
     Raises:
         UserError: The tracking server or database cannot be used.
     """
+    if tracking_uri.startswith("sqlite:///"):
+        check_not_emptied(tracking_uri, _database(tracking_uri))
     use_server(tracking_uri)
     local = tracking_uri.startswith("sqlite:")
     try:
@@ -82,7 +89,19 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
         mlflow.start_run(run_id, nested=True)
     except MlflowException as error:
         raise UserError(without_secrets(f"MLflow at {tracking_uri} cannot record this run: {error}")) from error
+    with going_on("which runs go on"):
+        _end_killed(tracking_uri)
+        note_begun(run_id, tracking_uri)
     return MlflowRun(run_id)
+
+
+def _end_killed(tracking_uri: str) -> None:
+    """Mark runs as killed whose process was, with no time to say so itself."""
+    for run_id in killed(tracking_uri):
+        with contextlib.suppress(MlflowException):  # it was deleted
+            if mlflow.MlflowClient().get_run(run_id).info.status == "RUNNING":
+                MlflowRun(run_id).finish("KILLED")
+                logger.info("MLflow run %s was killed, and is marked so now", run_id)
 
 
 def _experiment_id(name: str, artifact_location: str | None) -> str:
@@ -262,3 +281,4 @@ class MlflowRun:
             with contextlib.suppress(MlflowException, OSError):  # no longer active in any case; the end is sent below
                 mlflow.end_run(status)
         self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended})
+        note_ended(self.id)
