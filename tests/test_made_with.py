@@ -43,7 +43,9 @@ def put(project: Path, name: str, record: dict[str, Any]) -> None:
     path = project / catalog[name]["filepath"]
     path.parent.mkdir(parents=True, exist_ok=True)
     attrs, schema = {"made_with": record}, pa.schema([])
-    if name not in RECORDED:
+    if path.suffix == ".json":
+        path.write_text("{}")
+    elif name not in RECORDED and path.suffix != ".parquet":
         path.touch()
     elif path.suffix == ".parquet":
         pq.write_table(schema.empty_table().cast(with_attrs(schema, attrs)), path)

@@ -112,7 +112,7 @@ class EarlyChecks:
         from qvl_pipeline.storage.soundness import damage
 
         wrong = damage(Path(self._paths[name])) if self._paths.get(name) else None
-        return f"cannot be used ({wrong}): make it again" if wrong else None
+        return f"cannot be read ({wrong}): make it again" if wrong else None
 
     def _made_otherwise(self, name: str) -> str | None:
         from qvl_pipeline.data.made_with import RECORDED, first_difference, read_record

@@ -19,6 +19,7 @@ from qvl_pipeline.errors import UserError, did_you_mean
 
 
 def _run(**options: Any) -> dict[str, Any]:
+    _speak_utf8()
     signal.signal(signal.SIGTERM, _leave)
     # Threads of torch that wait for each other otherwise burn the cores that they wait for: on a busy CPU, the answers
     # of a tiny model take ten times as long. OpenMP reads this when torch is imported, which nothing has done so far.
@@ -37,6 +38,17 @@ def _run(**options: Any) -> dict[str, Any]:
         _end(128 + signal.SIGINT)
     except _Terminated as error:
         _end(error.code)
+
+
+def _speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files and what is printed would be refused otherwise, also by libraries. Processes that are started have
+    the mode too.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 class _Terminated(SystemExit):

@@ -84,7 +84,7 @@ def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Except
         "traceback": where,
     }
     partial = folder / f".rank{rank}.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder / f"rank{rank}.json")
 
 

@@ -337,7 +337,7 @@ class Trainer:
             "exported_step": exported_step,
             **self.facts,
         }
-        (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _trains_vision_only(model: PackedVLM) -> bool:

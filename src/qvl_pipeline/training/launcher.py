@@ -130,7 +130,7 @@ def launch(
     if process.returncode:
         raise RankFailedError(_describe_failure(what, output_dir, log_path, process.returncode))
     if (output_dir / STOPPED).exists():
-        raise StoppedOnRequest(json.loads((output_dir / STOPPED).read_text())["step"])
+        raise StoppedOnRequest(json.loads((output_dir / STOPPED).read_text(encoding="utf-8"))["step"])
 
 
 def environment(nproc_per_node: int) -> dict[str, str]:
@@ -138,6 +138,7 @@ def environment(nproc_per_node: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc_per_node)
     defaults = {
         "OMP_NUM_THREADS": str(threads),
+        "PYTHONUTF8": "1",
         # Fast tokenizers warn, and stop using threads, when a loader process is forked.
         "TOKENIZERS_PARALLELISM": "false",
         # A collective that times out ends its process (the watchdog of NCCL does it), instead of blocking the host.
@@ -224,10 +225,12 @@ def _signal_group(leader: int, number: int) -> None:
 def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: int) -> str:
     """One block: the rank that failed first, where it was, and the last frames of its traceback."""
     reports: list[dict[str, Any]] = [
-        json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")
+        json.loads(path.read_text(encoding="utf-8")) for path in (output_dir / "errors").glob("rank*.json")
     ]
     if not reports:
-        if killed := re.findall(r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace")):
+        if killed := re.findall(
+            r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace", encoding="utf-8")
+        ):
             number, rank = killed[-1]  # those before were restarted
             name = signal.Signals(int(number)).name
             likely = ": most likely the machine ran out of memory" if name == "SIGKILL" else ""
@@ -255,4 +258,4 @@ def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: i
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()
+    return path.read_text(errors="replace", encoding="utf-8").splitlines()

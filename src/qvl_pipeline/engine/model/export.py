@@ -68,7 +68,7 @@ def _write_weights(model: PackedVLM, folder: Path | None, dtype: torch.dtype, ma
     if folder and len(files) > 1:
         weight_map = {model.family.hub_name(name): file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def split_into_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

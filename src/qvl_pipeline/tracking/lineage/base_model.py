@@ -76,7 +76,7 @@ def _files(path: str) -> list[Path]:
 
 def _sha256_of(files: Sequence[Path], memory: Path) -> list[str]:
     """Return the SHA-256 of each file, reading those that are not remembered."""
-    known = {tuple(state): sha256 for state, sha256 in json.loads(memory.read_text())} if memory.exists() else {}
+    known = {tuple(state): sha256 for state, sha256 in json.loads(memory.read_bytes())} if memory.exists() else {}
     states = [_state(file) for file in files]  # before reading: what is changed meanwhile is read again next time
     unread = {
         state: file
@@ -113,6 +113,6 @@ def _remember(known: dict[FileState, str], memory: Path) -> None:
     memory.parent.mkdir(parents=True, exist_ok=True)
     # Several nodes may do so at once.
     handle, partial = tempfile.mkstemp(dir=memory.parent, prefix=f".{memory.name}.")
-    with os.fdopen(handle, "w") as stream:
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
         json.dump(list(known.items()), stream)
     Path(partial).replace(memory)

@@ -171,7 +171,7 @@ def log_json_file(path: Path) -> None:
     """Log a JSON file, without secrets, as an artifact of the active run; one that is not taken is sent later."""
     if active := mlflow.active_run():
         with going_on(f"'{path.name}'"):
-            values = without_secrets(json.loads(path.read_text()))
+            values = without_secrets(json.loads(path.read_text(encoding="utf-8")))
             MlflowRun(active.info.run_id).log_text(json.dumps(values, indent=2), path.name)
 
 
