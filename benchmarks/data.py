@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.report import RESULTS, machine, report
 
 # Modules of `benchmarks.data_plane`, each with `measure(rows) -> Section`.
-SECTIONS = ("ingest", "probe", "video", "tokenize")
+SECTIONS = ("ingest", "probe", "patches", "video", "tokenize")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -63,6 +63,27 @@ def test_several_pipelines_run_as_one(project: Path) -> None:
         ),
         (["--pipelines", "trian"], "there is no pipeline 'trian': did you mean 'train'?"),
         (["--pipelines", "xyz"], "there is no pipeline 'xyz': the pipelines are ingest, validate, sample,"),
+        (
+            ["--nodes", "trian"],
+            "--nodes names 'trian', which is none of the nodes in the default pipeline: did you mean",
+        ),
+        (
+            ["--from-nodes", "tokenise"],
+            "'tokenise', which is none of the nodes in the default pipeline: did you mean 'tok",
+        ),
+        (
+            ["--to-nodes", "xyz"],
+            "--to-nodes names 'xyz', which is none of the nodes in the default pipeline: there are ev",
+        ),
+        (["--pipelines", "ingest", "--nodes", "train"], "none of the nodes in 'ingest': it is in 'train'"),
+        (["--from-inputs", "raw_manifst"], "none of the entries in the default pipeline: did you mean 'raw_manifest'?"),
+        (["--to-outputs", "params:trian"], "none of the entries in the default pipeline: did you mean 'params:train'?"),
+        (
+            ["--tags", "not_recoded"],
+            "--tags names 'not_recoded', which is none of the tags in the default pipeline: there are",
+        ),
+        (["--pipelines", "compare", "--tags", "not_recoded"], "in 'compare': did you mean 'not_recorded'?"),
+        (["--nodes", "train", "--to-nodes", "ingest"], "--nodes and --to-nodes leave nothing to run: no node fits all"),
         (["--env", "nope"], "there is no profile 'nope': the profiles in conf/ are qwen2_5_vl_7b, qwen3_vl_8b"),
         (["--params", "train.learning_rat=1"], "unknown key 'learning_rat': did you mean 'learning_rate'? (--params)"),
     ],

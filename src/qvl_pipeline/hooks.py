@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # What these make is under the name of the dataset, which several profiles may have.
 SHARED = {"ingest", "validate"}
-# Parameters of where a stage works; what it writes does not depend on them.
-UNDECIDING = {"data_engine"}
 
 
 class EarlyChecks:
@@ -98,9 +96,7 @@ class EarlyChecks:
         if "DVC_STAGE" not in os.environ:
             return
         read = {name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:")}
-        keys = [
-            (name, key) for name in self._blocks if name in read - UNDECIDING for key in self._blocks[name].decisive()
-        ]
+        keys = [(name, key) for name in self._blocks if name in read for key in self._blocks[name].decisive()]
         if own := [".".join(key) for key in keys if self._origins.of(key).startswith(f"conf/{LOCAL}/")]:
             logger.warning(
                 "DVC does not see what conf/%s sets: after a change of %s there, it takes old results for new ones; "

@@ -10,6 +10,7 @@ from qvl_pipeline.hooks import EarlyChecks, Progress
 from qvl_pipeline.profiles.loader import BASE, ProfileLoader
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.tracking.mlflow.hook import MlflowHook
+from qvl_pipeline.training.hook import PublicationHook
 
 # Read by MLflow, Daft and huggingface_hub when they are imported. Kedro reads `.telemetry`, DVC its own config.
 ENVIRONMENT = {
@@ -33,7 +34,7 @@ if not sys.stderr.isatty():
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-HOOKS = (EarlyChecks(), Progress(), MlflowHook(BLOCKS))
+HOOKS = (EarlyChecks(), Progress(), PublicationHook(), MlflowHook(BLOCKS))
 
 # Installed beside our hook, kedro-mlflow would record every run twice. The name is the distribution's, underscore and
 # all: "kedro-mlflow" disables nothing.

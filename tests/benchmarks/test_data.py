@@ -48,3 +48,9 @@ def test_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         data.main(["ingst"])
     assert "there is no section ingst" in capsys.readouterr().err
+
+
+def test_the_cost_of_a_small_image_is_measured(results: Path) -> None:
+    data.main(["patches"])
+    [row] = json.loads(results.read_text())["rows"]
+    assert json.loads(results.read_text())["ratios"]["patches.ms_an_image"] == 1000 * row["seconds"] / row["count"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,10 @@ def write_images(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> pd.DataF
     for name, (height, width) in sizes.items():
         path = folder / name
         Image.fromarray(rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)).save(path)
-        rows.append({"path": str(path), "type": "image", "height": height, "width": width})
+        content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        rows.append(
+            {"path": str(path), "type": "image", "height": height, "width": width, "content_hash": content_hash}
+        )
     return pd.DataFrame(rows)
 
 

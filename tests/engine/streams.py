@@ -16,7 +16,7 @@ from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.tokens.encoding import MediaGrids
+from qvl_pipeline.tokens.encoding import ImageFacts, MediaGrids
 from qvl_pipeline.tokens.raw_samples import RawSamples
 from tests.data.samples import samples_table
 from tests.engine.training import changed, make_training
@@ -46,7 +46,7 @@ def make_streamed(folder: Path, model: Path, family: str, samples: int = 12) -> 
     base = make_training(folder, model, family, kinds=kinds, packs_per_step=2)
     table = samples_table([_row(folder, kind, number) for number, kind in enumerate(kinds)])
     side = 4 * {"qwen3_vl": 16, "qwen2_5_vl": 14}[family]
-    sizes = {str(folder / f"{number}.png"): (side, side) for number in range(len(kinds))}
+    sizes = {str(folder / f"{number}.png"): ImageFacts(side, side, None) for number in range(len(kinds))}
     write_stream_samples(folder / "stream_samples.parquet", table, sizes)
     spec = changed(
         base,
@@ -71,11 +71,11 @@ def _row(folder: Path, kind: str, number: int) -> dict[str, Any]:
     return {"kind": kind, "source": "ab"[number % 2], "messages": turns}
 
 
-def _write_tokenized(path: Path, spec: TrainSpec, table: pd.DataFrame, sizes: dict[str, tuple[int, int]]) -> None:
+def _write_tokenized(path: Path, spec: TrainSpec, table: pd.DataFrame, images: dict[str, ImageFacts]) -> None:
     processor = load_processor(spec)
-    grids = MediaGrids(processor, sizes, FrameStore(Path(spec.data.video_frames)))
+    grids = MediaGrids(processor, images, FrameStore(Path(spec.data.video_frames)))
     with pa.ipc.new_file(str(path), TOKENIZED) as writer:
-        for batch in tokenize_samples(table, grids, processor):
+        for batch, _ in tokenize_samples(table, grids, processor):
             writer.write_batch(batch)
 
 

@@ -23,7 +23,7 @@ from qvl_pipeline.engine.run.checkpoint_files import completed
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import JobFailedError, run_ranks
-from tests.engine.training import changed, make_training, trained
+from tests.engine.training import changed, first_error, make_training, trained
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +138,7 @@ def test_impossible_sharding_is_refused(
 ) -> None:
     with pytest.raises(JobFailedError):
         trained(changed(trainings("qwen3_vl"), tmp_path, parallel=parallel), nproc=2)
-    assert message in json.loads((tmp_path / "errors" / "rank0.json").read_text())["message"]
+    assert message in first_error(tmp_path)["message"]
 
 
 @pytest.mark.parametrize("nproc", [2, 4])
@@ -213,7 +213,7 @@ def test_failed_rank_names_its_sample_and_ends_the_job(trainings: Callable[[str]
     (folder / "4.png").write_bytes(b"no longer an image")
     with pytest.raises(JobFailedError):
         trained(bad, nproc=2)
-    report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
+    report = first_error(Path(bad.run.output_dir))
     assert report["step"] == 2
     assert "4.png" in report["message"]
     assert not (Path(bad.run.output_dir) / "result.json").exists()
@@ -258,8 +258,7 @@ def test_sample_whose_decoding_hangs_is_named_by_the_watchdog(
     os.mkfifo(tmp_path / "data" / "4.png")  # opening it waits for a writer, forever
     with pytest.raises(JobFailedError):
         trained(hanging, nproc=2, timeout_s=100)
-    reports = [json.loads(path.read_text()) for path in (tmp_path / "run" / "errors").glob("rank*.json")]
-    report = min(reports, key=lambda report: report["time"])  # rank 1 may have seen rank 0 go
+    report = first_error(tmp_path / "run")  # rank 1 may have seen rank 0 go
     assert (report["rank"], report["step"], report["sample_ids"]) == (0, 2, ["a/4"])
     assert report["type"] == "StepTimeoutError"
     assert "step 2 has taken" in report["message"]

@@ -153,6 +153,16 @@ def make_training(
             sp_ulysses_degree=1,
         ),
         validation=spec.ValidationSpec(eval_strategy="no", eval_steps=0, plan="", load_best_model_at_end=False),
+        sampling=spec.SamplingSpec(
+            video_sampling_strategy="fps",
+            fps=1.0,
+            frame_num=32,
+            video_min_frames=3,
+            video_max_frames=9,
+            video_min_pixels=3136,
+            video_max_pixels=4096,
+            video_total_pixels=1_000_000,
+        ),
         export=spec.ExportSpec(
             output_dir=str(output_dir / "export"), export_ema=False, dtype="float32", max_shard_bytes=5 * 10**9
         ),
@@ -218,3 +228,9 @@ def trained(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> lis
     training.save(folder / "train_spec.json")
     run_ranks(main, nproc, folder / "train_spec.json", log_dir=folder / "logs", timeout_s=timeout_s)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_error(output_dir: Path) -> dict[str, Any]:
+    """Return the report of the rank that failed first: others may have been ended before they wrote theirs."""
+    reports = [json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")]
+    return min(reports, key=lambda report: report["time"])

@@ -199,7 +199,7 @@ def test_a_demuxer_that_misses_its_keyframe_is_not_trusted(tmp_path: Path, monke
             self._container.close()
 
     opened = decoding.av.open
-    monkeypatch.setattr(decoding.av, "open", lambda path: Misled(opened(path)))
+    monkeypatch.setattr(decoding.av, "open", lambda path, options: Misled(opened(path, options=options)))
     indices = [1, 20, 45, 59]
     assert [number_in(frame) for frame in decode_frames(path, table, indices)] == indices
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -125,17 +124,3 @@ def test_normalising_leaves_the_patches_as_they_are() -> None:
     assert values.dtype == torch.float32
     assert torch.equal(values, torch.ones(2, 24))
     assert torch.equal(patches, torch.full((2, 24), 255, dtype=torch.uint8))
-
-
-def test_patches_of_a_small_image_cost_less_than_half_a_millisecond(
-    tmp_path: Path, pixels: np.random.Generator
-) -> None:
-    path = tmp_path / "image.png"
-    Image.fromarray(pixels.integers(0, 256, size=(64, 64, 3), dtype=np.uint8)).save(path)
-    rounds = []
-    for _ in range(5):
-        start = time.process_time()
-        for _ in range(50):
-            to_patches(resize(open_image(path), 56, 56)[None], 14)
-        rounds.append((time.process_time() - start) / 50)
-    assert min(rounds) < 0.5e-3

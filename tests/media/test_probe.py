@@ -99,11 +99,11 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_file_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
     path = write_image(tmp_path / "a.png")
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     assert _probe(path, "image") == Probe(failure="Permission denied")
 
 

@@ -22,8 +22,8 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.ingest import embedded
 from qvl_pipeline.pipelines.ingest.nodes import prepare_raw
 from qvl_pipeline.pipelines.ingest.pipeline import create_pipeline as create_ingest
-from qvl_pipeline.pipelines.ingest.unfinished import unfinished_folder
 from qvl_pipeline.pipelines.validate.pipeline import create_pipeline as create_validate
+from qvl_pipeline.unfinished import unfinished_folder
 
 TABLES = {
     "samples": "SAMPLES",
@@ -166,7 +166,7 @@ def test_missing_source_names_the_parameter(project: Path) -> None:
 OTHER_RUN = """
 import sys
 from pathlib import Path
-from qvl_pipeline.pipelines.ingest.unfinished import unfinished_folder
+from qvl_pipeline.unfinished import unfinished_folder
 folder = unfinished_folder(Path("cache"))
 (Path(folder.name) / "samples.parquet").touch()
 print(folder.name, flush=True)

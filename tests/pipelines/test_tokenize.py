@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, Sampl
 from qvl_pipeline.data.made_with import made_with, read_record
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.plan.steps import make_plan
-from qvl_pipeline.datasets import FileDataset, FolderDataset
+from qvl_pipeline.datasets import FileDataset, FolderDataset, TableDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
@@ -39,7 +40,7 @@ INGEST = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "js
 SAMPLE = SampleConfig(
     fps=3, video_min_frames=2, video_max_frames=12, video_min_pixels=1024, video_max_pixels=64 * 64, frame_cache=None
 )
-BATCHING = BatchingConfig(packing_length=256)
+BATCHING = BatchingConfig(packing_length=256, max_reject_fraction=0.2)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
@@ -113,6 +114,11 @@ def run(
         | {name: FolderDataset(filepath=str(folder / name)) for name in ("video_frames", "base_model")}
         | {"tokenized_samples": FileDataset(filepath=str(folder / "tokenized.arrow"))}
         | {"stream_samples": FileDataset(filepath=str(folder / "stream.parquet"))}
+        | {
+            "tokenize_quarantine": TableDataset(
+                filepath=str(folder / "tokenize_quarantine.parquet"), schema="qvl_pipeline.data.tables.QUARANTINE"
+            )
+        }
         | {"plan_summary": JSONDataset(filepath=str(folder / "plan_summary.json"))}
     )
     SequentialRunner().run(create_sample() + create_tokenize(), catalog)
@@ -263,7 +269,7 @@ def test_a_model_of_another_family_is_an_error(
 
 
 def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
+    plan(run["tokenized_samples"], run["stream_samples"], run["tokenize_quarantine"], BATCHING, INGEST)
     printed = capsys.readouterr().out
     summary = run["plan_summary"]
     for text in (f"{summary['packs']} of 256 tokens", f"{summary['tokens']:,}", "1 left out, the first is source/8"):
@@ -283,12 +289,18 @@ def test_the_plan_is_summed_up_in_print(run: dict[str, Any], capsys: pytest.Capt
 def test_packs_that_let_ranks_wait_are_not_taken_in_silence(
     changes: dict[str, Any], proposes: bool, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan(run["tokenized_samples"], run["stream_samples"], BATCHING.model_copy(update=changes), INGEST)
+    plan(
+        run["tokenized_samples"],
+        run["stream_samples"],
+        run["tokenize_quarantine"],
+        BATCHING.model_copy(update=changes),
+        INGEST,
+    )
     assert ("'balanced'" in capsys.readouterr().out) == proposes
 
 
 def test_each_source_is_summed_up_and_printed(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan(run["tokenized_samples"], run["stream_samples"], BATCHING, INGEST)
+    plan(run["tokenized_samples"], run["stream_samples"], run["tokenize_quarantine"], BATCHING, INGEST)
     printed = capsys.readouterr().out
     summary = run["plan_summary"]
     [source] = summary["sources"]
@@ -304,3 +316,48 @@ def test_the_label_preview_shows_every_sample_that_is_trained_on(
     trained = valid_samples["kind"] != "long"
     assert shown == valid_samples.loc[trained, "sample_id"].tolist()
     assert run["token_statistics"]["clips"]["total"] == 9
+
+
+def test_what_is_left_out_is_said_before_training_and_may_be_too_much(
+    run: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = (run["tokenized_samples"], run["stream_samples"], run["tokenize_quarantine"])
+    plan(*inputs, BATCHING, INGEST)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    longest = TokenizedSamples(run["tokenized_samples"]).columns(["length"])["length"].to_numpy().max()
+    expected = (
+        r"1 of 9 training samples \(11\.1%\) are left out: 1 are longer than packing_length \(256 tokens\), the first "
+        rf"is source/8, the longest has {longest:,} tokens and the largest 0 patches: raise batching.packing_length"
+    )
+    assert any(re.fullmatch(expected, line) for line in warned)
+    with pytest.raises(UserError, match=expected + r", or raise the limit: it is more than the 5\.0% that batching\."):
+        plan(*inputs, BatchingConfig(packing_length=256), INGEST)
+
+
+def test_a_sample_that_the_template_refuses_is_counted_listed_and_left_out(
+    run: dict[str, Any], model: ModelConfig, media_index: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Templates refuse what they do not know, by `raise_exception` or by failing in any other way."""
+    shutil.copytree(run["base_model"], tmp_path / "base")
+    template = (tmp_path / "base" / "chat_template.jinja").read_text()
+    refusing = "{%- if messages[0].content[0].text == 'refuse' -%}{{ 1 // 0 }}{%- endif -%}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(refusing + template)
+    samples = samples_table([{"messages": [("user", text), ("assistant", "7")]} for text in ("a", "refuse", "b")])
+    write_tokens, _, write_quarantine = tokenize(
+        samples, media_index, run["video_frames"], tmp_path / "base", model, BATCHING
+    )
+    write_tokens(tmp_path / "tokenized.arrow")
+    write_quarantine(tmp_path / "quarantine.parquet")
+    quarantine = pd.read_parquet(tmp_path / "quarantine.parquet")
+    assert quarantine.to_dict("records") == [
+        {"sample_id": "source/1", "source": "source", "row": 1, "split": "train", "rule": "template_refusal"}
+        | {"detail": "the chat template refuses it: integer division or modulo by zero"}
+    ]
+    assert "template_refusal: 1, for example source/1: the chat template refuses it" in caplog.text
+    kept = TokenizedSamples(tmp_path / "tokenized.arrow").columns(["sample_id"])["sample_id"].to_pylist()
+    assert kept == ["source/0", "source/2"]
+    batching = BATCHING.model_copy(update={"max_reject_fraction": 0.34})
+    _, summary = plan(tmp_path / "tokenized.arrow", tmp_path / "none", quarantine, batching, INGEST)
+    assert (summary["quarantined"], summary["samples"]) == ({"template_refusal": 1}, 2)
+    with pytest.raises(UserError, match=r"1 of 3 .* left out: 1 cannot be tokenised, by template_refusal \(1\): mend"):
+        plan(tmp_path / "tokenized.arrow", tmp_path / "none", quarantine, BATCHING, INGEST)

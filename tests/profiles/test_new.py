@@ -124,7 +124,7 @@ def test_rows_of_every_type_become_a_profile(
     shown = 2 if write is write_folder else 5  # of the first file
     about = "" if write is write_folder else "about 20 rows"
     assert f"{path}: {kind}, {about}" in result.output
-    assert result.output.count("single_image, all 1 media files found") == shown
+    assert result.output.count("single_image, 1 media file found") == shown
     assert "kedro run --env mine --pipelines ingest,validate" in result.output
     assert f"  mine: {{env: mine, raw: {path}}}\n  mine: mine\n" in result.output
     assert yaml.safe_load((project / "conf/mine/globals.yml").read_text()) == {"profile": "mine", "dataset": "mine"}
@@ -208,7 +208,7 @@ def test_embedded_media_leave_no_trace(project: Path) -> None:
     turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cup."}]
     write_parquet(project / "a.parquet", [{"messages": turns, "images": [{"bytes": content, "path": None}]}] * 3)
     result = profile_new("mine", "--data", "a.parquet")
-    assert "row 0: single_image, all 1 media files found" in result.output
+    assert "row 0: single_image, 1 media file found" in result.output
     assert not (project / "data").exists()
 
 

@@ -10,6 +10,7 @@ from transformers import ProcessorMixin
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.plan.processor import load_processor
+from qvl_pipeline.data.tables import QUARANTINE, to_frame
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, preview, tokenize
 from qvl_pipeline.reports.label_preview import LONGEST_TEXT, SAMPLES, choose_samples, pieces
@@ -54,7 +55,8 @@ def made(model: ModelConfig, valid_samples: pd.DataFrame, tmp_path_factory: pyte
         folder / "tokenized.arrow"
     )
     ingest = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "json"}])
-    summary = plan(folder / "tokenized.arrow", folder / "stream_samples.parquet", BatchingConfig(), ingest)[1]
+    nothing = to_frame(QUARANTINE.empty_table())
+    summary = plan(folder / "tokenized.arrow", folder / "stream.parquet", nothing, BatchingConfig(), ingest)[1]
     tokenized, base = folder / "tokenized.arrow", folder / "base"
     return {"samples": TokenizedSamples(tokenized), "processor": load_processor(base, model)} | {
         "pages": [preview(tokenized, summary, base, model)[1] for _ in range(2)]

@@ -114,6 +114,7 @@ def report_facts() -> dict[str, Any]:
         "validation_report": {
             "counts": {"ingested": 4290, "valid": 4280, "quarantined": 8, "rejected": 2},
             "rules": {"not_json": 2, "missing_media": 7, "too_long": 1, "duplicate": 0},
+            "put_aside": {"made": {"caption": 3}},
         },
         "validation_page": "../made/validation.html",
         "media": lambda sample_id: [[Thumbnail(PIXEL, f"picture of {sample_id}")]],

@@ -144,5 +144,5 @@ def test_a_refused_conversation_is_named_among_many(processor: ProcessorMixin) -
 
 
 def test_a_conversation_without_an_answer_is_an_error(processor: ProcessorMixin) -> None:
-    with pytest.raises(UserError, match="sample 'a' has no assistant turn"):
+    with pytest.raises(UserError, match="sample 'a': it has no assistant turn"):
         answers(processor, [("user", "a")])

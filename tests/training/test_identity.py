@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl_pipeline.config import ModelConfig, TrainConfig
+from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.identity import checkpoint_to_start_from, run_fingerprint, run_identity
 
@@ -59,7 +59,7 @@ def test_checkpoint_that_is_not_there_or_not_whole_is_refused(checkpoint: Path, 
 
 def test_a_run_from_a_checkpoint_has_checkpoints_of_its_own() -> None:
     auto, none, path = (
-        run_fingerprint(MODEL, TrainConfig(resume_from_checkpoint=value), SUMMARY, [])
+        run_fingerprint(SampleConfig(), MODEL, TrainConfig(resume_from_checkpoint=value), SUMMARY, [])
         for value in ("auto", "none", "p")
     )
     assert auto == none != path
@@ -67,7 +67,7 @@ def test_a_run_from_a_checkpoint_has_checkpoints_of_its_own() -> None:
 
 def test_evaluations_count_where_they_choose_what_is_exported() -> None:
     def fingerprint(**train: object) -> str:
-        return run_fingerprint(MODEL, TrainConfig(**train), SUMMARY, [])
+        return run_fingerprint(SampleConfig(), MODEL, TrainConfig(**train), SUMMARY, [])
 
     every_step, every_other = ({"eval_strategy": "steps", "eval_steps": steps} for steps in (1, 2))
     assert fingerprint(**every_step) == fingerprint(**every_other) == fingerprint()

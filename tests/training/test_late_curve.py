@@ -11,7 +11,7 @@ import pytest
 from qvl_pipeline.tracking.mlflow.run import start_run
 from qvl_pipeline.training.launcher import Processes
 from qvl_pipeline.training.running import run_engine
-from qvl_pipeline.training.scratch import METRICS, RESULT
+from qvl_pipeline.training.scratch import EXPORT, METRICS, RESULT, SPEC
 
 
 def test_the_run_that_publishes_a_finished_training_gets_its_curve(
@@ -24,6 +24,8 @@ def test_the_run_that_publishes_a_finished_training_gets_its_curve(
     (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{METRICS}.mlflow").write_text(json.dumps({"run_id": "the one that was killed", "step": 2}))
     (folder / RESULT).write_text("{}")
+    (folder / SPEC).write_text("{}")
+    (folder / EXPORT).mkdir()
     run = start_run(tracking_database, "qvl_pipeline", str(tmp_path), "publishes")
     try:
         run_engine(folder, Processes(per_node=1), 2, ["mlflow"])

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.train import nodes
 from qvl_pipeline.training import running
 from qvl_pipeline.training.launcher import Processes
-from qvl_pipeline.training.scratch import PUBLISHED
+from qvl_pipeline.training.scratch import leave, note_published
 from tests.engine.training import make_training
 
 INGEST = IngestConfig(datasets=[{"name": "a", "path": "a", "data_type": "json"}])
@@ -43,6 +46,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "pack_plan": pd.read_parquet(training.data.pack_plan),
         "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
         "video_frames": Path(training.data.video_frames),
+        "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),
         "ingest": INGEST,
@@ -59,6 +63,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         if processes.nodes.node_rank == 0:
             (spec_path.parent / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
             (spec_path.parent / "result.json").write_text("{}")
+            (spec_path.parent / "export").mkdir()
             (spec_path.parent / "checkpoints" / "checkpoint-1").mkdir(parents=True)
             (spec_path.parent / "checkpoints" / "checkpoint-1" / "COMPLETE").touch()
 
@@ -82,6 +87,16 @@ def test_a_base_model_replaced_in_place_is_trained_anew(
     save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     assert train(inputs)["base_model"] != first["base_model"]
     assert len(set(launched)) == 2
+
+
+def test_lost_frames_are_named_before_anything_starts(inputs: dict[str, Any], launched: list[Path]) -> None:
+    index = inputs["video_frames"] / "index.parquet"
+    frames = pq.ParquetFile(index).read()
+    row = frames.schema.empty_table().to_pandas().reindex([0]).assign(shard="frames-00000.arrow", batch=0)
+    pq.write_table(pa.concat_tables([frames, pa.Table.from_pandas(row, frames.schema, preserve_index=False)]), index)
+    with pytest.raises(UserError, match=r"frames-00000.arrow is missing: run `kedro run --pipelines sample`"):
+        train(inputs)
+    assert launched == []
 
 
 @pytest.fixture
@@ -113,7 +128,8 @@ def test_another_node_joins_where_the_first_has_something_to_train(
 ) -> None:
     train(inputs)
     if published:
-        (launched[0] / PUBLISHED).touch()
+        note_published(launched[0])
+        leave(launched[0].parent)
     request.getfixturevalue("second_node")
     with pytest.raises(SystemExit):
         train(inputs, resume_from_checkpoint=resume)

@@ -15,18 +15,21 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.mlflow.unsent import only_sender
+from qvl_pipeline.training import scratch
 from qvl_pipeline.training.identity import run_fingerprint
 from qvl_pipeline.training.launcher import Processes, RankFailedError, _describe_failure, launch
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.progress import training_progress
-from qvl_pipeline.training.scratch import held, publish
+from qvl_pipeline.training.scratch import held, is_finished, leave, note_published, publish, starts_afresh
 from qvl_pipeline.training.spec import Inputs, make_spec
 from tests.engine.training import changed, make_training
 
+SAMPLE = SampleConfig()
 MODEL = ModelConfig(processor_type="qwen3_vl")
 SUMMARY = {"steps": 40, "epochs": 2, "fingerprint": "abc", "samples_per_epoch": 100.0}
 
@@ -49,9 +52,12 @@ def start(spec: TrainSpec) -> Path:
 
 class TestFingerprint:
     def test_what_only_changes_the_view_keeps_the_checkpoints(self) -> None:
-        first = run_fingerprint(MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY, [])
+        first = run_fingerprint(SAMPLE, MODEL, TrainConfig(save_steps=10, logging_steps=1), SUMMARY, [])
         assert (
-            run_fingerprint(MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY, []) == first
+            run_fingerprint(
+                SampleConfig(), MODEL, TrainConfig(save_steps=20, nproc_per_node=4, report_to="none"), SUMMARY, []
+            )
+            == first
         )
 
     @pytest.mark.parametrize(
@@ -65,22 +71,72 @@ class TestFingerprint:
     def test_what_changes_the_training_does_not_share_checkpoints(
         self, model: ModelConfig, train: TrainConfig, plan: dict
     ) -> None:
-        assert run_fingerprint(model, train, plan, []) != run_fingerprint(MODEL, TrainConfig(), SUMMARY, [])
+        assert run_fingerprint(SAMPLE, model, train, plan, []) != run_fingerprint(
+            SampleConfig(), MODEL, TrainConfig(), SUMMARY, []
+        )
 
     def test_another_base_model_and_other_frames_do_not_share_checkpoints(self) -> None:
         contents = (["sha:1", "sha:2"], ["sha:3", "sha:2"], ["sha:1", "sha:3"])
-        assert len({run_fingerprint(MODEL, TrainConfig(), SUMMARY, digests) for digests in contents}) == 3
+        assert len({run_fingerprint(SAMPLE, MODEL, TrainConfig(), SUMMARY, digests) for digests in contents}) == 3
 
 
 class TestPublishing:
-    def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, tmp_path: Path) -> None:
-        run = tmp_path / "run"
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        """A training that was finished and not published."""
+        run = tmp_path / "scratch" / "run"
         for part in ("export/model.safetensors", "checkpoints/checkpoint-9/COMPLETE", "metrics.jsonl", "result.json"):
             (run / part).parent.mkdir(parents=True, exist_ok=True)
             (run / part).touch()
+        return run
+
+    def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, run: Path, tmp_path: Path) -> None:
         publish(run, tmp_path / "trained")
         assert [path.name for path in (tmp_path / "trained").iterdir()] == ["model.safetensors"]
+        assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "checkpoints", "export"}
+        note_published(run)
+        leave(tmp_path / "scratch")
         assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "PUBLISHED"}
+
+    def test_until_the_command_is_done_nothing_is_trained_again(self, run: Path) -> None:
+        """Cut off after any of the steps; the last of them is the rename of the export."""
+        assert is_finished(run)
+        assert not starts_afresh(run, resume=True)
+        note_published(run)
+        assert is_finished(run)
+        assert not starts_afresh(run, resume=True)
+        with held(run, resume=True):
+            assert (run / "metrics.jsonl").exists()
+        leave(run.parent)
+        assert starts_afresh(run, resume=True)
+
+    def test_an_unpublished_run_is_not_left(self, run: Path) -> None:
+        leave(run.parent)
+        assert is_finished(run)
+
+    def test_another_run_that_is_not_done_keeps_its_export(self, run: Path) -> None:
+        note_published(run)
+        with only_sender(run):
+            leave(run.parent)
+        assert is_finished(run)
+
+    def test_what_cannot_be_deleted_is_named_and_no_reason_to_fail(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def refuse(folder: Path, **_: Any) -> None:
+            raise PermissionError(1, "Operation not permitted", str(folder))
+
+        monkeypatch.setattr("shutil.rmtree", refuse)
+        note_published(run)
+        leave(run.parent)
+        assert f"{run / 'checkpoints'} is no longer needed, but cannot be deleted: remove it by hand" in caplog.text
+        assert starts_afresh(run, resume=True)
+
+    def test_an_export_that_was_taken_away_is_made_again_from_the_last_checkpoint(self, run: Path) -> None:
+        (run / "export" / "model.safetensors").unlink()
+        (run / "export").rmdir()
+        with held(run, resume=True):
+            assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "checkpoints"}
 
 
 class TestSpec:
@@ -88,6 +144,7 @@ class TestSpec:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return make_spec(
             Inputs(folder, Path("tokenized.arrow"), Path("stream.parquet"), Path("frames"), SUMMARY),
+            sample=SAMPLE,
             model=model,
             batching=BatchingConfig(per_device_train_batch_size=3, **batching),
             weights={"a": 2.0},
@@ -191,6 +248,7 @@ class TestPreparing:
     def test_run_that_was_not_published_is_kept_whole(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         (folder / "result.json").touch()
+        (folder / "export").mkdir()
         with held(folder, resume=True):
             pass
         assert (folder / "result.json").exists()
@@ -209,7 +267,10 @@ class TestPreparing:
             assert [path.name for path in tmp_path.iterdir()] == ["engine.node1.log"]
 
     @pytest.mark.parametrize("resume", [True, False])
-    def test_what_another_process_trains_is_not_touched(self, tmp_path: Path, resume: bool) -> None:
+    def test_what_another_process_trains_is_not_touched(
+        self, tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(scratch, "PATIENCE_S", 0.0)
         folder = tmp_path / "scratch"
         with held(folder, resume=resume):
             self.interrupted(folder)
@@ -286,13 +347,16 @@ class TestFailure:
         assert "missing.json" in str(caught.value)
 
 
-def launched(spec_path: Path) -> subprocess.Popen[str]:
-    """Start training from a process of its own, and wait until it has taken a step."""
-    code = f"""
+LAUNCH = """
 from pathlib import Path
 from qvl_pipeline.training.launcher import Processes, launch
-launch(Path({str(spec_path)!r}), Processes(2), lambda: None)
+launch(Path({!r}), Processes(2), lambda: None)
 """
+
+
+def launched(spec_path: Path) -> subprocess.Popen[str]:
+    """Start training from a process of its own, and wait until it has taken a step."""
+    code = LAUNCH.format(str(spec_path))
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -308,6 +372,32 @@ def test_nothing_is_left_when_the_parent_is_killed(training: TrainSpec, tmp_path
     parent.wait(60)
     wait_until(lambda: not processes_of(spec_path), 60)
     assert len(pd.read_json(tmp_path / "run" / "metrics.jsonl", lines=True)) < 1000
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(training: TrainSpec, tmp_path: Path) -> None:
+    """They would write beside the next run; loaders, which they have here, are gone with them."""
+    spec_path = start(changed(training, tmp_path / "run", data={"dataloader_num_workers": 1}))
+    code = LAUNCH.format(str(spec_path))
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 120)
+    found = processes_of(spec_path)
+    assert len(found) > 3, "a loader has the command line of its rank"
+    with pytest.raises(UserError, match="another process trains there"), only_sender(tmp_path / "run"):
+        pass
+    [torchrun] = [pid for pid, command in found if "torch.distributed.run" in command]
+    os.kill(torchrun, signal.SIGKILL)
+    _, errors = parent.communicate(timeout=60)
+    assert processes_of(spec_path) == []
+    assert "RankFailedError" in errors
+    with only_sender(tmp_path / "run"):
+        pass
+
+
+def test_a_rank_whose_launcher_was_gone_before_it_looked_ends(training: TrainSpec, tmp_path: Path) -> None:
+    spec_path = start(changed(training, tmp_path / "run"))
+    command = [sys.executable, "-m", "qvl_pipeline.engine", str(spec_path)]
+    done = subprocess.run(command, env=os.environ | {"RANK": "0", "QVL_LAUNCHER_PID": "1"}, timeout=120)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_second_interrupt_ends_ranks_that_do_not_get_to_the_end_of_their_step(

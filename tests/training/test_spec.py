@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.config.train import FSDPConfig
 from qvl_pipeline.engine import spec as engine_spec
@@ -73,6 +73,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "load_best_model_at_end": {"eval_strategy": "epoch"},
     "dataloader_prefetch_factor": {"dataloader_num_workers": 2},
     "processor_name": {"load_from_pretrained_path": "org/model"},
+    "frame_num": {"video_sampling_strategy": "frame_num", "frame_num": 4},
 }
 FSDP = {
     "transformer_layer_cls_to_wrap": ["Qwen3VLTextMLP"],
@@ -91,6 +92,16 @@ MODEL = {
     "image_max_pixels": 50176,
 }
 BATCHING = {"packing_length": 256, "per_device_train_batch_size": 3}
+SAMPLE = {
+    "video_sampling_strategy": "frame_num",
+    "fps": 1.5,
+    "frame_num": 8,
+    "video_min_frames": 6,
+    "video_max_frames": 10,
+    "video_min_pixels": 4096,
+    "video_max_pixels": 102400,
+    "video_total_pixels": 10**6,
+}
 STREAMED = BATCHING | {
     "max_steps": 9,
     "packing": False,
@@ -108,6 +119,8 @@ NOT_THE_ENGINES = {
     | {"resume_from_checkpoint"},
     ModelConfig: {"processor_type", "load_from_pretrained_path", "tiny_seed"},
     BatchingConfig: {"dataset_type", "group_by_length", "num_train_epochs"},
+    SampleConfig: {"video_backend", "materialize", "frame_encoding", "jpeg_quality", "frame_cache", "decode_timeout_s"}
+    | {"max_reject_fraction", "num_workers", "memory_gib"},
 }
 
 
@@ -118,10 +131,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def spec(
-    folder: Path, train: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **batching: Any
+    folder: Path,
+    train: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    sample: dict[str, Any] | None = None,
+    **batching: Any,
 ) -> TrainSpec:
     return make_spec(
         Inputs(folder, *map(Path, ("tokenized_samples", "stream_samples", "video_frames")), SUMMARY),
+        sample=SampleConfig(**(sample or {})),
         model=ModelConfig(processor_type="qwen3_vl", **(model or {})),
         batching=BatchingConfig(**batching),
         weights={"a": 2.0},
@@ -133,7 +151,14 @@ def spec(
 
 
 @pytest.mark.parametrize(
-    ("block", "tried"), [(TrainConfig, TRAIN), (FSDPConfig, FSDP), (ModelConfig, MODEL), (BatchingConfig, STREAMED)]
+    ("block", "tried"),
+    [
+        (TrainConfig, TRAIN),
+        (FSDPConfig, FSDP),
+        (ModelConfig, MODEL),
+        (BatchingConfig, STREAMED),
+        (SampleConfig, SAMPLE),
+    ],
 )
 def test_every_parameter_is_tried_below(block: type[Block], tried: dict[str, Any]) -> None:
     assert set(block.model_fields) == set(tried) | NOT_THE_ENGINES.get(block, set())
@@ -157,6 +182,12 @@ def test_sharding_and_timeouts(block: str, name: str, value: Any, folder: Path) 
 def test_model(name: str, folder: Path) -> None:
     beside = BESIDE.get(name, {})
     assert spec(folder, model=beside | {name: MODEL[name]}) != spec(folder, model=beside)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_sampling(name: str, folder: Path) -> None:
+    beside = BESIDE.get(name, {})
+    assert spec(folder, sample=beside | {name: SAMPLE[name]}).sampling != spec(folder, sample=beside).sampling
 
 
 @pytest.mark.parametrize("name", BATCHING)

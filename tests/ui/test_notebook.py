@@ -21,7 +21,7 @@ def test_the_notebook_shows_what_the_page_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
 ) -> None:
     recorder = Recorder(tmp_path, empty_database)
-    recorder.training("tiny_qwen3_vl", 2e-3, predictions({"video": [True, False] * 5}))
+    recorder.training("first", 2e-3, predictions({"video": [True, False] * 5}))
     recorder.training("other", 1e-3, predictions({"video": [True] * 10}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", recorder.uri)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "src"))

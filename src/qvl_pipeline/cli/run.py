@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 from kedro.framework.cli.project import run as kedro_run
-from kedro.framework.project import pipelines
 
+from qvl_pipeline.cli.selection import check_selection
 from qvl_pipeline.cli.sentences import one_sentence
-from qvl_pipeline.errors import UserError, did_you_mean
+from qvl_pipeline.unfinished import unfinished_folder
+
+# How the names of temporary folders of runs begin.
+_TEMPORARY = "qvl-run-"
+
+
+# Sockets of processes lie below it, and the system takes no more than 107 bytes of a name. Of these, our folder and
+# multiprocessing's own parts need 46.
+_MOST_OF_A_SOCKET = 60
 
 
 def _run(**options: Any) -> dict[str, Any]:
     _speak_utf8()
     signal.signal(signal.SIGTERM, _leave)
+    _use_temporary_folder()
     # Threads of torch that wait for each other otherwise burn the cores that they wait for: on a busy CPU, the answers
     # of a tiny model take ten times as long. OpenMP reads this when torch is imported, which nothing has done so far.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -31,7 +43,7 @@ def _run(**options: Any) -> dict[str, Any]:
         options["params"]["replay"] = {"run_id": options["params"].pop("run_id")}
     try:
         with one_sentence():
-            _check_names(options["pipelines"])
+            check_selection(options)
             return kedro_run.callback(**options)
     except KeyboardInterrupt:
         click.echo("Aborted!", err=True)
@@ -49,6 +61,21 @@ def _speak_utf8() -> None:
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _use_temporary_folder() -> None:
+    """Give this run and all of its processes a temporary folder of their own: what killed ones leave goes with it.
+
+    Where this process is killed itself, the next run removes it. What is to outlive a run stays where it was.
+    """
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > _MOST_OF_A_SOCKET and os.access("/tmp", os.W_OK):
+        place = "/tmp"
+    folder = unfinished_folder(Path(place), _TEMPORARY)
+    # After multiprocessing has removed its own, which is inside.
+    multiprocessing.util.Finalize(None, folder.cleanup, exitpriority=-200)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{place}/torchinductor_{os.getuid()}")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
 
 
 class _Terminated(SystemExit):
@@ -70,13 +97,6 @@ def _end(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # the reader of a pipe has gone, too
             stream.flush()
     os._exit(status)
-
-
-def _check_names(names: list[str]) -> None:
-    for name in names:
-        if name not in pipelines:
-            hint = did_you_mean(name, pipelines, f"the pipelines are {', '.join(pipelines)}")
-            raise UserError(f"there is no pipeline '{name}': {hint}")
 
 
 run = click.Command("run", params=kedro_run.params, callback=_run, help=kedro_run.help)

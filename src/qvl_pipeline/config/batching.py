@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.base import Block, Indifferent
 
 
 class BatchingConfig(Block):
@@ -24,6 +24,9 @@ class BatchingConfig(Block):
         packing_length: Token budget of one pack.
         packing_vit_patches: Vision patch budget of one pack; `None` sets none.
         filter_overlong: Leave out samples longer than `packing_length` (each is listed); `false` refuses them.
+        max_reject_fraction: Share of the training samples that may be left out, because they are longer than
+            `packing_length` or cannot be tokenised, before `tokenize` fails. Of iterable types, the samples that are
+            tokenised beforehand count.
         per_device_train_batch_size: Packs in one micro-batch of one rank.
         gradient_accumulation_steps: Micro-batches of one rank per optimizer step, at `data_parallel_size` ranks.
         data_parallel_size: Data-parallel ranks the global batch is declared for. On another number of ranks the global
@@ -42,6 +45,8 @@ class BatchingConfig(Block):
     packing_length: int = Field(default=16_384, ge=16)
     packing_vit_patches: int | None = Field(default=None, ge=4)
     filter_overlong: bool = True
+    # A limit on what may be lost was kept to when the plan was made, or there is none.
+    max_reject_fraction: Annotated[float, Indifferent()] = Field(default=0.05, ge=0, le=1)
     per_device_train_batch_size: int = Field(default=1, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     data_parallel_size: int = Field(default=1, ge=1)

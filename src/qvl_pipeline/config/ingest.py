@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import posixpath
 import re
 from pathlib import Path
@@ -122,6 +123,12 @@ class IngestConfig(Block):
         if not self.eval_fraction:
             del kept["seed"]
         return kept
+
+    def media_folders(self) -> list[str]:
+        """Return the real paths of the folders that media are in: those of the sources, and of what the stage makes."""
+        given = [source.data_folder for source in self.datasets if "://" not in source.data_folder]
+        own = [f"{self.cache_folder}/{name}" for name in ("embedded", "remote")]
+        return sorted({os.path.realpath(folder) for folder in [*given, *own]})
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ REJECT_RULES = {
     "unreadable_row": "The row is not JSON, not an object, or not of the columns of its file.",
     "duplicated_key": "An object of the row has a key twice, and one of the values would be lost.",
     "unknown_format": "The row holds no conversation in a form that is known, or one of its values has the wrong type.",
+    "preference_data": "The row compares answers or judges one; its bad answers would be trained on as well.",
     "audio_not_supported": "The row holds audio; no supported model hears.",
     "embedded_media_invalid": "A medium is embedded in the row, but not as base64 of an image or a video.",
     "path_outside_data_folder": "A media path leaves the folder of its source, also by way of a symbolic link.",

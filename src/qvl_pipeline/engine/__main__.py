@@ -18,6 +18,7 @@ from qvl_pipeline.engine.run.watchdog import StepTimeoutError, Watchdog
 from qvl_pipeline.engine.signals import end_loaders, ignore_stop_signals
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
+from qvl_pipeline.orphans import start_rank
 from qvl_pipeline.storage.digests import DamagedError
 from qvl_pipeline.storage.room import NoRoomError, is_full, no_room
 
@@ -89,7 +90,8 @@ def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Except
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
+    with start_rank(Path(sys.argv[1]).parent):
+        status = main(Path(sys.argv[1]))
     # Whoever asks a rank to stop repeats it until the rank is gone, and Python no longer listens while it shuts down.
     ignore_stop_signals()
     end_loaders()

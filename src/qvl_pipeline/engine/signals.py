@@ -6,17 +6,25 @@ import multiprocessing
 import signal
 from multiprocessing.util import Finalize
 
+from qvl_pipeline.orphans import end_with_parent
+
 # SIGTERM is what `kill`, Kubernetes and SLURM's `scancel` send; SIGUSR1 what `sbatch --signal=USR1@120` is set to send.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def ignore_stop_signals(_worker_id: int = 0) -> None:
-    """Ignore the signals: in a loader process, and in a rank that is done.
-
-    Schedulers send them to all processes of a job, and a trainer whose loader is gone cannot finish its step.
-    """
+def ignore_stop_signals() -> None:
+    """Ignore the signals: in a rank that is done."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def start_loader(_worker_id: int) -> None:
+    """Prepare a loader process: it ends with its rank, also while it decodes, and not before.
+
+    Schedulers send signals to all processes of a job, and a trainer whose loader is gone cannot finish its step.
+    """
+    ignore_stop_signals()
+    end_with_parent()
 
 
 def end_loaders() -> None:

@@ -226,6 +226,31 @@ class ValidationSpec:
 
 
 @dataclass(frozen=True)
+class SamplingSpec:
+    """Which frames of a clip the samples were made of, and at which size: the exported processor is to do the same.
+
+    Attributes:
+        video_sampling_strategy: `fps` samples at a rate, `frame_num` takes a fixed number of frames.
+        fps: Frames sampled per second of the clip.
+        frame_num: Frames per clip, for `frame_num`.
+        video_min_frames: Fewest frames per clip, for `fps`.
+        video_max_frames: Most frames per clip, for `fps`.
+        video_min_pixels: Fewest pixels per frame.
+        video_max_pixels: Most pixels per frame.
+        video_total_pixels: Most pixels per clip, all frames together.
+    """
+
+    video_sampling_strategy: str
+    fps: float
+    frame_num: int
+    video_min_frames: int
+    video_max_frames: int
+    video_min_pixels: int
+    video_max_pixels: int
+    video_total_pixels: int
+
+
+@dataclass(frozen=True)
 class ExportSpec:
     """The trained model as a plain transformers folder.
 
@@ -253,6 +278,7 @@ class TrainSpec:
     optim: OptimSpec
     parallel: ParallelSpec
     validation: ValidationSpec
+    sampling: SamplingSpec
     export: ExportSpec
 
     def save(self, path: Path) -> None:

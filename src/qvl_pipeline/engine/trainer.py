@@ -18,7 +18,7 @@ from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
-from qvl_pipeline.engine.model.export import export
+from qvl_pipeline.engine.model.export import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.loading import build_model, load_processor
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -63,6 +63,8 @@ class Trainer:
         self.leads = dist.get_rank() == 0
         torch.manual_seed(spec.run.seed)
         self.processor = load_processor(spec)
+        # Now, while a hub can be asked, and before anyone replaces the base model.
+        self.exported_files = exported_files(self.processor, spec) if self.leads else {}
         self.model, self.facts = build_model(spec, self.processor, self.device, sequence_group(self.mesh))
         self.flops = flops_of(self.model)
         self.facts |= shard_model(self.model, self.device, spec.parallel)
@@ -172,7 +174,7 @@ class Trainer:
             logger.warning("no evaluation had a sample left, so none is the best: the last weights are exported")
         if spec.export.export_ema:
             self.average.copy_to_weights()
-        export(self.model, self.processor, spec)
+        export(self.model, self.exported_files, spec)
         if self.leads:
             self._write_result(output_dir, done, exported_step)
         dist.barrier()
@@ -337,7 +339,9 @@ class Trainer:
             "exported_step": exported_step,
             **self.facts,
         }
-        (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        partial = output_dir / ".result.json.partial"
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        partial.replace(output_dir / "result.json")  # with which a training is finished
 
 
 def _trains_vision_only(model: PackedVLM) -> bool:

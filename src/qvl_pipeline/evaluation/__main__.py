@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from qvl_pipeline.evaluation.answering import Answering, answer_share
+from qvl_pipeline.orphans import start_rank
 
 
 def main(path: Path) -> int:
@@ -40,4 +41,5 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    with start_rank(Path(sys.argv[1]).parent):
+        sys.exit(main(Path(sys.argv[1])))

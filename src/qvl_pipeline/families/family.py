@@ -22,6 +22,7 @@ class ModelFamily:
         name: Name in `model.processor_type`.
         title: Name for people.
         patch_size: Side of a vision patch in pixels. Published processors say it too, and are held to it.
+        limits_are_per_clip: Whether the `size` of the video processor limits a whole clip, or each frame.
         decoder_layer: Class name of a decoder layer; FSDP2 shards each.
         vision_block: Class name of a vision block; FSDP2 shards each.
         groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
@@ -37,6 +38,7 @@ class ModelFamily:
     name: str
     title: str
     patch_size: int
+    limits_are_per_clip: bool
     decoder_layer: str
     vision_block: str
     groups: tuple[tuple[str, str], ...]

@@ -36,6 +36,7 @@ FAMILY = ModelFamily(
     name="qwen2_5_vl",
     title="Qwen2.5-VL",
     patch_size=14,
+    limits_are_per_clip=False,
     decoder_layer="Qwen2_5_VLDecoderLayer",
     vision_block="Qwen2_5_VLVisionBlock",
     groups=(

@@ -28,6 +28,7 @@ FAMILY = ModelFamily(
     name="qwen3_vl",
     title="Qwen3-VL",
     patch_size=16,
+    limits_are_per_clip=True,
     decoder_layer="Qwen3VLTextDecoderLayer",
     vision_block="Qwen3VLVisionBlock",
     groups=(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.decoding import FrameTable, decode_frames
+from qvl_pipeline.media.decoding import FrameTable, MediaPath, decode_frames
 
-Decoder = Callable[[str, FrameTable, Sequence[int]], Iterator[np.ndarray]]
+Decoder = Callable[[MediaPath, FrameTable, Sequence[int]], Iterator[np.ndarray]]
 
 _OPTIONAL = {
     "torchcodec": ("torchcodec.decoders", "install 'qvl-pipeline[torchcodec]' and FFmpeg"),
@@ -47,13 +48,14 @@ def choose_backend(asked: str) -> str:
     return asked
 
 
-def decode_with(backend: str, path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
+def decode_with(backend: str, path: MediaPath, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
     """Decode chosen frames one by one.
 
     Args:
         backend: What `choose_backend` returned.
         path: Video file.
-        table: Its frame table.
+        table: Its frame table. It was read by PyAV, so the file is of a format that is read (`media/opening.py`);
+            the other decoders cannot be told which ones are.
         indices: Frame numbers, ascending; a frame may be asked for several times.
 
     Yields:
@@ -66,12 +68,12 @@ def decode_with(backend: str, path: str, table: FrameTable, indices: Sequence[in
     return decoders[backend](path, table, indices)
 
 
-def _torchcodec(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
+def _torchcodec(path: MediaPath, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
     from torchcodec.decoders import VideoDecoder
 
     try:
         # One thread, as for PyAV: clips are decoded side by side.
-        decoder = VideoDecoder(path, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=1)
+        decoder = VideoDecoder(os.fspath(path), dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=1)
         start = decoder.get_frame_at(0).pts_seconds
         for index in indices:
             frame = decoder.get_frame_at(index)
@@ -81,11 +83,11 @@ def _torchcodec(path: str, table: FrameTable, indices: Sequence[int]) -> Iterato
         raise _undecodable("torchcodec", path, error) from error
 
 
-def _decord(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
+def _decord(path: MediaPath, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
     import decord
 
     try:
-        reader = decord.VideoReader(path, num_threads=1)
+        reader = decord.VideoReader(os.fspath(path), num_threads=1)
         if len(reader) != len(table.seconds):
             raise UserError(
                 f"video '{path}': decord counts {len(reader)} frames, but {len(table.seconds)} are shown: "
@@ -99,7 +101,7 @@ def _decord(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np
         raise _undecodable("decord", path, error) from error
 
 
-def _check_time(backend: str, path: str, table: FrameTable, index: int, found: float) -> None:
+def _check_time(backend: str, path: MediaPath, table: FrameTable, index: int, found: float) -> None:
     expected = table.seconds[index] - table.seconds[0]
     if abs(found - expected) > TIME_TOLERANCE_S:
         raise UserError(
@@ -108,7 +110,7 @@ def _check_time(backend: str, path: str, table: FrameTable, index: int, found: f
         )
 
 
-def _undecodable(backend: str, path: str, error: Exception) -> UserError:
+def _undecodable(backend: str, path: MediaPath, error: Exception) -> UserError:
     return UserError(
         f"video '{path}' cannot be decoded by {backend} ({_first_line(error)}); run the pipeline 'validate'"
     )

@@ -9,13 +9,14 @@ import numpy as np
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.backends import decode_with
-from qvl_pipeline.media.decoding import FrameTable, read_frame_table
+from qvl_pipeline.media.decoding import FrameTable, MediaPath, read_frame_table
+from qvl_pipeline.media.opening import open_media
 from qvl_pipeline.media.pixels import resize
 
 
 def resized_frames(
     backend: str,
-    path: str,
+    path: MediaPath,
     table: FrameTable,
     indices: Sequence[int],
     size: Callable[[int, int], tuple[int, int]],
@@ -49,13 +50,20 @@ def frames_from_source(info: Mapping[str, Any]) -> np.ndarray:
         Uint8 `[T, 3, H, W]`.
 
     Raises:
-        UserError: The file is gone or damaged, or shows these frames at other times than it did.
+        UserError: The file is gone, damaged, or not the one that was sampled.
     """
-    path, indices, size = info["path"], info["frame_indices"], (info["height"], info["width"])
-    table = read_frame_table(path)
-    if indices[-1] >= len(table.seconds) or table.seconds[indices].tolist() != info["seconds"]:
-        raise UserError(f"video '{path}' has changed since it was sampled: run the pipelines 'validate' and 'sample'")
-    frames = np.empty((len(indices), 3, *size), dtype=np.uint8)
-    for number, frame in enumerate(resized_frames(info["backend"], path, table, indices, lambda *_: size)):
-        frames[number] = frame
-    return frames
+    indices, size = info["frame_indices"], (info["height"], info["width"])
+    try:
+        with open_media(info["path"], content_hash=info["content_hash"]) as file:
+            table = read_frame_table(file)
+            if indices[-1] >= len(table.seconds) or table.seconds[indices].tolist() != info["seconds"]:
+                raise UserError(
+                    f"video '{file}' shows its frames at other times than when it was sampled: run the pipeline "
+                    "'sample' again"
+                )
+            frames = np.empty((len(indices), 3, *size), dtype=np.uint8)
+            for number, frame in enumerate(resized_frames(info["backend"], file, table, indices, lambda *_: size)):
+                frames[number] = frame
+            return frames
+    except OSError as error:
+        raise UserError(f"video '{info['path']}' cannot be read ({error}); run the pipeline 'validate'") from error

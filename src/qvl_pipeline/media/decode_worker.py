@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.orphans import end_with_client
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -54,6 +58,8 @@ class DecodeWorker:
         self._timeout_s = timeout_s
         self._child: BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._lock = threading.Lock()  # over who starts and who ends the child
+        self._closed = False
 
     def read(self, clip: Any) -> Any:
         """Read one clip.
@@ -65,7 +71,7 @@ class DecodeWorker:
             What `read` returns, or a `Failure`.
 
         Raises:
-            RuntimeError: The child does not start.
+            RuntimeError: The child does not start, or the worker was closed.
         """
         if self._child is None:
             self._start()
@@ -81,27 +87,57 @@ class DecodeWorker:
             self._end()
             return Failure("decoder_crashed", f"crashed the decoder (exit status {status})")
 
-    def kill(self) -> None:
-        """End the child, also one that hangs; a `read` that waits for it in another thread returns."""
-        if (child := self._child) is not None:
+    def close(self) -> None:
+        """End the child, also one that hangs, for good; a `read` that waits for it in another thread returns.
+
+        Of a child that is just being started in another thread nothing is known yet: it is ended there, once it is.
+        """
+        with self._lock:
+            self._closed = True
+            child = self._child
+        if child is not None:
             child.kill()
             child.join()
 
     def _end(self) -> None:
-        self.kill()
+        self._child.kill()
+        self._child.join()
         self._pipe.close()
-        self._child = self._pipe = None
+        with self._lock:
+            self._child = self._pipe = None
 
     def _start(self) -> None:
-        self._pipe, other_end = self._context.Pipe()
-        self._child = self._context.Process(target=_serve, args=(other_end, self._read), daemon=True)
-        self._child.start()
+        if self._closed:
+            raise RuntimeError("the worker is closed")
+        pipe, other_end = self._context.Pipe()
+        child = self._context.Process(target=_serve, args=(other_end, self._read), daemon=True)
+        with _interrupts_held_back():
+            child.start()
         other_end.close()
+        with self._lock:
+            self._child, self._pipe = child, pipe
+            if self._closed:
+                child.kill()
         try:
             self._pipe.recv()  # the time a clip may take does not start before the process has
         except EOFError:
             self._child.join()
             raise RuntimeError(f"a decoding process does not start (exit status {self._child.exitcode})") from None
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let processes that start here never see Ctrl-C: it is for the parent, which ends them.
+
+    The first child starts the server that children are forked from. It takes seconds to import what they need, and an
+    interrupt would end it there, with a traceback on the terminal.
+    """
+    resource_tracker.ensure_running()  # where it is started further down, SIGINT is let through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read_module(read: Callable[[Any], Any]) -> str:
@@ -111,17 +147,15 @@ def read_module(read: Callable[[Any], Any]) -> str:
 
 def _serve(pipe: Connection, read: Callable[[Any], Any]) -> None:
     """Read clips until the parent is gone."""
+    end_with_client()  # also when a decoder hangs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    pipe.send("ready")
-    while True:
-        try:
-            clip = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_outcome(read, clip))
+    with contextlib.suppress(EOFError, ConnectionError):
+        pipe.send("ready")
+        while True:
+            pipe.send(_outcome(pipe.recv(), read))
 
 
-def _outcome(read: Callable[[Any], Any], clip: Any) -> Any:
+def _outcome(clip: Any, read: Callable[[Any], Any]) -> Any:
     try:
         return read(clip)
     except ClipError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.opening import VIDEO_OPTIONS
 
 # A seek restarts the decoder; with the keyframe it costs as much as 5 to 7 frames (H.264 of 360 and 1080 lines).
 SEEK_COST_FRAMES = 8
@@ -22,6 +24,9 @@ HIDDEN_FRAME_CODECS = frozenset({"vp8"})
 # No picture refers to one whose `nal_ref_idc` is 0 (H.264, 7.4.1): it need not be decoded unless it is wanted itself.
 # HEVC's sub-layer non-reference pictures have no such promise: pictures of higher sub-layers may refer to them.
 SKIPPABLE_CODECS = frozenset({"h264"})
+
+
+MediaPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,11 @@ class _ShortcutFailed(Exception):
     """Seeking or skipping did not lead to the frame that was asked for."""
 
 
-def read_frame_table(path: str) -> FrameTable:
+def read_frame_table(path: MediaPath) -> FrameTable:
     """List the frames of a clip from its packets, without decoding a picture.
 
     Args:
-        path: Video file.
+        path: Video file, also one that is open (`OpenMedia`).
 
     Returns:
         The frame table of the first video stream.
@@ -76,10 +81,10 @@ def read_frame_table(path: str) -> FrameTable:
         ]
         if stream.codec_context.name in HIDDEN_FRAME_CODECS or any(packet.pts is None for packet in packets):
             packets = [_Packet(pts, None, is_key=False, is_shown=True) for pts in _decoded_pts(path)]
-        return _frame_table(container, stream, packets)
+        return _frame_table(path, container, stream, packets)
 
 
-def decode_frames(path: str, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
+def decode_frames(path: MediaPath, table: FrameTable, indices: Sequence[int]) -> Iterator[np.ndarray]:
     """Decode chosen frames one by one; no more than one of them is held here at a time.
 
     Args:
@@ -102,28 +107,47 @@ def decode_frames(path: str, table: FrameTable, indices: Sequence[int]) -> Itera
         yield from _decode(path, table, indices[done:], shortcuts=False)
 
 
+def open_container(path: MediaPath) -> av.container.InputContainer:
+    """Open a file, if it is of a format that is read.
+
+    Raises:
+        UserError: It is of another one.
+        FFmpegError: It is of none.
+    """
+    try:
+        return av.open(os.fspath(path), options=VIDEO_OPTIONS)
+    # What FFmpeg answers where a format is not among those allowed, or would open something else.
+    except (av.ArgumentError, av.PermissionError):
+        reason = "its format is not one of a video, or not one that is read"
+        raise UserError(f"video '{path}' cannot be decoded ({reason}); run the pipeline 'validate'") from OSError(
+            reason
+        )
+
+
 @contextmanager
-def _open(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _open(path: MediaPath) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open a file and its first video stream; what FFmpeg cannot decode is an error that names the file."""
     try:
-        with av.open(path) as container:
+        with open_container(path) as container:
             if not container.streams.video:
                 raise UserError(f"video '{path}' holds no video stream; run the pipeline 'validate'")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # clips are decoded side by side, each in a thread of its own
             yield container, stream
     except av.FFmpegError as error:
-        raise UserError(f"video '{path}' cannot be decoded ({error}); run the pipeline 'validate'") from error
+        raise UserError(f"video '{path}' cannot be decoded ({error.strerror}); run the pipeline 'validate'") from error
 
 
-def _frame_table(container: av.container.InputContainer, stream: av.VideoStream, packets: list[_Packet]) -> FrameTable:
+def _frame_table(
+    path: MediaPath, container: av.container.InputContainer, stream: av.VideoStream, packets: list[_Packet]
+) -> FrameTable:
     """Sort packets into the order of presentation."""
     # Frames before the first keyframe refer to pictures that were cut away: no decoder returns them.
     first = min((packet.pts for packet in packets if packet.is_key), default=None)
     shown = [packet for packet in packets if packet.is_shown and (first is None or packet.pts >= first)]
     frames = {packet.pts: packet for packet in sorted(shown, key=lambda packet: packet.pts)}
     if not frames:
-        raise UserError(f"video '{container.name}' holds no frames; run the pipeline 'validate'")
+        raise UserError(f"video '{path}' holds no frames; run the pipeline 'validate'")
     pts = np.array(list(frames), dtype=np.int64)
     base = stream.time_base
     # Formats of broadcasting (MPEG-TS, MPEG-PS) start their clock anywhere; all others start it at zero.
@@ -152,7 +176,7 @@ def _mean_fps(stream: av.VideoStream, seconds: np.ndarray) -> float:
     return declared if abs(declared / measured - 1) < 0.01 else float(measured)
 
 
-def _decoded_pts(path: str) -> list[int]:
+def _decoded_pts(path: MediaPath) -> list[int]:
     """Presentation times by decoding everything, for files whose packets do not tell."""
     with _open(path) as (container, stream):
         return [_pts(frame) for frame in container.decode(stream)]
@@ -165,7 +189,7 @@ def _pts(frame: av.VideoFrame) -> int:
     return pts
 
 
-def _decode(path: str, table: FrameTable, indices: Sequence[int], *, shortcuts: bool) -> Iterator[np.ndarray]:
+def _decode(path: MediaPath, table: FrameTable, indices: Sequence[int], *, shortcuts: bool) -> Iterator[np.ndarray]:
     """Decode in one pass; the shortcuts are to skip ahead by keyframe, and pictures that nothing refers to."""
     with _open(path) as (container, stream):
         skipped = shortcuts and stream.codec_context.name in SKIPPABLE_CODECS
@@ -218,7 +242,7 @@ def _from_keyframe(decoded: Iterator[av.VideoFrame], pts: int) -> Iterator[av.Vi
 
 
 def _advance(
-    decoded: Iterator[av.VideoFrame], path: str, table: FrameTable, index: int, shortcuts: bool
+    decoded: Iterator[av.VideoFrame], path: MediaPath, table: FrameTable, index: int, shortcuts: bool
 ) -> av.VideoFrame:
     wanted = int(table.pts[index])
     for frame in decoded:

@@ -53,7 +53,7 @@ class FrameCache:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clips: dict[str, tuple[CachedShard, int]] = {}
-        self._by_first_key: dict[str, CachedShard] = {}
+        self._by_first_key: dict[str, list[CachedShard]] = {}
         self._batches: dict[Path, CheckedBatches] = {}
         self._links = False
         for table in sorted(self._folder.glob("*.parquet")):
@@ -102,20 +102,13 @@ class FrameCache:
         Returns:
             The shard, all of it as it was written; `None` when there is none, or more of the clips would go into it.
         """
-        found = self._by_first_key.get(keys[0]) if keys else None
-        if found is None or found.keys != list(keys[: len(found.keys)]) or not found.path.exists():
-            return None
-        try:
-            batches = self._checked(found)
-            if len(found.keys) < len(keys) and sum(batch.nbytes for batch in batches.unchecked) < shard_bytes:
-                return None
-            batches.check()
-        except FileNotFoundError:
-            return None
-        except DamagedError as error:
-            self._forget(found, error)
-            return None
-        return found
+        candidates = self._by_first_key.get(keys[0], ()) if keys else ()
+        # An interrupted run may have left the beginning of the shard that the next one finished.
+        for found in sorted(candidates, key=lambda shard: len(shard.keys), reverse=True):
+            if found.keys == list(keys[: len(found.keys)]) and self._is_sound(found):
+                whole = len(found.keys) == len(keys) or self._size(found) >= shard_bytes
+                return found if whole else None
+        return None
 
     def keep(self, shard: Path, keys: Sequence[str], rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
         """Take in a finished shard.
@@ -165,15 +158,29 @@ class FrameCache:
             self._batches[shard.path] = batches
         return self._batches[shard.path]
 
+    def _is_sound(self, shard: CachedShard) -> bool:
+        if not shard.path.exists():  # another run has removed it in the meantime
+            return False
+        try:
+            self._checked(shard).check()
+        except DamagedError as error:
+            self._forget(shard, error)
+            return False
+        return True
+
+    def _size(self, shard: CachedShard) -> int:
+        """Bytes of a shard's record batches, as the writer counts them."""
+        return sum(batch.nbytes for batch in self._checked(shard).unchecked)
+
     def _forget(self, shard: CachedShard, error: DamagedError) -> None:
         logger.warning("%s", error)
         self._clips = {key: found for key, found in self._clips.items() if found[0] is not shard}
-        self._by_first_key.pop(shard.keys[0], None)
+        self._by_first_key[shard.keys[0]] = [s for s in self._by_first_key[shard.keys[0]] if s is not shard]
         self._batches.pop(shard.path, None)
         _remove(shard.path)
 
     def _remember(self, shard: CachedShard) -> None:
-        self._by_first_key[shard.keys[0]] = shard
+        self._by_first_key.setdefault(shard.keys[0], []).append(shard)
         self._clips |= {key: (shard, number) for number, key in enumerate(shard.keys)}
 
 

@@ -53,7 +53,7 @@ def decode_frame(data: pa.Buffer, encoding: str, out: np.ndarray) -> None:
     if encoding == "zstd":
         _unfilter(pa.decompress(data, decompressed_size=out.nbytes, codec="zstd"), out)
     elif encoding in ("png", "jpeg"):
-        with Image.open(pa.BufferReader(data)) as image:
+        with Image.open(pa.BufferReader(data), formats=(encoding.upper(),)) as image:
             out[...] = np.asarray(image).transpose(2, 0, 1)
     else:
         raise UserError(

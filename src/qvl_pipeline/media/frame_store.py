@@ -5,6 +5,7 @@ A store may also hold all of a clip but its frames, which are then decoded whene
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qvl_pipeline.storage.batches import CheckedBatches, write_checked
 from qvl_pipeline.storage.digests import DamagedError
 from qvl_pipeline.storage.tables import read_table, write_table
 
+_SAMPLE_AGAIN = "run `kedro run --pipelines sample` (with the same --env and --params) to write them again"
 # What a killed run may have to decode again.
 SHARD_BYTES = 1 << 28
 AGAIN = "run the pipeline 'sample' again"
@@ -114,10 +116,13 @@ class FrameStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the shard; write the index unless an error left the store incomplete."""
+        """Close the shard; write the index unless an error, or an interrupt, left the store incomplete.
+
+        What the open shard holds then goes into the cache too: its clips are not decoded again.
+        """
         if error is not None:
-            if self._writer is not None:
-                self._writer.close()
+            with contextlib.suppress(OSError):  # of a full disk, which is the error
+                self._close_shard()
             return
         self._close_shard()
         write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
@@ -206,6 +211,23 @@ class FrameStore:
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
         """Pickle as the folder."""
         return FrameStore, (self.folder,)
+
+    def check_shards(self) -> None:
+        """Open all shards, without reading frames: before processes do, one by one and hours into their work.
+
+        Raises:
+            UserError: A shard is missing or cut off; it names the first, and the stage to run.
+        """
+        shards = self._index.select(["shard", "batch"]).group_by("shard").aggregate([("batch", "max")]).to_pylist()
+        for row in sorted((row for row in shards if row["shard"] is not None), key=lambda row: row["shard"]):
+            path = self.folder / row["shard"]
+            try:
+                found = pa.ipc.open_file(pa.memory_map(str(path))).num_record_batches
+            except (OSError, pa.ArrowInvalid) as error:
+                what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+                raise UserError(f"frames are lost, {path} {what}: {_SAMPLE_AGAIN}") from error
+            if found <= row["batch_max"]:
+                raise UserError(f"frames are lost, {path} has {found} clips, fewer than the index: {_SAMPLE_AGAIN}")
 
     def __len__(self) -> int:
         """Number of clips."""

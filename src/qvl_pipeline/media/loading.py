@@ -59,7 +59,7 @@ class PatchLoader:
         height, width = (item[side] * self._layout["patch_size"] for side in ("grid_h", "grid_w"))
         if item["type"] == "image":
             try:
-                return resize(open_image(Path(item["key"])), height, width)[None]
+                return resize(open_image(Path(item["key"]), item.get("content_hash")), height, width)[None]
             except OSError as error:
                 raise UserError(
                     f"image '{item['key']}' cannot be read ({error}); run the pipeline 'validate'"

@@ -12,8 +12,10 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from qvl_pipeline.media.opening import open_media, open_picture
 
-def open_image(path: Path) -> np.ndarray:
+
+def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
     """Open an image the way it is meant to be seen: upright, and over white where it is transparent.
 
     Same as transformers' `load_image` (EXIF orientation) and `convert_to_rgb` (white ground, as in qwen_vl_utils;
@@ -21,14 +23,16 @@ def open_image(path: Path) -> np.ndarray:
 
     Args:
         path: Image file.
+        content_hash: Sha256 of the file that is meant; `None` takes whatever is there.
 
     Returns:
         RGB picture, uint8 `[3, H, W]`.
 
     Raises:
         OSError: The file is missing or is no image.
+        UserError: It is another one (`ChangedMediaError`), or a folder.
     """
-    with Image.open(path) as image:
+    with open_media(path, content_hash=content_hash) as file, open_picture(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
             ground = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import av
 import numpy as np
 from PIL import ExifTags, Image
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+from qvl_pipeline.media.decoding import decode_frames, open_container, read_frame_table
+from qvl_pipeline.media.opening import NoFileError, OpenMedia, OutsideFolderError, hash_media, open_media, open_picture
 
 # EXIF orientations that turn the picture by a quarter.
 _LYING = (5, 6, 7, 8)
@@ -23,7 +24,7 @@ class Probe:
     """Facts about a file; `None` is what could not be found out.
 
     Attributes:
-        missing: Why there is no such file.
+        missing: Why there is no such file, or not in the folder where it must be.
         failure: Why it cannot be decoded.
         content_hash: Sha256 of its bytes.
         width: Width of the upright picture in pixels.
@@ -53,34 +54,43 @@ class Probe:
     longest_gap: float | None = None
 
 
-def probe_media(path: str, kind: str, max_pixels: int) -> Probe:
+def probe_media(path: str, kind: str, max_pixels: int, folders: Sequence[str] | None = None) -> Probe:
     """Open a file and decode it: an image whole, of a clip the first and the last frame.
 
     Args:
         path: File to probe.
         kind: `image` or `video`.
         max_pixels: A picture with more pixels than this is not decoded; only its size is reported.
+        folders: Real paths of the folders that it must be inside of; `None` where it may be anywhere.
 
     Returns:
         What was found. No file makes this raise.
     """
-    file = Path(path)
     try:
-        if not file.is_file():
-            return Probe(missing="is not a file" if file.exists() else "does not exist")
-        size = file.stat().st_size
-        if size == 0:
-            return Probe(size_bytes=0)
-        with file.open("rb") as opened:
-            content_hash = hashlib.file_digest(opened, "sha256").hexdigest()
+        with open_media(path, folders=folders) as file:
+            if file.size == 0:
+                return Probe(size_bytes=0)
+            return _probe_open(file, kind, max_pixels)
+    except (FileNotFoundError, NotADirectoryError):
+        return Probe(missing="does not exist")
+    except NoFileError:
+        return Probe(missing="is not a file")
+    except OutsideFolderError as error:
+        return Probe(missing=str(error).removeprefix(f"'{path}' "))
     except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to itself
+            return Probe(missing="does not exist")
         return Probe(failure=_reason(error))
+
+
+def _probe_open(file: OpenMedia, kind: str, max_pixels: int) -> Probe:
+    found = {"content_hash": hash_media(file), "size_bytes": file.size}
     probe = _probe_image if kind == "image" else _probe_video
     try:
-        return replace(probe(path, max_pixels), content_hash=content_hash, size_bytes=size)
+        return replace(probe(file, max_pixels), **found)
     # Decoders raise whatever their parser stumbles over (SyntaxError, struct.error, IndexError, …): the file is bad.
     except Exception as error:
-        return Probe(failure=_reason(error), content_hash=content_hash, size_bytes=size)
+        return Probe(failure=_reason(error), **found)
 
 
 def _reason(error: Exception) -> str:
@@ -90,10 +100,10 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or f"{error}" or type(error).__name__
 
 
-def _probe_image(path: str, max_pixels: int) -> Probe:
+def _probe_image(file: OpenMedia, max_pixels: int) -> Probe:
     # Pillow's own limit is a warning first, an exception at twice the size; ours is a parameter.
     Image.MAX_IMAGE_PIXELS = None
-    with Image.open(path) as image:
+    with open_picture(file) as image:
         facts = Probe(width=image.width, height=image.height, n_frames=1, codec=(image.format or "").lower())
         facts = replace(facts, mode=image.mode)
         if image.width * image.height > max_pixels:
@@ -112,8 +122,8 @@ def _count_pictures(image: Image.Image) -> int | None:
         return None
 
 
-def _probe_video(path: str, max_pixels: int) -> Probe:
-    with av.open(path) as container:
+def _probe_video(file: OpenMedia, max_pixels: int) -> Probe:
+    with open_container(file) as container:
         if not container.streams.video:
             return Probe(failure="holds no video stream")
         stream = container.streams.video[0]
@@ -128,10 +138,10 @@ def _probe_video(path: str, max_pixels: int) -> Probe:
         packets = (packet for packet in container.demux(stream) if packet.size)
         if all(packet.pts is None and packet.dts is None for packet in packets):
             return facts
-    table = read_frame_table(path)
+    table = read_frame_table(file)
     n_frames = len(table.seconds)
     # Both are decoded; of the two only the last is kept.
-    (last,) = deque(decode_frames(path, table, [0, n_frames - 1]), maxlen=1)
+    (last,) = deque(decode_frames(file, table, [0, n_frames - 1]), maxlen=1)
     return replace(
         facts,
         height=last.shape[0],

@@ -10,8 +10,11 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+from qvl_pipeline.orphans import end_with
 
 if TYPE_CHECKING:
     from qvl_pipeline.media.probe import Probe
@@ -20,15 +23,17 @@ if TYPE_CHECKING:
 class ProbeWorker:
     """A child process that probes one file after the other. It is started anew when a file was its end."""
 
-    def __init__(self, *, timeout_s: float, max_pixels: int) -> None:
+    def __init__(self, *, timeout_s: float, max_pixels: int, folders: Sequence[str] | None = None) -> None:
         """Set up a worker; its process starts with the first file.
 
         Args:
             timeout_s: Wall-clock seconds that one file may take.
             max_pixels: A picture with more pixels is not decoded.
+            folders: Real paths of the folders that files must be inside of; `None` where they may be anywhere.
         """
         self._timeout_s = timeout_s
         self._max_pixels = max_pixels
+        self._folders = folders
         self._child: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -62,7 +67,7 @@ class ProbeWorker:
         timer.daemon = True
         timer.start()
         try:
-            answer = _ask(child, [path, kind, self._max_pixels])
+            answer = _ask(child, [path, kind, self._max_pixels, self._folders])
         finally:
             timer.cancel()
             timer.join()
@@ -74,8 +79,11 @@ class ProbeWorker:
         return Probe(failure=f"crashed the decoder (exit status {status})")
 
     def _start(self) -> subprocess.Popen[str]:
+        watched, held = os.pipe()
+        self._alive = os.fdopen(held, "wb")
         child = self._child = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, str(watched)],
+            pass_fds=[watched],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -84,6 +92,7 @@ class ProbeWorker:
             # Ctrl-C is for this process, which ends the child: also one that hangs, also when the interpreter exits.
             start_new_session=True,
         )
+        os.close(watched)
         weakref.finalize(self, child.kill)
         if not child.stdout.readline():
             raise RuntimeError(f"the process that probes media does not start (exit status {self._end()})")
@@ -95,10 +104,11 @@ class ProbeWorker:
         child, self._child = self._child, None
         with contextlib.suppress(BrokenPipeError), child:  # closing its input flushes what it never read
             child.kill()
+        self._alive.close()
         return child.returncode
 
 
-def _ask(child: subprocess.Popen[str], request: list[str | int]) -> str:
+def _ask(child: subprocess.Popen[str], request: list[Any]) -> str:
     """Return the child's answer, empty when it died over it."""
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(json.dumps(request) + "\n")
@@ -107,8 +117,13 @@ def _ask(child: subprocess.Popen[str], request: list[str | int]) -> str:
     return answer if answer.endswith("\n") else ""
 
 
-def _serve() -> None:
-    """Answer requests until there are no more: a JSON list in, a JSON object out, each on a line."""
+def _serve(watched: int) -> None:
+    """Answer requests until there are no more: a JSON list in, a JSON object out, each on a line.
+
+    Args:
+        watched: Reading end of the pipe that the parent holds: a decoder that hangs ends with the parent, too.
+    """
+    end_with(watched)
     from qvl_pipeline.media.probe import probe_media
 
     warnings.simplefilter("ignore")
@@ -123,4 +138,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(int(sys.argv[1]))

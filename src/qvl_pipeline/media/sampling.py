@@ -14,6 +14,8 @@ MERGE_SIZE = 2
 # qwen_vl_utils' VIDEO_MAX_TOKEN_NUM: most merged tokens of one frame, whatever `max_pixels` says.
 MAX_FRAME_TOKENS = 768
 MAX_RATIO = 200
+# A frame's share of the budget of its clip is never less than so many times `min_pixels`.
+SHARE_FLOOR = 1.05
 
 
 def smart_nframes(
@@ -166,9 +168,23 @@ def video_size(
         ValueError: The frames are too elongated.
     """
     factor = patch_size * MERGE_SIZE
-    share = min(MAX_FRAME_TOKENS * factor**2, total_pixels / n_frames * FRAME_FACTOR)
-    limit = min(max_pixels, max(share, int(min_pixels * 1.05)))
+    budget = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
+    limit = frame_limit(n_frames, factor=factor, **budget)
     return smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=limit)
+
+
+def frame_limit(n_frames: int, *, factor: int, min_pixels: int, max_pixels: int, total_pixels: int) -> float:
+    """Most pixels of a frame of a clip.
+
+    Args:
+        n_frames: Frames sampled.
+        factor: Side of a merged patch in pixels.
+        min_pixels: Fewest pixels per frame; its share of the clip does not fall below.
+        max_pixels: Most pixels per frame.
+        total_pixels: Most pixels of all frames; two frames share one temporal patch, so each may have twice its share.
+    """
+    share = min(MAX_FRAME_TOKENS * factor**2, total_pixels / n_frames * FRAME_FACTOR)
+    return min(max_pixels, max(share, int(min_pixels * SHARE_FLOOR)))
 
 
 def seconds_per_grid(seconds: Sequence[float], temporal_patch_size: int = FRAME_FACTOR) -> float:

@@ -40,7 +40,8 @@ class TriedRow(NamedTuple):
         """Say it in one line."""
         if self.problem:
             return self.problem
-        return f"{self.kind}, all {self.media} media files found" if self.media else self.kind
+        files = f", {self.media} media file{'s' * (self.media > 1)} found" if self.media else ""
+        return f"{self.kind}{files}"
 
 
 class Trial(NamedTuple):

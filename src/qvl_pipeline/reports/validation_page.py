@@ -50,7 +50,7 @@ def render_validation(
     """Write the page. It makes no request to anywhere and shows text of the data escaped.
 
     Args:
-        report: `counts`, `rules` and `warnings`.
+        report: `counts`, `rules`, `warnings` and `put_aside`.
         samples: All samples that could be read, batch by batch, with the columns `sample_id`, `source`, `split`,
             `messages` and `media`.
         rejects: Rows that could not be read.
@@ -72,6 +72,7 @@ def render_validation(
         counts=report["counts"],
         histograms=_histograms(seen, media_index),
         by_source=_by_source(seen, rejects, quarantine),
+        put_aside=report["put_aside"],
         lost=_offenders(lost, seen.media, thumbnail),
         warned=_offenders(warnings, seen.media, thumbnail),
         offenders_each=OFFENDERS_EACH,

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from qvl_pipeline.errors import UserError
-
-END_OF_TURN = "<|im_end|>"
+from qvl_pipeline.families.tokens import END_OF_TURN
+from qvl_pipeline.tokens.control import mark_written
+from qvl_pipeline.tokens.unusable import UnusableSampleError
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -22,7 +21,7 @@ class RenderedChat:
 
     Attributes:
         name: What to call it in an error: the sample id.
-        text: The rendered chat template.
+        text: The rendered chat template, with marks where texts hold what could be a control token (`tokens.control`).
         answers: Half-open character ranges of the assistant turns: content and end token.
     """
 
@@ -49,9 +48,10 @@ def render_chats(
         The rendered conversations.
 
     Raises:
-        UserError: The template refuses a conversation, renders its beginning in another way than the whole, or nothing
-            before an answer, or the conversation has no assistant turn. The message names the sample.
+        UnusableSampleError: The template refuses a conversation, renders its beginning in another way than the whole,
+            or nothing before an answer, or the conversation has no assistant turn. The message names the sample.
     """
+    conversations = [mark_written(chat) for chat in conversations]
     turns = [
         (owner, number)
         for owner, chat in enumerate(conversations)
@@ -70,25 +70,30 @@ def render_chats(
         chats[owner].answers.append(_answer_range(chats[owner], prompt, beginning))
     for chat in chats:
         if not chat.answers:
-            raise UserError(f"sample '{chat.name}' has no assistant turn: there is nothing in it to train on")
+            raise UnusableSampleError(chat.name, "nothing_to_train", "it has no assistant turn to train on")
     return chats
 
 
 def _answer_range(chat: RenderedChat, prompt: str, answered: str) -> tuple[int, int]:
     """Characters of one answer, given the text up to it and the text up to its end."""
     if not (chat.text.startswith(answered) and answered.startswith(prompt)):
-        raise UserError(
-            f"sample '{chat.name}': the chat template renders the beginning of the conversation in another way than "
-            "the whole, so the tokens to train on cannot be found; use a template that does not rewrite earlier turns"
+        raise UnusableSampleError(
+            chat.name,
+            "template_rewrites",
+            "the chat template renders the beginning of the conversation in another way than the whole, so the tokens "
+            "to train on cannot be found; use a template that does not rewrite earlier turns",
         )
     if not prompt:
-        raise UserError(
-            f"sample '{chat.name}': the chat template renders nothing before the answer, so there is no token that "
-            "could predict its first; use a template that opens the assistant's turn, as ChatML does"
+        raise UnusableSampleError(
+            chat.name,
+            "answer_not_marked",
+            "the chat template renders nothing before the answer, so there is no token that could predict its first; "
+            "use a template that opens the assistant's turn, as ChatML does",
         )
     end = answered.rfind(END_OF_TURN, len(prompt))
     if end < 0:
-        raise UserError(f"sample '{chat.name}': the chat template does not close the assistant's turn by {END_OF_TURN}")
+        unclosed = f"the chat template does not close the assistant's turn by {END_OF_TURN}"
+        raise UnusableSampleError(chat.name, "answer_not_marked", unclosed)
     return len(prompt), end + len(END_OF_TURN)
 
 
@@ -99,9 +104,10 @@ def _render(
         return []
     try:
         return processor.apply_chat_template(list(conversations), add_generation_prompt=generate)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program that runs on data: it may fail in any way
         if len(conversations) == 1:
-            raise UserError(f"sample '{names[0]}': the chat template refuses it: {error}") from error
+            refusal = f"the chat template refuses it: {' '.join(str(error).split())}"
+            raise UnusableSampleError(names[0], "template_refusal", refusal) from error
     # One of many was refused; alone, it is refused by name.
     pairs = zip(conversations, names, strict=True)
     return [text for chat, name in pairs for text in _render(processor, [chat], [name], generate=generate)]

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import BatchEncoding, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
@@ -23,9 +23,11 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
 from qvl_pipeline.media.sampling import seconds_per_grid
 from qvl_pipeline.tokens.chat import RenderedChat, render_chats
+from qvl_pipeline.tokens.control import encode_texts
+from qvl_pipeline.tokens.unusable import Unusable, UnusableSampleError
 
 COPIED = ("sample_id", "source", "split", "kind", "task", "answer")
-_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid")
+_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid", "content_hash")
 
 # An entry of the column `media`; a clip also has the `seconds` of its frames.
 Medium = Mapping[str, Any]
@@ -46,22 +48,28 @@ class EncodedChat:
     prompt_length: int
 
 
+class ImageFacts(NamedTuple):
+    """What the media index knows of an image: size of the upright picture in pixels, and sha256 of the file."""
+
+    height: int
+    width: int
+    content_hash: str | None
+
+
 class MediaGrids:
     """Sizes of images and clips in patches, from the media index and the frame store."""
 
-    def __init__(
-        self, processor: ProcessorMixin, image_sizes: Mapping[str, tuple[int, int]], store: FrameStore
-    ) -> None:
+    def __init__(self, processor: ProcessorMixin, images: Mapping[str, ImageFacts], store: FrameStore) -> None:
         """Set up the look-up.
 
         Args:
             processor: The model's processor, which says the pixel limits and the patch sizes.
-            image_sizes: Height and width of each upright image, by its path.
+            images: What is known of each image, by its path.
             store: Sampled clips.
         """
-        self._images = processor.image_processor
+        self._image_processor = processor.image_processor
         self._videos = processor.video_processor
-        self.image_sizes = image_sizes
+        self.images = images
         self.store = store
 
     def medium(self, item: Mapping[str, Any]) -> Medium:
@@ -88,25 +96,29 @@ class MediaGrids:
             "grid_h": clip["height"] // self._videos.patch_size,
             "grid_w": clip["width"] // self._videos.patch_size,
             "seconds_per_grid": seconds_per_grid(clip["seconds"], self._videos.temporal_patch_size),
+            "content_hash": clip["content_hash"],
             "seconds": clip["seconds"],
         }
 
     def _image(self, path: str) -> Medium:
-        if path not in self.image_sizes:
+        if path not in self.images:
             raise UserError(f"image '{path}' has no size in media_index: run the pipeline 'validate' again")
+        image = self.images[path]
         height, width = smart_resize(
-            *self.image_sizes[path],
-            factor=self._images.patch_size * self._images.merge_size,
-            min_pixels=self._images.size["shortest_edge"],
-            max_pixels=self._images.size["longest_edge"],
+            image.height,
+            image.width,
+            factor=self._image_processor.patch_size * self._image_processor.merge_size,
+            min_pixels=self._image_processor.size["shortest_edge"],
+            max_pixels=self._image_processor.size["longest_edge"],
         )
-        grid_h, grid_w = height // self._images.patch_size, width // self._images.patch_size
-        return {"type": "image", "key": path, "grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
+        grid_h, grid_w = height // self._image_processor.patch_size, width // self._image_processor.patch_size
+        grid = {"grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
+        return {"type": "image", "key": path, **grid, "content_hash": image.content_hash}
 
 
 def encode_samples(
     samples: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any] | Unusable]:
     """Tokenise samples.
 
     Args:
@@ -115,15 +127,31 @@ def encode_samples(
         processor: The model's processor.
 
     Returns:
-        Rows of `tokenized_samples`; `input_ids` is an array and a span a pair.
+        Rows of `tokenized_samples`, in which `input_ids` is an array and a span a pair; in the place of a sample that
+        cannot be tokenised, because of what is in it, the reason.
 
     Raises:
-        UserError: A sample cannot be tokenised; the message names it.
+        UserError: A medium is not in the media index or the frame store.
     """
     media = [[grids.medium(item) for item in row["media"]] for row in samples]
+    return _encode(samples, media, processor)
+
+
+def _encode(
+    samples: Sequence[Mapping[str, Any]], media: Sequence[Sequence[Medium]], processor: ProcessorMixin
+) -> list[dict[str, Any] | Unusable]:
     conversations = [json.loads(row["messages"]) for row in samples]
-    chats = render_chats(processor, conversations, [row["sample_id"] for row in samples])
-    encoded = encode_chats(processor, chats, media)
+    try:
+        chats = render_chats(processor, conversations, [row["sample_id"] for row in samples])
+        encoded = encode_chats(processor, chats, media)
+    except UnusableSampleError as error:
+        if len(samples) == 1:
+            return [Unusable(samples[0]["sample_id"], error.rule, error.detail)]
+        half = len(samples) // 2  # halved again, until it stands alone: few are bad
+        return [
+            *_encode(samples[:half], media[:half], processor),
+            *_encode(samples[half:], media[half:], processor),
+        ]
     return [_table_row(*parts) for parts in zip(samples, encoded, media, strict=True)]
 
 
@@ -141,14 +169,14 @@ def encode_chats(
         The encoded conversations.
 
     Raises:
-        UserError: The placeholders of a conversation do not match its media.
+        UnusableSampleError: The placeholders of a conversation do not match its media.
     """
     compact = [_compact(processor, chat, items) for chat, items in zip(chats, media, strict=True)]
-    tokens = processor.tokenizer([chat.text for chat, _ in compact], return_attention_mask=False)
+    tokens = encode_texts(processor.tokenizer, [chat.text for chat, _ in compact])
     placeholders = (processor.image_token_id, processor.video_token_id)
     return [
-        _repeat_placeholders(tokens, number, chat, repeats, placeholders)
-        for number, (chat, repeats) in enumerate(compact)
+        _repeat_placeholders(*found, chat, repeats, placeholders)
+        for found, (chat, repeats) in zip(tokens, compact, strict=True)
     ]
 
 
@@ -166,9 +194,8 @@ def _compact(processor: ProcessorMixin, chat: RenderedChat, media: Sequence[Medi
     def expand(match: re.Match[str]) -> str:
         medium = next(remaining, None)
         if medium is None or match[0] != getattr(processor, f"{medium['type']}_token"):
-            raise UserError(
-                f"sample '{chat.name}': a placeholder {match[0]} belongs to no medium: is it written in the text?"
-            )
+            other = f"the chat template places {match[0]} where the sample has no such medium"
+            raise UnusableSampleError(chat.name, "media_not_placed", other)
         merge = getattr(processor, f"{medium['type']}_processor").merge_size
         repeats.extend([medium["grid_h"] * medium["grid_w"] // merge**2] * medium["grid_t"])
         grid = np.array([[medium["grid_t"], merge, merge]])
@@ -181,21 +208,21 @@ def _compact(processor: ProcessorMixin, chat: RenderedChat, media: Sequence[Medi
     pieces = [pattern.sub(expand, chat.text[start:end]) for start, end in pairwise(cuts)]
     moved = dict(zip(cuts, accumulate(map(len, pieces), initial=0), strict=True))
     if next(remaining, None) is not None:
-        raise UserError(f"sample '{chat.name}' has {len(media)} media, but the chat template places fewer")
+        fewer = f"it has {len(media)} media, but the chat template places fewer: it may know none in such a turn"
+        raise UnusableSampleError(chat.name, "media_not_placed", fewer)
     answers = [(moved[start], moved[end]) for start, end in chat.answers]
     return RenderedChat(chat.name, "".join(pieces), answers), repeats
 
 
 def _repeat_placeholders(
-    tokens: BatchEncoding, number: int, chat: RenderedChat, repeats: list[int], placeholders: tuple[int, int]
+    ids: np.ndarray, offsets: np.ndarray, chat: RenderedChat, repeats: list[int], placeholders: tuple[int, int]
 ) -> EncodedChat:
-    """Finish conversation `number` of a tokenised batch of compact texts."""
-    ids = np.asarray(tokens["input_ids"][number], dtype=np.int32)
+    """Finish a tokenised compact text: ids `[T]`, and where each token begins and ends in it, `[T, 2]`."""
     is_placeholder = (ids == placeholders[0]) | (ids == placeholders[1])
     counts = np.ones(len(ids), dtype=np.int64)
     counts[is_placeholder] = repeats
     position = np.concatenate([[0], np.cumsum(counts)])
-    answers = [_token_range(tokens, number, *answer) for answer in chat.answers]
+    answers = [_token_range(offsets, *answer) for answer in chat.answers]
     trained = np.zeros(len(ids), dtype=np.int8)
     for start, end in answers:
         trained[start:end] = 1
@@ -205,15 +232,15 @@ def _repeat_placeholders(
     return EncodedChat(np.repeat(ids, counts), spans, int(position[answers[-1][0]]))
 
 
-def _token_range(tokens: BatchEncoding, number: int, start: int, end: int) -> tuple[int, int]:
+def _token_range(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
     """Tokens that lie within a range of characters.
 
     A token that begins before it, such as a blank line that joins the newline before the answer, belongs to the prompt.
     """
-    first = next(token for char in range(start, end) if (token := tokens.char_to_token(number, char)) is not None)
-    if tokens.token_to_chars(number, first).start < start:
+    first = int(np.argmax(offsets[:, 1] > start))
+    if offsets[first, 0] < start:
         first += 1
-    return first, tokens.char_to_token(number, end - 1) + 1
+    return first, int(np.argmax(offsets[:, 1] >= end)) + 1
 
 
 def _table_row(row: Mapping[str, Any], encoded: EncodedChat, media: Sequence[Medium]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,15 +15,8 @@ from transformers import ProcessorMixin
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.storage.tables import damage_named, open_table
-from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A sample that cannot be tokenised."""
-
-    sample_id: str
-    reason: str
+from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
+from qvl_pipeline.tokens.unusable import Unusable
 
 
 class RawSamples:
@@ -37,7 +29,8 @@ class RawSamples:
             path: File written by the `tokenize` stage.
             processor: The model's processor, with the image limits of the run.
             frame_store: Folder of the sampled clips.
-            skip_bad_samples: Return an `Unusable` for a sample that cannot be tokenised; otherwise that is an error.
+            skip_bad_samples: Return an `Unusable` for a sample whose media are not there, too; otherwise that is an
+                error.
         """
         self._opened = path, processor, frame_store
         self._file = open_table(path, memory_map=True)
@@ -70,14 +63,16 @@ class RawSamples:
             rows: Row numbers.
 
         Returns:
-            Rows of `tokenized_samples`, in the order of `rows`, as `TokenizedSamples.row` gives them.
+            Rows of `tokenized_samples`, in the order of `rows`, as `TokenizedSamples.row` gives them; in the place of
+            one that cannot be tokenised, the reason.
 
         Raises:
-            UserError: A sample cannot be tokenised, and may not be skipped.
+            UserError: The media of a sample are not there, and it may not be skipped.
         """
         raw = [self._row(row) for row in rows]
-        sizes = {m["path"]: (m["height"], m["width"]) for row in raw for m in row["media"] if m["height"] is not None}
-        return list(self._encode(raw, MediaGrids(self._processor, sizes, self._store)))
+        media = [item for row in raw for item in row["media"] if item["height"] is not None]
+        images = {m["path"]: ImageFacts(m["height"], m["width"], m["content_hash"]) for m in media}
+        return list(self._encode(raw, MediaGrids(self._processor, images, self._store)))
 
     def _row(self, row: int) -> dict[str, Any]:
         shard = bisect_right(self._starts, row) - 1
@@ -85,14 +80,18 @@ class RawSamples:
 
     def _encode(self, raw: Sequence[dict[str, Any]], grids: MediaGrids) -> Iterator[dict[str, Any] | Unusable]:
         try:
-            for sample in encode_samples(raw, grids, self._processor):
-                spans = np.array(sample["label_spans"], dtype=np.int32).reshape(-1, 2)
-                yield sample | {"label_spans": spans}
+            encoded = encode_samples(raw, grids, self._processor)
         except UserError as error:
             if not self._skips:
                 raise
             if len(raw) == 1:
-                yield Unusable(raw[0]["sample_id"], str(error))
+                yield Unusable(raw[0]["sample_id"], "missing_media", str(error))
                 return
-            for row in raw:  # one of many was refused; alone, it is refused by name
+            for row in raw:  # one of many has none; alone, it is found by name
                 yield from self._encode([row], grids)
+            return
+        for sample in encoded:
+            if isinstance(sample, Unusable):
+                yield sample
+            else:
+                yield sample | {"label_spans": np.array(sample["label_spans"], dtype=np.int32).reshape(-1, 2)}

@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvl_pipeline.config import ModelConfig, TrainConfig
+from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.errors import UserError
 
 
 def run_fingerprint(
-    model: ModelConfig, train: TrainConfig, plan_summary: dict[str, Any], contents: Sequence[str]
+    sample: SampleConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    plan_summary: dict[str, Any],
+    contents: Sequence[str],
 ) -> str:
     """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
 
@@ -21,6 +25,7 @@ def run_fingerprint(
     times say little: a copy has others. Whoever changes an image in place under an unfinished run starts it afresh.
 
     Args:
+        sample: Parameters of sampling, which the exported processor has too.
         model: Parameters of the model.
         train: Parameters of training.
         plan_summary: Facts of the plan, which has a fingerprint of its own.
@@ -30,6 +35,7 @@ def run_fingerprint(
         16 hexadecimal digits.
     """
     content = {
+        "sample": sample.decisive(),
         "model": model.decisive(),
         "train": train.decisive(),
         "plan": plan_summary["fingerprint"],

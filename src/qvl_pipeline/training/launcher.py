@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,12 @@ from qvl_pipeline.config.launch import THIS_NODE, Nodes
 from qvl_pipeline.engine.run.stopping import STOPPED
 from qvl_pipeline.engine.signals import STOP_SIGNALS
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.orphans import LAUNCHER, end_with_parent
 from qvl_pipeline.storage.room import free_bytes, size_text
 
 _POLL_S = 0.2
+# Longest that a killed process may take to be gone: a GPU lets it go late.
+_GONE_S = 60.0
 
 
 class RankFailedError(UserError):
@@ -116,16 +119,17 @@ def launch(
             start_new_session=True,
             preexec_fn=_prepare_torchrun,
         )
+    ranks: set[psutil.Process] = set()
     try:
         with _usr1_like_sigterm():
             try:
-                _wait(process, on_poll)
+                _wait(process, on_poll, ranks, processes.per_node)
             except (KeyboardInterrupt, SystemExit):
                 _stop(process)
                 if not (output_dir / STOPPED).exists():
                     raise
     finally:
-        _end(process)
+        _end(process, ranks)
     on_poll()
     if process.returncode:
         raise RankFailedError(_describe_failure(what, output_dir, log_path, process.returncode))
@@ -151,7 +155,8 @@ def environment(nproc_per_node: int) -> dict[str, str]:
         "HF_XET_HIGH_PERFORMANCE": "1",
     }
     # Restarted ranks otherwise meet at the store of the attempt before, and find the addresses of ranks that are gone.
-    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    ours = {"PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", LAUNCHER: str(os.getpid())}
+    return {**defaults, **os.environ, **ours}
 
 
 def _prepare_torchrun() -> None:
@@ -161,8 +166,7 @@ def _prepare_torchrun() -> None:
     to stop reach all processes of a job, and torchrun would end its ranks 30 s after: it ignores them, as its ranks do
     until they listen for them.
     """
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGHUP)
+    end_with_parent(signal.SIGHUP)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -184,9 +188,13 @@ def _usr1_like_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
-def _wait(process: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> None:
+def _wait(
+    process: subprocess.Popen[bytes], on_poll: Callable[[], None], ranks: set[psutil.Process], per_node: int
+) -> None:
     while process.poll() is None:
         on_poll()
+        if sum(map(_lives, ranks)) < per_node:  # all processes of the machine are looked through for them
+            ranks |= _ranks(process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_POLL_S)
 
@@ -196,25 +204,40 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     print("train: stopping after this step, with a checkpoint; interrupt again to stop at once", flush=True)
     while process.poll() is None:
         for rank in _ranks(process):
-            _signal_group(rank, signal.SIGTERM)
+            _signal_group(rank.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the job; a checkpoint is whole or absent whenever that happens."""
+def _end(process: subprocess.Popen[bytes], ranks: set[psutil.Process]) -> None:
+    """End what is left of the job; a checkpoint is whole or absent whenever that happens.
+
+    Ranks end with torchrun, but not at once: this returns when all that were ever seen are gone.
+    """
     if process.poll() is None:
         process.send_signal(signal.SIGSTOP)  # it must not start ranks while they are counted
-        ranks = _ranks(process)
+        ranks |= _ranks(process)
         process.kill()
-        for rank in ranks:
-            _signal_group(rank, signal.SIGKILL)
         process.wait()
+    for rank in filter(_lives, ranks):
+        _signal_group(rank.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _GONE_S
+    while any(map(_lives, ranks)) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
-def _ranks(process: subprocess.Popen[bytes]) -> list[int]:
-    """List the ranks: torchrun makes each the leader of a session and process group of its own, with its loaders."""
-    return [child.pid for child in psutil.Process(process.pid).children()]
+def _lives(rank: psutil.Process) -> bool:
+    """Whether it is still this very process, and not another of its number, nor a dead one that nobody asks after."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _ranks(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
+    """Find the ranks: torchrun makes each the leader of a session and process group of its own, with its loaders."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return set(psutil.Process(process.pid).children())
+    return set()
 
 
 def _signal_group(leader: int, number: int) -> None:

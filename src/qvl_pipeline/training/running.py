@@ -11,7 +11,7 @@ import pandas as pd
 from qvl_pipeline.tracking.mlflow.sinks import make_sinks
 from qvl_pipeline.training.launcher import Processes, launch
 from qvl_pipeline.training.progress import training_progress
-from qvl_pipeline.training.scratch import METRICS, RESULT, SPEC, starts_afresh
+from qvl_pipeline.training.scratch import METRICS, RESULT, SPEC, is_finished, starts_afresh
 
 # Columns of the metrics that hold more than one number; trackers get them number by number.
 _NESTED = ("loss_by_source", "learning_rates", "eval_loss_by_source")
@@ -20,7 +20,7 @@ _NESTED = ("loss_by_source", "learning_rates", "eval_loss_by_source")
 def run_engine(folder: Path, processes: Processes, steps: int, trackers: list[str]) -> None:
     """Launch the engine on the spec in `folder`, and pass its metrics on to a progress bar and to trackers.
 
-    Of one that was trained to the end before, but cut off before it was published, only the trackers get the curve.
+    When it was trained to the end before, but cut off before it was published, only the trackers get something.
 
     Args:
         folder: The training's scratch folder, with its spec and plans.
@@ -32,15 +32,15 @@ def run_engine(folder: Path, processes: Processes, steps: int, trackers: list[st
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
-    if (folder / RESULT).exists():
-        for sink in make_sinks(trackers, folder / METRICS, run_name=folder.parents[1].name):
-            sink.close()
-        return
     from qvl_pipeline.tracking.mlflow.run import log_json_file
 
     spec, metrics = folder / SPEC, folder / METRICS
     log_json_file(spec)
     sinks = make_sinks(trackers, metrics, run_name=folder.parents[1].name)
+    if is_finished(folder):
+        for sink in sinks:
+            sink.close()
+        return
     where = f" on each of {processes.nodes.nnodes} nodes" if processes.nodes.nnodes > 1 else ""
     log = folder / "engine.log"
     print(f"train: {steps} steps on {processes.per_node} processes{where}; log: {log}", flush=True)
@@ -64,7 +64,7 @@ def join(folder: Path, processes: Processes, *, resume: bool) -> NoReturn:
     All nodes see the same folder. Node 0 makes it ready, and does so before its torchrun lets the job start. Until then
     it may hold a training that ended before: node 0 starts afresh there, unless it has but to publish it.
     """
-    if starts_afresh(folder, resume=resume) or not (folder / RESULT).exists():
+    if starts_afresh(folder, resume=resume) or not is_finished(folder):
         nodes = processes.nodes
         print(f"train: node {nodes.node_rank} of {nodes.nnodes} joins node 0 at {nodes.endpoint}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)

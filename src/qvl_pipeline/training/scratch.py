@@ -1,12 +1,28 @@
-"""The folder a training works in, `scratch/<fingerprint>`: held by one run at a time, and left when published."""
+"""The folder a training works in, `scratch/<fingerprint>`: held by one run at a time, and left when published.
+
+What is in it says how far the training is. Each step is one rename or one new file, and what the next run of the same
+command does depends on nothing else, so it may be cut off anywhere:
+
+| there is | then |
+|---|---|
+| no `result.json` | it trains, from the newest checkpoint on |
+| `result.json` and `export/` | it is finished: nothing is trained again, the export is (again) put into its place |
+| … and `PUBLISHED` | all results are in their places; checkpoints go, the export stays until the command is done |
+| `PUBLISHED`, no `export/` | the command is done, and the next one trains afresh |
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.locks import lock, relock
 from qvl_pipeline.tracking.mlflow.unsent import keep_unsent, only_sender
 
 PACK_PLAN = "pack_plan.parquet"
@@ -15,26 +31,74 @@ SPEC = "train_spec.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EXPORT = "export"
+CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 PUBLISHED = "PUBLISHED"
+
+# Processes of a run that was killed are about to end: a GPU may take its time to let them go.
+PATIENCE_S = 30.0
+
+logger = logging.getLogger(__name__)
+_held: list[int] = []
 
 
 @contextlib.contextmanager
 def held(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the folder; a published run, or one that must not be resumed, starts afresh in it.
+    """Hold the folder, made ready; without an error it stays held until `let_go`, which is after it was published.
+
+    The lock is shared with the ranks, which take it themselves: as long as one of them lives, no other run begins.
 
     Raises:
         UserError: Another process trains there. Nothing of it was touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with only_sender(folder):
+    let_go()
+    handle = _alone(folder)
+    try:
         _make_ready(folder, resume=resume)
+        if handle is not None:
+            relock(handle, shared=True)
         yield
+    except BaseException:
+        if handle is not None:
+            os.close(handle)
+        raise
+    if handle is not None:
+        _held.append(handle)
+
+
+def let_go() -> None:
+    """Let go of what this process holds."""
+    while _held:
+        os.close(_held.pop())
+
+
+def _alone(folder: Path) -> int | None:
+    deadline = time.monotonic() + PATIENCE_S
+    waits = False
+    while True:
+        try:
+            return lock(folder)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is in use: another process trains there, or sends its metrics. Wait for it, or end it, "
+                    "then run the same command again"
+                ) from error
+        if not waits:
+            print(f"train: waiting for another process to leave {folder}", flush=True)
+        waits = True
+        time.sleep(0.2)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training was done to the end there, and has but to be published."""
+    return (folder / RESULT).exists() and (folder / EXPORT).exists()
 
 
 def starts_afresh(folder: Path, *, resume: bool) -> bool:
     """Whether what is in the folder is of no use to a training: it was published, or must not be resumed."""
-    return not resume or (folder / PUBLISHED).exists()
+    return not resume or ((folder / PUBLISHED).exists() and not (folder / EXPORT).exists())
 
 
 def _make_ready(folder: Path, *, resume: bool) -> None:
@@ -51,6 +115,11 @@ def _make_ready(folder: Path, *, resume: bool) -> None:
                 left_behind.unlink()
     shutil.rmtree(folder / "errors", ignore_errors=True)
     (folder / STOPPED).unlink(missing_ok=True)
+    if is_finished(folder):
+        print("train: trained to the end before, but the command was cut off: nothing is trained again", flush=True)
+        return
+    for outdated in (RESULT, PUBLISHED):  # of an export that someone took away
+        (folder / outdated).unlink(missing_ok=True)
     done, wrong = newest_sound(folder / CHECKPOINTS)
     for damage in wrong:
         print(f"train: a checkpoint is set aside, because {damage}", flush=True)
@@ -60,9 +129,45 @@ def _make_ready(folder: Path, *, resume: bool) -> None:
     keep_rows_until(folder / METRICS, done)
 
 
-def publish(folder: Path, destination: Path) -> None:
-    """Copy the export to its place, then drop what only an unfinished training needs: it is several times the model."""
+def publish(folder: Path, card: str, destination: Path) -> None:
+    """Copy the export to its place; nothing is deleted before all results are in theirs.
+
+    Args:
+        folder: The training's scratch folder.
+        card: The model card that goes with it.
+        destination: Folder to make.
+    """
     shutil.copytree(folder / EXPORT, destination)
+    (destination / CARD).write_text(card, encoding="utf-8")
+
+
+def note_published(folder: Path) -> None:
+    """Say that model and results are in their places, and delete what only training needs: several times the model."""
     (folder / PUBLISHED).touch()
-    shutil.rmtree(folder / EXPORT)
-    shutil.rmtree(folder / CHECKPOINTS)
+    _delete(folder / CHECKPOINTS)
+
+
+def leave(scratch: Path) -> None:
+    """Delete the exports of all published trainings below `scratch`: the command that made them is done.
+
+    Those that another run holds are left to it.
+    """
+    let_go()
+    for marker in sorted(scratch.glob(f"*/{PUBLISHED}")):
+        folder = marker.parent
+        with contextlib.suppress(UserError), only_sender(folder):
+            removed = folder / f".{EXPORT}.removed"
+            _delete(removed)
+            with contextlib.suppress(FileNotFoundError):
+                (folder / EXPORT).rename(removed)  # at once: half an export would pass for a whole one
+            _delete(removed)
+            _delete(folder / CHECKPOINTS)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("%s is no longer needed, but cannot be deleted: remove it by hand (%s)", folder, error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.training.scratch import EVAL_PLAN, EXPORT, PACK_PLAN
 
@@ -41,6 +41,7 @@ class Inputs:
 def make_spec(
     inputs: Inputs,
     *,
+    sample: SampleConfig,
     model: ModelConfig,
     batching: BatchingConfig,
     weights: Mapping[str, float],
@@ -53,6 +54,7 @@ def make_spec(
 
     Args:
         inputs: What the training reads.
+        sample: Parameters of sampling.
         model: Parameters of the model.
         batching: Parameters of the plan.
         weights: How often a sample of each source is seen per pass.
@@ -108,6 +110,7 @@ def make_spec(
             train,
             plan=str((output_dir / EVAL_PLAN).resolve()) if train.eval_strategy != "no" else "",
         ),
+        sampling=_filled(spec.SamplingSpec, sample),
         export=_filled(
             spec.ExportSpec,
             train,

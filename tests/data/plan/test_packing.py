@@ -196,12 +196,17 @@ def test_a_seed_decides_and_another_seed_packs_otherwise(packer) -> None:
     assert len(together[0] & together[1]) < len(together[0]) / 2
 
 
-@pytest.mark.parametrize(("packer", "seconds"), [(best_fit, 5), (first_fit, 5), (balanced, 5)])
-def test_100_000_samples_take_seconds_even_where_patches_run_out(packer, seconds: float) -> None:
-    lengths, patches = images_and_text(100_000, 40_000)
-    start = time.process_time()
-    packer(lengths, patches, max_tokens=16_384, max_patches=40_000, rng=np.random.default_rng(0))
-    assert time.process_time() - start < seconds
+@pytest.mark.parametrize("packer", [best_fit, first_fit, balanced])
+def test_ten_times_as_many_samples_do_not_take_a_hundred_times_as_long(packer) -> None:
+    """Also where patches run out. How long it takes is measured in `benchmarks.packing`."""
+
+    def seconds(samples: int) -> float:
+        lengths, patches = images_and_text(samples, 40_000)
+        start = time.process_time()
+        packer(lengths, patches, max_tokens=16_384, max_patches=40_000, rng=np.random.default_rng(0))
+        return time.process_time() - start
+
+    assert seconds(100_000) < 40 * min(seconds(10_000) for _ in range(3))
 
 
 def test_taking_packs_keeps_their_samples_together() -> None:

@@ -19,7 +19,7 @@ from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.config import ModelConfig
-from qvl_pipeline.data.plan.tokenization import SCHEMA, media_grids, tokenize_samples, useful_workers
+from qvl_pipeline.data.plan.tokenization import SCHEMA, Tokenized, media_grids, tokenize_samples, useful_workers
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tokens.encoding import MediaGrids
@@ -71,7 +71,9 @@ def samples(tmp_path: Path) -> pd.DataFrame:
 
 def tokenize(samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin) -> dict[str, dict[str, Any]]:
     """Rows of `tokenized_samples` by kind."""
-    table = pa.Table.from_batches(tokenize_samples(samples, grids, processor), schema=SCHEMA)
+    tokenized = list(tokenize_samples(samples, grids, processor))
+    assert not [left_out for batch in tokenized for left_out in batch.unusable]
+    table = pa.Table.from_batches([batch.rows for batch in tokenized], schema=SCHEMA)
     return {row["kind"]: row for row in table.to_pylist()}
 
 
@@ -200,11 +202,11 @@ def test_the_prompt_ends_where_generation_would_begin(
         assert row["prompt_length"] == row["label_spans"][-1]["start"]
 
 
-def in_ipc(batches: Iterable[pa.RecordBatch]) -> bytes:
+def in_ipc(tokenized: Iterable[Tokenized]) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+        for batch in tokenized:
+            writer.write_batch(batch.rows)
     return sink.getvalue().to_pybytes()
 
 
@@ -216,8 +218,13 @@ def test_any_number_of_processes_writes_the_same_bytes_and_names_a_bad_sample(
     alone = in_ipc(tokenize_samples(many, grids, processor))
     assert alone == in_ipc(tokenize_samples(many, grids, processor, workers=2))
     many.at[13, "messages"] = '[{"role": "user", "content": []}]'
-    with pytest.raises(UserError, match=rf"sample '{many['sample_id'][13]}' has no assistant turn"):
-        list(tokenize_samples(many, grids, processor, workers=2))
+    alone, aside = (list(tokenize_samples(many, grids, processor, workers=workers)) for workers in (1, 2))
+    assert in_ipc(alone) == in_ipc(aside)
+    for tokenized in (alone, aside):
+        [left_out] = [sample for batch in tokenized for sample in batch.unusable]
+        assert (left_out.sample_id, left_out.rule) == (many["sample_id"][13], "nothing_to_train")
+        kept = [name for batch in tokenized for name in batch.rows["sample_id"].to_pylist()]
+        assert kept == many["sample_id"].drop(13).tolist()
 
 
 def _die(status: int) -> None:
@@ -247,7 +254,7 @@ def test_columns_are_those_of_the_contract(samples: pd.DataFrame, grids: MediaGr
     medium = pa.struct(
         [("type", pa.string()), ("key", pa.string())]
         + [(f"grid_{axis}", pa.int32()) for axis in "thw"]
-        + [("seconds_per_grid", pa.float64())]
+        + [("seconds_per_grid", pa.float64()), ("content_hash", pa.string())]
     )
     expected = {name: pa.string() for name in ("sample_id", "source", "split", "kind", "task", "answer")}
     expected |= {
@@ -256,7 +263,7 @@ def test_columns_are_those_of_the_contract(samples: pd.DataFrame, grids: MediaGr
     }
     expected |= {name: pa.int32() for name in ("length", "supervised_tokens", "vit_patches", "prompt_length")}
     expected |= {"media": pa.list_(medium)}
-    batch = next(tokenize_samples(samples, grids, processor))
+    batch = next(tokenize_samples(samples, grids, processor)).rows
     assert dict(zip(batch.schema.names, batch.schema.types, strict=True)) == expected
     assert batch.column("sample_id").to_pylist() == samples["sample_id"].tolist()
 
@@ -271,22 +278,30 @@ def test_an_image_that_was_not_probed_is_an_error(grids: MediaGrids) -> None:
         grids.medium({"type": "image", "path": "gone.png", "start": None, "end": None})
 
 
-@pytest.mark.parametrize("written", ["<|image_pad|>", "<|video_pad|>"])
-def test_a_placeholder_written_as_text_is_an_error_that_names_the_sample(
-    tmp_path: Path, grids: MediaGrids, processor: ProcessorMixin, written: str
-) -> None:
-    turns = [("user", [("image", str(tmp_path / "b.png")), f"What is {written}?"]), ("assistant", "a token")]
-    with pytest.raises(UserError, match=r"sample 'source/0': a placeholder .* belongs to no medium"):
-        list(tokenize_samples(samples_table([{"messages": turns}]), grids, processor))
+def left_out(samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin) -> list[tuple[str, str, str]]:
+    """Id, rule and reason of what cannot be tokenised."""
+    found = [sample for batch in tokenize_samples(samples, grids, processor) for sample in batch.unusable]
+    return [(sample.sample_id, sample.rule, sample.reason) for sample in found]
 
 
-def test_media_that_the_template_does_not_place_are_an_error(
+def test_media_that_the_template_does_not_place_cost_their_sample_only(
     tmp_path: Path, grids: MediaGrids, processor: ProcessorMixin
 ) -> None:
-    samples = samples_table([{"messages": [("user", [("image", str(tmp_path / "b.png"))]), ("assistant", "7")]}])
-    samples["media"] = [samples["media"][0] * 2]
-    with pytest.raises(UserError, match=r"sample 'source/0' has 2 media, but the chat template places fewer"):
-        list(tokenize_samples(samples, grids, processor))
+    """Qwen3-VL's own template writes nothing for an image in a system turn, or in an answer."""
+    processor.chat_template = (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}{%- for item in message.content -%}"
+        "{%- if item.type == 'text' -%}{{- item.text -}}{%- elif message.role == 'user' -%}"
+        "<|vision_start|><|image_pad|><|vision_end|>{%- endif -%}{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+    )
+    image = ("image", str(tmp_path / "b.png"))
+    good = {"messages": [("user", [image, "?"]), ("assistant", "7")]}
+    bad = {"messages": [("system", [image, "Hm."]), ("user", "?"), ("assistant", "7")]}
+    samples = samples_table([good, bad, good])
+    assert [row[:2] for row in left_out(samples, grids, processor)] == [("source/1", "media_not_placed")]
+    more = samples_table([good])
+    more["media"] = [more["media"][0] * 2]
+    assert left_out(more, grids, processor)[0][2].startswith("it has 2 media, but the chat template places fewer")
 
 
 def test_media_within_an_answer_are_not_trained_on(
@@ -328,7 +343,7 @@ def test_a_large_clip_costs_no_more_text_than_its_temporal_patches(
         return call(tokenizer, batch, **options)
 
     monkeypatch.setattr(type(processor.tokenizer), "__call__", record)
-    [batch] = tokenize_samples(samples, media_grids(processor, media_index, store), processor)
+    [(batch, _)] = tokenize_samples(samples, media_grids(processor, media_index, store), processor)
     ids = np.array(batch.column("input_ids")[0].values)
     assert (ids == processor.video_token_id).sum() == 10 * 12 * 16
     assert sum(text.count("<|video_pad|>") for text in texts) == 10
@@ -346,4 +361,4 @@ def test_tokenising_touches_no_pixel(
     monkeypatch.setattr(FrameStore, "frames", refuse)
     monkeypatch.setattr(processor.image_processor, "preprocess", refuse)
     monkeypatch.setattr(processor.video_processor, "preprocess", refuse)
-    assert sum(batch.num_rows for batch in tokenize_samples(samples, grids, processor)) == len(samples)
+    assert sum(batch.rows.num_rows for batch in tokenize_samples(samples, grids, processor)) == len(samples)

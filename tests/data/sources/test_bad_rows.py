@@ -179,6 +179,14 @@ BAD: dict[str, list[bytes]] = {
         _image("data:video/mp4;base64,AAAA"),
         _image("data:"),
     ],
+    "preference_data": [
+        _column(chosen={"role": "assistant", "content": "This."}, rejected={"role": "assistant", "content": "That."}),
+        _column(rejected_response="That."),
+        _column(label=False),
+        _column(kto_tag="True"),
+        orjson.dumps({"prompt": "Which?", "chosen": "This.", "rejected": "That."}),
+        _sharegpt("Which?", rejected={"from": "gpt", "value": "That."}),
+    ],
     "audio_not_supported": [
         _item(type="audio", audio="a.wav"),
         _item(type="audio_url", audio_url={"url": "a.wav"}),

@@ -189,3 +189,19 @@ def test_system_column_is_the_first_turn() -> None:
 def test_tools_are_refused_not_dropped() -> None:
     with pytest.raises(RejectedRowError, match="tools"):
         to_conversation({"tools": "[{}]", "conversations": [{"from": "human", "value": "a"}]})
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected", "rejected_response", "preference", "output_2"])
+def test_preference_data_is_refused_before_anything_else(column: str) -> None:
+    with pytest.raises(RejectedRowError, match=f"'{column}' .* makes it preference data") as caught:
+        to_conversation({column: "A dog.", "prompt": "What is this?"})
+    assert caught.value.rule == "preference_data"
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"label": "cat"}, {"label": 1}, {"label": None}, {"kto_tag": None}, {"chosen": None, "rejected": []}],
+    ids=str,
+)
+def test_a_class_or_an_empty_column_is_no_preference(columns: dict[str, Any]) -> None:
+    assert to_conversation(A_CAT_IN_QWEN_FORM | columns) == A_CAT

@@ -144,6 +144,10 @@ REJECTED = {
         "row 0: an object in it has the key 'content' twice",
     ),
     b'{"messages": [], "a\\u003a": 1, "a\\u003a": 2}': ("duplicated_key", "the key 'a:' twice"),
+    orjson.dumps(_row(label=False)): (
+        "preference_data",
+        "row 0: its column 'label' (false) makes it preference data, of which bad answers would be trained on",
+    ),
     orjson.dumps(_row(audios=["a.wav"])): ("audio_not_supported", "row 0: the row holds audio, and no supported model"),
     orjson.dumps({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}): (
         "audio_not_supported",

@@ -13,7 +13,6 @@ from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.validation import rules
 from qvl_pipeline.data.validation.rules import (
     MEDIA_RULES,
-    RESERVED_TOKENS,
     RULES,
     SAMPLE_RULES,
     Broken,
@@ -24,6 +23,7 @@ from qvl_pipeline.data.validation.rules import (
     leakage,
     warnings,
 )
+from qvl_pipeline.families.tokens import CONTROL_TOKENS
 from qvl_pipeline.media.probe import Probe
 
 CONFIG = ValidateConfig(max_text_chars=40, max_image_pixels=10_000, max_aspect_ratio=4, min_video_frames=4)
@@ -66,6 +66,7 @@ BROKEN: list[tuple[str, Sample, str]] = [
     ("placeholder_mismatch", _sample(USER, ASSISTANT), "hold none, but the files are 1 x image, 1 x video"),
     ("placeholder_mismatch", _sample(_turn("user", "video", "image"), ASSISTANT), "hold 1 x video, 1 x image, but"),
     ("reserved_token", _text_only(USER, _turn("assistant", "a <|im_end|> b")), "the text of turn 1 holds <|im_end|>"),
+    ("reserved_token", _text_only(_turn("user", "<|im_", "end|>"), ASSISTANT), "the text of turn 0 holds <|im_end|>"),
     ("too_long", _text_only(USER, _turn("assistant", "x" * 35)), "41 characters, more than max_text_chars (40)"),
     ("missing_media", _sample(image=Probe(missing="does not exist")), "image 'a.png' does not exist"),
     ("undecodable_media", _sample(clip=Probe(failure="broken")), "video 'b.mp4' cannot be decoded: broken"),
@@ -135,7 +136,7 @@ def test_at_the_limit_a_sample_is_valid(sample: Sample) -> None:
     assert broken_by_sample(sample, CONFIG) == []
 
 
-@pytest.mark.parametrize("token", RESERVED_TOKENS)
+@pytest.mark.parametrize("token", CONTROL_TOKENS)
 def test_every_token_that_builds_the_prompt_is_reserved(token: str) -> None:
     found = broken_by_sample(_text_only(_turn("user", "a", f"b{token}"), ASSISTANT), CONFIG)
     assert [rule for rule, _ in found] == ["reserved_token"]

@@ -155,7 +155,8 @@ def test_a_file_is_probed_once_for_each_type_it_is_used_as() -> None:
     ]
     probes = probe_files(uses, CONFIG)
     assert list(probes) == [("image", "a.png"), ("video", "a.png")]
-    assert (probes["image", "a.png"].codec, probes["video", "a.png"].codec) == ("png", "png")
+    assert (probes["image", "a.png"].codec, probes["image", "a.png"].failure) == ("png", None)
+    assert probes["video", "a.png"].failure == "its format is not one of a video, or not one that is read"
 
 
 def test_probes_belong_to_their_files() -> None:

@@ -20,7 +20,7 @@ from qvl_pipeline.engine.feed.steps import MicroBatch
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
 from tests.engine.ranks import JobFailedError
-from tests.engine.training import changed, make_training, trained
+from tests.engine.training import changed, first_error, make_training, trained
 
 
 class Loader:
@@ -163,7 +163,7 @@ def test_a_bad_sample_ends_the_run_by_default(
     bad = changed(bad, Path(bad.run.output_dir), data={"on_bad_sample": "raise"})
     with pytest.raises(JobFailedError):
         trained(bad, nproc=1)
-    report = json.loads((Path(bad.run.output_dir) / "errors" / "rank0.json").read_text())
+    report = first_error(Path(bad.run.output_dir))
     assert (report["step"], report["sample_ids"]) == (2, ["a/4"])
     assert report["message"].startswith("sample 'a/4': image '")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.model.export import export, split_into_files
+from qvl_pipeline.engine.model.export import export, exported_files, split_into_files
 from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.model.test_packed_vlm import reference_loss
@@ -31,7 +31,7 @@ def export_changed_model(specs: list[TrainSpec], batch: Batch, folder: Path) -> 
             parameter.mul_(1.01)
         loss = model(batch).sum().item()  # leaves the root's parameters gathered, as a validation does
     for spec in specs:
-        export(model, load_processor(spec), spec)
+        export(model, exported_files(load_processor(spec), spec), spec)
     if torch.distributed.get_rank() == 0:
         (folder / "loss.json").write_text(json.dumps(loss))
     torch.distributed.barrier()

@@ -44,7 +44,6 @@ def assert_equals_from_pretrained(spec: TrainSpec) -> None:
     assert not tensors
     tied = hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
     assert tied == hf.config.tie_word_embeddings
-    assert hf.generation_config.eos_token_id == expected.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize("nproc", [1, 2, 4])

@@ -12,7 +12,7 @@ from kedro.framework.project import pipelines
 from kedro.pipeline import Node, Pipeline
 
 import tests.kedro_project as quick
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.tracking.mlflow.run import going_on, log_json_file
 from qvl_pipeline.tracking.mlflow.sinks import make_sinks
 from qvl_pipeline.training.spec import Inputs, make_spec
@@ -40,6 +40,7 @@ def _train(
     (base_model / "manifest.json").write_text(json.dumps({"path": ".", "family": "qwen3_vl"}))
     spec = make_spec(
         Inputs(base_model, Path("tokenized.arrow"), Path("stream.parquet"), Path("frames"), SUMMARY),
+        sample=SampleConfig(),
         model=model,
         batching=batching,
         weights={},

@@ -58,6 +58,6 @@ def test_a_server_that_hangs_keeps_nothing_waiting(monkeypatch: pytest.MonkeyPat
     assert asked.wait(20)
     started = time.monotonic()
     watched.stop(timeout_s=0.1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     assert watched._thread.daemon, "the process ends all the same"
     released.set()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from qvl_pipeline.media.decode_worker import ClipError
 from qvl_pipeline.media.decoding import read_frame_table
 from qvl_pipeline.media.frame_encoding import encode_frame
 from qvl_pipeline.media.frame_store import StoredClip, clip_id
+from qvl_pipeline.media.opening import ChangedMediaError, OpenMedia, open_media
 from qvl_pipeline.media.sampling import frame_range, rate_within, smart_nframes, spread_frames, video_size
 
 # Changes when the same settings give other frames than they did.
@@ -136,8 +135,15 @@ def read_clip(clip: Clip, *, sample: SampleConfig, patch_size: int, backend: str
         ClipError: The file is another one than was validated, or too short or elongated.
         UserError: The clip cannot be decoded.
     """
-    _check_content(clip)
-    table = read_frame_table(clip.path)
+    try:
+        with open_media(clip.path, content_hash=clip.content_hash) as file:
+            return _read_open(clip, file, sample, patch_size, backend)
+    except ChangedMediaError as error:
+        raise ClipError("clip_changed", str(error)) from error
+
+
+def _read_open(clip: Clip, file: OpenMedia, sample: SampleConfig, patch_size: int, backend: str) -> StoredClip:
+    table = read_frame_table(file)
     size: list[tuple[int, int]] = []
     try:
         indices = _choose_frames(table.seconds, table.fps, clip.start, clip.end, sample)
@@ -150,7 +156,7 @@ def read_clip(clip: Clip, *, sample: SampleConfig, patch_size: int, backend: str
         decoded = indices if sample.materialize else indices[:1]
         frames = [
             encode_frame(frame, sample.frame_encoding, sample.jpeg_quality) if sample.materialize else b""
-            for frame in resized_frames(backend, clip.path, table, decoded, fit)
+            for frame in resized_frames(backend, file, table, decoded, fit)
         ]
     except ValueError as error:
         raise ClipError("clip_unfit", str(error)) from error
@@ -176,19 +182,6 @@ def stored_again(clip: Clip, row: dict[str, Any], frames: Any) -> StoredClip:
     facts = {name: row[name] for name in ("height", "width", "source_fps", "encoding", "frame_indices", "seconds")}
     names = {"path": clip.path, "start": clip.start, "end": clip.end, "backend": row["backend"]}
     return StoredClip(**facts, **names, content_hash=clip.content_hash, frames=frames)
-
-
-def _check_content(clip: Clip) -> None:
-    status = Path(clip.path).stat()
-    if _content_hash(clip.path, status.st_size, status.st_mtime_ns) != clip.content_hash:
-        raise ClipError("clip_changed", f"video '{clip.path}' has changed since 'validate' ran: run it again")
-
-
-@lru_cache(maxsize=16)
-def _content_hash(path: str, size: int, mtime_ns: int) -> str:
-    """Sha256 of a file; many clips may be parts of one file, so it is remembered while the file stays the same."""
-    with Path(path).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _choose_frames(

@@ -119,13 +119,14 @@ def _read_in_order(
         finally:
             idle.put(process)
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from _in_order(pool, read_one, clips, READ_AHEAD * workers)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.kill()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from _in_order(pool, read_one, clips, READ_AHEAD * workers)
+    finally:
+        # Not waited for: a thread may be starting a process, which takes seconds, and ends it then.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.close()
 
 
 def _in_order(

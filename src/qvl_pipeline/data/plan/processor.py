@@ -55,17 +55,24 @@ def check_token_counts(processor: ProcessorMixin, media: Sequence[Medium], store
 
     Args:
         processor: The model's processor.
-        media: One image, one clip, or both.
+        media: One image, one clip, or both; of none, nothing is compared.
         store: Sampled clips.
 
     Raises:
         UserError: It gives other token ids or another number of patches.
     """
-    question = {"role": "user", "content": [{"type": medium["type"]} for medium in media]}
+    if not media:
+        return
+    shown = [{"type": medium["type"]} for medium in media]
+    question = {"role": "user", "content": [*shown, {"type": "text", "text": "0"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
     chats = render_chats(processor, [[question, answer]], ["<check of the token counts>"])
     [counted] = encode_chats(processor, chats, [media])
-    images = [Image.fromarray(open_image(m["key"]).transpose(1, 2, 0)) for m in media if m["type"] == "image"]
+    images = [
+        Image.fromarray(open_image(m["key"], m["content_hash"]).transpose(1, 2, 0))
+        for m in media
+        if m["type"] == "image"
+    ]
     clips = [medium for medium in media if medium["type"] == "video"]
     real = processor(
         text=[chats[0].text],

@@ -170,7 +170,8 @@ def plan_fingerprint(files: Sequence[Path], batching: BatchingConfig, weights: M
         Hexadecimal SHA-256.
     """
     content = "".join(_sha256(path) for path in files)
-    settings = {"version": PLAN_VERSION, "batching": batching.model_dump(mode="json"), "weights": dict(weights)}
+    parameters = batching.model_dump(mode="json", exclude={"max_reject_fraction"})
+    settings = {"version": PLAN_VERSION, "batching": parameters, "weights": dict(weights)}
     return hashlib.sha256((content + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 

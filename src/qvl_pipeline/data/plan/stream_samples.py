@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from qvl_pipeline.storage.tables import table_writer
-from qvl_pipeline.tokens.encoding import COPIED
+from qvl_pipeline.tokens.encoding import COPIED, ImageFacts
 
 # Rows that a lane of a stream reads together; a rank holds a few times so many.
 ROWS_PER_GROUP = 1024
@@ -25,6 +25,7 @@ _MEDIUM = pa.struct(
         ("end", pa.float64()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("content_hash", pa.string()),
     ]
 )
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COPIED, "messages")] + [("media", pa.list_(_MEDIUM))])
@@ -45,22 +46,19 @@ def tokenized_beforehand(samples: pd.DataFrame) -> pd.DataFrame:
     return samples.iloc[np.sort(np.concatenate([train, np.flatnonzero(samples["split"] == "eval")]))]
 
 
-def write_stream_samples(path: Path, samples: pd.DataFrame, image_sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Write the training samples in groups of rows, each image with its size: all that tokenising them takes.
+def write_stream_samples(path: Path, samples: pd.DataFrame, images: Mapping[str, ImageFacts]) -> None:
+    """Write the training samples in groups of rows, each image with its facts: all that tokenising them takes.
 
     Args:
         path: Parquet file to write.
         samples: Table `sampled_samples`; an empty one for map-style types.
-        image_sizes: Height and width of each upright image, by its path.
+        images: What is known of each image, by its path.
     """
     train = samples[samples["split"] == "train"]
     with table_writer(path, SCHEMA) as writer:
         for start in range(0, len(train), ROWS_PER_GROUP):
             rows = train.iloc[start : start + ROWS_PER_GROUP][SCHEMA.names].to_dict("records")
             for row in rows:
-                sizes = [image_sizes.get(item["path"], (None, None)) for item in row["media"]]
-                row["media"] = [
-                    {**item, "height": height, "width": width}
-                    for item, (height, width) in zip(row["media"], sizes, strict=True)
-                ]
+                facts = [images[item["path"]]._asdict() if item["path"] in images else {} for item in row["media"]]
+                row["media"] = [item | known for item, known in zip(row["media"], facts, strict=True)]
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))

@@ -8,15 +8,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 from transformers import ProcessorMixin
 
+from qvl_pipeline.data.tables import QUARANTINE
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.tokens.encoding import COPIED, MediaGrids, encode_samples
+from qvl_pipeline.orphans import end_with_client
+from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
+from qvl_pipeline.tokens.unusable import Unusable
 
 ROWS_PER_BATCH = 512
 # A process takes seconds to start, in which another tokenises thousands of samples.
@@ -32,6 +35,7 @@ _MEDIUM = pa.struct(
         ("grid_h", pa.int32()),
         ("grid_w", pa.int32()),
         ("seconds_per_grid", pa.float64()),
+        ("content_hash", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
@@ -42,16 +46,29 @@ SCHEMA = pa.schema(
 )
 
 
+class Tokenized(NamedTuple):
+    """Some samples, tokenised.
+
+    Attributes:
+        rows: Rows of `tokenized_samples`.
+        unusable: The samples that cannot be tokenised, which are not among the rows.
+    """
+
+    rows: pa.RecordBatch
+    unusable: list[Unusable]
+
+
 def media_grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore) -> MediaGrids:
-    """Take the sizes of images from `media_index`: its `width` and `height` are those of the upright image."""
-    sizes = media_index.loc[media_index["type"] == "image", ["path", "height", "width"]].dropna()
-    heights, widths = sizes["height"].astype(int), sizes["width"].astype(int)
-    return MediaGrids(processor, dict(zip(sizes["path"], zip(heights, widths, strict=True), strict=True)), store)
+    """Take the facts about images from `media_index`: its `width` and `height` are those of the upright image."""
+    known = media_index.loc[media_index["type"] == "image", ["path", "height", "width", "content_hash"]]
+    known = known.dropna(subset=["height", "width"])
+    facts = zip(known["height"].astype(int), known["width"].astype(int), known["content_hash"], strict=True)
+    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store)
 
 
 def tokenize_samples(
     samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, *, workers: int = 1
-) -> Iterator[pa.RecordBatch]:
+) -> Iterator[Tokenized]:
     """Tokenise samples, a bounded number at a time.
 
     Args:
@@ -61,17 +78,17 @@ def tokenize_samples(
         workers: Processes that do it; with 1, this one does.
 
     Yields:
-        Record batches of `tokenized_samples`, in the order of `samples`; the same ones for any number of workers.
+        Batches in the order of `samples`; the same ones for any number of workers.
 
     Raises:
-        UserError: A sample cannot be tokenised, and the message names it; or a worker process died.
+        UserError: A medium is not in the media index or the frame store; or a worker process died.
     """
     starts = range(0, len(samples), ROWS_PER_BATCH)
     chunks = (samples.iloc[start : start + ROWS_PER_BATCH].to_dict("records") for start in starts)
     if workers > 1:
         yield from _in_parallel(chunks, grids, processor, workers)
     else:
-        yield from (_record_batch(rows, grids, processor) for rows in chunks)
+        yield from (_tokenized(rows, grids, processor) for rows in chunks)
 
 
 def useful_workers(n_samples: int) -> int:
@@ -79,29 +96,49 @@ def useful_workers(n_samples: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, n_samples // SAMPLES_A_WORKER))
 
 
-def _record_batch(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin) -> pa.RecordBatch:
+def quarantine_table(unusable: Sequence[Unusable], samples: pd.DataFrame) -> pa.Table:
+    """List the samples that cannot be tokenised.
+
+    Args:
+        unusable: These samples.
+        samples: Table `valid_samples`, in which they are.
+
+    Returns:
+        The table `tokenize_quarantine`.
+    """
+    facts = samples.set_index("sample_id")[["source", "row", "split"]].loc[[sample.sample_id for sample in unusable]]
+    rows = [
+        {"sample_id": sample.sample_id, **fact, "rule": sample.rule, "detail": sample.reason}
+        for sample, fact in zip(unusable, facts.to_dict("records"), strict=True)
+    ]
+    return pa.Table.from_pylist(rows, QUARANTINE)
+
+
+def _tokenized(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin) -> Tokenized:
     encoded = encode_samples(rows, grids, processor)
-    for row in encoded:
+    unusable = [sample for sample in encoded if isinstance(sample, Unusable)]
+    usable = [sample for sample in encoded if not isinstance(sample, Unusable)]
+    for row in usable:
         row["label_spans"] = [{"start": start, "end": end} for start, end in row["label_spans"]]
-    return pa.RecordBatch.from_pylist(encoded, schema=SCHEMA)
+    return Tokenized(pa.RecordBatch.from_pylist(usable, schema=SCHEMA), unusable)
 
 
 def _in_parallel(
     chunks: Iterable[list[dict[str, Any]]], grids: MediaGrids, processor: ProcessorMixin, workers: int
-) -> Iterator[pa.RecordBatch]:
+) -> Iterator[Tokenized]:
     """Tokenise each chunk in one of some processes, no further ahead of the reader than two chunks for each."""
     # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(processor).__module__])
     with ProcessPoolExecutor(workers, context, _start_worker, (processor, grids.store)) as pool:
-        waiting: deque[Future[pa.RecordBatch]] = deque()
+        waiting: deque[Future[Tokenized]] = deque()
         try:
             for rows in chunks:
                 if len(waiting) == 2 * workers:
                     yield waiting.popleft().result()
                 paths = {item["path"] for row in rows for item in row["media"]}
-                sizes = {path: grids.image_sizes[path] for path in paths & grids.image_sizes.keys()}
-                waiting.append(pool.submit(_work, rows, sizes))
+                images = {path: grids.images[path] for path in paths & grids.images.keys()}
+                waiting.append(pool.submit(_work, rows, images))
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
@@ -119,10 +156,11 @@ _worker: tuple[ProcessorMixin, FrameStore]
 
 def _start_worker(processor: ProcessorMixin, store: FrameStore) -> None:
     global _worker
+    end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
     _worker = processor, store
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
-def _work(rows: list[dict[str, Any]], image_sizes: dict[str, tuple[int, int]]) -> pa.RecordBatch:
+def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
     processor, store = _worker
-    return _record_batch(rows, MediaGrids(processor, image_sizes, store), processor)
+    return _tokenized(rows, MediaGrids(processor, images, store), processor)

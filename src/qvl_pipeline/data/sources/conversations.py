@@ -10,6 +10,7 @@ import orjson
 
 from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, type_name
+from qvl_pipeline.data.sources.preferences import refuse_preferences
 
 Row = dict[str, Any]
 
@@ -64,9 +65,10 @@ def to_conversation(row: Row, form: str = "auto") -> Conversation:
         The conversation, with media paths as the row has them.
 
     Raises:
-        RejectedRowError: The row is not in this form, or in none that is known (`unknown_format`), or holds audio
-            (`audio_not_supported`).
+        RejectedRowError: The row is not in this form, or in none that is known (`unknown_format`), holds audio
+            (`audio_not_supported`), or compares or judges answers (`preference_data`).
     """
+    refuse_preferences(row)
     if any(is_given(row.get(column)) for column in AUDIO_COLUMNS):
         raise _audio("the row")
     row = _with_turns(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import daft
@@ -26,12 +26,13 @@ _FACTS = pa.struct(
 _BATCH_FILES = (16, 1024)
 
 
-def probe_files(media: Iterable[Media], config: ValidateConfig) -> Probes:
+def probe_files(media: Iterable[Media], config: ValidateConfig, folders: Sequence[str] | None = None) -> Probes:
     """Probe every file once, on all cores.
 
     Args:
         media: Uses of files.
         config: Limits; `probe_timeout_s` and `max_image_pixels` hold back the decoders.
+        folders: Real paths of the folders that files must be inside of; `None` where they may be anywhere.
 
     Returns:
         What was found, by (type, path) in sorted order.
@@ -47,7 +48,8 @@ def probe_files(media: Iterable[Media], config: ValidateConfig) -> Probes:
         return_dtype=daft.DataType.from_arrow_type(_FACTS), unnest=True, batch_size=_batch_size(len(files))
     )
     def probe(kinds: daft.Series, paths: daft.Series) -> pa.Array:
-        with ProbeWorker(timeout_s=config.probe_timeout_s, max_pixels=config.max_image_pixels) as worker:
+        limits = {"timeout_s": config.probe_timeout_s, "max_pixels": config.max_image_pixels}
+        with ProbeWorker(**limits, folders=folders) as worker:
             pairs = zip(kinds.to_pylist(), paths.to_pylist(), strict=True)
             return pa.array([asdict(worker.probe(path, kind)) for kind, path in pairs], _FACTS)
 

@@ -13,19 +13,8 @@ import orjson
 from qvl_pipeline.config import ValidateConfig
 from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import quote
+from qvl_pipeline.families.tokens import CONTROL_TOKENS
 from qvl_pipeline.media.probe import Probe
-
-# Tokens that build the prompt. In a text they would end a turn early, or stand for a picture that is not there.
-RESERVED_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 
 # Two of a billion different samples have the same with a probability of 1e-21.
 FINGERPRINT_BYTES = 16
@@ -100,9 +89,10 @@ def placeholder_mismatch(sample: Sample, config: ValidateConfig) -> str | None:
 
 
 def reserved_token(sample: Sample, config: ValidateConfig) -> str | None:
-    """No text holds a token that builds the prompt."""
-    for number, text in _texts(sample):
-        if "<|" in text and (found := [token for token in RESERVED_TOKENS if token in text]):
+    """No text holds a token that builds the prompt, nor do the texts of a turn when they are joined."""
+    for number, message in enumerate(sample.messages):
+        text = "".join(item["text"] for item in message["content"] if item["type"] == "text")
+        if "<|" in text and (found := [token for token in CONTROL_TOKENS if token in text]):
             return f"the text of turn {number} holds {found[0]}"
     return None
 

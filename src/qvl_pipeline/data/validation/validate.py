@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,6 +22,7 @@ from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
 from qvl_pipeline.data.tables import QUARANTINE, SAMPLES, WARNINGS
 from qvl_pipeline.data.validation.media_index import index_media, probe_files
+from qvl_pipeline.data.validation.put_aside import count_put_aside
 from qvl_pipeline.data.validation.rules import (
     FINGERPRINT_BYTES,
     RULES,
@@ -50,13 +51,14 @@ class Validation(NamedTuple):
         quarantine: Samples that broke a rule which is an error, each with the first of them.
         warnings: Rules that the other samples broke, but only with a warning; a sample may be in it more than once.
         media_index: Every media file as probed.
-        report: `counts` of rows, `rules` with how many rows were lost to each, `warnings` with how many each warned of.
+        report: `counts` of rows, `rules` with how many rows were lost to each, `warnings` with how many each warned of,
+            and by source the columns that were put aside, as `count_put_aside` counts them.
     """
 
     quarantine: pa.Table
     warnings: pa.Table
     media_index: pa.Table
-    report: dict[str, dict[str, int]]
+    report: dict[str, dict[str, Any]]
 
 
 class _Judged(NamedTuple):
@@ -73,25 +75,32 @@ class _Judged(NamedTuple):
     held_out: dict[str | None, str]
 
 
-def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: ValidateConfig, batch_rows: int) -> Validation:
+def validate_samples(
+    samples: pq.ParquetFile,
+    rejects: pa.Table,
+    config: ValidateConfig,
+    batch_rows: int,
+    folders: Sequence[str] | None = None,
+) -> Validation:
     """Apply every rule to every sample.
 
-    The samples are read three times, a batch at a time: for the files that they use, for what each of them breaks by
-    itself, and for what it breaks because of the others. What stays in memory is what was found in the files, what is
-    wrong, and a fingerprint of each sample.
+    The samples are read four times, a batch at a time: for the files that they use, for what each of them breaks by
+    itself, for what it breaks because of the others, and for the columns that nothing reads. What stays in memory is
+    what was found in the files, what is wrong, and a fingerprint of each sample.
 
     Args:
         samples: Table `samples`.
         rejects: Table `rejects`; only counted.
         config: Limits.
         batch_rows: Rows of a batch.
+        folders: Real paths of the folders that media must be inside of; `None` where they may be anywhere.
 
     Returns:
         The tables, in the order of `samples`, and the report.
     """
     read = partial(read_batches, samples, batch_rows=batch_rows)
     uses = (use for batch in read(["media"]) for uses in batch["media"].to_pylist() for use in uses)
-    probes = probe_files((Media(**use) for use in uses), config)
+    probes = probe_files((Media(**use) for use in uses), config, folders)
     judged = _judge_alone(_parsed(read(["sample_id", "split", "messages", "media"]), probes), config)
     quarantine, warned = _judge_together(read([*QUARANTINE.names[:-2], "media"]), probes, judged, config)
     total = samples.metadata.num_rows
@@ -107,6 +116,7 @@ def validate_samples(samples: pq.ParquetFile, rejects: pa.Table, config: Validat
         "counts": counts,
         "rules": {rule: found[rule] for rule in (*REJECT_RULES, *RULES)},
         "warnings": {rule: noted[rule] for rule in RULES if noted[rule]},
+        "put_aside": count_put_aside(read(["source", "metadata"])),
     }
     return Validation(quarantine, warned, index_media(probes, config), report)
 

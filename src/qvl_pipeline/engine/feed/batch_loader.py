@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qvl_pipeline.engine.feed.batch import BadSample, Batch, BatchBuilder
 from qvl_pipeline.engine.feed.steps import MicroBatch
-from qvl_pipeline.engine.signals import ignore_stop_signals
+from qvl_pipeline.engine.signals import start_loader
 from qvl_pipeline.engine.spec import DataSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
@@ -94,7 +94,7 @@ def load_batches(
             batch_size=None,
             num_workers=options.num_workers,
             prefetch_factor=options.prefetch_factor if options.num_workers else None,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=start_loader,
             pin_memory=options.pin_memory,
         )
     )

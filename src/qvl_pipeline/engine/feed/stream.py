@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from qvl_pipeline.engine.feed.batch import BadSample
 from qvl_pipeline.engine.feed.steps import MicroBatch, Step
 from qvl_pipeline.engine.feed.stream_packing import PACK_WINDOW, fill_pack, work
-from qvl_pipeline.engine.signals import ignore_stop_signals
+from qvl_pipeline.engine.signals import start_loader
 from qvl_pipeline.engine.spec import StreamSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tokens.raw_samples import Unusable
+from qvl_pipeline.tokens.unusable import Unusable
 
 # Samples that a lane tokenises together.
 TOKENISED_TOGETHER = 16
@@ -149,7 +149,7 @@ class StreamedFeed:
             collate_fn=_as_it_is,
             num_workers=int(self._aside),
             prefetch_factor=STEPS_AHEAD if self._aside else None,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=start_loader,
             generator=torch.Generator(),  # training must not notice in its own
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,20 +11,27 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import ProcessorMixin
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from qvl_pipeline.engine.model.base_files import find_base_files, with_dtype
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.processor_files import PROCESSOR_FILES, processor_files
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.storage.digests import write_digests
 from qvl_pipeline.storage.room import room_for
 
 
-def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None:
-    """Write weights, configuration, processor and generation config; called by all ranks.
+def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
+    """Write the base model's folder with other weights; called by all ranks.
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
     holds more than one of them whole, and rank 0 no more than one file of them.
+
+    Args:
+        model: The trained model.
+        files: Content of all other files, by name; the first rank's count.
+        spec: The run.
 
     Raises:
         NoRoomError: The disk is full.
@@ -41,12 +47,34 @@ def export(model: PackedVLM, processor: ProcessorMixin, spec: TrainSpec) -> None
         _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
         if not leads:
             return
-        _plain_config(model, dtype).save_pretrained(partial)
-        model.hf.generation_config.save_pretrained(partial)
-        processor.save_pretrained(partial)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
         write_digests(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
+
+
+def exported_files(processor: ProcessorMixin, spec: TrainSpec) -> dict[str, bytes]:
+    """Make all that an export holds but weights, from the base model's files.
+
+    Only what training decided is not as it was: the type of the weights in `config.json`, and how the processor samples
+    and resizes.
+
+    Args:
+        processor: The base model's processor.
+        spec: The run.
+
+    Returns:
+        Content of each file, by name.
+
+    Raises:
+        ValueError: The base model has no configuration of an image processor.
+    """
+    paths = find_base_files(spec.model.path, spec.model.processor)
+    files = {name: path.read_bytes() for name, path in paths.items()}
+    files[CONFIG_NAME] = with_dtype(files[CONFIG_NAME], getattr(torch, spec.export.dtype))
+    of_processor = {name: files[name] for name in PROCESSOR_FILES if name in files}
+    return files | processor_files(of_processor, processor, spec.model, spec.sampling)
 
 
 def _write_weights(model: PackedVLM, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -92,13 +120,3 @@ def split_into_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str
     if len(shards) == 1:
         return {SAFE_WEIGHTS_NAME: shards[0]}
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": names for n, names in enumerate(shards, start=1)}
-
-
-def _plain_config(model: PackedVLM, dtype: torch.dtype) -> PreTrainedConfig:
-    """The model's configuration without what only training needs."""
-    config = copy.deepcopy(model.hf.config)
-    config.architectures = [type(model.hf).__name__]
-    for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation_internal = None
-        part.dtype = dtype
-    return config

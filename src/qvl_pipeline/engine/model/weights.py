@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import weights_folder
@@ -30,10 +29,7 @@ def build_skeleton(path: str) -> PreTrainedModel:
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
     with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with contextlib.suppress(OSError):  # a model may have none; transformers has then made one from the configuration
-        hf.generation_config = GenerationConfig.from_pretrained(path)
-    return hf
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
 def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: bool) -> None:

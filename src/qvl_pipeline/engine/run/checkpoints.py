@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from qvl_pipeline.engine.run.checkpoint_files import (
+    COMPLETE,
     CheckpointError,
     DamagedCheckpointError,
     DigestingWriter,
@@ -171,8 +172,9 @@ class Checkpoints:
         self._saving: tuple[int, Future[Any]] | None = None
         self._newest = max((step for step, _ in completed(folder)), default=0)
         if dist.get_rank() == 0:
-            for partial in folder.glob(".checkpoint-*.partial"):
-                shutil.rmtree(partial)
+            whole = {path for _, path in completed(folder)}
+            for left_behind in [*folder.glob(".checkpoint-*.partial"), *(set(folder.glob("checkpoint-*")) - whole)]:
+                _remove(left_behind)
         dist.barrier()
 
     def save(self, step: int) -> None:
@@ -301,10 +303,8 @@ class Checkpoints:
         reason = _reasons(error) if error else "another rank failed"
         last = completed(self._folder)
         if _no_room(error):
-            before = (
-                f"the one before has {size_text(bytes_in(last[-1][1]))}" if last else "there is none to compare with"
-            )
-            reason += f" ({before}, {size_text(free_bytes(self._folder))} are free there)"
+            needed = f"about {size_text(bytes_in(last[-1][1]))} are needed, " if last else ""
+            reason += f" ({needed}{size_text(free_bytes(self._folder))} are free there)"
         kept = f"the last complete one is {last[-1][1].name}" if last else "there is no earlier one"
         raise CheckpointError(
             f"the checkpoint after step {step} could not be written to {self._folder}: {reason}; {kept}. Make room or "
@@ -320,10 +320,19 @@ class Checkpoints:
         partial.rename(target)
         for number, path in completed(self._folder)[: -self._keep]:
             if number != self.protected_step:
-                shutil.rmtree(path)
+                _remove(path)
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".checkpoint-{step}.partial"
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, its marker first: a kill in between leaves none that looks whole. Training goes on."""
+    try:
+        (path / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s is no longer needed, but cannot be deleted: %s", path, error)
 
 
 def _done(action: Callable[[], Any]) -> Future[Any]:

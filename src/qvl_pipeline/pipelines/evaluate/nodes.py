@@ -18,8 +18,11 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
+from qvl_pipeline.training.card import with_scores
 from qvl_pipeline.training.processes import processes_per_node
+from qvl_pipeline.training.scratch import CARD
 
 
 def generate(
@@ -71,6 +74,7 @@ def generate(
             "the base model was replaced since the model was trained from it: put it back, run `kedro run --pipelines "
             "train` (with the same --env), or set evaluate.compare_base to false"
         )
+    FrameStore(video_frames).check_shards()
     chosen = checked_samples(tokenized_samples, evaluate)
     samples = TokenizedSamples(tokenized_samples)
     rows = chosen.index.tolist()
@@ -107,6 +111,21 @@ def _score_table(metrics: dict[str, Any]) -> Table:
             cells = [[f"{model[kind][metric]:.1%}", f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
             table.add_row(kind, metric, str(scores["n"]), *chain.from_iterable(cells))
     return table
+
+
+def complete_card(trained_model: Path, metrics: dict[str, Any]) -> str:
+    """Complete the model's card by its scores.
+
+    A card of its own, not a change of the trained model's: that is the output of another stage, whose hash DVC knows.
+
+    Args:
+        trained_model: Folder of the trained model and its card.
+        metrics: Metrics of the evaluated models.
+
+    Returns:
+        Markdown.
+    """
+    return with_scores((trained_model / CARD).read_text(encoding="utf-8"), metrics)
 
 
 def refuse_regressions(metrics: dict[str, Any], report: str, evaluate: EvaluateConfig) -> None:

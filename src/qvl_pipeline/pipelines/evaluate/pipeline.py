@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.evaluate.nodes import generate, refuse_regressions, write_report
+from qvl_pipeline.pipelines.evaluate.nodes import complete_card, generate, refuse_regressions, write_report
 
 
 def create_pipeline() -> Pipeline:
@@ -44,6 +44,7 @@ def create_pipeline() -> Pipeline:
                 outputs="report",
                 name="write_report",
             ),
+            Node(complete_card, inputs=["trained_model", "metrics"], outputs="model_card", name="complete_card"),
             Node(
                 refuse_regressions,
                 inputs=["metrics", "report", "params:evaluate"],

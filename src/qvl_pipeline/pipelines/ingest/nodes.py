@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
-from qvl_pipeline.pipelines.ingest.unfinished import unfinished_folder
+from qvl_pipeline.unfinished import unfinished_folder
 
 Writer = Callable[[Path], Any]
 

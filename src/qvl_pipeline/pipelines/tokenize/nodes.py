@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pandas as pd
@@ -19,6 +20,10 @@ from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.base_model import write_manifest
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
+
+if TYPE_CHECKING:  # what imports transformers takes long
+    from qvl_pipeline.data.plan.tokenization import Tokenized
+    from qvl_pipeline.tokens.unusable import Unusable
 
 # Share of the time that ranks would wait for the slowest above which another packing is proposed.
 WORTH_BALANCING = 0.05
@@ -53,7 +58,7 @@ def tokenize(
     base_model: Path,
     model: ModelConfig,
     batching: BatchingConfig,
-) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
+) -> tuple[Callable[[Path], None], Callable[[Path], None], Callable[[Path], None]]:
     """Tokenise every sample, of the eval split too.
 
     Of iterable types, training samples are tokenised while training reads them: here only the eval split is, and some
@@ -68,7 +73,8 @@ def tokenize(
         batching: Whether training is a stream.
 
     Returns:
-        Writers of `tokenized_samples`, and of `stream_samples`, which are none for a map-style type.
+        Writers of `tokenized_samples`, of `stream_samples`, which are none for a map-style type, and of
+        `tokenize_quarantine`, to be called after the first: the samples that cannot be tokenised.
 
     Raises:
         UserError: The processor does not fit the model, or counts other tokens than we do.
@@ -94,20 +100,27 @@ def tokenize(
             flush=True,
         )
     batches = tokenize_samples(now, grids, processor, workers=useful_workers(len(now)))
+    unusable: list[Unusable] = []
     return (
-        partial(_write_tokenized, batches=batches, total=len(now), attrs=valid_samples.attrs),
-        partial(write_stream_samples, samples=streamed, image_sizes=grids.image_sizes),
+        partial(_write_tokenized, batches=batches, total=len(now), attrs=valid_samples.attrs, unusable=unusable),
+        partial(write_stream_samples, samples=streamed, images=grids.images),
+        partial(_write_quarantine, samples=now, unusable=unusable),
     )
 
 
 def plan(
-    tokenized_samples: Path, stream_samples: Path, batching: BatchingConfig, ingest: IngestConfig
+    tokenized_samples: Path,
+    stream_samples: Path,
+    tokenize_quarantine: pd.DataFrame,
+    batching: BatchingConfig,
+    ingest: IngestConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Plan every optimizer step, and print what the plan comes to.
 
     Args:
         tokenized_samples: File of the tokenized samples.
         stream_samples: File of the samples of a stream.
+        tokenize_quarantine: Samples that cannot be tokenised.
         batching: Parameters of the plan.
         ingest: Declared sources with their weights.
 
@@ -115,8 +128,10 @@ def plan(
         The tables `pack_plan` and `plan_summary`.
 
     Raises:
-        UserError: There is nothing to train on, or a sample is over-long and may not be left out.
+        UserError: There is nothing to train on, a sample is over-long and may not be left out, or too many samples are
+            left out.
     """
+    from qvl_pipeline.data.plan.left_out import count_left_out
     from qvl_pipeline.data.plan.steps import make_plan, plan_stream, source_weights
     from qvl_pipeline.data.plan.token_statistics import source_table
 
@@ -126,9 +141,13 @@ def plan(
     else:
         pack_plan, summary = make_plan(tokenized_samples, batching, weights)
     summary["sources"] = source_table(tokenized_samples, summary["overlong"], weights)
+    summary["quarantined"] = tokenize_quarantine["rule"].value_counts().sort_index().to_dict()
     _print_summary(summary, batching)
     _print_sources(summary["sources"])
     _check_eval_split(tokenized_samples)
+    if left_out := count_left_out(tokenized_samples, tokenize_quarantine, summary["overlong"], batching):
+        logger.warning(left_out.sentence)
+        left_out.check(batching)
     return pack_plan, summary
 
 
@@ -173,16 +192,29 @@ def _check_eval_split(tokenized_samples: Path) -> None:
         )
 
 
-def _write_tokenized(path: Path, *, batches: Iterator[pa.RecordBatch], total: int, attrs: dict[str, Any]) -> None:
+def _write_tokenized(
+    path: Path, *, batches: Iterator[Tokenized], total: int, attrs: dict[str, Any], unusable: list[Unusable]
+) -> None:
     from qvl_pipeline.data.made_with import with_attrs
     from qvl_pipeline.data.plan.tokenization import SCHEMA
     from qvl_pipeline.storage.batches import write_checked
 
     with progress_bar() as bar, pa.ipc.new_file(str(path), with_attrs(SCHEMA, attrs)) as writer:
         task = bar.add_task("Samples", total=total)
-        for number, batch in enumerate(batches):
-            write_checked(writer, batch, number)
-            bar.advance(task, batch.num_rows)
+        for number, (rows, left_out) in enumerate(batches):
+            write_checked(writer, rows, number)
+            unusable += left_out
+            bar.advance(task, rows.num_rows + len(left_out))
+
+
+def _write_quarantine(path: Path, *, samples: pd.DataFrame, unusable: list[Unusable]) -> None:
+    from qvl_pipeline.data.plan.tokenization import quarantine_table
+    from qvl_pipeline.storage.tables import write_table
+
+    for rule, count in Counter(sample.rule for sample in unusable).items():
+        first = next(sample for sample in unusable if sample.rule == rule)
+        logger.warning("%s: %s, for example %s: %s", rule, f"{count:,}", first.sample_id, first.reason)
+    write_table(quarantine_table(unusable, samples), path)
 
 
 def _balancing_hint(summary: dict[str, Any], batching: BatchingConfig) -> str:

@@ -27,12 +27,19 @@ def create_pipeline() -> Pipeline:
                     "params:model",
                     "params:batching",
                 ],
-                outputs=["tokenized_samples", "stream_samples"],
+                # In this order: the last is known once the first is written.
+                outputs=["tokenized_samples", "stream_samples", "tokenize_quarantine"],
                 name="tokenize",
             ),
             Node(
                 plan,
-                inputs=["tokenized_samples", "stream_samples", "params:batching", "params:ingest"],
+                inputs=[
+                    "tokenized_samples",
+                    "stream_samples",
+                    "tokenize_quarantine",
+                    "params:batching",
+                    "params:ingest",
+                ],
                 outputs=["pack_plan", "plan_summary"],
                 name="plan",
             ),

@@ -9,12 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
+from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
+from qvl_pipeline.training.card import model_card
 from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
@@ -30,6 +32,7 @@ def train(
     pack_plan: pd.DataFrame,
     plan_summary: dict[str, Any],
     video_frames: Path,
+    sample: SampleConfig,
     model: ModelConfig,
     batching: BatchingConfig,
     train: TrainConfig,
@@ -44,23 +47,25 @@ def train(
         A writer of the trained model's folder, the logged steps, and the result.
 
     Raises:
-        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; or another
-            process trains the same.
+        UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; frames
+            are lost; or another process trains the same.
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
     weights = source_weights(ingest)
     check_prepared(base_model, model)
     check_plan(plan_summary, tokenized_samples, stream_samples, batching, weights)
+    FrameStore(video_frames).check_shards()
     eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
 
     base_digest = base_model_digest(base_model)
     identity = run_identity(base_digest, model, train, plan_summary["fingerprint"])
     resume_from, resume = checkpoint_to_start_from(train, identity), train.resume_from_checkpoint != "none"
-    fingerprint = run_fingerprint(model, train, plan_summary, [base_digest, content_digest(video_frames)])
+    fingerprint = run_fingerprint(sample, model, train, plan_summary, [base_digest, content_digest(video_frames)])
     folder = base_model.parent / "scratch" / fingerprint
     spec = make_spec(
         Inputs(base_model, tokenized_samples, stream_samples, video_frames, plan_summary),
+        sample=sample,
         model=model,
         batching=batching,
         weights=weights,
@@ -86,10 +91,14 @@ def train(
 
     active = mlflow.active_run()
     rows, result = collect(folder)
+    code = git_tags(Path.cwd())
+    name = base_model.parent.name
+    card = model_card(name, sample=sample, model=model, train=train, plan_summary=plan_summary, code=code)
     provenance = {
+        "training": fingerprint,
         "plan_fingerprint": plan_summary["fingerprint"],
         "base_model": base_digest,
-        "git_commit": git_tags(Path.cwd()).get("mlflow.source.git.commit"),
+        "git_commit": code.get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
-    return partial(publish, folder), rows, result | provenance
+    return partial(publish, folder, card), rows, result | provenance

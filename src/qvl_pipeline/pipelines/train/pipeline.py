@@ -20,6 +20,7 @@ def create_pipeline() -> Pipeline:
                     "pack_plan",
                     "plan_summary",
                     "video_frames",
+                    "params:sample",
                     "params:model",
                     "params:batching",
                     "params:train",

@@ -13,11 +13,15 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from qvl_pipeline.config import DataEngineConfig, ValidateConfig
+from qvl_pipeline.config import DataEngineConfig, IngestConfig, ValidateConfig
 
 
 def validate_rows(
-    samples: pq.ParquetFile, rejects: pd.DataFrame, validate: ValidateConfig, data_engine: DataEngineConfig
+    samples: pq.ParquetFile,
+    rejects: pd.DataFrame,
+    validate: ValidateConfig,
+    ingest: IngestConfig,
+    data_engine: DataEngineConfig,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Apply every rule to every sample, and print what came of it.
 
@@ -25,6 +29,7 @@ def validate_rows(
         samples: Rows that could be read.
         rejects: Rows that could not.
         validate: Limits.
+        ingest: Declared sources; media outside of their folders are not opened.
         data_engine: Where to work, and how many rows at a time.
 
     Returns:
@@ -35,7 +40,9 @@ def validate_rows(
     from qvl_pipeline.data.validation.validate import validate_samples
 
     use_runner(data_engine)
-    outcome = validate_samples(samples, from_frame(rejects, REJECTS), validate, data_engine.batch_rows)
+    outcome = validate_samples(
+        samples, from_frame(rejects, REJECTS), validate, data_engine.batch_rows, ingest.media_folders()
+    )
     quarantine, warnings = to_frame(outcome.quarantine), to_frame(outcome.warnings)
     Console().print(summarize(outcome.report, quarantine, rejects, warnings))
     return quarantine, warnings, to_frame(outcome.media_index), outcome.report
@@ -139,4 +146,7 @@ def summarize(report: dict[str, Any], quarantine: pd.DataFrame, rejects: pd.Data
     for rule, count in report["warnings"].items():
         example = f"{noted.loc[rule, 'sample_id']}: {noted.loc[rule, 'detail']}"
         parts.append(Text(f"used, with a warning: {rule} ({count:,}), for example {example}"))
+    for source, columns in report["put_aside"].items():
+        named = ", ".join(f"{column} ({count:,})" for column, count in columns.items())
+        parts.append(Text(f"columns of {source} that nothing reads, put aside in metadata: {named}"))
     return Group(*parts)

@@ -13,7 +13,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 validate_rows,
-                inputs=["samples", "rejects", "params:validate", "params:data_engine"],
+                inputs=["samples", "rejects", "params:validate", "params:ingest", "params:data_engine"],
                 outputs=["quarantine", "validation_warnings", "media_index", "validation_report"],
                 name="validate",
             ),

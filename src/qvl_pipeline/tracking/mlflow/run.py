@@ -23,6 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME,
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.room import room_for
 from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage.data_version import data_version
 from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
@@ -77,10 +78,19 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
     """
     if tracking_uri.startswith("sqlite:///"):
         check_not_emptied(tracking_uri, _database(tracking_uri))
-    use_server(tracking_uri)
     local = tracking_uri.startswith("sqlite:")
+    with room_for(_database(tracking_uri)) if local else contextlib.nullcontext():
+        run_id = _begin(tracking_uri, experiment, artifact_location if local else None, name)
+    with going_on("which runs go on"):
+        _end_killed(tracking_uri)
+        note_begun(run_id, tracking_uri)
+    return MlflowRun(run_id)
+
+
+def _begin(tracking_uri: str, experiment: str, artifact_location: str | None, name: str) -> str:
+    use_server(tracking_uri)
     try:
-        experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if local else None)
+        experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if artifact_location else None)
         mlflow.set_experiment(experiment_id=experiment_id)
         command = without_secrets(" ".join(["kedro", *sys.argv[1:]]))
         tags = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: command}
@@ -89,10 +99,7 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
         mlflow.start_run(run_id, nested=True)
     except MlflowException as error:
         raise UserError(without_secrets(f"MLflow at {tracking_uri} cannot record this run: {error}")) from error
-    with going_on("which runs go on"):
-        _end_killed(tracking_uri)
-        note_begun(run_id, tracking_uri)
-    return MlflowRun(run_id)
+    return run_id
 
 
 def _end_killed(tracking_uri: str) -> None:

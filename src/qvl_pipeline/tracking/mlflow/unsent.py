@@ -7,7 +7,6 @@ Before the same training runs again and cuts or deletes them, what is unsent mov
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.locks import lock
 from qvl_pipeline.tracking.mlflow.sinks import MetricsSink, SendToMlflow, progress_path
 
 logger = logging.getLogger(__name__)
@@ -34,21 +34,17 @@ def only_sender(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, folder)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = lock(folder)
     except BlockingIOError as error:
         raise UserError(f"{folder} is in use: another process trains there, or sends its metrics") from error
-    except OSError as error:
-        logger.info("%s cannot be locked (%s): do not run sync_metrics while this training runs", folder, error)
+    if handle is None:
+        logger.info("%s cannot be locked: do not run sync_metrics while this training runs", folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def keep_unsent(folder: Path) -> None:

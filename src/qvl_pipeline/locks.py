@@ -1,0 +1,49 @@
+"""Locks on folders: the operating system's, which end with the last process that holds them, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+def lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | None:
+    """Lock a folder for this process, and for those that inherit the handle.
+
+    Args:
+        folder: An existing folder. No file is made in it.
+        shared: Let others hold it too, who also share it.
+        wait: Until others let it go.
+
+    Returns:
+        A file descriptor; closing it ends the lock. `None` on a file system without locks (some of clusters).
+
+    Raises:
+        BlockingIOError: Others hold it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        return handle if relock(handle, shared=shared, wait=wait) else _close(handle)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def relock(handle: int, *, shared: bool, wait: bool = False) -> bool:
+    """Turn a lock into a shared one, or one that is not; return `False` on a file system without locks.
+
+    Raises:
+        BlockingIOError: Others hold it, and this process no longer does.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _close(handle: int) -> None:
+    os.close(handle)
