@@ -2,6 +2,8 @@
 
 override PROFILE := $(or $(PROFILE),tiny_qwen3_vl)
 RUNS ?=
+# Trials of `make chaos`, a minute each.
+N ?= 100
 PORT ?= 5000
 # Another Python, in an environment of its own: make test PYTHON=3.13 VENV=.venv-3.13
 PYTHON ?= >=3.11,<3.14
@@ -25,7 +27,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export UV_SYSTEM_CERTS := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test docs compare ui viz viz-static repro replay clean
+.PHONY: help setup run test chaos docs compare ui viz viz-static repro replay clean
 
 help: ## Show this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +60,9 @@ test: $(ENVIRONMENT) ## Lint, check the import rules, run the tests, measure the
 	@echo "==> line coverage of src/, worker processes included"
 	@coverage combine --quiet
 	@coverage report
+
+chaos: $(ENVIRONMENT) ## Kill processes of runs at random, and see that the same command ends the same. N=10 for ten trials.
+	@python -m tests.chaos --trials $(N)
 
 docs: $(ENVIRONMENT) ## Write docs/parameters.md and the JSON schema of parameters from their declarations.
 	@python -m qvl_pipeline.profiles.reference

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +22,11 @@ from tests.kedro_project import REPOSITORY, make_project, register_pipelines
 
 
 @pytest.fixture(autouse=True)
-def _same_handler_afterwards() -> Iterator[None]:
+def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
+    for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, tempfile.gettempdir()))
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
     yield
     signal.signal(signal.SIGTERM, handler)
 
@@ -173,3 +178,51 @@ def test_the_real_command_says_what_to_run_first(tmp_path: Path) -> None:
     ]
     assert lines[-1] == "Run `kedro run --pipelines ingest,validate,sample,tokenize` first."
     assert not (folder / "mlflow.db").exists()
+
+
+TEMPORARY = """
+import multiprocessing, os, sys, tempfile
+from qvl_pipeline.cli.run import _use_temporary_folder
+
+if __name__ == "__main__":
+    _use_temporary_folder()
+    child = multiprocessing.get_context("forkserver").Process(target=print)
+    child.start()
+    child.join()
+    tempfile.mkdtemp(prefix="torchelastic_")
+    print(os.environ["TMPDIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"], *os.listdir(), sep="\\n", flush=True)
+    if len(sys.argv) > 1:
+        os.kill(os.getpid(), int(sys.argv[1]))
+"""
+
+
+def test_temporary_files_go_with_the_run_or_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / "start.py").write_text(TEMPORARY)
+    place = Path(tempfile.mkdtemp(prefix="temporary files"))  # in a folder of pytest, its name would be too long
+
+    def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+        command = [sys.executable, str(tmp_path / "start.py"), *arguments]
+        return subprocess.run(
+            command,
+            cwd=place,
+            env=environment | {"TMPDIR": str(place)} | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    start("9")
+    [killed] = place.glob("qvl-run-*")
+    assert any(path.name.startswith("torchelastic_") for path in killed.iterdir())
+    done = start()
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert killed.name not in done.stdout, "it was removed before the second began"
+    assert str(place / "torchinductor_") in done.stdout, "compiled code outlives the run"
+    assert list(place.iterdir()) == []
+    long = place / ("long" * 20)
+    long.mkdir()
+    assert start(TMPDIR=str(long)).returncode == 0
+    assert list(long.iterdir()) == []
+    shutil.rmtree(place)

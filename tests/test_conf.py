@@ -72,7 +72,7 @@ def test_a_profile_has_every_key_that_dvc_needs(profile: str) -> None:
 def test_base_holds_nothing_of_a_model_or_a_dataset() -> None:
     assert sorted(path.name for path in (CONF / "base").iterdir()) == ["catalog.yml", "mlflow.yml", "parameters.yml"]
     assert {name: sorted(block) for name, block in own("base").items() if block} == {
-        "train": ["bf16", "dataloader_num_workers", "gradient_checkpointing", "use_liger_kernel"]
+        "train": ["bf16", "dataloader_num_workers", "export_dtype", "gradient_checkpointing", "use_liger_kernel"]
     }
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from kedro.pipeline import Node, Pipeline
 from qvl_pipeline.config import EvaluateConfig, TrainConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.hooks import EarlyChecks
+from qvl_pipeline.locks import lock
 from tests.evaluation.world import write_tokenized
 from tests.kedro_project import register_pipelines, run
 
@@ -190,3 +193,39 @@ def test_answers_that_will_be_cut_are_warned_of_once(
 ) -> None:
     start(nodes, tmp_path, EvaluateConfig(max_new_tokens=4), prompt_length=10, length=20)
     assert sum("longer than evaluate.max_new_tokens" in message for message in caplog.messages) == warnings
+
+
+def test_a_second_run_that_would_train_the_same_profile_is_refused(project: Path) -> None:
+    run(project, "ingest", "tokenize")
+    place = project / "data/06_models/tiny_qwen3_vl"
+    other = lock(place)
+    [line] = refusal(project, "train")
+    assert line.startswith(f"another run is at the stage 'train', whose results are in {place} too: wait for it or end")
+    os.close(other)
+    run(project, "train")
+    os.close(lock(place))
+
+
+def test_a_second_run_that_would_ingest_the_same_dataset_waits(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    place = project / "data/02_intermediate/digits"
+    place.mkdir(parents=True)
+    other = lock(place)
+    seen = threading.Event()
+
+    class Noticed(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "ingest: waiting for another run, which makes the same in" in record.getMessage():
+                assert not (project / "data/01_raw/digits.manifest.json").exists()
+                seen.set()
+                threading.Timer(0.1, os.close, [other]).start()
+
+    noticed = Noticed()
+    logging.getLogger("qvl_pipeline.hooks").addHandler(noticed)
+    try:
+        run(project, "ingest")
+    finally:
+        logging.getLogger("qvl_pipeline.hooks").removeHandler(noticed)
+    assert seen.is_set()
+    assert (project / "data/01_raw/digits.manifest.json").exists()
+    os.close(lock(place))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -43,6 +45,27 @@ def relock(handle: int, *, shared: bool, wait: bool = False) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def turn(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Do something in a folder while nobody else who takes turns does.
+
+    Args:
+        folder: The folder; made when missing.
+        on_wait: Called before waiting for another process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = lock(folder)
+    except BlockingIOError:
+        on_wait()
+        handle = lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _close(handle: int) -> None:

@@ -162,3 +162,9 @@ def test_gradient_checkpointing_is_of_both_towers_or_of_those_named() -> None:
     assert config.TrainConfig().checkpointed_towers == ()
     assert config.TrainConfig(gradient_checkpointing=True).checkpointed_towers == ("llm", "vit")
     assert config.TrainConfig(gradient_checkpointing=["vit"]).checkpointed_towers == ("vit",)
+
+
+@pytest.mark.parametrize(("family", "side"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_an_image_has_as_many_tokens_by_default_whatever_the_family(family: str, side: int) -> None:
+    assert config.ModelConfig(processor_type=family).image_max_pixels == 1280 * side**2
+    assert config.ModelConfig(processor_type=family, image_max_pixels=10**5).image_max_pixels == 10**5

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from qvl_pipeline.config import EvaluateConfig
+from qvl_pipeline.evaluation import answering
 from qvl_pipeline.evaluation.answering import Answering, answer_all, answer_share, merge
+from qvl_pipeline.evaluation.generation import load_model
 from qvl_pipeline.training.launcher import RankFailedError
 from tests.evaluation.world import KINDS, World, build_world
 
@@ -36,6 +41,38 @@ def asked(world: World) -> Answering:
 def test_what_is_asked_survives_its_file(asked: Answering, tmp_path: Path) -> None:
     asked.save(tmp_path / "answering.json")
     assert Answering.load(tmp_path / "answering.json") == asked
+
+
+def test_with_and_without_an_adapter_from_one_copy_of_the_base(
+    asked: Answering, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with the base model alone, and with the merged model that plain transformers loads."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(world.model_folder)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=64,
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=["model.visual.merger.linear_fc2"],
+        use_dora=True,
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        adapted.base_model.model.model.visual.merger.linear_fc2.modules_to_save["default"].weight.add_(0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    apart = Answering(**{**vars(asked), "models": {**asked.models, "trained": str(tmp_path / "merged")}})
+    expected = answer_share(apart, 0, 1, lambda n: None)
+    loaded = []
+    monkeypatch.setattr(answering, "load_model", lambda *given: loaded.append(given) or load_model(*given))
+    with_adapter = Answering(**{**vars(asked), "adapters": {"trained": str(tmp_path / "adapter")}})
+    found = answer_share(with_adapter, 0, 1, lambda n: None)
+    assert len(loaded) == 1
+    assert found["base"] == expected["base"]
+    for row, (answer, loss) in expected["trained"].items():
+        assert found["trained"][row] == (answer, pytest.approx(loss, rel=1e-5))
+        assert found["base"][row][1] != pytest.approx(loss, rel=1e-3)
 
 
 def test_two_ranks_answer_what_one_process_answers(asked: Answering, tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_the_eval_split_alone_is_evaluated(tokenized: TokenizedSamples) -> None:
     assert chosen["expected"].tolist() == [str(row) for row in range(1, 20, 2)]
 
 
+def test_plain_texts_ask_nothing(tmp_path: Path) -> None:
+    row = {"source": "made", "split": "eval", "kind": "text", "task": "exact_match", "answer": "", "input_ids": [1, 2]}
+    counts = {"label_spans": [], "media": [], "length": 2, "supervised_tokens": 1, "vit_patches": 0}
+    rows = [row | counts | {"sample_id": f"made/{length}", "prompt_length": length} for length in (0, 1)]
+    write_tokenized(tmp_path / "tokenized.arrow", rows)
+    assert eval_samples(TokenizedSamples(tmp_path / "tokenized.arrow"), None)["sample_id"].tolist() == ["made/1"]
+
+
 @pytest.mark.parametrize(
     ("most", "rows"),
     [(1, [1]), (2, [1, 19]), (4, [1, 7, 13, 19]), (10, list(range(1, 20, 2))), (99, list(range(1, 20, 2)))],

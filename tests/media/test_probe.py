@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
+from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+from qvl_pipeline.media.pixels import open_image
 from qvl_pipeline.media.probe import Probe, probe_media
-from tests.media.clips import write_clip
+from qvl_pipeline.media.sampling import frame_range
+from tests.media.clips import number_in, write_clip
 from tests.media.files import cut, write_image, write_png_bomb, write_video
 
 MAX_PIXELS = 100_000
@@ -167,3 +172,40 @@ def test_frames_too_large_are_not_decoded(tmp_path: Path) -> None:
 def test_clip_without_timestamps_has_no_frame_rate(tmp_path: Path) -> None:
     probe = _probe(write_video(tmp_path / "a.h264"), "video")
     assert (probe.fps, probe.n_frames, probe.failure) == (None, None, None)
+
+
+def test_matroska_that_starts_late_has_its_own_second_zero(tmp_path: Path) -> None:
+    """It says when it ends, not how long it is; its parts are counted from its first frame, as players do."""
+    seconds = [5 + number / 10 for number in range(60)]
+    path = write_clip(tmp_path / "late.mkv", seconds, time_base=Fraction(1, 1000), rate=Fraction(10))
+    probe = _probe(path, "video")
+    assert (probe.n_frames, probe.duration_s) == (60, pytest.approx(6.0))
+    assert probe.declared_duration_s == pytest.approx(5.9, abs=0.11)
+    table = read_frame_table(str(path))
+    np.testing.assert_allclose(table.seconds, np.arange(60) / 10, atol=1e-6)
+    assert frame_range(table.seconds, table.fps, 1.0, 2.0) == (10, 20)
+    assert [number_in(frame) for frame in decode_frames(str(path), table, [10, 20, 59])] == [10, 20, 59]
+
+
+@pytest.mark.parametrize("flags", ["faststart", "frag_keyframe+empty_moov"])
+def test_a_clip_of_which_only_the_header_is_left_is_cut_off(tmp_path: Path, flags: str) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=40, movflags=flags)
+    whole = path.read_bytes()
+    reasons = set()
+    for length in range(32, len(whole) // 8, 64):
+        path.write_bytes(whole[:length])
+        probe = _probe(path, "video")
+        assert probe.failure or probe.n_frames, length
+        reasons.add(probe.failure)
+    assert "holds no frames: the file is cut off or damaged" in reasons
+    assert "its video stream is of no known codec: the file is cut off or damaged" in reasons
+    assert not [reason for reason in reasons if reason and "attribute" in reason]
+
+
+@pytest.mark.parametrize(("brightest", "mode"), [(255, "L"), (256, "I;16")])
+def test_a_grey_image_of_16_bits_is_deep_where_8_do_not_hold_it(tmp_path: Path, brightest: int, mode: str) -> None:
+    grey = np.linspace(0, brightest, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert _probe(tmp_path / "a.png", "image").mode == mode
+    seen = open_image(tmp_path / "a.png")
+    assert (seen[0] == grey).all() == (mode == "L")

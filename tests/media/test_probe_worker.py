@@ -79,11 +79,12 @@ def test_child_killed_between_two_files_costs_none(tmp_path: Path) -> None:
         assert worker.probe(str(path), "image") == first
 
 
-def test_hung_child_ends_with_its_parent(tmp_path: Path, spoilt_decoder: None) -> None:
-    """Also when the parent exits in the middle of a probe, as it does on SIGTERM."""
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)"])
+def test_hung_child_ends_with_its_parent(tmp_path: Path, spoilt_decoder: None, end: str) -> None:
+    """Also when the parent exits in the middle of a probe, as it does on SIGTERM, or is killed."""
     path = write_image(tmp_path / "hang.png")
     code = f"""
-import sys, threading, time
+import os, sys, threading, time
 sys.path[:] = {sys.path!r}
 from qvl_pipeline.media.probe_worker import ProbeWorker
 worker = ProbeWorker(timeout_s=60.0, max_pixels=9)
@@ -91,9 +92,10 @@ threading.Thread(target=worker.probe, args=({str(path)!r}, "image"), daemon=True
 while worker._child is None:
     time.sleep(0.05)
 time.sleep(1.0)
-print(worker._child.pid)
+print(worker._child.pid, flush=True)
+{end}
 """
-    pid = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30).stdout
+    pid = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60).stdout
     deadline = time.monotonic() + 30
     while _runs(int(pid)) and time.monotonic() < deadline:
         time.sleep(0.05)

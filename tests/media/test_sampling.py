@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import vision_process as reference
+from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.media import sampling
 
@@ -176,6 +177,41 @@ def test_the_interval_is_that_of_qwen_processors_where_sampling_is_even() -> Non
     # 2 frames a second out of 4: temporal patches lie one second apart.
     assert sampling.seconds_per_grid([0.0, 0.5, 1.0, 1.5]) == 1.0
     assert sampling.seconds_per_grid([3.0]) == 0.0
+
+
+@pytest.mark.parametrize(("start", "end"), [(None, None), (3.2, 11.7)], ids=["whole", "part"])
+@pytest.mark.parametrize(("total", "fps"), [(90, 30.0), (601, 30000 / 1001), (52, 12.5)])
+def test_qwen2_5_vl_is_told_the_interval_of_the_official_formula(
+    total: int, fps: float, start: float | None, end: float | None
+) -> None:
+    """Temporal patch over sampled rate; what qwen_vl_utils counts as the frames of a part is its part of the file."""
+    if end is not None and end > total / fps:
+        start, end = 0.7, 2.1
+    seconds = regular_seconds(total, fps)
+    first, last = sampling.frame_range(seconds, fps, start, end)
+    for count in (2, 4, 8):
+        indices = sampling.spread_frames(seconds, fps, first, last, count)
+        told = sampling.told_seconds_per_grid(indices, seconds[indices].tolist(), fps)
+        part = {"video_start": start, "video_end": end}
+        item = {key: value for key, value in part.items() if value is not None}
+        *_, frames = reference.calculate_video_frame_range(item, total, fps)
+        sampled = VideoMetadata(total_num_frames=frames, fps=fps, frames_indices=indices)
+        assert told == 2 / sampled.sampled_fps
+        true = sampling.seconds_per_grid(seconds[indices].tolist())
+        assert told / true == pytest.approx(frames / (frames - 1) * (count - 1) / count)
+
+
+def test_qwen2_5_vl_is_told_the_true_interval_of_frames_of_variable_rate() -> None:
+    indices = sampling.spread_frames(IRREGULAR, MEAN_FPS, 0, len(IRREGULAR) - 1, 8)
+    seconds = IRREGULAR[indices].tolist()
+    assert sampling.told_seconds_per_grid(indices, seconds, MEAN_FPS) == sampling.seconds_per_grid(seconds)
+
+
+def test_a_late_start_is_no_variable_rate() -> None:
+    seconds = regular_seconds(90, 30.0)
+    indices = sampling.spread_frames(seconds, 30.0, 0, 89, 8)
+    told = [sampling.told_seconds_per_grid(indices, (seconds[indices] + late).tolist(), 30.0) for late in (0.0, 5.0)]
+    assert told[0] == told[1]
 
 
 def test_total_budget_is_kept_by_all_frames_together() -> None:

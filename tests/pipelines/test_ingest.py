@@ -198,3 +198,22 @@ def test_what_a_killed_run_left_is_removed_and_what_another_run_writes_is_not(pr
         other.communicate()
     assert others[1].returncode == 0
     assert list(Path("cache").iterdir()) == []
+
+
+DRAWS = """
+import logging
+from qvl_pipeline.config import DigitsDemoConfig
+from qvl_pipeline.pipelines.ingest.embedded import ensure_digits
+logging.basicConfig(level="INFO", format="%(message)s")
+print(ensure_digits(DigitsDemoConfig(folder="data/digits", seed=3, train_samples=30, eval_samples=14)))
+"""
+
+
+def test_two_first_runs_draw_the_same_digits_once(project: Path) -> None:
+    command = [sys.executable, "-c", DRAWS]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [each.communicate(timeout=120) for each in runs]
+    assert [each.returncode for each in runs] == [0, 0], printed
+    assert printed[0][0] == printed[1][0] == hash_folder(Path("data/digits"), exclude=embedded.MARKER) + "\n"
+    assert sum(errors.count("Drawing") for _, errors in printed) == 1
+    assert [path.name for path in Path("data").iterdir()] == ["digits"]

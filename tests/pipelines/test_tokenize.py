@@ -13,6 +13,7 @@ import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.json import JSONDataset
+from qwen_vl_utils.vision_process import calculate_video_frame_range
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, ValidateConfig
@@ -151,20 +152,32 @@ def test_qwen3_vl_reads_the_time_at_which_the_source_shows_the_frames(
         assert read == (expected if model.processor_type == "qwen3_vl" else [])
 
 
-def test_qwen2_5_vl_is_told_the_interval_at_which_the_source_shows_the_frames(
-    run: dict[str, Any], valid_samples: pd.DataFrame
+def official_interval(item: dict[str, Any], frames_taken: int) -> float:
+    """Seconds of a temporal patch by qwen_vl_utils' `sample_fps`."""
+    rate = float(1 / TIME_BASES[Path(item["path"]).stem])
+    part = {f"video_{name}": item[name] for name in ("start", "end") if item[name] is not None}
+    *_, frames = calculate_video_frame_range(part, len(SECONDS[Path(item["path"]).stem]), rate)
+    return 2 / (frames_taken / frames * rate)
+
+
+def test_the_interval_told_is_the_official_one_and_the_true_one_where_the_rate_varies(
+    run: dict[str, Any], model: ModelConfig, valid_samples: pd.DataFrame
 ) -> None:
+    """What Qwen2.5-VL is told; Qwen3-VL reads seconds, and its interval is always the true one."""
     tokenized = TokenizedSamples(run["tokenized_samples"])
-    clips = 0
+    official = 0
     for index, sample in valid_samples.iterrows():
         media = [medium for medium in tokenized.row(index)["media"] if medium["type"] == "video"]
-        for medium, shown in zip(media, frames_shown(run, sample), strict=True):
+        items = [item for item in sample["media"] if item["type"] == "video"]
+        for item, medium, shown in zip(items, media, frames_shown(run, sample), strict=True):
+            if model.processor_type == "qwen2_5_vl" and "variable" not in item["path"]:
+                assert medium["seconds_per_grid"] == pytest.approx(official_interval(item, len(shown)), rel=1e-12)
+                official += 1
+                continue
             true = np.reshape(shown, (-1, 2)).mean(axis=1)
             told = true[0] + np.arange(medium["grid_t"]) * medium["seconds_per_grid"]
-            one_frame = np.diff(SECONDS[Path(medium["key"].split("#")[0]).stem]).max()
-            assert np.abs(told - true).max() <= one_frame
-            clips += 1
-    assert clips == 9
+            assert np.abs(told - true).max() <= np.diff(SECONDS[Path(item["path"]).stem]).max()
+    assert official == (5 if model.processor_type == "qwen2_5_vl" else 0)
 
 
 def test_the_parameters_of_all_stages_before_are_recorded_with_the_tokens_and_the_frames(

@@ -198,7 +198,9 @@ def test_bad_rows_are_named_with_rule_and_reason_and_the_good_ones_are_enough(pr
     assert result.exit_code == 0
     shown = result.output.splitlines()
     assert shown[2].startswith("  row 1: unreadable_row: it is not JSON")
-    assert shown[3] == "  row 2: unknown_format: it has neither 'messages' nor 'conversations'"
+    assert shown[3].startswith(
+        "  row 2: unknown_format: it has neither 'messages' nor 'conversations', but 'text'; known"
+    )
     assert shown[4] == "  row 3: missing_media: there is no file 'pictures/7.png'"
 
 

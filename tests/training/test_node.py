@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.errors import UserError
@@ -49,6 +49,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),
+        "adapter": AdapterConfig(),
         "ingest": INGEST,
     }
 

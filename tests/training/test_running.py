@@ -91,8 +91,9 @@ class TestPublishing:
         return run
 
     def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, run: Path, tmp_path: Path) -> None:
-        publish(run, tmp_path / "trained")
-        assert [path.name for path in (tmp_path / "trained").iterdir()] == ["model.safetensors"]
+        publish(run, "# a card", tmp_path / "trained")
+        assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == ["README.md", "model.safetensors"]
+        assert (tmp_path / "trained" / "README.md").read_text() == "# a card"
         assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "checkpoints", "export"}
         note_published(run)
         leave(tmp_path / "scratch")

@@ -22,11 +22,8 @@ from qvl_pipeline.unfinished import unfinished_folder
 
 # How the names of temporary folders of runs begin.
 _TEMPORARY = "qvl-run-"
-
-
-# Sockets of processes lie below it, and the system takes no more than 107 bytes of a name. Of these, our folder and
-# multiprocessing's own parts need 46.
-_MOST_OF_A_SOCKET = 60
+# Sockets of multiprocessing are in it, and the name of a socket has at most 107 bytes.
+_LONGEST = 107 - len("/qvl-run-12345678/pymp-12345678/listener-12345678")
 
 
 def _run(**options: Any) -> dict[str, Any]:
@@ -69,10 +66,9 @@ def _use_temporary_folder() -> None:
     Where this process is killed itself, the next run removes it. What is to outlive a run stays where it was.
     """
     place = tempfile.gettempdir()
-    if len(os.fsencode(place)) > _MOST_OF_A_SOCKET and os.access("/tmp", os.W_OK):
-        place = "/tmp"
-    folder = unfinished_folder(Path(place), _TEMPORARY)
-    # After multiprocessing has removed its own, which is inside.
+    folder = unfinished_folder(Path(place if len(os.fsencode(place)) <= _LONGEST else "/tmp"), _TEMPORARY)
+    # Not when the directory object's turn is, but after multiprocessing has removed its own folder, which is inside.
+    folder._finalizer.atexit = False
     multiprocessing.util.Finalize(None, folder.cleanup, exitpriority=-200)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{place}/torchinductor_{os.getuid()}")
     os.environ["TMPDIR"] = tempfile.tempdir = folder.name

@@ -1,5 +1,6 @@
 """Parameters of every stage: one pydantic model per block, the only place for defaults, units and cross-checks."""
 
+from qvl_pipeline.config.adapter import AdapterConfig
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.config.batching import BatchingConfig
 from qvl_pipeline.config.compare import CompareConfig
@@ -19,6 +20,7 @@ BLOCKS: dict[str, type[Block]] = {
     "model": ModelConfig,
     "batching": BatchingConfig,
     "train": TrainConfig,
+    "adapter": AdapterConfig,
     "evaluate": EvaluateConfig,
     "data_engine": DataEngineConfig,
     "compare": CompareConfig,
@@ -27,6 +29,7 @@ BLOCKS: dict[str, type[Block]] = {
 
 __all__ = [
     "BLOCKS",
+    "AdapterConfig",
     "BatchingConfig",
     "Block",
     "CompareConfig",

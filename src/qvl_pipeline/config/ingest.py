@@ -31,7 +31,8 @@ class DatasetSource(Block):
         data_type: File type of `path`. `json` is a list of rows, `jsonl` a row a line; these and `csv` may be
             compressed (`.gz`, `.zst`). `arrow` is Arrow IPC, file or stream; `hf_dataset` a folder that `save_to_disk`
             of Hugging Face datasets made.
-        format: Form of the rows. `auto` detects it row by row; a stated form rejects rows of any other.
+        format: Form of the rows. `auto` detects it row by row; a stated form rejects rows of any other. `text`, plain
+            texts of which all tokens are trained on, must be stated.
         split: Split of every row; `None` takes the row's own `split` column, else a seeded hash with `eval_fraction`.
         weight: How often each training sample of the source is seen per epoch. A fraction takes that share of them.
         repeat: Whole number that `weight` is multiplied with; rows are not stored more than once.
@@ -44,7 +45,7 @@ class DatasetSource(Block):
     path: str = Field(min_length=1)
     data_folder: str = ""
     data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset"]
-    format: Literal["auto", "openai", "sharegpt", "llava"] = "auto"
+    format: Literal["auto", "openai", "sharegpt", "llava", "alpaca", "text"] = "auto"
     split: Literal["train", "eval"] | None = None
     # These two are for the plan.
     weight: Annotated[float, Indifferent("frames")] = Field(default=1.0, gt=0)

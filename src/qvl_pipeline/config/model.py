@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,12 @@ from qvl_pipeline.families import FAMILIES, ModelFamily
 
 Family = Literal[tuple(FAMILIES)]
 Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa", "eager"]
+
+
+def _default_max_pixels(values: dict[str, Any]) -> int:
+    # A family that is none has an error of its own.
+    family = FAMILIES.get(values.get("processor_type", ""))
+    return 1280 * family.token_pixels if family else 1
 
 
 class ModelConfig(Block):
@@ -26,7 +32,8 @@ class ModelConfig(Block):
         attn_implementation: Attention kernel; `auto` takes the fastest that runs here and says which.
         vit_attn_implementation: Attention kernel of the vision tower in training; `None` is the same.
         image_min_pixels: Fewest pixels an image is scaled up to.
-        image_max_pixels: Most pixels an image is scaled down to.
+        image_max_pixels: Most pixels an image is scaled down to; by default those of 1,280 tokens, 1,003,520 for
+            Qwen2.5-VL (28 x 28 each) and 1,310,720 for Qwen3-VL (32 x 32).
     """
 
     processor_type: Family
@@ -36,7 +43,7 @@ class ModelConfig(Block):
     attn_implementation: Annotated[Attention, Indifferent("frames"), Indifferent("tokens")] = "auto"
     vit_attn_implementation: Annotated[Attention | None, Indifferent("frames"), Indifferent("tokens")] = None
     image_min_pixels: Annotated[int, Indifferent("frames")] = Field(default=56 * 56, ge=1)
-    image_max_pixels: Annotated[int, Indifferent("frames")] = Field(default=1280 * 28 * 28, ge=1)
+    image_max_pixels: Annotated[int, Indifferent("frames")] = Field(default_factory=_default_max_pixels, ge=1)
 
     @model_validator(mode="after")
     def _pixel_limits(self) -> ModelConfig:

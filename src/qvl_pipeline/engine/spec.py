@@ -268,6 +268,40 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """A low-rank update that is trained in place of the model; names as in `config/adapter.py`.
+
+    Attributes:
+        type: `none`, `lora` or `dora`; with `none` nothing else here counts.
+        r: Rank of the update.
+        alpha: Factor on the update, before it is divided by the rank.
+        rslora: Divide by the root of the rank instead.
+        dropout: Share of the inputs of the update that are dropped.
+        init: `zeros_b` or `pissa`.
+        targets: For each part `all`, `none`, or a list of kinds and globs.
+        train_fully: Short names or globs of parts that are trained beside it.
+        start_from: Folder of an adapter to go on from; empty starts anew.
+        export: `adapter`, `merged` or `both`.
+    """
+
+    type: str
+    r: int
+    alpha: float
+    rslora: bool
+    dropout: float
+    init: str
+    targets: dict[str, str | list[str]]
+    train_fully: tuple[str, ...]
+    start_from: str
+    export: str
+
+    @property
+    def used(self) -> bool:
+        """Whether there is one."""
+        return self.type != "none"
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """A whole training run."""
 
@@ -280,6 +314,7 @@ class TrainSpec:
     validation: ValidationSpec
     sampling: SamplingSpec
     export: ExportSpec
+    adapter: AdapterSpec
 
     def save(self, path: Path) -> None:
         """Write the spec as JSON."""

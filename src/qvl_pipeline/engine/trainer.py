@@ -18,6 +18,7 @@ from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
+from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.loading import build_model, load_processor
@@ -69,6 +70,8 @@ class Trainer:
         self.flops = flops_of(self.model)
         self.facts |= shard_model(self.model, self.device, spec.parallel)
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
+        if spec.adapter.used:
+            set_initial_values(self.model, spec.adapter, spec.model.path, spec.run.seed)
         self.builder = _make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel
 
 from qvl_pipeline.config import EvaluateConfig
+from qvl_pipeline.engine.model.adapters.attach import AttachedAdapter
 from qvl_pipeline.evaluation.generation import generate_answers, load_model
 from qvl_pipeline.evaluation.likelihood import sample_losses
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -24,6 +25,7 @@ class Answering:
 
     Attributes:
         models: Folder or hub id of each model, by name.
+        adapters: Folder of the adapter that a model answers with, by name of the model.
         processor: Folder of the processor.
         tokenized: Arrow file of `tokenized_samples`.
         video_frames: Folder of the frame store.
@@ -39,6 +41,7 @@ class Answering:
     rows: tuple[int, ...]
     attn_implementation: str
     evaluate: EvaluateConfig
+    adapters: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -75,13 +78,30 @@ def answer_share(asked: Answering, rank: int, world_size: int, on_done: Callable
         return {name: {} for name in asked.models}
     processor = AutoProcessor.from_pretrained(asked.processor)
     found: Answers = {}
-    for name, path in asked.models.items():
-        given = (load_model(path, asked.attn_implementation), processor, samples, rows, Path(asked.video_frames))
+    for name, model in _loaded(asked):
+        given = (model, processor, samples, rows, Path(asked.video_frames))
         answers = generate_answers(*given, asked.evaluate, on_batch=on_done)
         losses = sample_losses(*given, asked.evaluate.batch_size, on_batch=on_done)
         found[name] = dict(zip(rows, zip(answers, losses, strict=True), strict=True))
-        del given  # or this model would stay in memory beside the next one
+        del model, given  # or this model would stay in memory beside the next one
     return found
+
+
+def _loaded(asked: Answering) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield each model, one in memory at a time; those that differ by an adapter only are one copy of their base."""
+    names = list(asked.models)
+    while names:
+        path = asked.models[names[0]]
+        model = load_model(path, asked.attn_implementation)
+        adapter = None
+        while names and asked.models[names[0]] == path:
+            name = names.pop(0)
+            if folder := asked.adapters.get(name):
+                adapter = adapter or AttachedAdapter(model, folder)
+            if adapter:
+                adapter.switch(on=bool(folder))
+            yield name, model
+        del model, adapter
 
 
 def answer_all(asked: Answering, folder: Path, nproc: int, on_done: Callable[[int], object]) -> Answers:

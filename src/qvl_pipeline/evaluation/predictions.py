@@ -17,7 +17,7 @@ MODELS = ("base", "trained")
 def eval_samples(
     samples: TokenizedSamples, max_samples: int | None, task_by_source: Mapping[str, str] | None = None
 ) -> pd.DataFrame:
-    """Choose the samples to evaluate.
+    """Choose the samples to evaluate: all of the eval split but plain texts, which ask nothing.
 
     Args:
         samples: The tokenized samples of all splits.
@@ -37,7 +37,11 @@ def eval_samples(
         known = ", ".join(sorted(set(table["source"])))
         raise UserError(f"evaluate.task_by_source names the source '{unknown[0]}', but the samples are of {known}")
     table["task"] = [tasks.get(source, task) for source, task in zip(table["source"], table["task"], strict=True)]
-    chosen = table[table["split"] == "eval"].drop(columns="split").rename(columns={"answer": "expected"})
+    chosen = (
+        table[(table["split"] == "eval") & (table["prompt_length"] > 0)]
+        .drop(columns="split")
+        .rename(columns={"answer": "expected"})
+    )
     if max_samples is None or max_samples >= len(chosen):
         return chosen
     return chosen.iloc[np.linspace(0, len(chosen) - 1, max_samples).round().astype(int)]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
 
 
+# Side of the square of patches that becomes one token, in all families so far.
+MERGE_SIZE = 2
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """Everything about a family that differs from the others.
@@ -48,6 +52,11 @@ class ModelFamily:
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels of a picture that one token stands for."""
+        return (self.patch_size * MERGE_SIZE) ** 2
 
     def group_of(self, parameter_name: str) -> str:
         """Name the group a parameter belongs to.

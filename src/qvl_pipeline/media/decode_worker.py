@@ -62,7 +62,7 @@ class DecodeWorker:
         self._closed = False
 
     def read(self, clip: Any) -> Any:
-        """Read one clip.
+        """Read one clip, and once more where the process ended over it: the machine may have ended it, for its memory.
 
         Args:
             clip: What `read` takes.
@@ -73,6 +73,11 @@ class DecodeWorker:
         Raises:
             RuntimeError: The child does not start, or the worker was closed.
         """
+        outcome = self._read_once(clip)
+        ended = isinstance(outcome, Failure) and outcome.rule == "decoder_crashed"
+        return self._read_once(clip) if ended and not self._closed else outcome
+
+    def _read_once(self, clip: Any) -> Any:
         if self._child is None:
             self._start()
         try:

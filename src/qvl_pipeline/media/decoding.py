@@ -150,21 +150,34 @@ def _frame_table(
         raise UserError(f"video '{path}' holds no frames; run the pipeline 'validate'")
     pts = np.array(list(frames), dtype=np.int64)
     base = stream.time_base
-    # Formats of broadcasting (MPEG-TS, MPEG-PS) start their clock anywhere; all others start it at zero.
-    starts_anywhere = bool(container.format.flags & av.format.Flags.ts_discont.value)
-    origin = int(Fraction(container.start_time or 0, av.time_base) / base) if starts_anywhere else 0
+    origin = int(clock_start(container) / base)
     seconds = (pts - origin) * base.numerator / base.denominator
     keyframes = [(number, packet) for number, packet in enumerate(frames.values()) if packet.is_key]
-    # The same formats are searched by decoding time, all others have an index of presentation times.
+    # Formats of broadcasting are searched by decoding time, all others have an index of presentation times.
+    by_decoding_time = _is_broadcast(container)
     return FrameTable(
         pts=pts,
         seconds=seconds,
         fps=_mean_fps(stream, seconds),
         keyframes=[number for number, _ in keyframes],
         seek_times=[
-            packet.dts if starts_anywhere and packet.dts is not None else packet.pts for _, packet in keyframes
+            packet.dts if by_decoding_time and packet.dts is not None else packet.pts for _, packet in keyframes
         ],
     )
+
+
+def clock_start(container: av.container.InputContainer) -> Fraction:
+    """Return the time in seconds at which the clock of a file starts: its second 0, as players and FFmpeg count.
+
+    Formats of broadcasting (MPEG-TS, MPEG-PS) start their clock anywhere, and so does Matroska, where a recording was
+    joined late or a part was cut out. All others start it at zero.
+    """
+    starts_anywhere = _is_broadcast(container) or "matroska" in container.format.name
+    return Fraction(container.start_time or 0, av.time_base) if starts_anywhere else Fraction(0)
+
+
+def _is_broadcast(container: av.container.InputContainer) -> bool:
+    return bool(container.format.flags & av.format.Flags.ts_discont.value)
 
 
 def _mean_fps(stream: av.VideoStream, seconds: np.ndarray) -> float:

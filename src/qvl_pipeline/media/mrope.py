@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-MERGE_SIZE = 2
+from qvl_pipeline.families.family import MERGE_SIZE
 
 
 def mrope_positions(

@@ -18,8 +18,9 @@ from qvl_pipeline.media.opening import open_media, open_picture
 def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
     """Open an image the way it is meant to be seen: upright, and over white where it is transparent.
 
-    Same as transformers' `load_image` (EXIF orientation) and `convert_to_rgb` (white ground, as in qwen_vl_utils;
-    before release 5.21 transformers showed the colours below the transparency).
+    A white ground is the rule of qwen_vl_utils, vLLM, and of transformers' processors since 5.21 where they are given
+    pictures. Given a path, transformers' `load_image` (to 5.23) drops the transparency and shows the colours below it.
+    Upright (EXIF) is the rule of transformers and vLLM.
 
     Args:
         path: Image file.

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.decoding import decode_frames, open_container, read_frame_table
+from qvl_pipeline.media.decoding import clock_start, decode_frames, open_container, read_frame_table
 from qvl_pipeline.media.opening import NoFileError, OpenMedia, OutsideFolderError, hash_media, open_media, open_picture
 
 # EXIF orientations that turn the picture by a quarter.
@@ -109,9 +109,19 @@ def _probe_image(file: OpenMedia, max_pixels: int) -> Probe:
         if image.width * image.height > max_pixels:
             return facts
         image.load()
+        if _fits_8_bits(image):
+            facts = replace(facts, mode="L")
         if image.getexif().get(ExifTags.Base.Orientation) in _LYING:
             facts = replace(facts, width=image.height, height=image.width)
         return replace(facts, n_frames=_count_pictures(image))
+
+
+def _fits_8_bits(image: Image.Image) -> bool:
+    """Whether a grey picture of more bits has no value that 8 bits do not hold: converting it loses nothing then."""
+    if image.mode.split(";")[0] != "I":
+        return False
+    least, most = image.getextrema()
+    return least >= 0 and most <= 255
 
 
 def _count_pictures(image: Image.Image) -> int | None:
@@ -127,6 +137,8 @@ def _probe_video(file: OpenMedia, max_pixels: int) -> Probe:
         if not container.streams.video:
             return Probe(failure="holds no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            return Probe(failure="its video stream is of no known codec: the file is cut off or damaged")
         facts = Probe(
             width=stream.width,
             height=stream.height,
@@ -135,8 +147,10 @@ def _probe_video(file: OpenMedia, max_pixels: int) -> Probe:
         )
         if stream.width * stream.height > max_pixels:
             return facts
-        packets = (packet for packet in container.demux(stream) if packet.size)
-        if all(packet.pts is None and packet.dts is None for packet in packets):
+        timed = [packet.pts is not None or packet.dts is not None for packet in container.demux(stream) if packet.size]
+        if not timed:
+            return replace(facts, failure="holds no frames: the file is cut off or damaged")
+        if not any(timed):
             return facts
     table = read_frame_table(file)
     n_frames = len(table.seconds)
@@ -157,7 +171,9 @@ def _declared_duration(container: av.container.InputContainer, stream: av.VideoS
     if stream.duration:
         return float(stream.duration * stream.time_base)
     # The container's duration is that of its longest stream, which may be the sound.
-    return container.duration / av.time_base if container.duration and not container.streams.audio else None
+    if not container.duration or container.streams.audio:
+        return None
+    return container.duration / av.time_base - float(clock_start(container))  # a Matroska file says when it ends
 
 
 def _longest_gap(seconds: np.ndarray) -> float | None:

@@ -45,7 +45,7 @@ class ProbeWorker:
         self._end()
 
     def probe(self, path: str, kind: str) -> Probe:
-        """Probe one file.
+        """Probe one file, and once more where the child ended over it: the machine may have ended it, for its memory.
 
         Args:
             path: File to probe.
@@ -57,6 +57,15 @@ class ProbeWorker:
         Raises:
             RuntimeError: The child does not start.
         """
+        return self._probe_once(path, kind) or self._probe_once(path, kind) or self._crashed()
+
+    def _crashed(self) -> Probe:
+        from qvl_pipeline.media.probe import Probe
+
+        return Probe(failure=f"crashed the decoder (exit status {self._status})")
+
+    def _probe_once(self, path: str, kind: str) -> Probe | None:
+        """Probe; `None` where the child ended over it."""
         from qvl_pipeline.media.probe import Probe
 
         if self._child is not None and self._child.poll() is not None:
@@ -71,12 +80,12 @@ class ProbeWorker:
         finally:
             timer.cancel()
             timer.join()
-        status = None if answer and not expired.is_set() else self._end()
+        self._status = None if answer and not expired.is_set() else self._end()
         if answer:
             return Probe(**json.loads(answer))
         if expired.is_set():
             return Probe(failure=f"took longer than {self._timeout_s:g} s to probe")
-        return Probe(failure=f"crashed the decoder (exit status {status})")
+        return None
 
     def _start(self) -> subprocess.Popen[str]:
         watched, held = os.pipe()

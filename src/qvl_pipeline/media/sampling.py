@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Qwen-VL merges frames in pairs and patches in squares of 2 x 2.
+from qvl_pipeline.families.family import MERGE_SIZE
+
+# Qwen-VL merges frames in pairs.
 FRAME_FACTOR = 2
-MERGE_SIZE = 2
 # qwen_vl_utils' VIDEO_MAX_TOKEN_NUM: most merged tokens of one frame, whatever `max_pixels` says.
 MAX_FRAME_TOKENS = 768
 MAX_RATIO = 200
@@ -190,3 +191,27 @@ def frame_limit(n_frames: int, *, factor: int, min_pixels: int, max_pixels: int,
 def seconds_per_grid(seconds: Sequence[float], temporal_patch_size: int = FRAME_FACTOR) -> float:
     """Mean time between two temporal patches, from the true times of the sampled frames `[T]`."""
     return temporal_patch_size * (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+
+
+def told_seconds_per_grid(
+    indices: Sequence[int], seconds: Sequence[float], fps: float, temporal_patch_size: int = FRAME_FACTOR
+) -> float:
+    """Time of a temporal patch as Qwen2.5-VL is told it, by the formula that its training and all engines have.
+
+    That is the temporal patch over the sampled rate, which is the share of the clip's frames that was taken times their
+    rate (transformers' `VideoMetadata.sampled_fps`, qwen_vl_utils' `sample_fps`). The frames themselves, which are
+    spread from the first to the last, lie further apart: by 14 % if they are 8, by 33 % if 4. Where the frame rate
+    varies, that share says nothing of time, and the true interval is told.
+
+    Args:
+        indices: Number of each sampled frame in the source `[T]`; the first and the last are those of the clip.
+        seconds: Its true time `[T]`.
+        fps: Mean frame rate of the source.
+        temporal_patch_size: Frames in a temporal patch.
+    """
+    shown = np.asarray(seconds) - seconds[0]
+    expected = np.asarray(indices) - indices[0]
+    if np.abs(shown * fps - expected).max() >= 0.5:
+        return seconds_per_grid(seconds, temporal_patch_size)
+    frames = indices[-1] - indices[0] + 1
+    return temporal_patch_size / (len(indices) / frames * fps)

@@ -122,6 +122,8 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
+    if field.default_factory_takes_validated_data:
+        return "by other keys"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "see below"

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import ProcessorMixin
 
-from qvl_pipeline.families.tokens import END_OF_TURN
+from qvl_pipeline.families.tokens import END_OF_TEXT, END_OF_TURN
 from qvl_pipeline.tokens.control import mark_written
+from qvl_pipeline.tokens.tools import Tools, Turns, refuse_left_out_tools
 from qvl_pipeline.tokens.unusable import UnusableSampleError
 
-Conversation = Sequence[Mapping[str, Any]]
+# What is said of a turn, or of the whole conversation at its first, and is not for the template to see.
+_NOT_OF_A_TURN = ("tools", "trained")
+
+
+class _Chat(NamedTuple):
+    """What a template is given. `name` is the sample id, `trained` whether each turn is trained on."""
+
+    name: str
+    turns: Turns
+    tools: Tools
+    trained: list[bool]
 
 
 @dataclass(frozen=True)
@@ -22,16 +35,19 @@ class RenderedChat:
     Attributes:
         name: What to call it in an error: the sample id.
         text: The rendered chat template, with marks where texts hold what could be a control token (`tokens.control`).
-        answers: Half-open character ranges of the assistant turns: content and end token.
+        answers: Half-open character ranges of the assistant turns: content, tool calls and end token. A plain text is
+            one answer.
+        trained: Whether each of them is trained on.
     """
 
     name: str
     text: str
     answers: list[tuple[int, int]]
+    trained: list[bool]
 
 
 def render_chats(
-    processor: ProcessorMixin, conversations: Sequence[Conversation], names: Sequence[str]
+    processor: ProcessorMixin, conversations: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]
 ) -> list[RenderedChat]:
     """Render conversations and find their assistant turns.
 
@@ -41,7 +57,7 @@ def render_chats(
 
     Args:
         processor: Processor with the chat template.
-        conversations: Messages of each conversation.
+        conversations: Messages of each conversation, as `samples` has them.
         names: Their sample ids.
 
     Returns:
@@ -49,29 +65,66 @@ def render_chats(
 
     Raises:
         UnusableSampleError: The template refuses a conversation, renders its beginning in another way than the whole,
-            or nothing before an answer, or the conversation has no assistant turn. The message names the sample.
+            nothing before an answer, or not its tools, or no assistant turn is trained on. The message names the
+            sample.
     """
-    conversations = [mark_written(chat) for chat in conversations]
+    chats = [_chat(name, messages) for name, messages in zip(names, conversations, strict=True)]
+    spoken = [chat for chat in chats if not _is_plain_text(chat)]
+    rendered = iter(_render_spoken(processor, spoken))
+    return [_plain_text(chat) if _is_plain_text(chat) else next(rendered) for chat in chats]
+
+
+def _chat(name: str, messages: Sequence[Mapping[str, Any]]) -> _Chat:
+    turns = [{key: value for key, value in turn.items() if key not in _NOT_OF_A_TURN} for turn in messages]
+    tools = messages[0].get("tools") if messages else None
+    trained = [turn.get("trained", True) for turn in messages]
+    return _Chat(name, mark_written(turns), mark_written(tools), trained)
+
+
+def _is_plain_text(chat: _Chat) -> bool:
+    return [turn["role"] for turn in chat.turns] == ["text"]
+
+
+def _plain_text(chat: _Chat) -> RenderedChat:
+    """A text as it is, with the token that ends texts: there is no template for it, and nothing to answer."""
+    text = "".join(item["text"] for item in chat.turns[0]["content"]) + END_OF_TEXT
+    return RenderedChat(chat.name, text, [(0, len(text))], [True])
+
+
+def _render_spoken(processor: ProcessorMixin, chats: Sequence[_Chat]) -> list[RenderedChat]:
     turns = [
         (owner, number)
-        for owner, chat in enumerate(conversations)
-        for number, message in enumerate(chat)
-        if message["role"] == "assistant"
+        for owner, chat in enumerate(chats)
+        for number, turn in enumerate(chat.turns)
+        if turn["role"] == "assistant"
     ]
-    texts = _render(processor, conversations, names)
-    before = [conversations[owner][:number] for owner, number in turns]
-    prompts = _render(processor, before, [names[owner] for owner, _ in turns], generate=True)
-    inner = [(owner, number) for owner, number in turns if number + 1 < len(conversations[owner])]
-    answered = [conversations[owner][: number + 1] for owner, number in inner]
-    beginnings = dict(zip(inner, _render(processor, answered, [names[owner] for owner, _ in inner]), strict=True))
-    chats = [RenderedChat(name, text, []) for name, text in zip(names, texts, strict=True)]
+    texts = _render(processor, chats)
+    prompts = _render(processor, [_first(chats[owner], number) for owner, number in turns], generate=True)
+    inner = [(owner, number) for owner, number in turns if number + 1 < len(chats[owner].turns)]
+    answered = _render(processor, [_first(chats[owner], number + 1) for owner, number in inner])
+    beginnings = dict(zip(inner, answered, strict=True))
+    rendered = [RenderedChat(chat.name, text, [], []) for chat, text in zip(chats, texts, strict=True)]
     for (owner, number), prompt in zip(turns, prompts, strict=True):
         beginning = beginnings.get((owner, number), texts[owner])
-        chats[owner].answers.append(_answer_range(chats[owner], prompt, beginning))
-    for chat in chats:
-        if not chat.answers:
+        rendered[owner].answers.append(_answer_range(rendered[owner], prompt, beginning))
+        rendered[owner].trained.append(chats[owner].trained[number])
+    for chat, found in zip(chats, rendered, strict=True):
+        if not any(found.trained):
             raise UnusableSampleError(chat.name, "nothing_to_train", "it has no assistant turn to train on")
-    return chats
+        _check_tools(processor, chat, found.text)
+    return rendered
+
+
+def _first(chat: _Chat, number: int) -> _Chat:
+    """The first turns of a conversation."""
+    return chat._replace(turns=chat.turns[:number])
+
+
+def _check_tools(processor: ProcessorMixin, chat: _Chat, text: str) -> None:
+    def render(turns: Turns, tools: Tools) -> str:
+        return _render(processor, [chat._replace(turns=turns, tools=tools)])[0]
+
+    refuse_left_out_tools(chat.name, chat.turns, chat.tools, text, render)
 
 
 def _answer_range(chat: RenderedChat, prompt: str, answered: str) -> tuple[int, int]:
@@ -97,17 +150,26 @@ def _answer_range(chat: RenderedChat, prompt: str, answered: str) -> tuple[int, 
     return len(prompt), end + len(END_OF_TURN)
 
 
-def _render(
-    processor: ProcessorMixin, conversations: Sequence[Conversation], names: Sequence[str], *, generate: bool = False
-) -> list[str]:
-    if not conversations:
-        return []
+def _render(processor: ProcessorMixin, chats: Sequence[_Chat], *, generate: bool = False) -> list[str]:
+    """Render conversations; those that have the same tools, most often none, by one call."""
+    alike: dict[str, list[int]] = defaultdict(list)
+    for number, chat in enumerate(chats):
+        alike[json.dumps(chat.tools) if chat.tools else ""].append(number)
+    texts = [""] * len(chats)
+    for numbers in alike.values():
+        rendered = _render_alike(processor, [chats[number] for number in numbers], generate=generate)
+        for number, text in zip(numbers, rendered, strict=True):
+            texts[number] = text
+    return texts
+
+
+def _render_alike(processor: ProcessorMixin, chats: Sequence[_Chat], *, generate: bool) -> list[str]:
+    conversations = [list(chat.turns) for chat in chats]
     try:
-        return processor.apply_chat_template(list(conversations), add_generation_prompt=generate)
+        return processor.apply_chat_template(conversations, tools=chats[0].tools, add_generation_prompt=generate)
     except Exception as error:  # a template is a program that runs on data: it may fail in any way
-        if len(conversations) == 1:
+        if len(chats) == 1:
             refusal = f"the chat template refuses it: {' '.join(str(error).split())}"
-            raise UnusableSampleError(names[0], "template_refusal", refusal) from error
+            raise UnusableSampleError(chats[0].name, "template_refusal", refusal) from error
     # One of many was refused; alone, it is refused by name.
-    pairs = zip(conversations, names, strict=True)
-    return [text for chat, name in pairs for text in _render(processor, [chat], [name], generate=generate)]
+    return [text for chat in chats for text in _render_alike(processor, [chat], generate=generate)]

@@ -30,6 +30,11 @@ def mark_written(value: Any) -> Any:
     return [mark_written(part) for part in value] if isinstance(value, list) else value
 
 
+def without_marks(text: str) -> str:
+    """Return a text as it was written."""
+    return text.replace(_WRITTEN, "<")
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
     """Tokenise rendered texts; of what is marked, no control token is made.
 
@@ -68,7 +73,7 @@ def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
 def _encode_written(tokenizer: PreTrainedTokenizerBase, marked: str) -> Tokens:
     """Tokenise a text that holds no control token but those that are written in it."""
-    text = marked.replace(_WRITTEN, "<")
+    text = without_marks(marked)
     holds_control = _CONTROL.search(text) is not None
     [encoding] = tokenizer([text], add_special_tokens=False, split_special_tokens=holds_control).encodings
     ids, offsets = _tokens(encoding)

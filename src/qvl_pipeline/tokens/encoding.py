@@ -20,10 +20,11 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families.tokens import END_OF_TURN
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
-from qvl_pipeline.media.sampling import seconds_per_grid
+from qvl_pipeline.media.sampling import seconds_per_grid, told_seconds_per_grid
 from qvl_pipeline.tokens.chat import RenderedChat, render_chats
-from qvl_pipeline.tokens.control import encode_texts
+from qvl_pipeline.tokens.control import encode_texts, without_marks
 from qvl_pipeline.tokens.unusable import Unusable, UnusableSampleError
 
 COPIED = ("sample_id", "source", "split", "kind", "task", "answer")
@@ -40,12 +41,14 @@ class EncodedChat:
     Attributes:
         input_ids: Int32 `[T]`, placeholders expanded.
         label_spans: Half-open token ranges that are trained on.
-        prompt_length: Tokens before the last assistant answer.
+        prompt_length: Tokens before the last assistant answer; 0 of a plain text, which answers nothing.
+        last_answer: Text of that answer, without its end token.
     """
 
     input_ids: np.ndarray
     label_spans: list[tuple[int, int]]
     prompt_length: int
+    last_answer: str
 
 
 class ImageFacts(NamedTuple):
@@ -69,6 +72,8 @@ class MediaGrids:
         """
         self._image_processor = processor.image_processor
         self._videos = processor.video_processor
+        # Qwen2.5-VL's model is given an interval, Qwen3-VL's reads the seconds in the text.
+        self._tells_interval = "second_per_grid_ts" in processor.model_input_names
         self.images = images
         self.store = store
 
@@ -89,15 +94,19 @@ class MediaGrids:
     def _clip(self, item: Mapping[str, Any]) -> Medium:
         key = clip_id(item["path"], item["start"], item["end"])
         clip = self.store.info(key)
+        temporal_patch, seconds = self._videos.temporal_patch_size, clip["seconds"]
+        interval = seconds_per_grid(seconds, temporal_patch)
+        if self._tells_interval:
+            interval = told_seconds_per_grid(clip["frame_indices"], seconds, clip["source_fps"], temporal_patch)
         return {
             "type": "video",
             "key": key,
-            "grid_t": -(-clip["n_frames"] // self._videos.temporal_patch_size),
+            "grid_t": -(-clip["n_frames"] // temporal_patch),
             "grid_h": clip["height"] // self._videos.patch_size,
             "grid_w": clip["width"] // self._videos.patch_size,
-            "seconds_per_grid": seconds_per_grid(clip["seconds"], self._videos.temporal_patch_size),
+            "seconds_per_grid": interval,
             "content_hash": clip["content_hash"],
-            "seconds": clip["seconds"],
+            "seconds": seconds,
         }
 
     def _image(self, path: str) -> Medium:
@@ -152,7 +161,12 @@ def _encode(
             *_encode(samples[:half], media[:half], processor),
             *_encode(samples[half:], media[half:], processor),
         ]
-    return [_table_row(*parts) for parts in zip(samples, encoded, media, strict=True)]
+    rows = [_table_row(*parts) for parts in zip(samples, encoded, media, strict=True)]
+    for row, messages, found in zip(rows, conversations, encoded, strict=True):
+        # A call as the template writes it, which is what a model is to write: `ingest` cannot know it.
+        if not row["answer"] and any(turn.get("tool_calls") for turn in messages[-1:]):
+            row["answer"] = found.last_answer
+    return rows
 
 
 def encode_chats(
@@ -211,7 +225,7 @@ def _compact(processor: ProcessorMixin, chat: RenderedChat, media: Sequence[Medi
         fewer = f"it has {len(media)} media, but the chat template places fewer: it may know none in such a turn"
         raise UnusableSampleError(chat.name, "media_not_placed", fewer)
     answers = [(moved[start], moved[end]) for start, end in chat.answers]
-    return RenderedChat(chat.name, "".join(pieces), answers), repeats
+    return RenderedChat(chat.name, "".join(pieces), answers, chat.trained), repeats
 
 
 def _repeat_placeholders(
@@ -224,12 +238,15 @@ def _repeat_placeholders(
     position = np.concatenate([[0], np.cumsum(counts)])
     answers = [_token_range(offsets, *answer) for answer in chat.answers]
     trained = np.zeros(len(ids), dtype=np.int8)
-    for start, end in answers:
-        trained[start:end] = 1
+    for (start, end), is_trained in zip(answers, chat.trained, strict=True):
+        trained[start:end] = is_trained
     trained[is_placeholder] = 0  # a model does not write images: within an answer they are context
+    trained[0] = 0  # nothing of the sample is before it that could predict it
     edges = np.flatnonzero(np.diff(trained, prepend=0, append=0))
     spans = [(int(start), int(end)) for start, end in position[edges].reshape(-1, 2)]
-    return EncodedChat(np.repeat(ids, counts), spans, int(position[answers[-1][0]]))
+    start, end = chat.answers[-1]
+    last_answer = without_marks(chat.text[start:end].removesuffix(END_OF_TURN))
+    return EncodedChat(np.repeat(ids, counts), spans, int(position[answers[-1][0]]), last_answer)
 
 
 def _token_range(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:

@@ -28,17 +28,19 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         The attention kernels that will be used in the language model and in the vision tower.
 
     Raises:
-        UserError: A name in `freeze_modules`, `learning_rates`, `transformer_layer_cls_to_wrap` or
+        UserError: A name in `freeze_modules`, `adapter.targets`, `learning_rates`, `transformer_layer_cls_to_wrap` or
             `torch_compile_backend` fits nothing that is there, the schedule is impossible, there is no step to profile,
             a package is missing, or the machine cannot run it as asked.
     """
     import torch
 
+    from qvl_pipeline.engine.model.adapters.injection import inject
+    from qvl_pipeline.engine.model.adapters.start import check_start
     from qvl_pipeline.engine.model.attention_kernels import choose_kernels
     from qvl_pipeline.engine.model.freezing import freeze
     from qvl_pipeline.engine.model.sharded import layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
-    from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates
+    from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
     from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
     from qvl_pipeline.engine.parallel.sharding import check_shard_size
     from qvl_pipeline.families import FAMILIES
@@ -55,6 +57,11 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         raise UserError(
             f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
         )
+    if spec.adapter.used and spec.model.freeze_modules:
+        raise UserError(
+            f"train.freeze_modules means nothing with adapter.type '{spec.adapter.type}', which freezes all that "
+            "adapter.targets and adapter.train_fully do not name: take it out"
+        )
     if spec.model.torch_compile:
         _check_backend(spec.model.torch_compile_backend)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +74,10 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
         check_degree(spec.parallel.sp_ulysses_degree, ranks, model.config.text_config.num_attention_heads)
         layers_to_wrap(model, family, spec.parallel.transformer_layer_cls_to_wrap)
         freeze(model, family, spec.model.freeze_modules)
-        peak_rates(spec.optim, {family.group_of(name) for name, p in model.named_parameters() if p.requires_grad})
+        if spec.adapter.used:
+            inject(model, family, spec.adapter)
+            check_start(model, spec.adapter)
+        peak_rates(spec.optim, trained_parts(model, family, spec.optim))
         learning_rate_schedule(spec.optim, steps)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config.adapter import NO_ADAPTER
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.lineage.digests import content_digest
 
 
 def run_fingerprint(
@@ -18,6 +20,7 @@ def run_fingerprint(
     train: TrainConfig,
     plan_summary: dict[str, Any],
     contents: Sequence[str],
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> str:
     """Hash all that decides the outcome of a training: only runs that agree in it resume each other's checkpoints.
 
@@ -30,6 +33,7 @@ def run_fingerprint(
         train: Parameters of training.
         plan_summary: Facts of the plan, which has a fingerprint of its own.
         contents: Digests of what else counts: base model and frames.
+        adapter: Parameters of the adapter.
 
     Returns:
         16 hexadecimal digits.
@@ -38,13 +42,36 @@ def run_fingerprint(
         "sample": sample.decisive(),
         "model": model.decisive(),
         "train": train.decisive(),
+        # What was trained without adapters before there were any goes on.
+        **({"adapter": adapter.decisive()} if adapter.type != "none" else {}),
         "plan": plan_summary["fingerprint"],
         "contents": list(contents),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_identity(base_model: str, model: ModelConfig, train: TrainConfig, plan_fingerprint: str) -> dict[str, str]:
+def adapter_digest(adapter: AdapterConfig) -> list[str]:
+    """Return the digest of the adapter that a training goes on from, if there is one.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if adapter.type == "none" or not adapter.start_from:
+        return []
+    if not Path(adapter.start_from).is_dir():
+        raise UserError(
+            f"adapter.start_from: {adapter.start_from} is not a folder: give that of an adapter in peft's format"
+        )
+    return [content_digest(Path(adapter.start_from))]
+
+
+def run_identity(
+    base_model: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    plan_fingerprint: str,
+    adapter: AdapterConfig = NO_ADAPTER,
+) -> dict[str, str]:
     """Say what a run and a checkpoint it starts from must agree in, by parameter.
 
     The base model by the digest of its content; the plan, because a checkpoint's step is a position in it; the rest,
@@ -57,7 +84,16 @@ def run_identity(base_model: str, model: ModelConfig, train: TrainConfig, plan_f
         "train.freeze_modules": ", ".join(sorted(train.freeze_modules)) or "none",
         "train.optim": train.optim.removesuffix("_fused"),
         "train.ema_decay": "set" if train.ema_decay else "0",
+        "adapter": _tensors_of(adapter),
     }
+
+
+def _tensors_of(adapter: AdapterConfig) -> str:
+    """Say which tensors an adapter has, and what they mean."""
+    if adapter.type == "none":
+        return "none"
+    names = ("type", "r", "alpha", "rslora", "init", "targets", "train_fully")
+    return json.dumps({name: getattr(adapter, name) for name in names}, sort_keys=True)
 
 
 def checkpoint_to_start_from(train: TrainConfig, identity: Mapping[str, str]) -> str:
@@ -79,6 +115,7 @@ def checkpoint_to_start_from(train: TrainConfig, identity: Mapping[str, str]) ->
         values = "; ".join(f"{key}: {found.get(key)} there, {identity[key]} here" for key in differing)
         raise UserError(
             f"train.resume_from_checkpoint: {path} belongs to a run of another kind ({values}). Base model, plan, "
-            "frozen parts, optimizer and average must be the same; rates, schedule, precision and processes may differ"
+            "frozen parts, adapter, optimizer and average must be the same; rates, schedule, precision and processes "
+            "may differ"
         )
     return str(path)

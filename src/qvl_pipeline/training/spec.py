@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config.adapter import NO_ADAPTER
 from qvl_pipeline.data.base_model import read_base_model
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.scratch import EVAL_PLAN, EXPORT, PACK_PLAN
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def make_spec(
     output_dir: Path,
     identity: dict[str, str],
     resume_from: str,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> TrainSpec:
     """Make the engine's spec.
 
@@ -62,6 +65,10 @@ def make_spec(
         output_dir: Folder the engine works in, which has the plans.
         identity: What the run and a checkpoint it starts from must agree in.
         resume_from: Checkpoint to start from; empty for the base model.
+        adapter: Parameters of the adapter.
+
+    Raises:
+        UserError: Two blocks say different things.
     """
     from qvl_pipeline.engine import spec
 
@@ -102,6 +109,7 @@ def make_spec(
         optim=_filled(
             spec.OptimSpec,
             train,
+            learning_rates=_learning_rates(train, adapter),
             warmup_steps=train.warmup_steps or math.ceil(train.warmup_ratio * summary["steps"]),
         ),
         parallel=_filled(spec.ParallelSpec, train, train.fsdp_config),
@@ -117,7 +125,23 @@ def make_spec(
             output_dir=str((output_dir / EXPORT).resolve()),
             dtype={"bf16": "bfloat16", "fp32": "float32"}[train.export_dtype],
         ),
+        adapter=_filled(spec.AdapterSpec, adapter),
     )
+
+
+def _learning_rates(train: TrainConfig, adapter: AdapterConfig) -> dict[str, float]:
+    """Return the rates of parts from the two blocks that have some.
+
+    Raises:
+        UserError: Both have the rate of one part.
+    """
+    if adapter.type == "none":
+        return train.learning_rates
+    if doubled := sorted(set(train.learning_rates) & set(adapter.learning_rates)):
+        raise UserError(
+            f"train.learning_rates and adapter.learning_rates both have a rate of '{doubled[0]}': keep one of them"
+        )
+    return {**train.learning_rates, **adapter.learning_rates}
 
 
 def _filled(group: type[Group], *blocks: Any, **given: Any) -> Group:

@@ -25,8 +25,8 @@ from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tokens.encoding import MediaGrids
 from tests.data.samples import samples_table, write_images, write_store
 
-# Even: every 2nd frame of 20 at 4 a second. Odd count, later start, a rate that is no whole number: 5 of 40.
-CLIPS = {"even.mp4": (range(0, 20, 2), 4.0), "odd.mp4": ([7, 15, 22, 30, 37], 30000 / 1001)}
+# Even: every 2nd frame of 19 at 4 a second. Odd count, of a part, a rate that is no whole number: 5 of 31.
+CLIPS = {"even.mp4": (range(0, 19, 2), 4.0), "odd.mp4": ([7, 15, 22, 30, 37], 30000 / 1001)}
 
 
 @pytest.fixture
@@ -86,8 +86,9 @@ def by_processor(row: pd.Series, processor: ProcessorMixin, store: FrameStore) -
             continue
         indices, fps = CLIPS[item["path"]]
         videos.append(torch.tensor(store.frames(item["path"])))
-        total = 20 if item["path"] == "even.mp4" else 40
-        metadata.append(VideoMetadata(total_num_frames=total, fps=fps, frames_indices=list(indices)))
+        metadata.append(
+            VideoMetadata(total_num_frames=indices[-1] - indices[0] + 1, fps=fps, frames_indices=list(indices))
+        )
     return processor(
         text=[processor.apply_chat_template(orjson.loads(row["messages"]))],
         images=images or None,
@@ -164,16 +165,19 @@ def test_grids_and_patches_are_those_of_the_processor(
             assert ours == (expected[f"{kind}_grid_thw"].tolist() if f"{kind}_grid_thw" in expected else [])
 
 
-def test_seconds_per_grid_is_the_true_interval_of_temporal_patches(
+def test_seconds_per_grid_is_what_the_processor_tells_the_model(
     samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, store: FrameStore
 ) -> None:
-    [medium] = tokenize(samples, grids, processor)["video"]["media"]
-    assert medium["seconds_per_grid"] == 1.0
-    expected = by_processor(samples[samples["kind"] == "video"].iloc[0], processor, store)
-    if "second_per_grid_ts" in expected:
-        assert float(expected["second_per_grid_ts"][0]) == medium["seconds_per_grid"]
-    image = tokenize(samples, grids, processor)["image"]["media"][0]
-    assert image["seconds_per_grid"] == 0.0
+    """Of Qwen2.5-VL; Qwen3-VL's reads the seconds in the text, and there the column has the true interval."""
+    rows = tokenize(samples, grids, processor)
+    told = [medium["seconds_per_grid"] for medium in rows["two_videos"]["media"]]
+    expected = by_processor(samples[samples["kind"] == "two_videos"].iloc[0], processor, store)
+    true = [2 * (indices[-1] - indices[0]) / (len(indices) - 1) / fps for indices, fps in CLIPS.values()]
+    if "second_per_grid_ts" in processor.model_input_names:
+        assert torch.tensor(told).tolist() == expected["second_per_grid_ts"].tolist()
+    else:
+        assert told == pytest.approx(true[::-1])
+    assert rows["image"]["media"][0]["seconds_per_grid"] == 0.0
 
 
 def test_spans_are_the_answers_with_their_end_token_and_nothing_else(

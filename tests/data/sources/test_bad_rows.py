@@ -151,7 +151,7 @@ BAD: dict[str, list[bytes]] = {
         _sharegpt(None),
         _sharegpt(3),
         _sharegpt("<image>", image="a.png", images=["a.png"]),
-        b'{"conversations": [{"from": "human", "value": "a", "weight": 0}]}',
+        b'{"conversations": [{"from": "human", "value": "a", "weight": 2}]}',
         b'{"conversations": [{"from": 3, "value": "a"}]}',
     ],
     "path_outside_data_folder": [

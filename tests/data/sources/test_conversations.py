@@ -143,7 +143,27 @@ UNKNOWN_FORMATS = [
     ({"messages": [{"content": "hello"}]}, "messages[0].role is null, not a text"),
     ({"messages": [{"role": "user"}]}, "the content of messages[0] is null, not a list"),
     ({"messages": [{"role": "user", "content": 3}]}, "the content of messages[0] is a number, not a list"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "has the key 'tool_calls'"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "tool_calls[0].name is null"),
+    ({"messages": [{"role": "user", "content": "", "tool_calls": [{"name": "f"}]}]}, "only the assistant calls tools"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "a text that is not JSON"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[]"}]}]}, "is a list, not an obj"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "output": 1}]}]}, "has the key 'output'"),
+    ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "conversations[0].value is a text that is not"),
+    (_openai(tools=[{"description": "a"}]), "tools[0] has no 'name'"),
+    (_openai(tools="{"), "'tools' is a text that is not JSON"),
+    ({"messages": [], "tools": [{"name": "f"}]}, "it has 'tools', but no turn"),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+        "weight is 0.5: a turn is trained on",
+    ),
+    ({"messages": [{"role": "user", "content": "a", "train": True}]}, "only answers are trained on"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 1, "train": False}]}, "contradict each other"),
+    ({"instruction": "a", "output": 3}, "'output' is a number, not a text"),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, "history[0] is no pair of question and answer"),
+    ({"message": []}, "but 'message'; known forms are openai (messages: role, content), sharegpt"),
+    ({"message": []}, ": rename 'message' to 'messages'"),
+    ({"prompt": "a", "completion": "b"}, "completion, prompt: rename them to 'instruction' and 'output'"),
+    ({"text": "a"}, "text: say `format: text` of the source"),
     (_openai("hello"), "messages[0].content[0] is a text, not an object"),
     (_openai({"type": "document"}), "messages[0].content[0] has the type 'document'; known are text, image_url"),
     (_openai({"type": ["text"]}), "has the type ['text']"),
@@ -165,7 +185,7 @@ UNKNOWN_FORMATS = [
     (_openai({"type": "video", "video": "a.mp4", "video_end": 0}), "ends at second 0.0, not after its start at 0.0"),
     (_sharegpt("<image>", images=[{"bytes": "x", "path": "a.png"}]), "images[0].bytes is a text, not bytes"),
     (_sharegpt("<image>", images=[None]), "the path of images[0] is null, not a text"),
-    ({"conversations": [{"from": "human", "value": "a", "weight": 0}]}, "conversations[0] has the key 'weight'"),
+    ({"conversations": [{"from": "human", "value": "a", "mood": 0}]}, "conversations[0] has the key 'mood'"),
 ]
 
 
@@ -186,9 +206,110 @@ def test_system_column_is_the_first_turn() -> None:
     assert to_conversation(row).messages[0]["content"] == [{"type": "text", "text": "You speak French."}]
 
 
-def test_tools_are_refused_not_dropped() -> None:
-    with pytest.raises(RejectedRowError, match="tools"):
-        to_conversation({"tools": "[{}]", "conversations": [{"from": "human", "value": "a"}]})
+FUNCTION = {"name": "weather", "description": "Look out.", "parameters": {"type": "object"}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2}}}
+ASKED = [
+    {"role": "user", "content": [_text("Sun?")], "tools": [{"type": "function", "function": FUNCTION}]},
+    {"role": "assistant", "content": [], "tool_calls": [CALL]},
+    {"role": "tool", "content": [_text('{"sky": "blue"}')]},
+    {"role": "assistant", "content": [_text("Yes.")]},
+]
+ARGUMENTS = '{"city": "Rome", "days": 2}'
+SAME_CALL = {
+    "openai": {
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "messages": [
+            {"role": "user", "content": "Sun?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}],
+                "refusal": None,
+            },
+            {"role": "tool", "content": '{"sky": "blue"}'},
+            {"role": "assistant", "content": "Yes."},
+        ],
+    },
+    "openai, before tool calls": {
+        "tools": [FUNCTION],
+        "messages": [
+            {"role": "user", "content": "Sun?"},
+            {"role": "assistant", "content": "", "function_call": {"name": "weather", "arguments": ARGUMENTS}},
+            {"role": "function", "content": '{"sky": "blue"}'},
+            {"role": "assistant", "content": "Yes."},
+        ],
+    },
+    "sharegpt": {
+        "tools": orjson.dumps([FUNCTION]).decode(),
+        "conversations": [
+            {"from": "human", "value": "Sun?"},
+            {"from": "function_call", "value": f'{{"name": "weather", "arguments": {ARGUMENTS}}}'},
+            {"from": "observation", "value": '{"sky": "blue"}'},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("row", SAME_CALL.values(), ids=SAME_CALL.keys())
+def test_every_form_of_tools_gives_the_same_conversation(row: dict[str, Any]) -> None:
+    assert to_conversation(row) == Conversation(ASKED, [])
+
+
+def test_names_and_ids_of_calls_are_kept() -> None:
+    turns = [
+        {"role": "user", "name": "Ann", "content": "Sun?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "weather", "arguments": {}}]},
+        {"role": "tool", "name": "weather", "tool_call_id": "c1", "content": "blue"},
+    ]
+    user, call, result = to_conversation({"messages": turns}).messages
+    assert user == {"role": "user", "content": [_text("Sun?")], "name": "Ann"}
+    assert call["tool_calls"] == [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {}}}]
+    assert result == {"role": "tool", "content": [_text("blue")], "name": "weather", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss_mask", "loss_weight"])
+def test_a_turn_that_is_not_to_be_trained_on_is_marked(key: str) -> None:
+    turns = [("human", 0), ("gpt", 0), ("human", False), ("gpt", True), ("human", None), ("gpt", 1.0)]
+    row = {"conversations": [{"from": role, "value": "a", key: value} for role, value in turns]}
+    assert [turn.get("trained") for turn in to_conversation(row).messages] == [None, False, None, None, None, None]
+
+
+def test_alpaca() -> None:
+    row = {"instruction": "<image>Name it.", "input": "In French.", "output": "Chat.", "images": ["a.png"]}
+    history = [["Hello?", "Hi."]]
+    messages, media = to_conversation(row | {"system": "Be brief.", "history": history})
+    assert [(turn["role"], turn["content"]) for turn in messages] == [
+        ("system", [_text("Be brief.")]),
+        ("user", [_text("Hello?")]),
+        ("assistant", [_text("Hi.")]),
+        ("user", [IMAGE, _text("Name it.\nIn French.")]),
+        ("assistant", [_text("Chat.")]),
+    ]
+    assert media == [Media("image", "a.png")]
+    plain = to_conversation({"instruction": "Name it.", "input": "", "output": "Chat."}).messages
+    assert plain[0]["content"] == [_text("Name it.")]
+
+
+def test_items_with_a_type_and_a_value() -> None:
+    """LLaMA-Factory's second form."""
+    row = _openai({"type": "image_url", "value": "a.png"}, {"type": "text", "value": "What is this?"})
+    row["messages"][0]["loss_weight"] = 0.0
+    assert to_conversation(row) == A_CAT
+
+
+def test_a_plain_text_is_one_turn_and_only_where_the_source_says_so() -> None:
+    assert to_conversation({"text": "Once.", "url": "x"}, "text") == Conversation(
+        [{"role": "text", "content": [_text("Once.")]}], []
+    )
+    with pytest.raises(RejectedRowError, match=r"it has 'messages', which a plain text \(format: text\) does not"):
+        to_conversation({"text": "Once.", "messages": [{}]}, "text")
+
+
+def test_another_form_than_the_source_says_is_named() -> None:
+    with pytest.raises(RejectedRowError, match="in the form 'openai', and its source says `format: sharegpt`: say ope"):
+        to_conversation(_openai(), "sharegpt")
+    assert to_conversation(_sharegpt("a"), "llava") == to_conversation(_sharegpt("a"), "sharegpt")
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected", "rejected_response", "preference", "output_2"])

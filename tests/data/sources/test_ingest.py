@@ -125,6 +125,13 @@ def test_a_list_that_the_assistant_says_is_one_answer_and_no_choice_of_them() ->
     assert [references(answer) for answer in samples["answer"].to_pylist()] == [['["cat", "dog"]'], ["7", "seven"]]
 
 
+def test_columns_that_only_another_form_reads_are_put_aside() -> None:
+    alpaca = {"instruction": "Which?", "input": "", "output": "This.", "id": 1}
+    samples, _ = _ingest(_write("a.jsonl", [_row(input="x", text="y"), alpaca]))
+    assert [orjson.loads(text) for text in samples["metadata"].to_pylist()] == [{"input": "x", "text": "y"}, {"id": 1}]
+    assert samples["answer"].to_pylist() == ["This.", "This."]
+
+
 REJECTED = {
     b"{": ("unreadable_row", "row 0: it is not JSON ("),
     b'{"messages": NaN}': ("unreadable_row", "row 0: it is not JSON ("),

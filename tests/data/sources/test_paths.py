@@ -125,3 +125,12 @@ def test_leaving_a_remote_folder_is_refused(reference: str, rule: str) -> None:
     with pytest.raises(RejectedRowError) as caught:
         RemoteFolder("s3://b/media").locate(reference)
     assert caught.value.rule == rule
+
+
+def test_an_absolute_path_that_starts_at_the_folder_is_told_so(project: Path) -> None:
+    with pytest.raises(RejectedRowError, match="outside") as caught:
+        LocalFolder(Path("data")).locate("/media/a.png")
+    assert "is outside of 'data', but 'media/a.png' is there: paths without / in front" in caught.value.detail
+    with pytest.raises(RejectedRowError, match="outside") as caught:
+        LocalFolder(Path("data")).locate("/media/b.png")
+    assert caught.value.detail == "'/media/b.png' is outside of 'data'"

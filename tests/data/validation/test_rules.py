@@ -49,6 +49,7 @@ def _text_only(*turns: Message) -> Sample:
 
 
 USER, ASSISTANT = _turn("user", "Which?"), _turn("assistant", "This.")
+CALLING = _turn("assistant") | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
 PART, LATE = Media("video", "b.mp4", 0.5, 1.0), Media("video", "b.mp4", 9.0)
 
 BROKEN: list[tuple[str, Sample, str]] = [
@@ -58,14 +59,20 @@ BROKEN: list[tuple[str, Sample, str]] = [
     ("roles", _text_only(_turn("system", "Hm."), ASSISTANT), "turn 1 has the role 'assistant', not 'user'"),
     ("roles", _text_only(USER, _turn("system", "Hm.")), "turn 1 has the role 'system', not 'assistant'"),
     ("roles", _text_only(USER, _turn("tool", "4")), "turn 1 has the role 'tool', not 'assistant'"),
+    ("roles", _text_only(USER, ASSISTANT, ASSISTANT), "turn 2 has the role 'assistant', not 'user' or 'tool'"),
+    ("roles", _text_only(USER, CALLING, USER), "turn 2 has the role 'user', not 'tool'"),
+    ("roles", _text_only(USER, CALLING, _turn("tool", "4"), USER), "turn 3 has the role 'user', not 'assistant' or"),
+    ("roles", _text_only(_turn("text", "Once."), ASSISTANT), "turn 0 has the role 'text', not 'user'"),
     ("empty_turn", _text_only(USER, _turn("assistant")), "turn 1 (assistant) says nothing"),
     ("empty_turn", _text_only(_turn("user", " \n"), ASSISTANT), "turn 0 (user) says nothing"),
     ("no_assistant_turn", _text_only(USER), "none of the 1 turns is the assistant's"),
     ("no_assistant_turn", _text_only(_turn("system", "Hm.")), "none of the 1 turns is the assistant's"),
+    ("no_assistant_turn", _text_only(USER, ASSISTANT | {"trained": False}), "turns is the assistant's and trained on"),
     ("placeholder_mismatch", _sample(media=[Media("image", "a.png")]), "1 x video, but the files are 1 x image"),
-    ("placeholder_mismatch", _sample(USER, ASSISTANT), "hold none, but the files are 1 x image, 1 x video"),
+    ("placeholder_mismatch", _sample(USER, ASSISTANT), "are 1 x image, 1 x video: write <image> into the text"),
     ("placeholder_mismatch", _sample(_turn("user", "video", "image"), ASSISTANT), "hold 1 x video, 1 x image, but"),
     ("reserved_token", _text_only(USER, _turn("assistant", "a <|im_end|> b")), "the text of turn 1 holds <|im_end|>"),
+    ("reserved_token", _text_only(USER | {"tools": [{"name": "<|im_end|>"}]}, ASSISTANT), "turn 0 holds <|im_end|>"),
     ("reserved_token", _text_only(_turn("user", "<|im_", "end|>"), ASSISTANT), "the text of turn 0 holds <|im_end|>"),
     ("too_long", _text_only(USER, _turn("assistant", "x" * 35)), "41 characters, more than max_text_chars (40)"),
     ("missing_media", _sample(image=Probe(missing="does not exist")), "image 'a.png' does not exist"),
@@ -121,6 +128,8 @@ def test_every_rule_is_tested() -> None:
         _sample(),
         _text_only(_turn("system", "Be brief."), USER, ASSISTANT, USER, ASSISTANT),
         _text_only(USER, ASSISTANT, _turn("user", "Unanswered.")),
+        _text_only(USER, CALLING, _turn("tool"), _turn("tool", "4"), ASSISTANT, USER, ASSISTANT | {"trained": False}),
+        _text_only(_turn("text", "Once.")),
         _text_only(USER, _turn("assistant", "x" * 34)),
         _text_only(USER, _turn("assistant", "2 <| 3 and <|box_start|>")),
         _sample(clip=replace(CLIP, n_frames=4)),
@@ -228,3 +237,10 @@ def test_a_duplicate_has_the_turns_contents_and_parts_of_an_earlier_sample_of_ei
     assert replace(one, split="eval").fingerprint == one.fingerprint
     for other in (_sample(clip=replace(CLIP, content_hash="h9")), part):
         assert other.fingerprint != one.fingerprint
+
+
+def test_the_separators_of_windows_are_named() -> None:
+    use = Media("image", "pics\\a.png")
+    found = rules.broken_by_media([use], {use[:2]: Probe(missing="does not exist")}, CONFIG)
+    detail = "image 'pics\\a.png' does not exist: it is written with the separators of Windows; write / instead"
+    assert found[0] == ("missing_media", detail)

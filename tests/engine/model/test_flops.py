@@ -10,10 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.model.adapters.injection import inject
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.spec import AdapterSpec
 
 # What torch counts beyond the model's work: the tables of rotary angles are a product of matrices as well.
 TOLERANCE = 1e-3
@@ -47,6 +49,25 @@ def test_flops_are_those_that_torch_counts(
     packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], frozen: tuple[str, ...]
 ) -> None:
     freeze(packed.hf, packed.family, frozen)
+    flops = flops_of(packed)
+    batch = batch_of(builder, samples, ["image_and_video", "text", "two_images"])
+    masked = masked_pairs(batch) * flops.per_text_pair
+    assert flops.count(batch) + masked == pytest.approx(counted(packed, batch), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("targets", "init"),
+    [({"llm": "all"}, "zeros_b"), ({"llm": ["mlp"], "visual": "all"}, "zeros_b"), ({"merger": "all"}, "pissa")],
+    ids=str,
+)
+def test_flops_of_adapters_are_those_that_torch_counts(
+    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], targets: dict, init: str
+) -> None:
+    spec = AdapterSpec("lora", 8, 16.0, False, 0.0, init, targets, (), "", "both")
+    inject(packed.hf, packed.family, spec)
+    for name, parameter in packed.hf.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter)
     flops = flops_of(packed)
     batch = batch_of(builder, samples, ["image_and_video", "text", "two_images"])
     masked = masked_pairs(batch) * flops.per_text_pair

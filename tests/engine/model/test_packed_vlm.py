@@ -14,12 +14,17 @@ from transformers import PreTrainedModel
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.media.pixels import normalize_patches
-from tests.engine.packs import load_packed, make_builder
+from tests.engine.packs import MEAN, STD, load_packed, make_builder
 
 KINDS = ["text", "image", "two_images", "video", "image_and_video"]
 
 
-def reference_loss(model: PreTrainedModel, sample: dict[str, Any], builder: BatchBuilder) -> torch.Tensor:
+def reference_loss(
+    model: PreTrainedModel,
+    sample: dict[str, Any],
+    builder: BatchBuilder,
+    normalization: tuple[list[float], list[float]] = (MEAN, STD),
+) -> torch.Tensor:
     """Sum of the sample's supervised losses by transformers' own top-level forward, positions included."""
     config = model.config
     ids = torch.tensor(sample["input_ids"], dtype=torch.long)[None]
@@ -32,7 +37,7 @@ def reference_loss(model: PreTrainedModel, sample: dict[str, Any], builder: Batc
     ):
         media = [item for item in sample["media"] if item["type"] == kind]
         if media:
-            inputs[pixels] = normalize_patches(builder.loader.load(media), [0.5] * 3, [0.5] * 3)
+            inputs[pixels] = normalize_patches(builder.loader.load(media), *normalization)
             inputs[grid] = torch.tensor([[item["grid_t"], item["grid_h"], item["grid_w"]] for item in media])
             if kind == "video" and builder.tokens_per_second:
                 inputs["second_per_grid_ts"] = torch.tensor([item["seconds_per_grid"] for item in media])

@@ -21,7 +21,7 @@ from qvl_pipeline.media.opening import ChangedMediaError, OpenMedia, open_media
 from qvl_pipeline.media.sampling import frame_range, rate_within, smart_nframes, spread_frames, video_size
 
 # Changes when the same settings give other frames than they did.
-RULES_VERSION = 1
+RULES_VERSION = 2
 # Of what these decide, the frames are made.
 _DECISIVE = (
     "video_sampling_strategy",

@@ -138,7 +138,11 @@ class LocalFolder:
         except OSError as error:  # a name longer than the file system allows
             raise RejectedRowError("unknown_format", f"{quote(reference)} is no path: {error.strerror}") from error
         if not inside:
-            raise _outside(reference, self._folder.removeprefix(self._root))
+            outside = _outside(reference, self._folder.removeprefix(self._root))
+            inner = reference.lstrip("/")
+            if reference.startswith("/") and ".." not in inner and os.path.lexists(f"{self._folder}/{inner}"):
+                outside.detail += f", but '{inner}' is there: paths without / in front start from data_folder"
+            raise outside
         return path.removeprefix(self._root)
 
     def _holds_file(self, path: str) -> bool:

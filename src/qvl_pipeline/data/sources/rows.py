@@ -16,14 +16,15 @@ import pyarrow as pa
 from qvl_pipeline.config import DatasetSource, IngestConfig
 from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
-from qvl_pipeline.data.sources.conversations import CONVERSATION_COLUMNS, Row, to_conversation
+from qvl_pipeline.data.sources.checked import Row
+from qvl_pipeline.data.sources.conversations import read_columns, to_conversation
 from qvl_pipeline.data.sources.embedded import is_embedded, store_embedded
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.tables import MEDIA
 
 DEFAULT_TASK = "exact_match"
 SPLITS = ("train", "eval")
-OWN_COLUMNS = CONVERSATION_COLUMNS | {"system", "tools", "split", "kind", "task", "answer"}
+_SAMPLE_COLUMNS = frozenset({"split", "kind", "task", "answer"})
 
 # A row before its number is known: what a sample is made of, or why there is none.
 READ_ROW = pa.struct(
@@ -80,6 +81,7 @@ class RowReader:
             # By the first medium instead of the row, so that rows about one picture do not leak into the other split.
             split = assign_split(self._name(found[0], media[0].path), self._config)
         answer = _text(row, "answer")
+        read = read_columns(row, self._source.format) | _SAMPLE_COLUMNS
         return {
             "split": split,
             "kind": _text(row, "kind") or derive_kind(media),
@@ -87,7 +89,7 @@ class RowReader:
             "answer": _last_answer(messages) if answer is None else answer,
             "messages": orjson.dumps(messages).decode(),
             "media": [use._asdict() for use in media],
-            "metadata": _to_json({key: value for key, value in row.items() if key not in OWN_COLUMNS}),
+            "metadata": _to_json({key: value for key, value in row.items() if key not in read}),
         }
 
     def _locate(self, use: Media) -> str:
@@ -143,8 +145,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def _last_answer(messages: Sequence[Message]) -> str:
-    turns = [message["content"] for message in messages if message["role"] == "assistant"]
-    text = "".join(item["text"] for item in turns[-1] if item["type"] == "text") if turns else ""
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if not turns or turns[-1].get("tool_calls"):
+        return ""  # how a call is written is the template's business: `tokenize` fills it in
+    text = "".join(item["text"] for item in turns[-1]["content"] if item["type"] == "text")
     # A JSON list of texts would be a choice of acceptable answers. This one is what the assistant says.
     return orjson.dumps([text]).decode() if text.lstrip().startswith('["') else text
 

@@ -16,6 +16,10 @@ from qvl_pipeline.data.rejection import quote
 from qvl_pipeline.families.tokens import CONTROL_TOKENS
 from qvl_pipeline.media.probe import Probe
 
+# Which turns may follow those of a role; a turn with tool calls is followed by their results. A call may also be
+# written in a text.
+_FOLLOWED_BY = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+
 # Two of a billion different samples have the same with a probability of 1e-21.
 FINGERPRINT_BYTES = 16
 
@@ -54,29 +58,36 @@ class Sample:
 
 
 def roles(sample: Sample, config: ValidateConfig) -> str | None:
-    """Turns are those of user and assistant in alternation, after at most one system turn."""
+    """Turns of user and assistant alternate, after at most one system turn; results of tools follow calls."""
     given = [message["role"] for message in sample.messages]
+    if given == ["text"]:
+        return None
     first = 1 if given[:1] == ["system"] else 0
-    for number, role in enumerate(given[first:]):
-        expected = ("user", "assistant")[number % 2]
-        if role != expected:
-            return f"turn {first + number} has the role {quote(role)}, not '{expected}'"
+    expected = ("user",)
+    for number, message in enumerate(sample.messages[first:], start=first):
+        role = message["role"]
+        if role not in expected:
+            return f"turn {number} has the role {quote(role)}, not {' or '.join(map(repr, expected))}"
+        expected = ("tool",) if message.get("tool_calls") else _FOLLOWED_BY[role]
     return None
 
 
 def empty_turn(sample: Sample, config: ValidateConfig) -> str | None:
-    """Every turn holds a medium, or a text that is not blank."""
+    """Every turn holds a medium, a tool call, or a text that is not blank; only a tool may return nothing."""
     for number, message in enumerate(sample.messages):
+        if message["role"] == "tool" or message.get("tool_calls"):
+            continue
         if not any(item["type"] != "text" or item["text"].strip() for item in message["content"]):
             return f"turn {number} ({message['role']}) says nothing"
     return None
 
 
 def no_assistant_turn(sample: Sample, config: ValidateConfig) -> str | None:
-    """There is an assistant turn, or nothing could be learnt from the sample."""
-    if any(message["role"] == "assistant" for message in sample.messages):
+    """There is an assistant turn that is trained on, or nothing could be learnt from the sample."""
+    said = [message for message in sample.messages if message["role"] in ("assistant", "text")]
+    if any(message.get("trained", True) for message in said):
         return None
-    return f"none of the {len(sample.messages)} turns is the assistant's"
+    return f"none of the {len(sample.messages)} turns is the assistant's" + (" and trained on" if said else "")
 
 
 def placeholder_mismatch(sample: Sample, config: ValidateConfig) -> str | None:
@@ -85,13 +96,16 @@ def placeholder_mismatch(sample: Sample, config: ValidateConfig) -> str | None:
     given = [use.type for use in sample.media]
     if asked == given:
         return None
-    return f"the messages hold {_count(asked)}, but the files are {_count(given)}"
+    hint = "" if asked or not given else f": write <{given[0]}> into the text, where the file is to be seen"
+    return f"the messages hold {_count(asked)}, but the files are {_count(given)}{hint}"
 
 
 def reserved_token(sample: Sample, config: ValidateConfig) -> str | None:
     """No text holds a token that builds the prompt, nor do the texts of a turn when they are joined."""
     for number, message in enumerate(sample.messages):
         text = "".join(item["text"] for item in message["content"] if item["type"] == "text")
+        if others := {key: value for key, value in message.items() if key not in ("role", "content", "trained")}:
+            text += orjson.dumps(others).decode()
         if "<|" in text and (found := [token for token in CONTROL_TOKENS if token in text]):
             return f"the text of turn {number} holds {found[0]}"
     return None
@@ -107,6 +121,8 @@ def too_long(sample: Sample, config: ValidateConfig) -> str | None:
 
 def missing_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
     """The file exists."""
+    if probe.missing and "\\" in use.path:
+        return f"{probe.missing}: it is written with the separators of Windows; write / instead"
     return probe.missing
 
 
@@ -182,7 +198,7 @@ def variable_frame_rate(use: Media, probe: Probe, config: ValidateConfig) -> str
 
 
 def deep_image(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
-    """An image has 8 bits a channel: Pillow, and so every Qwen-VL processor, turns deeper ones nearly white."""
+    """An image has 8 bits a channel: Pillow, and so every Qwen-VL processor, turns larger values white."""
     if use.type != "image" or probe.mode is None or probe.mode.split(";")[0] not in ("I", "F"):
         return None
     return f"has more than 8 bits a channel (mode {probe.mode}) and would turn nearly white: convert it to 8 bits"

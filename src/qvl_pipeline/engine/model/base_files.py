@@ -26,6 +26,8 @@ _OF_THE_PROCESSOR = (
     *("special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE),
     *(IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME),
 )
+# What says that there are weights beside them.
+OF_WEIGHTS = frozenset({CONFIG_NAME, GENERATION_CONFIG_NAME})
 # Before transformers 4.56 the type of the weights was `torch_dtype`; either is still read.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 

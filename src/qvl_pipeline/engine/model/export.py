@@ -10,20 +10,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import ProcessorMixin
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from qvl_pipeline.engine.model.base_files import find_base_files, with_dtype
+from qvl_pipeline.engine.model.adapters import FOLDER
+from qvl_pipeline.engine.model.adapters.export import export_adapter
+from qvl_pipeline.engine.model.base_files import OF_WEIGHTS, find_base_files, with_dtype
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.processor_files import PROCESSOR_FILES, processor_files
+from qvl_pipeline.engine.model.whole_weights import WholeWeights
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.storage.digests import write_digests
 from qvl_pipeline.storage.room import room_for
 
 
 def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
-    """Write the base model's folder with other weights; called by all ranks.
+    """Write the base model's folder with other weights, or a folder with an adapter; called by all ranks.
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
     holds more than one of them whole, and rank 0 no more than one file of them.
@@ -42,13 +44,19 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize
+    whole = not spec.adapter.used or spec.adapter.export != "adapter"
+    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize if whole else None
     with room_for(target, needed, partial):
-        _write_weights(model, partial if leads else None, dtype, spec.export.max_shard_bytes)
+        if spec.adapter.used and spec.adapter.export != "merged":
+            export_adapter(model, spec, partial / FOLDER if leads else None)
+        if whole:
+            weights = WholeWeights(model, spec.model.path, leads=leads)
+            _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
         if not leads:
             return
         for name, content in files.items():
-            (partial / name).write_bytes(content)
+            if whole or name not in OF_WEIGHTS:
+                (partial / name).write_bytes(content)
         write_digests(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
@@ -77,20 +85,18 @@ def exported_files(processor: ProcessorMixin, spec: TrainSpec) -> dict[str, byte
     return files | processor_files(of_processor, processor, spec.model, spec.sampling)
 
 
-def _write_weights(model: PackedVLM, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(
+    model: PackedVLM, weights: WholeWeights, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
     """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
-    state = model.hf.state_dict()
-    for tied in model.hf.all_tied_weights_keys:
-        # One parameter under two names: a file with both would be larger, and could come apart when edited.
-        state.pop(tied)
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in state.items()}
+    sizes = {name: number * dtype.itemsize for name, number in weights.sizes().items()}
     files = split_into_files(sizes, max_shard_bytes)
     for file, names in files.items():
         tensors = {}
         for name in names:
-            tensor = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
-            if folder:
-                tensors[model.family.hub_name(name)] = tensor.to(dtype).cpu().contiguous()
+            tensor = weights.read(name)
+            if tensor is not None:
+                tensors[model.family.hub_name(name)] = tensor.to(dtype).contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:

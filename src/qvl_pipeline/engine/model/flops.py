@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 
 # Dense bfloat16 FLOPs a second by words of the device name, the more specific first; from the vendors' data sheets.
@@ -164,6 +165,7 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
         matrices = matrices[len(step) :]
         for _, part in step:
             per_row += 2 * part.weight.numel() * (1 + reaches_trained + part.weight.requires_grad)
+            per_row += _update_cost(part, reaches_trained) if isinstance(part, AdaptedLinear) else 0
         reaches_trained |= any(_trains(part) for _, part in step)
         name, part = step[0]
         if name in ("q_proj", "qkv"):
@@ -171,6 +173,14 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
     return _Cost(per_row, per_pair, reaches_trained)
+
+
+def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:
+    """FLOPs a row of an adapter; the lengths of DoRA's rows are computed once a forward pass, and not counted."""
+    first, second = layer.lora_A.numel(), layer.lora_B.numel()
+    trained = 2 * first * (2 + reaches_trained) + 2 * second * 3
+    subtracted = 2 * first * (1 + reaches_trained) + 2 * second * (1 + reaches_trained)
+    return trained + (subtracted if layer.form.pissa else 0)
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from qvl_pipeline.families import ModelFamily
@@ -29,21 +30,47 @@ def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> di
     """
     frozen = {}
     for pattern in patterns:
-        groups = ALIASES.get(pattern, (pattern,))
-        matched = [
-            parameter
-            for name, parameter in model.named_parameters()
-            if family.group_of(name) in groups or fnmatch.fnmatchcase(name, pattern)
-        ]
-        if not matched:
-            known = sorted({family.group_of(name) for name, _ in model.named_parameters()} | set(ALIASES))
-            raise ValueError(
-                f"freeze_modules: '{pattern}' matches no parameter of {family.name}; "
-                f"use one of {', '.join(known)}, or a glob such as 'model.visual.blocks.0.*'"
-            )
-        for parameter in matched:
+        matched = matched_parameters(model, family, pattern, "freeze_modules")
+        for parameter in matched.values():
             parameter.requires_grad_(False)
-        frozen[pattern] = sum(parameter.numel() for parameter in matched)
+        frozen[pattern] = sum(parameter.numel() for parameter in matched.values())
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze_modules {list(patterns)} leaves nothing to train")
     return frozen
+
+
+def matched_parameters(model: nn.Module, family: ModelFamily, pattern: str, of: str) -> dict[str, nn.Parameter]:
+    """Find the parameters of a part, of an alias, or of a glob over names.
+
+    Args:
+        model: The transformers model.
+        family: Its family.
+        pattern: The name or glob.
+        of: The parameter that has it, for the message.
+
+    Raises:
+        ValueError: There are none.
+    """
+    groups = ALIASES.get(pattern, (pattern,))
+    matched = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if family.group_of(name) in groups or fnmatch.fnmatchcase(name, pattern)
+    }
+    if not matched:
+        known = sorted({family.group_of(name) for name, _ in model.named_parameters()} | set(ALIASES))
+        raise ValueError(
+            f"{of}: '{pattern}' matches no parameter of {family.name}; "
+            f"use one of {', '.join(known)}, or a glob such as 'model.visual.blocks.0.*'"
+        )
+    return matched
+
+
+def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen parameters of a model on the meta device in the type of the computation.
+
+    They are never stepped, so a float32 master would be memory for nothing; FSDP2 gathers them in this type anyway.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)

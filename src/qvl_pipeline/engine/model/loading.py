@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
+from qvl_pipeline.engine.model.adapters.injection import inject
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
-from qvl_pipeline.engine.model.freezing import freeze
+from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.weights import build_skeleton
 from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
+from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.pixels import normalization
@@ -45,8 +47,8 @@ def build_model(
         sp_group: Ranks that share the tokens of a pack, if any.
 
     Returns:
-        The model on the meta device, and facts about it for `result.json`: what was frozen, which kernels are used, how
-        many parameters.
+        The model on the meta device, and facts about it for `result.json`: what was frozen or adapted, which kernels
+        are used, how many parameters.
     """
     family = FAMILIES[spec.model.family]
     hf = build_skeleton(spec.model.path)
@@ -65,12 +67,14 @@ def build_model(
             sp_group=sp_group,
         ),
         "frozen": freeze(hf, family, spec.model.freeze_modules),
+        **({"adapter": inject(hf, family, spec.adapter)} if spec.adapter.used else {}),
         "parameters": sum(parameter.numel() for parameter in hf.parameters()),
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
         "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
     }
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
+    hold_frozen_in(hf, compute_dtype(spec.parallel))
     recompute_activations(hf, spec.model.checkpointed_towers)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode

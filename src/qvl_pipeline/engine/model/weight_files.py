@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
+
+from qvl_pipeline.families import ModelFamily
 
 
 def weights_folder(path: str) -> Path:
@@ -24,3 +29,30 @@ def weights_folder(path: str) -> Path:
     if single := cached_file(path, SAFE_WEIGHTS_NAME, **options):
         return Path(single).parent
     raise ValueError(f"'{path}' has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: only safetensors are read")
+
+
+class StoredWeights:
+    """The weights of a Hugging Face folder, read one at a time."""
+
+    def __init__(self, path: str, family: ModelFamily, known: Collection[str]) -> None:
+        """Find out which file has which weight.
+
+        Args:
+            path: Folder or hub id.
+            family: Family of the model.
+            known: Names of the model's parameters, by which they are asked for.
+
+        Raises:
+            ValueError: There are no safetensors files.
+        """
+        self._files: dict[str, tuple[Path, str]] = {}
+        for file in sorted(weights_folder(path).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    self._files[family.module_name(stored, known)] = file, stored
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a weight in the type that it is stored in."""
+        file, stored = self._files[name]
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(stored)

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import weights_folder
 
@@ -36,7 +37,7 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     """Give a skeleton its storage and read the weights of a checkpoint into it; called by all ranks.
 
     Parameters may be sharded already: a rank then allocates its shards and reads only the rows of them. The stored
-    type is converted to the parameters' own.
+    type is converted to the parameters' own. What adapters add is left without values.
 
     Args:
         model: The model, on the meta device.
@@ -52,10 +53,11 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
     _compute_buffers(hf, device)
-    parameters = dict(hf.state_dict())
+    added = adapter_parameters(hf)
+    parameters = {name: tensor for name, tensor in hf.state_dict().items() if name not in added}
     for tied in hf.all_tied_weights_keys:
         parameters.pop(tied)
-    known = set(hf.state_dict())
+    known = set(parameters) | set(hf.all_tied_weights_keys)
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
     stored = {family.module_name(name, known): name for name in reader.read_metadata().state_dict_metadata}
     _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)

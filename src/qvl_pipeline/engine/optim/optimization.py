@@ -13,6 +13,10 @@ from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.optim.muon import ShardedMuon
 from qvl_pipeline.engine.spec import OptimSpec
+from qvl_pipeline.families import ModelFamily
+
+# Second matrices of adapters, which may have a rate of their own (Hayou et al. 2024, LoRA+).
+LORA_B = "lora_b"
 
 # What a factor of exactly 1 may come out as.
 _ROUNDING = 1e-9
@@ -70,10 +74,7 @@ def _make_adamw(groups: list[dict[str, Any]], spec: OptimSpec) -> torch.optim.Op
 
 
 def _parameter_groups(model: PackedVLM, spec: OptimSpec) -> list[dict[str, Any]]:
-    trained: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.hf.named_parameters():
-        if parameter.requires_grad:
-            trained.setdefault(model.family.group_of(name), []).append(parameter)
+    trained = trained_parts(model.hf, model.family, spec)
     rates = peak_rates(spec, trained)
     groups = []
     for name, parameters in trained.items():
@@ -82,6 +83,16 @@ def _parameter_groups(model: PackedVLM, spec: OptimSpec) -> list[dict[str, Any]]
         groups += [{**rate, "params": matrices, "weight_decay": spec.weight_decay}] if matrices else []
         groups += [{**rate, "params": vectors, "weight_decay": 0.0}] if vectors else []
     return groups
+
+
+def trained_parts(model: nn.Module, family: ModelFamily, spec: OptimSpec) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters by what has a rate of its own: parts, and `lora_b` where a rate is given for it."""
+    trained: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_b = LORA_B in spec.learning_rates and name.endswith(".lora_B")
+            trained.setdefault(LORA_B if is_b else family.group_of(name), []).append(parameter)
+    return trained
 
 
 def peak_rates(spec: OptimSpec, trained: Collection[str]) -> dict[str, float]:

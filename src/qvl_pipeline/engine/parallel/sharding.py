@@ -75,13 +75,12 @@ def shard(
     Raises:
         ValueError: The ranks cannot be divided as asked.
     """
-    compute = torch.bfloat16 if spec.bf16 else torch.float16 if spec.fp16 else torch.float32
     mesh = _sharding_mesh(device.type, spec.hsdp_shard_size)
     options = {
         "mesh": mesh,
         "reshard_after_forward": spec.reshard_after_forward,
-        # Weights, optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 weights barely move.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        # What is trained, its optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 barely moves.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(spec), reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offloads(spec, device) else OffloadPolicy(),
     }
     stacks = [[module for module in model.modules() if type(module).__name__ == name] for name in layers]
@@ -101,6 +100,11 @@ def shard(
         "shard_size": mesh["shard"].size(),
         "cpu_offload": _describe_offload(spec, device),
     }
+
+
+def compute_dtype(spec: ParallelSpec) -> torch.dtype:
+    """Type of the computation, in which frozen weights are held too."""
+    return torch.bfloat16 if spec.bf16 else torch.float16 if spec.fp16 else torch.float32
 
 
 def offloads(spec: ParallelSpec, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 
+from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
 from qvl_pipeline.engine.run.checkpoint_files import (
     COMPLETE,
     CheckpointError,
@@ -45,19 +47,25 @@ logger = logging.getLogger(__name__)
 
 
 class ModelState:
-    """The weights of a (sharded) model."""
+    """The weights of a (sharded) model that are not the base model's: what is trained, and what adapters add.
+
+    Frozen weights are in the base model, which a checkpoint's identity names by its digest.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Refer to the model."""
         self._model = model
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._names = {name for name, parameter in parameters if parameter.requires_grad}
+        self._names |= adapter_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights under the names of the unsharded model."""
-        return get_model_state_dict(self._model)
+        return {name: weight for name, weight in get_model_state_dict(self._model).items() if name in self._names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put weights back."""
-        set_model_state_dict(self._model, state_dict)
+        set_model_state_dict(self._model, state_dict, options=StateDictOptions(strict=False))
 
 
 class OptimizerState:

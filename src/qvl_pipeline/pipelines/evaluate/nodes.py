@@ -14,6 +14,7 @@ from rich.table import Table
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.base_model import check_prepared, read_base_model
 from qvl_pipeline.data.progress import progress_bar
+from qvl_pipeline.engine.model.adapters import FOLDER as ADAPTER
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
@@ -39,7 +40,8 @@ def generate(
 
     Args:
         base_model: Folder with the manifest of the base model.
-        trained_model: Folder of the trained model and its processor.
+        trained_model: Folder of the trained model and its processor. Where it has an adapter, both models are one copy
+            of the base, with and without it.
         tokenized_samples: Arrow file of the samples.
         video_frames: Folder of the frame store.
         plan_summary: Facts of the plan that belongs to the tokenized samples.
@@ -69,19 +71,24 @@ def generate(
             "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "
             "run `kedro run --pipelines train` (with the same --env) first"
         )
-    if evaluate.compare_base and train_result.get("base_model") not in (None, base_model_digest(base_model)):
+    adapter = trained_model / ADAPTER
+    needs_base = evaluate.compare_base or adapter.is_dir()
+    if needs_base and train_result.get("base_model") not in (None, base_model_digest(base_model)):
+        otherwise = "" if adapter.is_dir() else ", or set evaluate.compare_base to false"
         raise UserError(
-            "the base model was replaced since the model was trained from it: put it back, run `kedro run --pipelines "
-            "train` (with the same --env), or set evaluate.compare_base to false"
+            "the base model was replaced since the model was trained from it: put it back, or run `kedro run "
+            f"--pipelines train` (with the same --env){otherwise}"
         )
     FrameStore(video_frames).check_shards()
     chosen = checked_samples(tokenized_samples, evaluate)
     samples = TokenizedSamples(tokenized_samples)
     rows = chosen.index.tolist()
     processor = AutoProcessor.from_pretrained(trained_model)
-    paths = {"base": read_base_model(base_model).path} if evaluate.compare_base else {}
+    base = read_base_model(base_model).path
+    paths = {"base": base} if evaluate.compare_base else {}
     asked = Answering(
-        models={**paths, "trained": str(trained_model)},
+        models={**paths, "trained": base if adapter.is_dir() else str(trained_model)},
+        adapters={"trained": str(adapter)} if adapter.is_dir() else {},
         processor=str(trained_model),
         tokenized=str(tokenized_samples),
         video_frames=str(video_frames),

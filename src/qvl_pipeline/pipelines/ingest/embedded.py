@@ -11,6 +11,7 @@ import qvl_pipeline.demo
 from qvl_pipeline.config import DigitsDemoConfig
 from qvl_pipeline.data.sources.raw import hash_code, hash_folder
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.locks import turn
 
 MARKER = "built.json"
 
@@ -33,21 +34,22 @@ def ensure_digits(demo: DigitsDemoConfig) -> str:
     marker = folder / MARKER
     (package,) = qvl_pipeline.demo.__path__
     plan = {"settings": demo.model_dump(), "builder": hash_code(Path(package))}
-    if marker.exists():
+    # Of two first runs, the second finds what the first has drawn.
+    with turn(folder.parent, lambda: _LOGGER.info("Waiting for another run, which draws into %s", folder.parent)):
+        if marker.exists():
+            content = hash_folder(folder, exclude=MARKER)
+            if marker.read_bytes() == orjson.dumps(plan | {"content": content}):
+                return content
+        _build(folder, demo)
         content = hash_folder(folder, exclude=MARKER)
-        if marker.read_bytes() == orjson.dumps(plan | {"content": content}):
-            return content
-    _build(folder, demo)
-    content = hash_folder(folder, exclude=MARKER)
-    marker.write_bytes(orjson.dumps(plan | {"content": content}))
-    return content
+        marker.write_bytes(orjson.dumps(plan | {"content": content}))
+        return content
 
 
 def _build(folder: Path, demo: DigitsDemoConfig) -> None:
     from qvl_pipeline.demo.digits import build_digits
 
     _LOGGER.info("Drawing %d samples of digits into %s", demo.train_samples + demo.eval_samples, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         build_digits(folder, seed=demo.seed, train_samples=demo.train_samples, eval_samples=demo.eval_samples)
     except FileExistsError as error:

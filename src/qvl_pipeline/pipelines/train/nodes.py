@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
 from qvl_pipeline.media.frame_store import FrameStore
@@ -18,7 +18,7 @@ from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
 from qvl_pipeline.training.card import model_card
 from qvl_pipeline.training.checks import check_before_launch
-from qvl_pipeline.training.identity import checkpoint_to_start_from, run_fingerprint, run_identity
+from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.running import collect, join, run_engine
 from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish
@@ -36,6 +36,7 @@ def train(
     model: ModelConfig,
     batching: BatchingConfig,
     train: TrainConfig,
+    adapter: AdapterConfig,
     ingest: IngestConfig,
 ) -> tuple[Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
     """Execute the pack plan on this machine's GPUs, or on its CPU when there are none.
@@ -59,9 +60,10 @@ def train(
     eval_plan = make_eval_plan(tokenized_samples, batching) if train.eval_strategy != "no" else None
 
     base_digest = base_model_digest(base_model)
-    identity = run_identity(base_digest, model, train, plan_summary["fingerprint"])
+    identity = run_identity(base_digest, model, train, plan_summary["fingerprint"], adapter)
     resume_from, resume = checkpoint_to_start_from(train, identity), train.resume_from_checkpoint != "none"
-    fingerprint = run_fingerprint(sample, model, train, plan_summary, [base_digest, content_digest(video_frames)])
+    contents = [base_digest, content_digest(video_frames), *adapter_digest(adapter)]
+    fingerprint = run_fingerprint(sample, model, train, plan_summary, contents, adapter)
     folder = base_model.parent / "scratch" / fingerprint
     spec = make_spec(
         Inputs(base_model, tokenized_samples, stream_samples, video_frames, plan_summary),
@@ -70,6 +72,7 @@ def train(
         batching=batching,
         weights=weights,
         train=train,
+        adapter=adapter,
         output_dir=folder,
         identity=identity,
         resume_from=resume_from,

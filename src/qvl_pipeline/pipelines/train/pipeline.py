@@ -24,6 +24,7 @@ def create_pipeline() -> Pipeline:
                     "params:model",
                     "params:batching",
                     "params:train",
+                    "params:adapter",
                     "params:ingest",
                 ],
                 outputs=["trained_model", "training_metrics", "train_result"],

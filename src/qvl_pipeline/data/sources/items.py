@@ -1,0 +1,123 @@
+"""Contents of turns as items of text and media, and the files that these items and the columns of a row name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qvl_pipeline.data.messages import Media
+from qvl_pipeline.data.rejection import RejectedRowError
+from qvl_pipeline.data.sources.checked import Row, expect, is_given, refuse_unknown, unknown
+
+MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
+_MARKER = re.compile("<(image|video)>")
+
+_AUDIO_TYPES = ("audio_url", "audio", "input_audio")
+_ITEM_TYPES = {"text": "text", "image_url": "image", "image": "image", "video_url": "video", "video": "video"}
+# Where an item keeps its file: OpenAI's key, Qwen's, those of transformers' chat templates, and LLaMA-Factory's.
+_LOCATIONS = {
+    "image": ("image_url", "image", "url", "path", "value"),
+    "video": ("video_url", "video", "url", "path", "value"),
+}
+_WINDOW = ("video_start", "video_end")
+# `detail` is OpenAI's wish for a resolution; sizes are parameters here.
+_ITEM_KEYS = {
+    "text": {"type", "text", "value"},
+    "image": {"type", "detail", *_LOCATIONS["image"]},
+    "video": {"type", *_LOCATIONS["video"], *_WINDOW},
+}
+# `bytes` is how Hugging Face datasets embed a file in a table.
+_FILE_KEYS = {"image": {"url", "path", "bytes", "detail"}, "video": {"url", "path", "bytes", *_WINDOW}}
+
+
+def read_items(content: Any, where: str, *, marked: bool) -> Iterator[tuple[Row, Media | None]]:
+    """Yield the canonical items of a content, each with the file that it names itself.
+
+    Args:
+        content: A text, or a list of items.
+        where: Place of the turn in the row.
+        marked: Whether `<image>` and `<video>` in a text stand for media.
+
+    Raises:
+        RejectedRowError: It is something else (`unknown_format`), or holds audio (`audio_not_supported`).
+    """
+    if isinstance(content, str):
+        pieces = _MARKER.split(content) if marked else [content]
+        # Texts and markers take turns in what `split` returns.
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                yield {"type": piece}, None
+            elif piece:
+                yield {"type": "text", "text": piece}, None
+        return
+    for number, item in enumerate(expect(list, content, f"the content of {where}")):
+        place = f"{where}.content[{number}]"
+        yield _item(expect(dict, item, place), place)
+
+
+def listed_media(row: Row, kind: str, columns: Sequence[str]) -> list[Media]:
+    """Return the files that the row lists outside of its turns.
+
+    Raises:
+        RejectedRowError: They are in another column than one of `columns`, or are no files (`unknown_format`).
+    """
+    files = []
+    for column in MEDIA_COLUMNS[kind]:
+        value = row.get(column)
+        values = value if isinstance(value, list) else [value] if is_given(value) else []
+        if values and column not in columns:
+            raise unknown(f"it has '{column}', which its form does not know; known are {' and '.join(columns)}")
+        files += [_media(kind, file, f"{column}[{number}]", [None, None]) for number, file in enumerate(values)]
+    return files
+
+
+def refuse_audio(where: str) -> RejectedRowError:
+    """Return the error of a row that holds audio."""
+    return RejectedRowError("audio_not_supported", f"{where} holds audio, and no supported model hears: leave it out")
+
+
+def _item(item: Row, where: str) -> tuple[Row, Media | None]:
+    kind = _ITEM_TYPES.get(item.get("type")) if isinstance(item.get("type"), str) else None
+    if item.get("type") in _AUDIO_TYPES:
+        raise refuse_audio(where)
+    if kind is None:
+        raise unknown(f"{where} has the type {item.get('type')!r}; known are {', '.join(_ITEM_TYPES)}")
+    refuse_unknown(item, _ITEM_KEYS[kind], where)
+    if kind == "text":
+        text = item.get("value") if item.get("text") is None else item["text"]
+        return {"type": "text", "text": expect(str, text, f"{where}.text")}, None
+    files = [item[key] for key in _LOCATIONS[kind] if is_given(item.get(key))]
+    if len(files) > 1:
+        raise unknown(f"{where} names {len(files)} files; an item has one")
+    window = [item.get(key) for key in _WINDOW]
+    return {"type": kind}, _media(kind, files[0], where, window) if files else None
+
+
+def _media(kind: str, file: Any, where: str, window: list[Any]) -> Media:
+    """Read what names a file: its path or content, or an object with these and, for a clip, the seconds to use."""
+    if isinstance(file, dict):
+        refuse_unknown(file, _FILE_KEYS[kind], where)
+        window = [value if is_given(value) else file.get(key) for value, key in zip(window, _WINDOW, strict=True)]
+        file = _location(file, where)
+    start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOW, strict=True))
+    if end is not None and end <= (start or 0.0):
+        raise unknown(f"{where} ends at second {end}, not after its start at {start or 0.0}")
+    if not isinstance(file, bytes) and not expect(str, file, f"the path of {where}"):
+        raise unknown(f"the path of {where} is empty")
+    return Media(kind, file, start, end)
+
+
+def _location(file: Row, where: str) -> Any:
+    """Return the content of a file when the object has it, else its path."""
+    if is_given(file.get("bytes")):
+        return expect(bytes, file["bytes"], f"{where}.bytes")
+    return file["url"] if is_given(file.get("url")) else file.get("path")
+
+
+def _second(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise unknown(f"{where} is {value!r}, not a second from 0 on")
+    return float(value)

@@ -1,0 +1,63 @@
+"""Tools that a conversation may use, and calls of them, in OpenAI's form: what chat templates take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qvl_pipeline.data.sources.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
+
+_CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments", "index"})
+
+
+def read_tools(value: Any) -> list[Row]:
+    """Read the column `tools`.
+
+    Args:
+        value: A list, or a JSON text of one; of functions in OpenAI's form, bare ones, or JSON texts of these.
+
+    Returns:
+        `{"type": "function", "function": {"name": …, …}}` of each.
+
+    Raises:
+        RejectedRowError: It is something else (`unknown_format`).
+    """
+    if not is_given(value) or value == "":
+        return []
+    tools = []
+    for number, given in enumerate(expect(list, parsed(value, "'tools'"), "'tools'")):
+        where = f"tools[{number}]"
+        tool = expect(dict, parsed(given, where), where)
+        function = tool["function"] if is_given(tool.get("function")) else tool
+        if not expect(dict, function, f"{where}.function").get("name"):
+            raise unknown(f"{where} has no 'name'")
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def read_calls(value: Any, where: str) -> list[Row]:
+    """Read the calls of a turn.
+
+    Args:
+        value: One call or a list, or a JSON text of these; a call is in OpenAI's form, or `name` and `arguments` alone.
+        where: Place in the row.
+
+    Returns:
+        `{"type": "function", "function": {"name", "arguments"}}` of each, with its `id` where it has one. Arguments
+        are an object, also where a text of one was given: OpenAI writes them so, and engines that serve parse it.
+
+    Raises:
+        RejectedRowError: It is something else (`unknown_format`).
+    """
+    value = parsed(value, where)
+    calls = []
+    for number, given in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{where}[{number}]"
+        call = expect(dict, parsed(given, place), place)
+        refuse_unknown(call, _CALL_KEYS, place)
+        function = expect(dict, call["function"], f"{place}.function") if is_given(call.get("function")) else call
+        name = expect(str, function.get("name"), f"{place}.name")
+        arguments = parsed(function.get("arguments"), f"{place}.arguments")
+        arguments = expect(dict, {} if arguments is None else arguments, f"{place}.arguments")
+        own_id = {"id": call["id"]} if is_given(call.get("id")) else {}
+        calls.append({**own_id, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls

@@ -1,0 +1,68 @@
+"""A frozen model with adapted layers in place of linear ones: what is trained of it is what was named, by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, Form, adapted_layers, scaling_of
+from qvl_pipeline.engine.model.adapters.targets import choose_targets
+from qvl_pipeline.engine.model.freezing import matched_parameters
+from qvl_pipeline.engine.spec import AdapterSpec
+from qvl_pipeline.families import ModelFamily
+
+
+def inject(model: nn.Module, family: ModelFamily, spec: AdapterSpec) -> dict[str, Any]:
+    """Freeze a model, adapt the layers that are named, and train in full what is to be; before anything shards it.
+
+    Args:
+        model: The transformers model, on the meta device.
+        family: Its family.
+        spec: The adapter.
+
+    Returns:
+        Facts for `result.json`: what the adapter is, adapted layers by class and number, and what is trained in full.
+
+    Raises:
+        ValueError: A target or a part matches nothing, or something is to be both adapted and trained in full.
+    """
+    model.requires_grad_(False)
+    names = choose_targets(model, family, spec.targets)
+    owners = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names}
+    adapt(model, names, form_of(spec))
+    fully = {}
+    adapted = {f"{name}.{own}" for name in names for own in ("weight", "bias")}
+    for pattern in spec.train_fully:
+        matched = matched_parameters(model, family, pattern, "adapter.train_fully")
+        if both := sorted(adapted.intersection(matched)):
+            raise ValueError(
+                f"adapter.train_fully: '{pattern}' would train '{both[0]}', which adapter.targets adapts: name it in "
+                "one of the two"
+            )
+        for parameter in matched.values():
+            parameter.requires_grad_(True)
+        fully[pattern] = sum(parameter.numel() for parameter in matched.values())
+    kinds = Counter(f"{owner}.{name.rpartition('.')[2]}" for name, owner in owners.items())
+    return {"type": spec.type, "r": spec.r, "modules": dict(sorted(kinds.items())), "trained_fully": fully}
+
+
+def form_of(spec: AdapterSpec) -> Form:
+    """What all adapted layers of a run have in common."""
+    scaling = scaling_of(spec.alpha, spec.r, rslora=spec.rslora)
+    return Form(spec.r, scaling, spec.dropout, dora=spec.type == "dora", pissa=spec.init == "pissa")
+
+
+def adapt(model: nn.Module, names: Iterable[str], form: Form) -> None:
+    """Put adapted layers in place of the linear layers of these names; their values are still to be set."""
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, AdaptedLinear(model.get_submodule(name), form))
+
+
+def enable(model: nn.Module, enabled: bool) -> None:
+    """Let a model answer with its adapters, or without: as the base model, bit for bit."""
+    for _, layer in adapted_layers(model):
+        layer.enabled = enabled

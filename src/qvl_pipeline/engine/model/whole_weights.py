@@ -1,0 +1,52 @@
+"""The weights of a trained model, one by one and whole: what was trained from its shards, the rest from the base."""
+
+from __future__ import annotations
+
+import torch
+
+from qvl_pipeline.engine.model.adapters.linear import adapted_layers, adapter_parameters
+from qvl_pipeline.engine.model.adapters.merging import merged
+from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.weight_files import StoredWeights
+
+
+class WholeWeights:
+    """Weights under the names of the plain model, adapters merged.
+
+    Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
+    computation. An adapter is merged into the stored weight for the same reason.
+    """
+
+    def __init__(self, model: PackedVLM, base: str, *, leads: bool) -> None:
+        """Refer to a model.
+
+        Args:
+            model: The trained model.
+            base: Folder or hub id of the base model.
+            leads: This rank wants the weights; the others only take part.
+        """
+        self._leads = leads
+        added = adapter_parameters(model.hf)
+        self._parameters = {name: tensor for name, tensor in model.hf.state_dict(keep_vars=True).items()}
+        for name in (*added, *model.hf.all_tied_weights_keys):
+            # Of tied ones: one parameter under two names would be larger on disk, and could come apart when edited.
+            self._parameters.pop(name)
+        self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
+        self._stored = StoredWeights(base, model.family, set(self._parameters)) if leads else None
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of elements of each weight, in the order of the model."""
+        return {name: parameter.numel() for name, parameter in self._parameters.items()}
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """Return a weight on the CPU; nothing on ranks that only take part. Called by all ranks in the same order."""
+        parameter = self._parameters[name]
+        if name in self._adapted:
+            layer = self._adapted[name]
+            adapter = gathered_adapter(layer)
+            return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
+        if parameter.requires_grad:
+            whole = gathered(parameter)
+            return whole if self._leads else None
+        return self._stored.read(name) if self._stored else None

@@ -1,0 +1,28 @@
+"""Five kills in a small size; `make chaos` is the long one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.harness import Run, trial, undisturbed
+from tests.chaos.kills import DISTURBANCES
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return undisturbed(tmp_path_factory.mktemp("reference") / "project")
+
+
+def test_a_project_whose_runs_are_killed_five_times_ends_up_the_same(reference: Run, tmp_path: Path) -> None:
+    """One after the other, so that each goes on from what the kills before have left."""
+    kinds = ("any", "decoder", "torchrun", "rank", "publication")
+    done: list[str] = []
+    trial(tmp_path / "project", reference, [DISTURBANCES[kind] for kind in kinds], random.Random(0), done)
+    assert len(done) == 5
+    assert sum(what.startswith("SIG") for what in done) >= 4, done
+    [log] = (tmp_path / "project/data/06_models").glob("*/scratch/*/engine.log")
+    [result] = (tmp_path / "project/data/06_models").glob("*/scratch/*/result.json")
+    assert log.stat().st_mtime <= result.stat().st_mtime + 60, "nothing was trained after the training had ended"

@@ -1,0 +1,203 @@
+"""Trainings of adapters: what is trained, what stays, and what does not depend on how it is run (invariants 14, 15)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForImageTextToText
+
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
+from qvl_pipeline.engine.model.adapters.start import set_initial_values
+from qvl_pipeline.engine.spec import TrainSpec
+from tests.engine.model.test_weights import load_sharded
+from tests.engine.ranks import run_ranks
+from tests.engine.training import changed, make_training, trained
+
+LORA = {"type": "lora", "targets": {"llm": "all", "merger": "all"}}
+DORA = {"type": "dora", "targets": {"llm": ["attention", "mlp"]}, "train_fully": ("merger",)}
+
+
+@pytest.fixture(scope="session")
+def trainings(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]
+) -> Callable[[str, str], TrainSpec]:
+    """A training of three steps on two ranks, of each family and kind of adapter, with a checkpoint after each step."""
+    made: dict[tuple[str, str], TrainSpec] = {}
+
+    def training(family: str, kind: str) -> TrainSpec:
+        if (family, kind) not in made:
+            base = make_training(tmp_path_factory.mktemp("adapter"), tiny_folders(family), family)
+            run = {"save_steps": 1, "save_total_limit": 3}
+            adapter = {"lora": LORA, "dora": DORA}[kind]
+            made[family, kind] = changed(base, Path(base.run.output_dir), run=run, adapter=adapter)
+            trained(made[family, kind], nproc=2)
+        return made[family, kind]
+
+    return training
+
+
+def rows(training: TrainSpec) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(training: TrainSpec) -> dict[str, torch.Tensor]:
+    return load_file(Path(training.export.output_dir) / "adapter" / "adapter_model.safetensors")
+
+
+def weights(training: TrainSpec) -> dict[str, torch.Tensor]:
+    return load_file(Path(training.export.output_dir) / "model.safetensors")
+
+
+def assert_same_training(actual: TrainSpec, expected: TrainSpec) -> None:
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows(actual)] == pytest.approx([row[key] for row in rows(expected)], rel=1e-5)
+    expected_tensors = adapter(expected)
+    assert adapter(actual).keys() == expected_tensors.keys()
+    for name, tensor in adapter(actual).items():
+        torch.testing.assert_close(
+            tensor, expected_tensors[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def record_names(spec: TrainSpec, folder: Path) -> None:
+    """Write which parameters are trained, and in which type every parameter is held."""
+    model = load_sharded(spec)
+    set_initial_values(model, spec.adapter, spec.model.path, spec.run.seed)
+    names = {name: [p.requires_grad, str(p.dtype)] for name, p in model.hf.named_parameters()}
+    (folder / "names.json").write_text(json.dumps(names))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_is_trained_is_exactly_what_was_named_and_the_rest_is_bit_unchanged(
+    family: str, kind: str, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    training = trainings(family, kind)
+    run_ranks(record_names, 1, changed(training, tmp_path, parallel={"bf16": True}), tmp_path, log_dir=tmp_path / "l")
+    names = json.loads((tmp_path / "names.json").read_text())
+    model = AutoModelForImageTextToText.from_pretrained(training.model.path)
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    named = [n for n in linear if ".language_model." in n] + ([n for n in linear if ".merger." in n] * (kind == "lora"))
+    own = ["lora_A", "lora_B"] + ["lora_magnitude"] * (kind == "dora")
+    expected = {f"{name}.{part}" for name in named for part in own}
+    if kind == "dora":
+        expected |= {name for name, _ in model.named_parameters() if name.startswith("model.visual.merger.")}
+    assert {name for name, (is_trained, _) in names.items() if is_trained} == expected
+    # What is trained is float32, all else is held as it is computed with.
+    assert {name: dtype for name, (_, dtype) in names.items()} == {
+        name: "torch.float32" if name in expected else "torch.bfloat16" for name in names
+    }
+    base = load_file(Path(training.model.path) / "model.safetensors")
+    unmerged = {model_name for model_name in base} - {
+        hub for hub in base if any(_same(hub, name, training) for name in [*expected, *(f"{n}.weight" for n in named)])
+    }
+    for name, weight in weights(training).items():
+        assert torch.equal(weight, base[name]) == (name in unmerged), name
+
+
+def _same(hub: str, name: str, training: TrainSpec) -> bool:
+    from qvl_pipeline.families import FAMILIES
+
+    return FAMILIES[training.model.family].hub_name(name) == hub
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_first_loss_is_the_base_models_bit_for_bit(
+    family: str, kind: str, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    training = trainings(family, kind)
+    base = changed(training, tmp_path, run={"save_steps": 0}, adapter={"type": "none"})
+    assert trained(base, nproc=2)[0]["loss"] == rows(training)[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("nproc", [1, 4])
+def test_same_training_on_any_number_of_ranks(
+    family: str, kind: str, nproc: int, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings(family, kind)
+    actual = changed(expected, tmp_path, run={"save_steps": 0})
+    trained(actual, nproc)
+    assert_same_training(actual, expected)
+
+
+@pytest.mark.parametrize(("killed_after", "nproc"), [(1, 2), (2, 1)])
+def test_resumed_equals_uninterrupted(
+    killed_after: int, nproc: int, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings("qwen3_vl", "dora")
+    actual = changed(expected, tmp_path / "run", run={"save_steps": 0})
+    shutil.copytree(expected.run.output_dir, actual.run.output_dir)
+    for path in (Path(actual.run.output_dir) / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > killed_after:
+            (path / "COMPLETE").unlink()
+    shutil.rmtree(actual.export.output_dir)
+    trained(actual, nproc)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_from_step"] == killed_after
+    assert_same_training(actual, expected)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_no_more(
+    family: str, trainings: Callable[[str, str], TrainSpec]
+) -> None:
+    training = trainings(family, "lora")
+    folder = Path(training.run.output_dir) / "checkpoints" / "checkpoint-3"
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name.removeprefix("model.hf.") for name in stored if name.startswith("model.")}
+    assert tensors
+    assert all(name.rpartition(".")[2] in ("lora_A", "lora_B") for name in tensors)
+    states = {name.rpartition(".")[0].removeprefix("optimizer.state.hf.") for name in stored if "exp_avg" in name}
+    assert states == tensors
+
+
+@pytest.mark.parametrize(
+    ("nproc", "groups"),
+    [
+        (4, {"parallel": {"hsdp_shard_size": 2}, "model": {"checkpointed_towers": ("llm", "vit")}}),
+        (2, {"parallel": {"sp_ulysses_degree": 2}}),
+        (1, {"model": {"torch_compile": True}, "data": {"per_device_train_batch_size": 3}}),
+    ],
+    ids=["hsdp and recomputation", "sequence parallel", "compiled, packs together"],
+)
+def test_ways_to_run_train_the_same(
+    nproc: int, groups: dict[str, Any], trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings("qwen3_vl", "dora")
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, **groups)
+    trained(actual, nproc)
+    assert_same_training(actual, expected)
+
+
+def test_result_lists_adapted_modules_and_parameters(trainings: Callable[[str, str], TrainSpec]) -> None:
+    training = trainings("qwen3_vl", "lora")
+    result = json.loads((Path(training.run.output_dir) / "result.json").read_text())
+    modules = result["adapter"]["modules"]
+    assert modules["Qwen3VLTextAttention.q_proj"] == modules["Qwen3VLTextMLP.down_proj"] == 3
+    assert sum(modules.values()) == 3 * 7 + 2
+    assert result["trained_parameters"] == sum(tensor.numel() for tensor in adapter(training).values())
+
+
+def test_pissa_starts_as_the_base_and_learns(trainings: Callable[[str, str], TrainSpec], tmp_path: Path) -> None:
+    lora = trainings("qwen3_vl", "lora")
+    pissa = changed(lora, tmp_path / "two", run={"save_steps": 0}, adapter={**LORA, "init": "pissa"})
+    first, *_, last = trained(pissa, nproc=2)
+    assert first["loss"] == rows(lora)[0]["loss"]
+    assert last["loss"] != rows(lora)[-1]["loss"]
+    alone = changed(pissa, tmp_path / "one")
+    trained(alone, nproc=1)
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows(alone)] == pytest.approx([row[key] for row in rows(pissa)], rel=1e-5)
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert adapter(pissa)[name].shape[0] == 2 * pissa.adapter.r
+
+
+def test_adapted_layers_are_linear_layers() -> None:
+    """What looks for linear layers, such as transformers' own initialisation, finds them."""
+    assert issubclass(AdaptedLinear, torch.nn.Linear)

@@ -1,0 +1,83 @@
+"""The model card: what a model was trained on, what it saw, and lines that serve it so that it sees the same."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from typing import Any
+
+import pytest
+import yaml
+
+from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.training.card import model_card, sampling_item, with_scores
+
+ROW = {"source": "cups", "samples": 90, "tokens": 8000, "supervised_tokens": 700, "drawn_per_epoch": 2.0, "share": 1.0}
+SUMMARY = {"steps": 40, "fingerprint": "f1nger", "sources": [ROW]}
+CODE = {"mlflow.source.git.commit": "c0mmit", "git_dirty": "false"}
+SAMPLE = SampleConfig(fps=1.5, video_max_frames=64, video_min_pixels=12544, video_max_pixels=50176)
+FIXED = SampleConfig(video_sampling_strategy="frame_num", frame_num=8)
+
+
+def card(family: str, sample: SampleConfig = SAMPLE, base: str | None = "org/model", **code: str) -> str:
+    model = ModelConfig(processor_type=family, load_from_pretrained_path=base)
+    return model_card(
+        "cups_run", sample=sample, model=model, train=TrainConfig(), plan_summary=SUMMARY, code=CODE | code
+    )
+
+
+def option(text: str, name: str) -> Any:
+    """The JSON behind an option of a command in a card."""
+    [command] = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if name in block]
+    words = shlex.split(command.replace("\\\n", " "))
+    return json.loads(words[words.index(name) + 1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_a_card_says_what_was_trained_on_which_code_and_what_it_saw(family: str) -> None:
+    text = card(family)
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == "org/model"
+    assert body.startswith("\n# cups_run\n")
+    for said in ("| cups | 90 | 8000 | 700 | 2.0 | 100.0 % |", "40 steps", "`c0mmit`.", "`f1nger`", "12544 to 50176"):
+        assert said in text
+    assert "changes that are in no commit" not in text
+    assert "with changes that are in no commit" in card(family, git_dirty="true")
+
+
+def test_a_local_base_model_is_no_hub_id(tmp_path: Any) -> None:
+    for base in (str(tmp_path), None):
+        assert "base_model:" not in card("qwen3_vl", base=base)
+
+
+@pytest.mark.parametrize("sample", [SAMPLE, FIXED])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_engines_are_told_the_sampling_of_the_training(family: str, sample: SampleConfig) -> None:
+    text, item = card(family, sample), sampling_item(sample)
+    assert ast.literal_eval(re.search(r"^sampling = (.*)$", text, re.MULTILINE)[1]) == item
+    assert option(text, "--mm-process-config") == {"video": item}
+    loader = option(text, "--media-io-kwargs")["video"]
+    if sample is FIXED:
+        assert loader == {"num_frames": 8}
+        assert "--mm-processor-kwargs" not in text
+    else:
+        assert loader == ({"num_frames": -1} if family == "qwen3_vl" else {"num_frames": 64, "fps": 1.5})
+        assert option(text, "--mm-processor-kwargs") == {"fps": 1.5}
+
+
+def test_the_code_of_a_card_is_python() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", card("qwen3_vl"), re.DOTALL)
+    ast.parse(code)
+    assert "image_patch_size=16" in code
+
+
+def test_scores_are_added_behind_all_that_the_card_said() -> None:
+    kinds = {"text": {"exact_match": 0.5, "loss": 1.25, "n": 4}, "overall": {"exact_match": 0.5, "loss": 1.25, "n": 4}}
+    text = card("qwen3_vl")
+    completed = with_scores(text, {"base": kinds, "trained": kinds})
+    assert completed.startswith(text.rstrip())
+    assert "| kind | metric | n | base | trained |" in completed
+    assert "| text | exact_match | 4 | 0.5000 | 0.5000 |" in completed
+    assert "| kind | metric | n | trained |" in with_scores(text, {"trained": kinds})
