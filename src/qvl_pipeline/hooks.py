@@ -16,6 +16,7 @@ from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+from kedro.utils import load_obj
 
 from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.locks import turn
@@ -62,6 +63,7 @@ class EarlyChecks:
     def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
         """Remember where every entry is, for messages."""
         self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
+        self._schemas = {name: entry.get("schema") for name, entry in conf_catalog.items()}
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -118,7 +120,8 @@ class EarlyChecks:
     def _damage(self, name: str) -> str | None:
         from qvl_pipeline.storage.soundness import damage
 
-        wrong = damage(Path(self._paths[name])) if self._paths.get(name) else None
+        schema = load_obj(self._schemas[name]) if self._schemas.get(name) else None
+        wrong = damage(Path(self._paths[name]), schema) if self._paths.get(name) else None
         return f"cannot be read ({wrong}): make it again" if wrong else None
 
     def _made_otherwise(self, name: str) -> str | None:

@@ -10,12 +10,16 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import yaml
 from kedro.framework.project import pipelines
 from kedro.framework.startup import bootstrap_project
+from kedro.utils import load_obj
 
 from qvl_pipeline.data.made_with import attrs_of, first_difference
 from qvl_pipeline.errors import UserError
@@ -24,7 +28,7 @@ from qvl_pipeline.storage.batches import CheckedBatches
 from qvl_pipeline.storage.digests import read_sealed
 from qvl_pipeline.storage.soundness import damage
 from qvl_pipeline.storage.tables import open_table, read_table
-from tests.kedro_project import run
+from tests.kedro_project import REPOSITORY, run
 
 TRIALS = int(os.environ.get("CHAOS_DAMAGES", "80"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -69,6 +73,14 @@ def blank(content: bytearray, rng: random.Random) -> bytes:
 DAMAGES: list[Callable[[bytearray, random.Random], bytes]] = [flip, cut_off, blank]
 
 
+@cache
+def schema(path: Path) -> pa.Schema | None:
+    """The columns that the catalog names for a table."""
+    catalog = yaml.safe_load((REPOSITORY / "conf/base/catalog.yml").read_text(encoding="utf-8"))
+    names = {Path(entry["filepath"]).name: entry.get("schema") for entry in catalog.values()}
+    return load_obj(names[path.name]) if names.get(path.name) else None
+
+
 def content(path: Path) -> Any:
     """What a reader gets; the record of parameters, which is compared with those of a run, apart."""
     if path.is_dir():
@@ -88,7 +100,7 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def outcome(entry: Path, file: Path, before: tuple[Any, Any]) -> str:
-    if wrong := damage(entry):
+    if wrong := damage(entry, schema(entry)):
         assert file.name in wrong or "digests.json" in wrong, f"{file} was damaged, but {wrong}"
         return "named"
     if content(entry) == before[0] and record(entry) == before[1]:
@@ -114,11 +126,13 @@ def test_no_damage_of_a_hand_over_is_silent(data: Path) -> None:
         damaged = kind(bytearray(whole), rng)
         file.unlink()  # a mapped file is not changed under its reader
         file.write_bytes(damaged)
-        found = "as it was" if damaged == whole else outcome(data / name, file, before[name])
+        try:
+            found = "as it was" if damaged == whole else outcome(data / name, file, before[name])
+        finally:
+            file.unlink()
+            file.write_bytes(whole)
         assert found != "SILENT", f"trial {trial} of seed {SEED}: {kind.__name__} in {file} was not noticed"
         outcomes[found] += 1
-        file.unlink()
-        file.write_bytes(whole)
     assert outcomes["named"] >= TRIALS / 2, outcomes
     print(f"{TRIALS} damages: {dict(outcomes)}")
 

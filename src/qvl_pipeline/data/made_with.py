@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.storage.digests import read_sealed, sealed
+from qvl_pipeline.storage.tables import ATTRS
 
 # The entries that hold a record, and the blocks that are in it.
 RECORDED = {
@@ -24,8 +25,6 @@ RECORDED = {
     "video_frames": ("ingest", "validate", "sample", "model"),
     "tokenized_samples": ("ingest", "validate", "sample", "model"),
 }
-# How pandas keeps `DataFrame.attrs` in Parquet, and so the catalog's tables do.
-ATTRS = b"PANDAS_ATTRS"
 RECORD_FILE = "made_with.json"
 
 Attrs = dict[str, Any]  # of a data frame

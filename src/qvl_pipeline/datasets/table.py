@@ -13,14 +13,11 @@ import pyarrow.parquet as pq
 from kedro.io import AbstractDataset, DatasetError
 from kedro.utils import load_obj
 
-from qvl_pipeline.storage.tables import damage_named, open_table, read_table, write_table
+from qvl_pipeline.storage.tables import ATTRS, damage_named, open_table, read_table, write_table
 from qvl_pipeline.storage.whole import whole
 
 if TYPE_CHECKING:
     from kedro_datasets._typing import TablePreview
-
-# Where `DataFrame.to_parquet` keeps `attrs`, too.
-_ATTRS = b"PANDAS_ATTRS"
 
 
 class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.DataFrame | pq.ParquetFile]):
@@ -73,7 +70,7 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
         if schema is None:
             return table.to_pandas()
         frame = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-        frame.attrs = json.loads((table.schema.metadata or {}).get(_ATTRS, b"{}"))
+        frame.attrs = json.loads((table.schema.metadata or {}).get(ATTRS, b"{}"))
         return frame
 
     def save(self, data: pd.DataFrame | Callable[[Path], Any]) -> None:
@@ -88,7 +85,7 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
             table = pa.Table.from_pandas(data, schema=schema, preserve_index=False)
             if schema is not None:
                 # Without pandas' own metadata, with the versions of its libraries: the bytes are the data's alone.
-                metadata = {_ATTRS: json.dumps(data.attrs, sort_keys=True)} if data.attrs else None
+                metadata = {ATTRS: json.dumps(data.attrs, sort_keys=True)} if data.attrs else None
                 table = table.replace_schema_metadata(metadata)
             with whole(self._filepath, table.nbytes) as partial:
                 write_table(table, partial)

@@ -134,7 +134,11 @@ def unsealed(values: Any, path: Path) -> Any:
     Raises:
         DamagedError: The digest is another one.
     """
-    if not isinstance(values, dict) or _SEAL not in values:
+    if not isinstance(values, dict):
+        return values
+    if _SEAL not in values:
+        if any(isinstance(value, list) and value[:1] and _is_digest(value[0]) for value in values.values()):
+            raise damaged(path, "its digest has another name")
         return values
     rest = {key: value for key, value in values.items() if key != _SEAL}
     recorded = values[_SEAL]
@@ -154,6 +158,10 @@ def read_sealed(path: Path) -> Any:
         return unsealed(json.loads(path.read_bytes()), path)
     except ValueError as error:  # also text that is no UTF-8
         raise damaged(path, str(error)) from error
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and value.partition(":")[0] in _HASHERS
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+
 from qvl_pipeline.storage.batches import CheckedBatches
 from qvl_pipeline.storage.digests import DamagedError, damage_in, read_sealed
 from qvl_pipeline.storage.tables import damage_named, open_table, read_table
@@ -13,16 +15,17 @@ from qvl_pipeline.storage.tables import damage_named, open_table, read_table
 READ_AT_ONCE_BYTES = 1 << 28
 
 
-def damage(path: Path) -> str | None:
+def damage(path: Path, schema: pa.Schema | None = None) -> str | None:
     """Say what is wrong with a file, or with one in a folder; nothing when it is sound or of a kind without digests.
 
     Args:
         path: A table (`.parquet`, `.arrow`), a JSON file, or a folder of such files and weights.
+        schema: The columns that a table must have.
     """
     try:
         if path.is_dir():
             return damage_in(path) or _damage_of_files(path)
-        _check(path)
+        _check(path, schema)
     except DamagedError as error:
         return str(error)
     return None
@@ -37,10 +40,10 @@ def _damage_of_files(folder: Path) -> str | None:
     return None
 
 
-def _check(file: Path) -> None:
+def _check(file: Path, schema: pa.Schema | None = None) -> None:
     small = file.stat().st_size <= READ_AT_ONCE_BYTES
     if file.suffix == ".parquet" and small:
-        read_table(file)
+        read_table(file, schema)
     elif file.suffix == ".parquet":
         with damage_named(file):
             open_table(file).close()

@@ -7,6 +7,7 @@ the reader or shows in the schema, which whoever knows it compares.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvl_pipeline.storage.digests import damaged
+
+# How pandas keeps `DataFrame.attrs` in Parquet, and so the catalog's tables do: as JSON.
+ATTRS = b"PANDAS_ATTRS"
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -57,6 +61,9 @@ def read_table(path: Path, schema: pa.Schema | None = None, *, advice: str = "")
     """
     with damage_named(path, advice), open_table(path) as file:
         table = file.read()
+        attrs = [(found.metadata or {}).get(ATTRS, b"{}") for found in (table.schema, file.schema_arrow)]
+        if attrs[0] != attrs[1] or not isinstance(json.loads(attrs[0]), dict):
+            raise ValueError(f"its {ATTRS.decode()} contradict each other")
     if schema is not None and not table.schema.equals(schema):
         raise damaged(path, f"its columns are {', '.join(table.schema.names)}", advice)
     return table
