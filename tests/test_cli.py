@@ -103,12 +103,29 @@ def test_what_a_person_can_mend_is_an_error_without_a_traceback(
     assert "Traceback" not in result.output
 
 
-def test_a_configuration_file_that_cannot_be_read_is_named(project: Path) -> None:
-    (project / "conf/tiny_qwen3_vl/parameters.yml").write_text("train: [\n")
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ("train:\n\tseed: 1\n", "line 2, column 1", "a tab, where YAML allows only spaces: indent with spaces"),
+        (
+            "train:\n  seed: 1\n model: {}\n",
+            "line 3, column 2",
+            "parsing a block mapping from line 1 on, expected",
+        ),
+        ("model: {}\ntrain: [1\n", "line 3, column 1", "while parsing a flow sequence from line 2 on, "),
+        ("train:\n  seed: 1\n  seed: 2\n", "line 3, column 3", "found duplicate key seed"),
+    ],
+)
+@pytest.mark.parametrize("layer", ["tiny_qwen3_vl", "local"])
+def test_a_configuration_file_that_cannot_be_read_is_named_with_the_line(
+    project: Path, layer: str, text: str, place: str, reason: str
+) -> None:
+    (project / f"conf/{layer}/parameters.yml").write_text(text)
     result = kedro_run()
     assert result.exit_code == 1
-    assert "parameters.yml" in result.output
-    assert "Traceback" not in result.output
+    assert f"conf/{layer}/parameters.yml, {place} cannot be read: " in result.output
+    assert reason in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def test_an_error_of_a_node_for_people_is_shown_as_it_is(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

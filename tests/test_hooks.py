@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -7,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
@@ -140,6 +143,69 @@ def test_of_several_nodes_only_the_first_runs_more_than_training(
         return
     with pytest.raises(UserError, match=r"node 1 of 2 can only join the training: run `kedro run --pipelines train`"):
         checks.before_pipeline_run(*started)
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"train": {"freeze_modules": ["visaul"]}}, "freeze_modules: 'visaul' matches no parameter of qwen3_vl"),
+        ({"train": {"fp16": True}}, "fp16 needs a GPU, and this machine has none"),
+    ],
+)
+def test_what_training_and_evaluation_would_refuse_is_said_before_the_data_are_made(
+    project: Path, params: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (line,) = refusal(project, params=params)
+    assert line.startswith(reason)
+    assert not (project / "data").exists()
+    run(project, "ingest", params=params)  # which trains nothing
+
+
+SAMPLE = Node(lambda samples: samples, "valid_samples", "frames", name="sample_clips")
+LATER = {
+    "train": Node(lambda frames: frames, "other_frames", "trained_model", name="train"),
+    "generate": Node(lambda model: model, "other_model", "predictions", name="generate"),
+}
+
+
+def started(folder: Path, nodes: list[Node], **blocks: Any) -> tuple[EarlyChecks, DataCatalog]:
+    """The checks of a run that has just started, on one valid sample, which is for training."""
+    path = folder / "valid_samples.parquet"
+    pq.write_table(pa.table({"split": ["train"]}), path)
+    catalog = DataCatalog({name: MemoryDataset(path) for name in ("valid_samples", "other_frames", "other_model")})
+    checks = EarlyChecks()
+    checks.after_catalog_created({"valid_samples": {"filepath": str(path)}})
+    checks._blocks = blocks
+    checks._made_otherwise = lambda name: None
+    checks.before_pipeline_run(
+        {"project_path": str(folder), "env": None, "pipeline_names": None}, Pipeline(nodes), catalog
+    )
+    return checks, catalog
+
+
+@pytest.mark.parametrize(
+    ("nodes", "strategy", "reason"),
+    [
+        (["train", "generate"], "no", "no valid sample is of the split 'eval', which 'evaluate' needs"),
+        (["train"], "epoch", "no valid sample is of the split 'eval', which train.eval_strategy 'epoch' needs"),
+        (["train"], "no", None),
+        ([], "epoch", None),
+    ],
+)
+def test_no_frame_is_decoded_when_there_is_no_sample_for_the_evaluation_that_follows(
+    nodes: list[str], strategy: str, reason: str | None, tmp_path: Path
+) -> None:
+    pipeline = [SAMPLE, *(LATER[name] for name in nodes)]
+    checks, catalog = started(tmp_path, pipeline, train=TrainConfig(eval_strategy=strategy))
+    with pytest.raises(UserError, match=reason) if reason else contextlib.nullcontext():
+        checks.before_node_run(SAMPLE, catalog)
+
+
+def test_a_wrong_argument_of_generation_is_said_before_the_data_are_made(tmp_path: Path) -> None:
+    tokenize = Node(lambda samples: samples, "valid_samples", "tokenized_samples", name="tokenize")
+    with pytest.raises(UserError, match=r"evaluate.generation.temperatur is no argument of generation: did you mean"):
+        started(tmp_path, [tokenize, LATER["generate"]], evaluate=EvaluateConfig(generation={"temperatur": 1.0}))
 
 
 TRAIN = Node(lambda tokens: tokens, "tokenized_samples", "trained_model", name="train")

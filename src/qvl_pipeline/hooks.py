@@ -23,6 +23,7 @@ from qvl_pipeline.locks import turn
 from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import LOCAL, ProfileLoader, profile_names
+from qvl_pipeline.training.in_use import READ_WHILE_TRAINING, InUse
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +70,22 @@ class EarlyChecks:
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Refuse a pipeline whose inputs are not there yet, damaged, or made with other parameters than this run has.
 
+        And one that prepares data for a training that cannot run here: see `training/early.py`.
+
         Raises:
             UserError: Names every missing input, the pipeline that makes it, and the command to run first; or an input
                 that is damaged or was made otherwise, and how. Or this is one of several nodes, and not the one that
-                runs other pipelines than training.
+                runs other pipelines than training. Or the training that follows could not run.
         """
-        evaluation = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
-        self._evaluation_checked_before = evaluation[0] if "generate" in evaluation else None
+        self._stages = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
+        self._evaluation_checked_before = self._stages[0] if "generate" in self._stages else None
+        waiting = [node.name for node in pipeline.nodes if "valid_samples" in node.inputs]
+        self._split_checked_before = waiting[0] if waiting and self._stages else None
         _check_node(pipeline, catalog)
         self._warn_of_what_dvc_does_not_see(pipeline)
         wrong = self._unusable(pipeline, catalog)
         if not wrong:
+            self._check_what_follows(pipeline)
             return
         names = ", ".join(run_params["pipeline_names"] or ["the run"])
         root = Path(run_params["project_path"])
@@ -95,6 +101,31 @@ class EarlyChecks:
         sharing = "Profiles that are to differ in this need a `dataset` each, in their globals.yml."
         hint = "" if SHARED.isdisjoint(stages) else f" {sharing}"
         raise UserError(f"{names} cannot start, because {name} ({place}) {problem} by {command}.{hint}")
+
+    def _check_what_follows(self, pipeline: Pipeline) -> None:
+        """Ask now what training and evaluation would only find out when the data for them are made, hours from now."""
+        if not pipeline.all_outputs() & READ_WHILE_TRAINING:
+            return  # the stages themselves ask at once
+        if "generate" in self._stages:
+            from qvl_pipeline.evaluation.generation import check_generation
+
+            check_generation(self._blocks["evaluate"])
+        if "train" in self._stages:
+            from qvl_pipeline.training.early import check_before_preparing
+
+            blocks = {
+                name: self._blocks[name] for name in ("sample", "model", "batching", "train", "adapter", "ingest")
+            }
+            check_before_preparing(**blocks, scratch=Path(self._paths["base_model"]).parent / "scratch")
+
+    def _check_eval_split(self) -> None:
+        from qvl_pipeline.training.early import check_eval_samples
+
+        strategy = self._blocks["train"].eval_strategy
+        if "generate" in self._stages:
+            check_eval_samples(Path(self._paths["valid_samples"]), "'evaluate'")
+        elif strategy != "no":
+            check_eval_samples(Path(self._paths["valid_samples"]), f"train.eval_strategy '{strategy}'")
 
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
@@ -151,9 +182,13 @@ class EarlyChecks:
     def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
         """Refuse what the evaluation would refuse, and warn of answers that it will cut: before it or its training.
 
+        And a run whose valid samples have no eval split, though it is needed: before any frame is decoded.
+
         Raises:
             UserError: Says what, and how to train all the same.
         """
+        if node.name == self._split_checked_before:
+            self._check_eval_split()
         if node.name != self._evaluation_checked_before:
             return
         from qvl_pipeline.evaluation.checks import checked_samples, warn_of_cut_answers
@@ -169,6 +204,72 @@ class EarlyChecks:
                 f"nothing was trained, because 'evaluate', which follows, would fail: {error}. To train without an "
                 "evaluation, run `kedro run --pipelines train` (with the same --env)"
             ) from error
+
+
+class InputsOfTraining:
+    """Keeps a run from writing what another one is training on, and from reading what another one is writing."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._held: InUse | None = None
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Remember the profile."""
+        self._profile = context.config_loader.profile.name
+
+    @hook_impl
+    def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
+        """Remember where the entries are."""
+        entry = conf_catalog.get("tokenized_samples") or {}
+        self._folder = Path(entry["filepath"]).parent if "filepath" in entry else None
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        """Take hold of what the run reads; where it first writes it, see that it will be able to.
+
+        Raises:
+            UserError: Another run is in the way.
+        """
+        self._let_go()  # of a run before this one in a notebook, which was interrupted
+        self._unwritten = pipeline.all_outputs() & READ_WHILE_TRAINING
+        if self._folder is None or not pipeline.datasets() & READ_WHILE_TRAINING:
+            return
+        self._held = InUse(self._folder, self._profile)
+        self._held.check_that_nobody_reads() if self._unwritten else self._held.read()
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """Be the only one, from the first node that writes.
+
+        Raises:
+            UserError: Another run has begun to read meanwhile.
+        """
+        if self._held is not None and self._unwritten & set(node.outputs):
+            self._held.write()
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str) -> None:
+        """Let others read when all is written, and go on as one of them."""
+        if self._held is not None and dataset_name in self._unwritten:
+            self._unwritten -= {dataset_name}
+            if not self._unwritten:
+                self._held.read()
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """Let go."""
+        self._let_go()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Let go."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.end()
 
 
 class OneWriter:

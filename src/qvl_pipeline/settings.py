@@ -6,7 +6,7 @@ import os
 import sys
 
 from qvl_pipeline.config import BLOCKS
-from qvl_pipeline.hooks import EarlyChecks, OneWriter, Progress
+from qvl_pipeline.hooks import EarlyChecks, InputsOfTraining, OneWriter, Progress
 from qvl_pipeline.profiles.loader import BASE, ProfileLoader
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.tracking.mlflow.hook import MlflowHook
@@ -34,7 +34,8 @@ if not sys.stderr.isatty():
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-HOOKS = (EarlyChecks(), OneWriter(), Progress(), PublicationHook(), MlflowHook(BLOCKS))
+# The later ones are called first: a run has its turn to write before it takes hold of what it writes.
+HOOKS = (EarlyChecks(), InputsOfTraining(), OneWriter(), Progress(), PublicationHook(), MlflowHook(BLOCKS))
 
 # Installed beside our hook, kedro-mlflow would record every run twice. The name is the distribution's, underscore and
 # all: "kedro-mlflow" disables nothing.

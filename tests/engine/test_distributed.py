@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -196,11 +197,18 @@ def test_export_is_the_last_checkpoint_under_names_that_transformers_knows(
     assert all(not torch.equal(weight, base[name]) for name, weight in exported.items() if weight.ndim == 2)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 def test_frozen_parts_stay_bit_unchanged_under_weight_decay(
-    family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+    bf16: bool, family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
-    training = changed(trainings(family), tmp_path, run={"save_steps": 0}, model={"freeze_modules": ("visual",)})
+    """Also where they are held in bfloat16 while they are trained with, and of no checkpoint's business."""
+    groups = {"model": {"freeze_modules": ("visual",)}, "parallel": {"bf16": bf16}}
+    training = changed(trainings(family), tmp_path, run={"save_steps": 0}, **groups)
     trained(training, nproc=2)
+    stored = FileSystemReader(tmp_path / "checkpoints" / "checkpoint-3").read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith("model.")]
+    assert names
+    assert not [name for name in names if ".visual." in name]
     base = load_file(Path(training.model.path) / "model.safetensors")
     for name, weight in weights(training).items():
         assert torch.equal(weight, base[name]) == ("visual" in name), name

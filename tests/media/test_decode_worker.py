@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,17 +42,19 @@ def test_a_clip_that_ends_its_process_twice_is_out(worker: DecodeWorker, tmp_pat
     assert worker.read((tmp_path / "other", 0)) == "read"
 
 
-def read_for_long(_: object) -> None:
+def read_for_long(begun: Path) -> None:
+    begun.touch()
     threading.Event().wait(600)
 
 
-def test_a_worker_that_is_killed_does_not_start_again() -> None:
+def test_a_worker_that_is_closed_does_not_start_again(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
     worker = DecodeWorker(read_for_long, timeout_s=600)
     outcomes: list[object] = []
-    thread = threading.Thread(target=lambda: outcomes.append(worker.read(0)))
+    thread = threading.Thread(target=lambda: outcomes.append(worker.read(begun)))
     thread.start()
-    while worker._child is None or worker._pipe is None:
-        pass
+    while not begun.exists():
+        time.sleep(0.01)
     worker.close()
     thread.join(60)
     assert worker._child is None

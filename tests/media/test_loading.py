@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,13 @@ def test_part_of_a_clip_is_that_part_of_its_patches(
     clip = media[1]
     whole = loader.load([clip]).unflatten(0, (clip["grid_t"], -1))
     assert torch.equal(loader.load([clip | {"part": part}]), whole[slice(*part)].flatten(0, 1))
+
+
+def test_an_image_that_was_swapped_since_validation_is_named(media: list[dict[str, Any]], loader: PatchLoader) -> None:
+    image = next(item for item in media if item["type"] == "image")
+    path = Path(image["key"])
+    known = image | {"content_hash": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert torch.equal(loader.load([known]), loader.load([image]))
+    Image.open(path).rotate(180).save(path)
+    with pytest.raises(UserError, match=rf"'{path}' has changed since 'validate' ran"):
+        loader.load([known])

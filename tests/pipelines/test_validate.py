@@ -135,7 +135,7 @@ def test_columns_that_nothing_reads_are_counted_printed_and_shown(capsys: pytest
         for row, text in enumerate(metadata)
     ]
     samples = as_file(pa.Table.from_pylist(rows, SAMPLES))
-    quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), ENGINE)
+    quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), INGEST, ENGINE)
     assert report["put_aside"] == {"s": {"id": 2, "<score>": 1}}
     assert "columns of s that nothing reads, put aside in metadata: id (2), <score> (1)" in capsys.readouterr().out
     html = write_page(samples, _rejects(), quarantine, warnings, media_index, report, ENGINE)

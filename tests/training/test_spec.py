@@ -81,6 +81,7 @@ FSDP = {
     "hsdp_shard_size": 2,
     "forward_prefetch": 2,
     "backward_prefetch": 2,
+    "accumulate_sharded": True,
     "cpu_offload": True,
 }
 LAUNCH = {"ddp_timeout": 99, "step_timeout_s": 77}
@@ -118,7 +119,7 @@ NOT_THE_ENGINES = {
     TrainConfig: {"fsdp2", "fsdp_config", "launch", "metric_for_best_model", "nproc_per_node", "report_to"}
     | {"resume_from_checkpoint"},
     ModelConfig: {"processor_type", "load_from_pretrained_path", "tiny_seed"},
-    BatchingConfig: {"dataset_type", "group_by_length", "num_train_epochs"},
+    BatchingConfig: {"dataset_type", "group_by_length", "max_reject_fraction", "num_train_epochs"},
     SampleConfig: {"video_backend", "materialize", "frame_encoding", "jpeg_quality", "frame_cache", "decode_timeout_s"}
     | {"max_reject_fraction", "num_workers", "memory_gib"},
 }

@@ -12,12 +12,14 @@ from qvl_pipeline.config.base import Block, Indifferent
 class DataEngineConfig(Block):
     """How Daft runs. Nothing here changes what is written: tables are the same bytes with any of these values.
 
+    (But for rows that are too long for `memory_limit_gib`, which are rejects.)
+
     Attributes:
         runner: `native` works in this process, on all of its cores; `ray` on a Ray cluster. The project folder and the
             media must be at the same path on all nodes of the cluster.
         ray_address: Address of the cluster, such as `ray://head:10001` or `auto`; `None` starts Ray on this machine.
         memory_limit_gib: Memory that `ingest` keeps within, however many rows there are; what Python and its libraries
-            take from the start (0.4 GiB) is in it. One row must fit into a thirtieth of it.
+            take from the start (0.4 GiB) is in it. A row that takes more than a fiftieth of it is rejected.
         batch_rows: Most rows that are worked on in one piece. Fewer spread a small file over more cores.
     """
 

@@ -54,6 +54,57 @@ def write_manifest(folder: Path, model: ModelConfig) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def check_family(name: str, family: str) -> None:
+    """Refuse a pretrained model that is not there, or of another family; its configuration is read and nothing else.
+
+    Args:
+        name: `model.load_from_pretrained_path`.
+        family: `model.processor_type`.
+
+    Raises:
+        UserError: It is.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.load_from_pretrained_path '{name}' is neither a model folder nor a hub id that can be read here: "
+            f"{reason}"
+        ) from error
+    if config.model_type != family:
+        raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")
+
+
+def check_weights(name: str) -> None:
+    """See that the safetensors files of a pretrained model are there; of the hub, only their index is fetched.
+
+    Args:
+        name: `model.load_from_pretrained_path`.
+
+    Raises:
+        UserError: There are none, some that the index names are missing, or the hub does not answer.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import has_file
+
+    try:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        content = json.loads(Path(index).read_text(encoding="utf-8")) if index else {}
+        files = sorted(set(content["weight_map"].values())) if index else [SAFE_WEIGHTS_NAME]
+        missing = [file for file in files if not has_file(name, file)]  # offline, of what is in the hub's cache
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the weights of the base model '{name}' cannot be found: {reason}") from error
+    if missing:
+        what = f"{SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}: only safetensors are read"
+        if index:
+            what = f"{missing[0]} ({len(missing)} of the {len(files)} files that its index names are missing)"
+        raise UserError(f"the base model '{name}' of model.load_from_pretrained_path has no {what}")
+
+
 def check_prepared(folder: Path, model: ModelConfig) -> None:
     """Refuse a base model, and with it tokens, that were prepared for other parameters of the model.
 

@@ -115,6 +115,18 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
     model.save_pretrained(folder)
 
 
+def write_tiny_config(folder: Path, family: str) -> None:
+    """Write the `config.json` of a tiny model, for its names and sizes: the ids of special tokens are not its own.
+
+    Args:
+        folder: Folder to write into.
+        family: `qwen3_vl` or `qwen2_5_vl`.
+    """
+    configs = {"qwen3_vl": (Qwen3VLConfig, QWEN3_VL), "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VL)}
+    config, settings = configs[family]
+    config(**settings, tie_word_embeddings=True).save_pretrained(folder)
+
+
 def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     patch_size = QWEN3_VL["vision_config"]["patch_size"]
     unit = MERGE * patch_size  # pixels of one merged token's side

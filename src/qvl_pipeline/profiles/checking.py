@@ -43,6 +43,8 @@ def _by_key(block: str, parameters: dict[str, Any], error: ValidationError) -> d
     """Return what is wrong for every key; the alternatives of a union are joined into one text."""
     texts: dict[Key, list[str]] = {}
     for problem in error.errors(include_url=False, include_context=False):
+        if problem["type"] == "default_factory_not_called":  # for want of another key, which is listed itself
+            continue
         key = tuple(_real_keys((block, *problem["loc"]), parameters))
         text = problem["msg"].removeprefix("Value error, ")
         given = problem["input"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kedro.config import MissingConfigException, OmegaConfigLoader
+from omegaconf import OmegaConf
+from yaml import MarkedYAMLError
 
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.profiles.origins import Origins
 
 BASE, LOCAL = "base", "local"
@@ -28,9 +33,16 @@ class ProfileLoader(OmegaConfigLoader):
 
         Raises:
             MissingConfigException: No layer has a file of this kind.
+            UserError: A file is not YAML or JSON; it names file, line, column and what is wrong there.
         """
         if key in self:  # set by hand, in a notebook
             return super().__getitem__(key)
+        try:
+            return self._merged(key)
+        except MarkedYAMLError as error:
+            raise _located(error, self._folders, self.config_patterns[key]) from error
+
+    def _merged(self, key: str) -> dict[str, Any]:
         missing = None
         try:
             merged = super().__getitem__(key)
@@ -59,4 +71,35 @@ class ProfileLoader(OmegaConfigLoader):
     @property
     def origins(self) -> Origins:
         """Where parameters come from."""
-        return Origins(self.runtime_params or {}, [self.local, self.profile, Path(self.conf_source) / self.base_env])
+        return Origins(self.runtime_params or {}, self._folders)
+
+    @property
+    def _folders(self) -> list[Path]:
+        """The layers of files, the one that takes precedence first."""
+        return [self.local, self.profile, Path(self.conf_source) / self.base_env]
+
+
+def _located(error: MarkedYAMLError, folders: Iterable[Path], patterns: Iterable[str]) -> UserError:
+    """Return the error for people. Kedro's own counts lines from 0, and keeps to itself what is wrong there."""
+    cause = error.__cause__ if isinstance(error.__cause__, MarkedYAMLError) else error
+    named = re.search(r"file (.+?), unable to read line", str(error))
+    file = Path(named[1]) if named else _first_unreadable(folders, patterns)
+    begun = cause.context_mark and cause.context_mark.line != cause.problem_mark.line
+    context = f"{cause.context} from line {cause.context_mark.line + 1} on" if begun else cause.context
+    what = ", ".join(filter(None, (context, cause.problem)))
+    if "\\t" in what:
+        what = "a tab, where YAML allows only spaces: indent with spaces"
+    mark = cause.problem_mark
+    return UserError(f"{file}, line {mark.line + 1}, column {mark.column + 1} cannot be read: {what}")
+
+
+def _first_unreadable(folders: Iterable[Path], patterns: Iterable[str]) -> Path | None:
+    """Find the file of an error that Kedro passes on without saying which it is about."""
+    for path in (path for folder in folders for pattern in patterns for path in sorted(folder.glob(pattern))):
+        try:
+            OmegaConf.load(path)
+        except MarkedYAMLError:
+            return path
+        except OSError:  # a folder, to which a pattern may come
+            continue
+    return None

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from qvl_pipeline.config import DatasetSource, IngestConfig
+from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
+from qvl_pipeline.data.sources.limits import Limits
 from qvl_pipeline.data.sources.raw import find_files
-from qvl_pipeline.data.sources.readers import read_slabs
+from qvl_pipeline.data.sources.readers import RowFiles
 from qvl_pipeline.data.sources.rows import RowReader, assign_split
 
 TRIED = 5
@@ -71,9 +72,10 @@ def try_source(source: DatasetSource) -> Trial:
     """
     files = find_files(source, Path(), "--data")
     sizes = [max(file.path.stat().st_size, 1) for file in files]
-    with tempfile.TemporaryDirectory() as cache:
+    limits = Limits(int(DataEngineConfig().memory_limit_gib * 2**30), _READ_BYTES)
+    with tempfile.TemporaryDirectory() as cache, RowFiles(limits) as row_files:
         reader = RowReader(source, IngestConfig(datasets=[source], cache_folder=cache))
-        slab = next(read_slabs(files[0].path, source.data_type, _READ_BYTES), None)
+        slab = next(row_files.slabs(files[0].path, source.data_type), None)
         records = [] if slab is None else list(_records(slab.rows))
         tried = [_tried(reader.read(record, problem, files[0].split)) for record, problem in records[:TRIED]]
     done = slab.done * sizes[0] / sum(sizes) if slab else 1.0

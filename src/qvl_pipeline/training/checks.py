@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from qvl_pipeline.errors import UserError, did_you_mean
+from qvl_pipeline.training.space import check_space
 
 if TYPE_CHECKING:
     import torch
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, str]:
+def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple[str, str]:
     """Run the engine's own checks of parts, rates, schedule, kernels and ranks on a model without weights.
 
     Args:
         spec: The run.
-        steps: Optimizer steps of its plan.
+        steps: Optimizer steps of its plan; `None` while there is no plan, and what depends on it cannot be checked.
         ranks: Processes of the whole job.
 
     Returns:
@@ -30,7 +31,7 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     Raises:
         UserError: A name in `freeze_modules`, `adapter.targets`, `learning_rates`, `transformer_layer_cls_to_wrap` or
             `torch_compile_backend` fits nothing that is there, the schedule is impossible, there is no step to profile,
-            a package is missing, or the machine cannot run it as asked.
+            a package is missing, the machine cannot run it as asked, or the disk has no room for what it leaves.
     """
     import torch
 
@@ -38,6 +39,7 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     from qvl_pipeline.engine.model.adapters.start import check_start
     from qvl_pipeline.engine.model.attention_kernels import choose_kernels
     from qvl_pipeline.engine.model.freezing import freeze
+    from qvl_pipeline.engine.model.kernels import use_liger_kernels
     from qvl_pipeline.engine.model.sharded import layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
     from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
@@ -45,25 +47,7 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
     from qvl_pipeline.engine.parallel.sharding import check_shard_size
     from qvl_pipeline.families import FAMILIES
 
-    if spec.optim.optim == "adamw_8bit" and find_spec("torchao") is None:
-        raise UserError(
-            "optim 'adamw_8bit' needs the package torchao: install it (pip install torchao), or choose another"
-        )
-    if spec.parallel.fp16 and not torch.cuda.is_available():
-        raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
-    if spec.stream.max_steps and spec.validation.eval_strategy == "epoch":
-        raise UserError("eval_strategy 'epoch' needs a plan, which iterable dataset types do not have: use 'steps'")
-    if (profiled := spec.run.profile_steps) and profiled[0] > steps:
-        raise UserError(
-            f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
-        )
-    if spec.adapter.used and spec.model.freeze_modules:
-        raise UserError(
-            f"train.freeze_modules means nothing with adapter.type '{spec.adapter.type}', which freezes all that "
-            "adapter.targets and adapter.train_fully do not name: take it out"
-        )
-    if spec.model.torch_compile:
-        _check_backend(spec.model.torch_compile_backend)
+    _check_settings(spec, steps)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _warn(spec, steps, device)
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
@@ -78,18 +62,77 @@ def check_before_launch(spec: TrainSpec, steps: int, ranks: int) -> tuple[str, s
             inject(model, family, spec.adapter)
             check_start(model, spec.adapter)
         peak_rates(spec.optim, trained_parts(model, family, spec.optim))
-        learning_rate_schedule(spec.optim, steps)
+        if steps is not None:
+            learning_rate_schedule(spec.optim, steps)
+        if spec.model.use_liger_kernel:
+            use_liger_kernels(model, family, device)
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_space(spec, steps, model)
     return kernels
 
 
-def _warn(spec: TrainSpec, steps: int, device: torch.device) -> None:
+def _check_settings(spec: TrainSpec, steps: int | None) -> None:
+    """Refuse what can be told without the model: packages, precision, and what the plan does not have."""
+    import torch
+
+    if spec.optim.optim == "adamw_8bit" and find_spec("torchao") is None:
+        raise UserError(
+            "optim 'adamw_8bit' needs the package torchao: install it (pip install torchao), or choose another"
+        )
+    if spec.parallel.fp16 and not torch.cuda.is_available():
+        raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
+    if spec.parallel.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"bf16 is not what {torch.cuda.get_device_name()} computes in: set bf16 to false, fp16 to true")
+    if spec.stream.max_steps and spec.validation.eval_strategy == "epoch":
+        raise UserError("eval_strategy 'epoch' needs a plan, which iterable dataset types do not have: use 'steps'")
+    if steps is not None and (profiled := spec.run.profile_steps) and profiled[0] > steps:
+        raise UserError(
+            f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
+        )
+    if spec.adapter.used and spec.model.freeze_modules:
+        raise UserError(
+            f"train.freeze_modules means nothing with adapter.type '{spec.adapter.type}', which freezes all that "
+            "adapter.targets and adapter.train_fully do not name: take it out"
+        )
+    if spec.model.torch_compile:
+        _check_backend(spec.model.torch_compile_backend)
+
+
+def _warn(spec: TrainSpec, steps: int | None, device: torch.device) -> None:
     """Say what will not be as the parameters let one expect."""
     from qvl_pipeline.engine.model.kernels import why_not_liger
     from qvl_pipeline.engine.optim.optimization import SAVED_BLOCKING
 
-    if spec.optim.warmup_steps > steps:
+    if steps is not None and spec.optim.warmup_steps > steps:
+        logger.warning(
+            "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
+            *(spec.optim.warmup_steps, steps),
+        )
+    if spec.run.save_async and spec.optim.optim in SAVED_BLOCKING:
+        logger.warning(
+            "save_async is not used: the state of optim '%s' cannot be copied aside, so training waits until a "
+            "checkpoint is written",
+            spec.optim.optim,
+        )
+    if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
+        logger.warning("use_liger_kernel is %s", why_not)
+
+
+def _check_backend(name: str) -> None:
+    from torch._dynamo import list_backends
+
+    if name not in (known := list_backends(exclude_tags=None)):
+        hint = did_you_mean(name, known, f"known are {', '.join(known)}")
+        raise UserError(f"torch_compile_backend '{name}' is not there: {hint}")
+
+
+def _warn(spec: TrainSpec, steps: int | None, device: torch.device) -> None:
+    """Say what will not be as the parameters let one expect."""
+    from qvl_pipeline.engine.model.kernels import why_not_liger
+    from qvl_pipeline.engine.optim.optimization import SAVED_BLOCKING
+
+    if steps is not None and spec.optim.warmup_steps > steps:
         logger.warning(
             "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
             *(spec.optim.warmup_steps, steps),

@@ -21,11 +21,11 @@ from qvl_pipeline.config import DataEngineConfig, IngestConfig
 from qvl_pipeline.data import batches
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
-from qvl_pipeline.data.sources import ingest, readers
+from qvl_pipeline.data.sources import ingest, limits
 from qvl_pipeline.data.sources.finished import finished_part
 from qvl_pipeline.data.sources.ingest import ingest_sources
 from qvl_pipeline.data.sources.raw import list_files
-from qvl_pipeline.data.sources.readers import Slab, read_slabs
+from qvl_pipeline.data.sources.readers import RowFiles, Slab
 from qvl_pipeline.data.sources.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
 from qvl_pipeline.evaluation.metrics import references
@@ -130,6 +130,25 @@ def test_columns_that_only_another_form_reads_are_put_aside() -> None:
     samples, _ = _ingest(_write("a.jsonl", [_row(input="x", text="y"), alpaca]))
     assert [orjson.loads(text) for text in samples["metadata"].to_pylist()] == [{"input": "x", "text": "y"}, {"id": 1}]
     assert samples["answer"].to_pylist() == ["This.", "This."]
+
+
+def test_calls_in_a_table_have_their_own_arguments_alone() -> None:
+    """A column of calls gives each the arguments of all."""
+    called = [
+        {"tools": [{"name": name}], "messages": [{"role": "user", "content": "?"}, _calling(name, **arguments)]}
+        for name, arguments in (("a", {"city": "Rome"}), ("b", {"days": 2}))
+    ]
+    tables = [_ingest(_write(f"a.{kind}", called))[0] for kind in ("jsonl", "parquet")]
+    assert tables[0].num_rows == 2
+    assert tables[0].equals(tables[1])
+    null = [called[0], {"messages": [{"role": "user", "content": "?"}, _calling("b", days=None)]}]
+    messages = orjson.loads(_ingest(_write("b.jsonl", null))[0]["messages"].to_pylist()[1])
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"days": None}
+
+
+def _calling(name: str, **arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 REJECTED = {
@@ -371,7 +390,7 @@ def test_kind_by_media(images: int, videos: int, kind: str) -> None:
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slab is about 1,000 rows of these tests, and tables are written in groups of 100 rows."""
-    monkeypatch.setattr(readers, "_PIECE_BYTES", 1 << 15)
+    monkeypatch.setattr(limits, "_PIECE_BYTES", 1 << 15)
     monkeypatch.setattr(ingest, "_SLABS_IN_LIMIT", 1 << 12)
     monkeypatch.setattr(batches, "ROW_GROUP_ROWS", 100)
 
@@ -381,10 +400,10 @@ def _many(rows: int) -> list[dict[str, Any]]:
 
 
 def test_no_slab_is_in_memory_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch, small_slabs: None) -> None:
-    sizes, held = [], []
+    sizes, held, read = [], [], RowFiles.slabs
 
     def watched(*arguments: Any) -> Iterator[Slab]:
-        slabs = read_slabs(*arguments)
+        slabs = read(*arguments)
         empty = pa.total_allocated_bytes()
         while (slab := next(slabs, None)) is not None:
             sizes.append(slab.rows.nbytes)
@@ -393,7 +412,7 @@ def test_no_slab_is_in_memory_while_the_next_is_read(monkeypatch: pytest.MonkeyP
             yield handed_over.pop()
             held.append(pa.total_allocated_bytes() - empty)
 
-    monkeypatch.setattr(ingest, "read_slabs", watched)
+    monkeypatch.setattr(RowFiles, "slabs", watched)
     _ingest(_write("a.jsonl", _many(8000)))
     assert len(held) > 3
     assert max(held) < max(sizes) / 2

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
+from qvl_pipeline.data.rejection import RejectedRowError
 from qvl_pipeline.data.sources import remote
 from qvl_pipeline.data.sources.ingest import ingest_sources
+from qvl_pipeline.data.sources.paths import RemoteFolder
 from qvl_pipeline.data.sources.raw import list_files
 from qvl_pipeline.data.sources.remote import copy_remote, list_remote
 from qvl_pipeline.errors import UserError
@@ -169,7 +174,85 @@ def test_a_copy_that_is_cut_off_is_not_kept(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     memory.pipe({"/b/a": b"1234"})
-    monkeypatch.setattr(type(memory), "get_file", lambda fs, path, copy: Path(copy).write_bytes(b"12"))
+    monkeypatch.setattr(type(memory), "get_file", lambda fs, path, copy, **_: Path(copy).write_bytes(b"12"))
     with pytest.raises(UserError, match="'/b/a' has 4 bytes, of which 2 arrived"):
         copy_remote(["memory://b/a"], {}, tmp_path / "cache")
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Serves `/media/…`: `away` redirects to another host, `here` to `a.png`; of `short` more is promised than sent."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        targets = {"/media/away": f"http://127.0.0.2:{self.server.server_port}/secret", "/media/here": "/media/a.png"}
+        if target := targets.get(self.path):
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+            return
+        body = self.headers["Host"].encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + (9 if "short" in self.path else 0)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            self.wfile.flush()
+            self.server.silence.wait(20 if "short" in self.path else 0)
+
+    def log_message(self, *_: Any) -> None:
+        self.server.asked.append(self.headers["Host"].partition(":")[0])
+
+
+@pytest.fixture
+def web() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("0.0.0.0", 0), _Server)
+    server.asked, server.silence = [], threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.silence.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_redirect_to_another_host_is_not_followed(
+    web: ThreadingHTTPServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = f"http://127.0.0.1:{web.server_port}/media"
+    copies = copy_remote([f"{folder}/{name}" for name in ("a.png", "here", "away")], {}, tmp_path / "cache")
+    assert copies.pop(f"{folder}/away") is None
+    assert [path.read_text() for path in copies.values()] == [f"127.0.0.1:{web.server_port}"] * 2
+    assert set(web.asked) == {"127.0.0.1"}
+    assert f"'{folder}/away' redirects to 'http://127.0.0.2:{web.server_port}/secret', another server" in caplog.text
+
+
+def test_a_server_that_goes_silent_is_given_up(
+    web: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SILENCE_S", 1)
+    url = f"http://127.0.0.1:{web.server_port}/media/short"
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"^'{url}' cannot be read"):
+        copy_remote([url], {"client_kwargs": {}}, tmp_path / "cache")
+    assert time.monotonic() - start < 15
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_transfer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = remote._Pace("a.png")
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now + 29)
+    pace.relative_update(9)
+    monkeypatch.setattr("time.monotonic", lambda: now + 100)
+    with pytest.raises(UserError, match=r"^'a.png' arrives at 0 bytes a second"):
+        pace.relative_update(9)
+    pace.relative_update(2_000_000)
+
+
+@pytest.mark.parametrize("name", ["%2e%2e/b.png", "x/%2E./%2e%2e/b.png", "..%2fb.png"])
+def test_a_path_that_leaves_a_remote_folder_in_code_is_outside(name: str) -> None:
+    with pytest.raises(RejectedRowError, match="outside of 'http://host/media'"):
+        RemoteFolder("http://host/media").locate(name)
+    assert RemoteFolder("http://host/my%20media").locate("a%20b.png") == "http://host/my%20media/a%20b.png"

@@ -288,3 +288,21 @@ def test_too_many_rejects_name_the_top_reasons() -> None:
     with pytest.raises(TooManyRejectsError, match="may lie elsewhere than ingest"):
         check_reject_fraction(_report(1, {"unreadable_row": 0, "missing_media": 9}), ValidateConfig())
     check_reject_fraction(report, ValidateConfig(max_reject_fraction=0.12))
+
+
+def test_a_link_that_was_swapped_since_ingest_is_not_followed() -> None:
+    folders = [str(Path.cwd() / "media")]
+    write_image(Path("media/a.png"))
+    write_image(Path("secret/a.png"), seed=1)
+    Path("media/link.png").symlink_to("a.png")
+    before = probe_files([Media("image", "media/link.png")], CONFIG, folders)["image", "media/link.png"]
+    assert (before.missing, before.width) == (None, 8)
+    Path("media/link.png").unlink()
+    Path("media/link.png").symlink_to("../secret/a.png")
+    samples = as_file(_samples(_row("media/link.png"), _row("media/a.png")))
+    outcome = validate_samples(samples, NO_REJECTS, CONFIG, 2, folders)
+    [lost] = outcome.quarantine.to_pylist()
+    assert (lost["sample_id"], lost["rule"]) == ("s/0", "missing_media")
+    assert "leads to" in lost["detail"]
+    assert lost["detail"].endswith("secret/a.png', outside of data_folder")
+    assert outcome.media_index["content_hash"].to_pylist()[1] is None

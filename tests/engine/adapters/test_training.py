@@ -18,7 +18,7 @@ from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.model.test_weights import load_sharded
-from tests.engine.ranks import run_ranks
+from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, make_training, trained
 
 LORA = {"type": "lora", "targets": {"llm": "all", "merger": "all"}}
@@ -108,17 +108,25 @@ def _same(hub: str, name: str, training: TrainSpec) -> bool:
     return FAMILIES[training.model.family].hub_name(name) == hub
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_first_loss_is_the_base_models_bit_for_bit(
-    family: str, kind: str, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+    family: str, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
 ) -> None:
-    training = trainings(family, kind)
-    base = changed(training, tmp_path, run={"save_steps": 0}, adapter={"type": "none"})
-    assert trained(base, nproc=2)[0]["loss"] == rows(training)[0]["loss"]
+    base = changed(trainings(family, "lora"), tmp_path, run={"save_steps": 0}, adapter={"type": "none"})
+    first = trained(base, nproc=2)[0]["loss"]
+    assert [rows(trainings(family, kind))[0]["loss"] for kind in ("lora", "dora")] == [first, first]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("nproc", [1, 4])
+def test_the_first_loss_is_the_base_models_in_bfloat16_too(tiny_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    kinds = ("text", "image")
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds, packs_per_step=1)
+    forms = {"base": {"type": "none"}, "dora": DORA}
+    specs = [changed(base, tmp_path / n, parallel={"bf16": True}, adapter=a) for n, a in forms.items()]
+    first, second = ([row["loss"] for row in trained(spec, nproc=1)] for spec in specs)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+@pytest.mark.parametrize(("kind", "nproc"), [("lora", 1), ("dora", 4)])
 def test_same_training_on_any_number_of_ranks(
     family: str, kind: str, nproc: int, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
 ) -> None:
@@ -157,6 +165,34 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(
     assert states == tensors
 
 
+def test_a_checkpoint_is_no_larger_than_the_adapter_and_its_two_moments(
+    tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text",), packs_per_step=1)
+    training = changed(base, tmp_path / "run", adapter={"type": "lora", "r": 64})
+    trained(training, nproc=2)
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".distcp")
+    numbers = sum(tensor.numel() for tensor in adapter(training).values())
+    assert 3 * 4 * numbers < size <= 1.1 * 3 * 4 * numbers
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_checkpoint_of_another_base_model_is_refused(
+    kind: str, tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text",) * 2, packs_per_step=1)
+    groups = {"adapter": LORA if kind == "lora" else {"type": "none"}}
+    one, other = ({"identity": {"base_model": digest}} for digest in ("sha:1", "sha:2"))
+    first = changed(base, tmp_path / "run", run=dict(one), **groups)
+    trained(first, nproc=1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    with pytest.raises(JobFailedError):
+        trained(changed(base, tmp_path / "two", run={**other, "resume_from": str(checkpoint)}, **groups), nproc=1)
+    message = json.loads((tmp_path / "two" / "errors" / "rank0.json").read_text())["message"]
+    assert "belongs to a run of another kind (base_model: sha:1 there, sha:2 here)" in message
+
+
 @pytest.mark.parametrize(
     ("nproc", "groups"),
     [
@@ -173,6 +209,20 @@ def test_ways_to_run_train_the_same(
     actual = changed(expected, tmp_path, run={"save_steps": 0}, **groups)
     trained(actual, nproc)
     assert_same_training(actual, expected)
+
+
+def test_muon_and_an_average_train_the_same_on_any_number_of_ranks(
+    trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    optim = {"optim": "muon", "ema_decay": 0.5, "learning_rates": {"lora_b": 2e-2}}
+    specs = [
+        changed(trainings("qwen3_vl", "dora"), tmp_path / str(nproc), optim=optim, export={"export_ema": True})
+        for nproc in (1, 2)
+    ]
+    for nproc, spec in enumerate(specs, start=1):
+        first, *_ = trained(spec, nproc)
+        assert first["learning_rates"]["lora_b"] == pytest.approx(2 * first["learning_rates"]["llm"])
+    assert_same_training(*specs)
 
 
 def test_result_lists_adapted_modules_and_parameters(trainings: Callable[[str, str], TrainSpec]) -> None:

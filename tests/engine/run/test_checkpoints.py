@@ -24,7 +24,7 @@ from qvl_pipeline.engine.run.checkpoint_files import (
     newest_sound,
     read_marker,
 )
-from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
+from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, _remove
 from tests.engine.ranks import run_ranks
 
 
@@ -283,3 +283,20 @@ def test_what_is_no_checkpoint_is_refused(make: Callable[[Path], None], sentence
     make(tmp_path / "checkpoint-5")
     with pytest.raises(CheckpointError, match=sentence):
         read_marker(tmp_path / "checkpoint-5")
+
+
+def test_a_checkpoint_that_is_half_deleted_does_not_look_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
+
+    def refuse(path: Path) -> None:
+        assert [step for step, _ in completed(tmp_path)] == [4]
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    _remove(tmp_path / "checkpoint-2")
+    assert [step for step, _ in completed(tmp_path)] == [4]
+    assert f"{tmp_path / 'checkpoint-2'} is no longer needed, but cannot be deleted" in caplog.text

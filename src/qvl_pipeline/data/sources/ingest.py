@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from qvl_pipeline.data.made_with import made_with, with_attrs
 from qvl_pipeline.data.progress import ingest_bar
 from qvl_pipeline.data.runner import use_runner
 from qvl_pipeline.data.sources.finished import finished_part
+from qvl_pipeline.data.sources.limits import Limits
 from qvl_pipeline.data.sources.paths import project_path
 from qvl_pipeline.data.sources.raw import fingerprint, hash_code
-from qvl_pipeline.data.sources.readers import read_slabs
+from qvl_pipeline.data.sources.readers import RowFiles
 from qvl_pipeline.data.sources.remote import copy_remote, is_url
 from qvl_pipeline.data.sources.rows import READ_ROW, RowReader, assign_split
 from qvl_pipeline.data.tables import MEDIA, REJECTS, SAMPLES
@@ -61,12 +63,13 @@ def ingest_sources(
         schema = with_attrs(SAMPLES, made_with({}, ingest=config))
         samples = stack.enter_context(TableWriter(folder / "samples.parquet", schema))
         rejects = stack.enter_context(TableWriter(folder / "rejects.parquet", REJECTS))
+        row_files = stack.enter_context(RowFiles(_limits(engine)))
         bar = stack.enter_context(ingest_bar())
         for source in config.datasets:
             own = [file for file in files if file["source"] == source.name]
             task = bar.add_task(source.name, total=sum(file["bytes"] for file in own), rows=0)
             read = rejected = 0
-            for rows, done_bytes in _read_source(source, own, config, engine, finished):
+            for rows, done_bytes in _read_source(source, own, row_files, config, engine, finished):
                 rows = _number(rows, source.name, read)
                 bad = rows.filter(pc.is_valid(rows["rule"]))
                 rejects.write(bad.select(REJECTS.names).cast(REJECTS))
@@ -82,21 +85,27 @@ def ingest_sources(
 def _read_source(
     source: DatasetSource,
     files: Sequence[dict[str, Any]],
+    row_files: RowFiles,
     config: IngestConfig,
     engine: DataEngineConfig,
     finished: Path,
 ) -> Iterator[tuple[pa.Table, float]]:
     """Yield the rows of a source piece by piece, and how many bytes of its files are read with each."""
     reader = RowReader(source, config)
-    slab_bytes = int(engine.memory_limit_gib * 2**30 / _SLABS_IN_LIMIT)
     read = before = 0
     # With the code and the file itself, what decides what is read.
     folders = [other.data_folder for other in config.datasets]
-    settings = [source.model_dump(), config.model_dump(exclude={"datasets"}), folders, str(Path.cwd()), slab_bytes]
+    settings = [
+        source.model_dump(),
+        config.model_dump(exclude={"datasets"}),
+        folders,
+        str(Path.cwd()),
+        asdict(_limits(engine)),
+    ]
     code = hash_code(Path(__file__).parent)
     for file in files:
         read_rows = _row_function(reader, file.get("split"), engine.batch_rows)
-        for slab in read_slabs(Path(file["path"]), source.data_type, slab_bytes):
+        for slab in row_files.slabs(Path(file["path"]), source.data_type):
             if read == source.limit:
                 return
             rows = slab.rows if source.limit is None else slab.rows.slice(0, source.limit - read)
@@ -111,6 +120,11 @@ def _read_source(
         before += file["bytes"]
 
 
+def _limits(engine: DataEngineConfig) -> Limits:
+    memory = int(engine.memory_limit_gib * 2**30)
+    return Limits(memory, memory // _SLABS_IN_LIMIT)
+
+
 def _row_function(reader: RowReader, split: str | None, batch_rows: int) -> Callable[..., daft.Expression]:
     @daft.func.batch(return_dtype=daft.DataType.from_arrow_type(READ_ROW), unnest=True, batch_size=batch_rows)
     def read_rows(records: daft.Series, problems: daft.Series) -> pa.Array:
@@ -122,7 +136,11 @@ def _row_function(reader: RowReader, split: str | None, batch_rows: int) -> Call
 
 def _apply(function: Callable[..., daft.Expression], rows: pa.Table, batch_rows: int, path: str) -> pa.Table:
     """Apply the function to all rows, on all cores; they keep their order."""
-    batches = [rows.slice(start, batch_rows) for start in range(0, rows.num_rows, batch_rows)]
+    # Copied: of a slice, Daft does not find the beginning of structs inside of structs.
+    starts = range(0, rows.num_rows, batch_rows)
+    batches = [
+        rows.take(pa.array(range(start, min(start + batch_rows, rows.num_rows)), pa.int64())) for start in starts
+    ]
     try:
         frame = daft.from_arrow(batches)
         table = frame.select(function(daft.col("record"), daft.col("problem"))).to_arrow()

@@ -6,6 +6,7 @@ import os.path
 import posixpath
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
 from qvl_pipeline.data.sources.remote import is_url
@@ -90,7 +91,10 @@ class RemoteFolder:
         if not separator:
             scheme, path = self._scheme, posixpath.join(self._root, reference)
         path = posixpath.normpath(path)
-        if scheme != self._scheme or not path.startswith(f"{self._root}/"):
+        # Servers of HTTP take `%2e%2e` for `..`.
+        decoded = posixpath.normpath(unquote(path))
+        inside = path.startswith(f"{self._root}/") and decoded.startswith(unquote(f"{self._root}/"))
+        if scheme != self._scheme or not inside:
             raise _outside(reference, self.root)
         return f"{scheme}://{path}"
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import orjson
-from fsspec import AbstractFileSystem
+from fsspec import AbstractFileSystem, Callback
 from fsspec.core import url_to_fs
 
 from qvl_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # What tells one version of a file from another, by file system; the first that is there.
@@ -23,6 +28,11 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
 # Copies wait for the network, not for a core.
 _COPIES_AT_ONCE = 16
+# A server that says nothing for so long is given up, and after so long one that sends less than this.
+_SILENCE_S = 30
+_LEAST_BYTES_A_SECOND = 10_000
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def is_url(path: str) -> bool:
@@ -44,11 +54,13 @@ def list_remote(url: str, options: Mapping[str, Any]) -> dict[str, str]:
         UserError: The file system cannot be reached or refuses.
     """
     try:
-        fs, root = url_to_fs(url, **options)
+        fs, root = _file_system(url, options)
         fs.invalidate_cache()
         paths = [path.strip("/") for path in fs.find(root)]
         root = root.strip("/")
         return {path.removeprefix(root).strip("/"): fs.unstrip_protocol(path) for path in sorted(paths)}
+    except UserError:
+        raise
     except Exception as error:  # every file system has errors of its own
         raise _failure(url, error) from error
 
@@ -74,14 +86,18 @@ def copy_remote(urls: Iterable[str], options: Mapping[str, Any], cache: Path) ->
 
 def _copy(url: str, options: Mapping[str, Any], cache: Path) -> Path | None:
     try:
-        fs, path = url_to_fs(url, **options)
+        fs, path = _file_system(url, options)
         info = fs.info(path)
         if info["type"] != "file":
             return None
         copy = cache / _name(url, info)
         if not copy.exists():
             _download(fs, path, info["size"], copy)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if isinstance(
+            error.__cause__, UserError
+        ):  # a redirect that is not followed, to fsspec a file that is not there
+            _LOGGER.warning("%s", error.__cause__)
         return None
     except UserError:
         raise
@@ -94,7 +110,7 @@ def _download(fs: AbstractFileSystem, path: str, size: int, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     partial_copy = copy.with_name(f".{copy.name}.{uuid4().hex}")
     try:
-        fs.get_file(path, str(partial_copy))
+        fs.get_file(path, str(partial_copy), callback=_Pace(path))
         if (found := partial_copy.stat().st_size) != size:
             raise UserError(
                 f"'{path}' has {size} bytes, of which {found} arrived: it changed or was cut off; run again"
@@ -102,6 +118,52 @@ def _download(fs: AbstractFileSystem, path: str, size: int, copy: Path) -> None:
         partial_copy.replace(copy)
     finally:
         partial_copy.unlink(missing_ok=True)
+
+
+def _file_system(url: str, options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of a URL and the path there; one of HTTP stays on its host, and gives up on silence."""
+    own = {"get_client": _http_client} if url.lower().startswith(("http://", "https://")) else {}
+    return url_to_fs(url, **own, **options)
+
+
+async def _http_client(**options: Any) -> ClientSession:
+    from aiohttp import ClientSession, ClientTimeout, TraceConfig
+
+    trace = TraceConfig()
+    trace.on_request_redirect.append(_stay_on_host)
+    # No limit for a whole transfer: large files take long. `_Pace` ends those that do not come to anything.
+    timeout = ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+    return ClientSession(**{"timeout": timeout} | options, trace_configs=[trace])
+
+
+async def _stay_on_host(_session: Any, _context: Any, redirect: Any) -> None:
+    """Refuse a redirect to another server: what a row names could otherwise be fetched from anywhere."""
+    here = redirect.url
+    there = here.join(type(here)(redirect.response.headers.get("Location", "")))
+    secured = here.host == there.host and (here.scheme, there.scheme) == ("http", "https") and there.is_default_port()
+    if here.origin() != there.origin() and not secured:
+        raise UserError(
+            f"'{here}' redirects to '{there}', another server, which is not followed: copy the file to here"
+        )
+
+
+class _Pace(Callback):
+    """Ends a transfer that takes for ever."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self._start = time.monotonic()
+        self._bytes = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._bytes += inc
+        seconds = time.monotonic() - self._start
+        if seconds > _SILENCE_S and self._bytes / seconds < _LEAST_BYTES_A_SECOND:
+            raise UserError(
+                f"'{self._path}' arrives at {self._bytes / seconds:,.0f} bytes a second, which is given up: run again, "
+                "or copy the file yourself"
+            )
 
 
 def _name(url: str, info: Mapping[str, Any]) -> str:

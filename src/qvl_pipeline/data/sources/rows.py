@@ -17,9 +17,10 @@ from qvl_pipeline.config import DatasetSource, IngestConfig
 from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
 from qvl_pipeline.data.sources.checked import Row
-from qvl_pipeline.data.sources.conversations import read_columns, to_conversation
+from qvl_pipeline.data.sources.conversations import TURN_COLUMNS, read_columns, to_conversation
 from qvl_pipeline.data.sources.embedded import is_embedded, store_embedded
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
+from qvl_pipeline.data.sources.tools import without_null_keys
 from qvl_pipeline.data.tables import MEDIA
 
 DEFAULT_TASK = "exact_match"
@@ -121,7 +122,7 @@ def derive_kind(media: Sequence[Media]) -> str:
 
 def _parse(record: bytes | Row) -> Row:
     if isinstance(record, dict):
-        return record
+        return without_null_keys(record, TURN_COLUMNS)
     if not record.strip():
         raise RejectedRowError("unreadable_row", "the line is empty")
     try:

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qvl_pipeline.data.sources.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
 
 _CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments", "index"})
+
+
+def without_null_keys(row: Row, turn_columns: Sequence[str]) -> Row:
+    """Take the keys that are null out of the tools and calls of a row of a table.
+
+    Columns give every object the keys of all others: a call would have the arguments of all calls of the table. Rows of
+    JSON keep theirs, for there a null was written.
+    """
+    columns = [column for column in turn_columns if isinstance(row.get(column), list) and any(map(_calls, row[column]))]
+    columns += ["tools"] if isinstance(row.get("tools"), list) else []
+    return {**row, **{column: _pruned(row[column]) for column in columns}} if columns else row
+
+
+def _calls(turn: Any) -> bool:
+    return isinstance(turn, dict) and any(turn.get(key) for key in ("tool_calls", "function_call"))
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(part) for key, part in value.items() if part is not None}
+    return [_pruned(part) for part in value] if isinstance(value, list) else value
 
 
 def read_tools(value: Any) -> list[Row]:

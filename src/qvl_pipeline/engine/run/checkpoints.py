@@ -251,11 +251,13 @@ class Checkpoints:
         Generators and other state of single ranks are taken over when the number of ranks is the same.
 
         Raises:
-            CheckpointError: It is missing, incomplete or does not hold what this run needs.
+            CheckpointError: It is missing, incomplete, of another base model or kind of run, or does not hold what this
+                run needs.
             DamagedCheckpointError: It is not what was written; all ranks raise it.
         """
         self._check(path)
         marker = read_marker(path)
+        self._check_identity(path, marker.get("identity", {}))
         state: dict[str, Any] = dict(self._state)
         own = marker["world_size"] == dist.get_world_size()
         if own:
@@ -292,6 +294,16 @@ class Checkpoints:
         dist.all_gather_object(found, mine, group=self._control)
         if wrong := next(filter(None, found), None):
             raise DamagedCheckpointError(wrong)
+
+    def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another base model, or of other parts: it holds only what was trained of them."""
+        differing = sorted(name for name in self._identity if found.get(name) != self._identity[name])
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {self._identity[name]} "
+                "here): put that back, or start afresh with train.resume_from_checkpoint=none"
+            )
 
     def _rank_states(self) -> dict[str, Any]:
         return {name: stateful.state_dict() for name, stateful in self._rank_state.items()}

@@ -19,12 +19,14 @@ def write_comparison(compare: CompareConfig) -> str:
         HTML.
 
     Raises:
-        UserError: A name means no training, or these are not two to eight trainings.
+        UserError: A name means no training, or these are not two to eight trainings; or MLflow's server is down.
     """
     from qvl_pipeline.reports.compare import compare_runs
     from qvl_pipeline.reports.compare_page import render_comparison
+    from qvl_pipeline.tracking.mlflow.run import answering
 
-    comparison = compare_runs(compare.runs)
+    with answering():
+        comparison = compare_runs(compare.runs)
     for name, run in comparison.runs.iterrows():
         logger.info("%s is MLflow run %s", name, run["run_id"])
     return render_comparison(comparison)

@@ -19,7 +19,6 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.training.card import with_scores
 from qvl_pipeline.training.processes import processes_per_node
@@ -64,6 +63,7 @@ def generate(
     from qvl_pipeline.evaluation.checks import checked_samples
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
+    from qvl_pipeline.media.frame_store import FrameStore
 
     check_prepared(base_model, model)
     if train_result["plan_fingerprint"] != plan_summary["fingerprint"]:

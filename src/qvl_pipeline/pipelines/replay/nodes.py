@@ -26,11 +26,13 @@ def repeat(replay: ReplayConfig) -> dict[str, Any]:
     Raises:
         UserError: It cannot be repeated, or its repetition failed.
     """
+    from qvl_pipeline.tracking.mlflow.run import answering
     from qvl_pipeline.tracking.replay.repeat import replay_run
 
     if not replay.run_id:
         raise UserError("which run? Name it by its id in MLflow: kedro run --pipelines replay --params run_id=<id>")
-    return replay_run(replay.run_id, Path.cwd())
+    with answering():
+        return replay_run(replay.run_id, Path.cwd())
 
 
 def refuse_differences(replay_report: dict[str, Any]) -> None:

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
-from qvl_pipeline.data.base_model import write_manifest
+from qvl_pipeline.data.base_model import check_family, write_manifest
 from qvl_pipeline.data.progress import progress_bar
-from qvl_pipeline.errors import UserError
 
 if TYPE_CHECKING:  # what imports transformers takes long
     from qvl_pipeline.data.plan.tokenization import Tokenized
@@ -47,7 +46,7 @@ def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Calla
     if model.load_from_pretrained_path is None:
         train = valid_samples.loc[valid_samples["split"] == "train", "messages"]
         return partial(_write_tiny_model, model=model, corpus=list(_texts(train)))
-    _check_family(model.load_from_pretrained_path, model.processor_type)
+    check_family(model.load_from_pretrained_path, model.processor_type)
     return partial(_write_pointer, model=model)
 
 
@@ -146,8 +145,8 @@ def plan(
     _print_sources(summary["sources"])
     _check_eval_split(tokenized_samples)
     if left_out := count_left_out(tokenized_samples, tokenize_quarantine, summary["overlong"], batching):
-        logger.warning(left_out.sentence)
         left_out.check(batching)
+        logger.warning(left_out.sentence)
     return pack_plan, summary
 
 
@@ -265,21 +264,6 @@ def _texts(messages: pd.Series) -> Iterator[str]:
     for conversation in messages:
         for message in orjson.loads(conversation):
             yield from (item["text"] for item in message["content"] if item["type"] == "text")
-
-
-def _check_family(name: str, family: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.load_from_pretrained_path '{name}' is neither a model folder nor a hub id that can be read here: "
-            f"{reason}"
-        ) from error
-    if config.model_type != family:
-        raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")
 
 
 def _write_tiny_model(folder: Path, *, model: ModelConfig, corpus: list[str]) -> None:

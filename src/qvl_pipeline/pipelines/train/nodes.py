@@ -12,7 +12,6 @@ import pandas as pd
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
-from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
@@ -53,6 +52,8 @@ def train(
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
+    from qvl_pipeline.media.frame_store import FrameStore
+
     weights = source_weights(ingest)
     check_prepared(base_model, model)
     check_plan(plan_summary, tokenized_samples, stream_samples, batching, weights)
@@ -96,7 +97,8 @@ def train(
     rows, result = collect(folder)
     code = git_tags(Path.cwd())
     name = base_model.parent.name
-    card = model_card(name, sample=sample, model=model, train=train, plan_summary=plan_summary, code=code)
+    facts = {"sample": sample, "model": model, "train": train, "adapter": adapter, "plan_summary": plan_summary}
+    card = model_card(name, **facts, code=code)
     provenance = {
         "training": fingerprint,
         "plan_fingerprint": plan_summary["fingerprint"],

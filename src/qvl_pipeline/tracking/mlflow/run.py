@@ -21,6 +21,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME, MLFLOW_USER
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
+from requests import RequestException
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.storage.room import room_for
@@ -98,7 +99,7 @@ def _begin(tracking_uri: str, experiment: str, artifact_location: str | None, na
         # Given a run, MLflow neither continues one it finds in MLFLOW_RUN_ID nor imports IPython to look for more.
         mlflow.start_run(run_id, nested=True)
     except MlflowException as error:
-        raise UserError(without_secrets(f"MLflow at {tracking_uri} cannot record this run: {error}")) from error
+        raise _unusable(error, "cannot record this run") from error
     return run_id
 
 
@@ -109,6 +110,34 @@ def _end_killed(tracking_uri: str) -> None:
             if mlflow.MlflowClient().get_run(run_id).info.status == "RUNNING":
                 MlflowRun(run_id).finish("KILLED")
                 logger.info("MLflow run %s was killed, and is marked so now", run_id)
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Say in one sentence that the tracking server does not answer.
+
+    Raises:
+        UserError: It does not, whatever was asked.
+    """
+    try:
+        yield
+    except MlflowException as error:
+        if isinstance(error.__context__, RequestException):
+            raise _unusable(error, "cannot be asked") from error
+        raise
+
+
+def _unusable(error: MlflowException, what: str) -> UserError:
+    """Return the error for people: of a server that is not there, without the objects that its client is made of."""
+    reason = str(error)
+    if isinstance(error.__context__, RequestException):
+        system = re.findall(r"\[Errno -?\d+\] ([^'\")]+)", reason)
+        said = system[-1] if system else type(error.__context__).__name__
+        reason = (
+            f"it does not answer ({said}). Start the server, or let MLFLOW_TRACKING_URI, or tracking_uri in "
+            "mlflow.yml, name another"
+        )
+    return UserError(without_secrets(f"MLflow at {mlflow.get_tracking_uri()} {what}: {reason}"))
 
 
 def _experiment_id(name: str, artifact_location: str | None) -> str:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage.uncommitted import PATCH
+from qvl_pipeline.tracking.mlflow.run import answering
 
 PARENT = "mlflow.parentRunId"
 GIVEN = "given_parameters.yml"
@@ -50,10 +51,11 @@ def read_run(run_id: str) -> RecordedRun:
     """Return what MLflow has of a run.
 
     Raises:
-        UserError: There is no such run, or it cannot be repeated.
+        UserError: There is no such run, or it cannot be repeated; or MLflow's server is down.
     """
     try:
-        run = mlflow.MlflowClient().get_run(run_id)
+        with answering():
+            run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
         raise UserError(f"run_id: MLflow at {mlflow.get_tracking_uri()} has no run '{run_id}'") from error
     if parent := run.data.tags.get(PARENT):

@@ -1,0 +1,118 @@
+"""What a training would stumble over, asked before the data for it are prepared: hours, maybe, before its launch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.data.base_model import check_family, check_weights, write_manifest
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.training.checks import check_before_launch
+from qvl_pipeline.training.identity import checkpoint_to_start_from
+from qvl_pipeline.training.processes import training_processes
+from qvl_pipeline.training.spec import Inputs, make_spec
+
+logger = logging.getLogger(__name__)
+
+
+def check_before_preparing(
+    sample: SampleConfig,
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    adapter: AdapterConfig,
+    ingest: IngestConfig,
+    scratch: Path,
+) -> None:
+    """Refuse a training that cannot run, by parameters, base model and machine alone.
+
+    Takes some seconds, most of them to import torch and transformers. Of a base model on the hub, its configuration,
+    processor and index of weights are fetched, and no weights.
+
+    Args:
+        sample: Parameters of sampling.
+        model: Parameters of the model.
+        batching: Parameters of the plan.
+        train: Parameters of training.
+        adapter: Parameters of the adapter.
+        ingest: The declared sources.
+        scratch: Folder in which trainings of the profile work.
+
+    Raises:
+        UserError: Says what is wrong and what to do.
+    """
+    logger.info("asking first whether this machine can train what is to be prepared; this takes some seconds")
+    check_eval_split(train, ingest)
+    processes = training_processes(train, batching)
+    checkpoint_to_start_from(train, identity={})  # that it is there, and complete
+    with TemporaryDirectory() as temporary:
+        base_model = Path(temporary)
+        _prepare(base_model, model)
+        # What only the plan will tell; of a stream, the number of steps is declared.
+        steps = batching.max_steps if batching.max_steps > 0 else None
+        summary = {"steps": steps or 0, "epochs": None, "samples_per_epoch": 0.0}
+        nowhere = base_model / "not made yet"
+        spec = make_spec(
+            Inputs(base_model, nowhere, nowhere, nowhere, summary),
+            sample=sample,
+            model=model,
+            batching=batching,
+            weights={},
+            train=train,
+            output_dir=scratch,
+            identity={},
+            resume_from="",
+            adapter=adapter,
+        )
+        check_before_launch(spec, steps, processes.per_node * processes.nodes.nnodes)
+
+
+def check_eval_split(train: TrainConfig, ingest: IngestConfig) -> None:
+    """Refuse a loss over an eval split that the declared sources cannot have.
+
+    Raises:
+        UserError: All of them are for training.
+    """
+    if train.eval_strategy != "no" and all(source.split == "train" for source in ingest.datasets):
+        raise UserError(
+            f"train.eval_strategy is '{train.eval_strategy}', but every source has 'split: train': set it to 'no', or "
+            "leave the split of a source to its rows or to ingest.eval_fraction"
+        )
+
+
+def check_eval_samples(valid_samples: Path, needed_by: str) -> None:
+    """Refuse to go on with samples none of which is of the eval split.
+
+    Args:
+        valid_samples: Parquet file of the samples that passed validation.
+        needed_by: What needs such samples.
+
+    Raises:
+        UserError: There is none.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not pc.any(pc.equal(pq.read_table(valid_samples, columns=["split"])["split"], "eval")).as_py():
+        raise UserError(
+            f"no valid sample is of the split 'eval', which {needed_by} needs: give a source 'split: eval' or set "
+            "ingest.eval_fraction; or set train.eval_strategy to 'no' and leave out 'evaluate' (kedro run --pipelines "
+            "sample,tokenize,train)"
+        )
+
+
+def _prepare(folder: Path, model: ModelConfig) -> None:
+    """Write what the stage `tokenize` will write of the base model, with a tiny model's configuration only."""
+    write_manifest(folder, model)
+    if (name := model.load_from_pretrained_path) is None:
+        from qvl_pipeline.demo.tiny_model import write_tiny_config
+
+        write_tiny_config(folder, model.processor_type)
+        return
+    from qvl_pipeline.data.plan.processor import load_processor
+
+    check_family(name, model.processor_type)
+    load_processor(folder, model)
+    check_weights(name)
