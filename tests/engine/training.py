@@ -147,6 +147,7 @@ def make_training(
             hsdp_shard_size=0,
             forward_prefetch=0,
             backward_prefetch=0,
+            accumulate_sharded=False,
             cpu_offload=False,
             bf16=False,
             fp16=False,

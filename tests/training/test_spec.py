@@ -81,6 +81,7 @@ FSDP = {
     "hsdp_shard_size": 2,
     "forward_prefetch": 2,
     "backward_prefetch": 2,
+    "accumulate_sharded": True,
     "cpu_offload": True,
 }
 LAUNCH = {"ddp_timeout": 99, "step_timeout_s": 77}

@@ -27,6 +27,9 @@ class FSDPConfig(Block):
         forward_prefetch: Layers of the same tower gathered ahead of the one that computes; more hides more
             communication and takes more memory. 0 leaves it to FSDP2, which gathers the next one.
         backward_prefetch: The same in the backward pass.
+        accumulate_sharded: Exchange gradients after every micro-batch and add up shards, instead of once a step: more
+            communication, and no rank holds the gradients of all trained parameters (4 bytes each) while it
+            accumulates. The gradients are the same.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory, and step there: much slower,
             for models that fit no other way. Without a GPU it changes nothing, and `result.json` says so.
     """
@@ -36,6 +39,7 @@ class FSDPConfig(Block):
     hsdp_shard_size: int = Field(default=0, ge=0)
     forward_prefetch: int = Field(default=0, ge=0)
     backward_prefetch: int = Field(default=0, ge=0)
+    accumulate_sharded: bool = False
     cpu_offload: bool = False
 
 

@@ -185,6 +185,7 @@ class ParallelSpec:
         hsdp_shard_size: Ranks that share one copy of the model; 0 shards it over all of them.
         forward_prefetch: Layers gathered ahead in the forward pass; 0 leaves it to FSDP2.
         backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
+        accumulate_sharded: Exchange gradients after every micro-batch instead of once a step.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
         bf16: Compute in bfloat16.
         fp16: Compute in float16 with a dynamic loss scale.
@@ -196,6 +197,7 @@ class ParallelSpec:
     hsdp_shard_size: int
     forward_prefetch: int
     backward_prefetch: int
+    accumulate_sharded: bool
     cpu_offload: bool
     bf16: bool
     fp16: bool

@@ -285,8 +285,9 @@ class Trainer:
             window.add_batch(batch, waited_s=time.perf_counter() - asked)
             self.skipped.add(step.number, batch.skipped)
             batch = batch.to(self.device)
-            # Gradients are exchanged once a step, after its last micro-batch.
-            self.model.set_requires_gradient_sync(number == len(step.micro_batches))
+            # Gradients are exchanged once a step, after its last micro-batch; or after each, to hold none of them whole.
+            is_last = number == len(step.micro_batches)
+            self.model.set_requires_gradient_sync(is_last or self.spec.parallel.accumulate_sharded)
             losses = self.model(batch)
             loss = losses.sum() / step.supervised_tokens
             (loss * self.loss_scale.value if self.loss_scale else loss).backward()

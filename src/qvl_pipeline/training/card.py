@@ -9,7 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config.adapter import NO_ADAPTER
 
 
 def model_card(
@@ -20,6 +21,7 @@ def model_card(
     train: TrainConfig,
     plan_summary: Mapping[str, Any],
     code: Mapping[str, str],
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> str:
     """Write the card of a model that was just trained.
 
@@ -30,6 +32,7 @@ def model_card(
         train: Parameters of training.
         plan_summary: Facts of the plan.
         code: Tags of the commit, as `git_tags` gives them.
+        adapter: Parameters of the adapter.
 
     Returns:
         Markdown, with the front matter that hubs read.
@@ -40,6 +43,7 @@ def model_card(
         family=family,
         base=base or f"a tiny model with random weights (seed {model.tiny_seed})",
         base_is_on_the_hub=bool(base) and not Path(base).exists(),
+        adapter=adapter if adapter.type != "none" else None,
         dtype=f" (in {train.export_dtype})",
         sources=plan_summary.get("sources", []),
         steps=plan_summary["steps"],

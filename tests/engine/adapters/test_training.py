@@ -108,17 +108,25 @@ def _same(hub: str, name: str, training: TrainSpec) -> bool:
     return FAMILIES[training.model.family].hub_name(name) == hub
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_first_loss_is_the_base_models_bit_for_bit(
-    family: str, kind: str, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+    family: str, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
 ) -> None:
-    training = trainings(family, kind)
-    base = changed(training, tmp_path, run={"save_steps": 0}, adapter={"type": "none"})
-    assert trained(base, nproc=2)[0]["loss"] == rows(training)[0]["loss"]
+    base = changed(trainings(family, "lora"), tmp_path, run={"save_steps": 0}, adapter={"type": "none"})
+    first = trained(base, nproc=2)[0]["loss"]
+    assert [rows(trainings(family, kind))[0]["loss"] for kind in ("lora", "dora")] == [first, first]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("nproc", [1, 4])
+def test_the_first_loss_is_the_base_models_in_bfloat16_too(tiny_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    kinds = ("text", "image")
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds, packs_per_step=1)
+    forms = {"base": {"type": "none"}, "dora": DORA}
+    specs = [changed(base, tmp_path / n, parallel={"bf16": True}, adapter=a) for n, a in forms.items()]
+    first, second = ([row["loss"] for row in trained(spec, nproc=1)] for spec in specs)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+@pytest.mark.parametrize(("kind", "nproc"), [("lora", 1), ("dora", 4)])
 def test_same_training_on_any_number_of_ranks(
     family: str, kind: str, nproc: int, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
 ) -> None:
@@ -201,6 +209,20 @@ def test_ways_to_run_train_the_same(
     actual = changed(expected, tmp_path, run={"save_steps": 0}, **groups)
     trained(actual, nproc)
     assert_same_training(actual, expected)
+
+
+def test_muon_and_an_average_train_the_same_on_any_number_of_ranks(
+    trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    optim = {"optim": "muon", "ema_decay": 0.5, "learning_rates": {"lora_b": 2e-2}}
+    specs = [
+        changed(trainings("qwen3_vl", "dora"), tmp_path / str(nproc), optim=optim, export={"export_ema": True})
+        for nproc in (1, 2)
+    ]
+    for nproc, spec in enumerate(specs, start=1):
+        first, *_ = trained(spec, nproc)
+        assert first["learning_rates"]["lora_b"] == pytest.approx(2 * first["learning_rates"]["llm"])
+    assert_same_training(*specs)
 
 
 def test_result_lists_adapted_modules_and_parameters(trainings: Callable[[str, str], TrainSpec]) -> None:

@@ -145,8 +145,8 @@ def plan(
     _print_sources(summary["sources"])
     _check_eval_split(tokenized_samples)
     if left_out := count_left_out(tokenized_samples, tokenize_quarantine, summary["overlong"], batching):
-        logger.warning(left_out.sentence)
         left_out.check(batching)
+        logger.warning(left_out.sentence)
     return pack_plan, summary
 
 

@@ -97,7 +97,8 @@ def train(
     rows, result = collect(folder)
     code = git_tags(Path.cwd())
     name = base_model.parent.name
-    card = model_card(name, sample=sample, model=model, train=train, plan_summary=plan_summary, code=code)
+    facts = {"sample": sample, "model": model, "train": train, "adapter": adapter, "plan_summary": plan_summary}
+    card = model_card(name, **facts, code=code)
     provenance = {
         "training": fingerprint,
         "plan_fingerprint": plan_summary["fingerprint"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_lay
 from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights
-from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.spec import AdapterSpec, TrainSpec
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +41,28 @@ def export_adapter(model: PackedVLM, spec: TrainSpec, folder: Path | None) -> No
     if folder is None:
         return
     write_adapter(folder, _config(spec, list(layers), modules), layers, fully)
-    if seen := serves_language_only(model, [*layers, *modules]):
-        logger.warning("%s", seen)
+    if why_not := why_not_vllm(model, list(layers), modules, spec.adapter):
+        logger.warning("%s", why_not)
 
 
-def serves_language_only(model: PackedVLM, modules: list[str]) -> str:
-    """Say so when an adapter is more than vLLM serves as one; otherwise nothing."""
-    parts = sorted({model.family.group_of(f"{name}.") for name in modules} - {"llm"})
-    if not parts:
+def why_not_vllm(model: PackedVLM, adapted: Sequence[str], modules: Sequence[str], spec: AdapterSpec) -> str:
+    """Say why vLLM will not serve an adapter as one, where it will not: it knows plain LoRA of the language model.
+
+    Args:
+        model: The model.
+        adapted: Names of adapted layers.
+        modules: Names of modules that are trained in full.
+        spec: The adapter.
+    """
+    vision = sorted({model.family.group_of(f"{name}.weight") for name in adapted} - {"llm"})
+    reasons = [f"changes {' and '.join(vision)}"] if vision else []
+    reasons += ["has modules trained in full"] if modules else []
+    reasons += ["is DoRA"] if spec.type == "dora" else []
+    if not reasons:
         return ""
     return (
-        f"the adapter also changes {', '.join(parts)}, and vLLM serves adapters of the language model only: serve the "
-        "merged model (adapter.export: merged or both)"
+        f"the adapter {', '.join(reasons)}: vLLM serves LoRA of the language model only, so serve the merged model "
+        "(adapter.export: merged or both)"
     )
 
 
