@@ -70,7 +70,7 @@ def kill(kind: str) -> Disturbance:
     """Signal a process of a kind soon after there is one."""
 
     def disturb(run: Run, rng: random.Random) -> str:
-        delay, number = rng.uniform(0, SOON_S), rng.choice(SIGNALS)
+        delay, number = SOON_S * rng.random() ** 3, rng.choice(SIGNALS)  # mostly at once: some live for a second
         if not _wait(run, lambda: bool(_of_kind(run, kind)), 4 * run.seconds):
             return f"nothing: there was no {kind}"
         _wait(run, lambda: False, delay)

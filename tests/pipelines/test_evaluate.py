@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.pipelines.evaluate.nodes import _score_table, generate, refuse_regressions
+from qvl_pipeline.pipelines.evaluate.nodes import _score_table, complete_card, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
@@ -114,7 +114,7 @@ def test_the_pipeline_runs_on_the_entries_of_the_catalog(inputs: dict[str, Any])
     named = {name for name in pipeline.datasets() if not name.startswith("params:")}
     assert named <= entries
     assert pipeline.inputs() == set(inputs)
-    assert pipeline.all_outputs() == {"predictions", "metrics", "evaluation_slices", "report"}
+    assert pipeline.all_outputs() == {"predictions", "metrics", "evaluation_slices", "report", "model_card"}
 
 
 def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
@@ -125,6 +125,16 @@ def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
         assert fact in report
     assert 'href="../digits/validation.html"' in report
     assert report.count("<img") == 1 + 4  # the image, and four frames of the clip
+
+
+def test_the_scores_go_into_a_card_and_the_trained_model_stays_as_it_is(tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "README.md").write_text("# a card\n")
+    scores = {"trained": {"overall": {"exact_match": 0.25, "n": 4}}}
+    assert complete_card(trained, scores).startswith("# a card\n\n## Scores\n")
+    assert "| overall | exact_match | 4 | 0.2500 |" in complete_card(trained, scores)
+    assert [(path.name, path.read_text()) for path in trained.iterdir()] == [("README.md", "# a card\n")]
 
 
 def test_the_base_model_can_be_left_out(inputs: dict[str, Any]) -> None:
@@ -144,7 +154,7 @@ def test_a_model_of_another_plan_is_refused(inputs: dict[str, Any]) -> None:
 
 def test_other_parameters_of_the_model_than_the_tokens_were_made_with_are_refused(inputs: dict[str, Any]) -> None:
     given = {**inputs, "params:model": MODEL.model_copy(update={"image_max_pixels": 3136})}
-    with pytest.raises(UserError, match=r"model.image_max_pixels = 1003520, but this run has 3136: run `kedro run"):
+    with pytest.raises(UserError, match=r"model.image_max_pixels = 1310720, but this run has 3136: run `kedro run"):
         generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
 
 

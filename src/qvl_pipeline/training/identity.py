@@ -103,7 +103,7 @@ def checkpoint_to_start_from(train: TrainConfig, identity: Mapping[str, str]) ->
     """
     if train.resume_from_checkpoint in ("auto", "none"):
         return ""
-    from qvl_pipeline.engine.run.checkpoints import CheckpointError, read_marker
+    from qvl_pipeline.engine.run.checkpoint_files import CheckpointError, read_marker
 
     path = Path(train.resume_from_checkpoint).resolve()
     try:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import orjson
@@ -240,3 +241,27 @@ def test_sizes_are_no_less_than_what_is_decoded() -> None:
     lists = pa.ListArray.from_arrays(pa.array([0, 10**9], pa.int32()), pa.nulls(10**9))
     assert decoded_bytes(lists) > 10**9
     assert decoded_bytes(pa.StructArray.from_arrays([lists], ["a"])) > 10**9
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_table_with_any_bytes_changed_is_rows_or_is_refused(kind: str) -> None:
+    """What is read of some of these without a process of its own ends the run (SIGSEGV)."""
+    columns = {"messages": [TURNS] * 50, "l": [[["a"], ["b", "c"]]] * 50, "n": list(range(50))}
+    table = pa.table(columns | {"d": pa.array(["x", "y"] * 25).dictionary_encode()})
+    write_arrow(Path("good"), table) if kind == "arrow" else pq.write_table(table, "good")
+    good, random = Path("good").read_bytes(), Random(1)
+    refused = 0
+    with RowFiles(Limits(1 << 30, MIB)) as files:
+        for _ in range(150):
+            content = bytearray(good)
+            for _ in range(random.choice((1, 4, 16))):
+                place = random.randrange(len(content) - 4)
+                content[place : place + 4] = random.choice((b"\xff\xff\xff\x7f", b"\0\0\0\x80", random.randbytes(4)))
+            Path("bad").write_bytes(content)
+            try:
+                assert all(len(slab.rows.to_pylist()) <= 50 for slab in files.slabs(Path("bad"), kind))
+            except UserError as error:
+                refused += str(error).startswith(f"'bad' cannot be read as {kind}: ")
+        Path("bad").write_bytes(good)
+        assert sum(slab.rows.num_rows for slab in files.slabs(Path("bad"), kind)) == 50
+    assert refused > 75
