@@ -297,11 +297,12 @@ class Checkpoints:
 
     def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another base model, or of other parts: it holds only what was trained of them."""
-        differing = sorted(name for name in self._identity if found.get(name) != self._identity[name])
+        own = self._identity
+        differing = sorted(name for name in {*own, *found} if found.get(name) != own.get(name))
         if differing:
             name = differing[0]
             raise CheckpointError(
-                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {self._identity[name]} "
+                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {own.get(name)} "
                 "here): put that back, or start afresh with train.resume_from_checkpoint=none"
             )
 
