@@ -20,6 +20,28 @@ from qvl_pipeline.storage.tables import read_table, write_table
 logger = logging.getLogger(__name__)
 
 _ADVICE = "its clips are decoded again"
+# Of `index.parquet` of a store.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("path", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("shard", pa.string()),
+        ("batch", pa.int32()),
+        ("n_frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("source_fps", pa.float64()),
+        ("encoding", pa.string()),
+        ("backend", pa.string()),
+        ("content_hash", pa.string()),
+        ("frame_indices", pa.list_(pa.int64())),
+        ("seconds", pa.list_(pa.float64())),
+    ]
+)
+# The cache has the same rows, each with what its clip was made from.
+_TABLE = INDEX_SCHEMA.append(pa.field("key", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,9 @@ class FrameCache:
             path = table.with_suffix(".arrow")
             if path.exists():
                 try:
-                    rows = read_table(table, advice="").to_pylist()
+                    rows = read_table(table, _TABLE, advice=_ADVICE).to_pylist()
                     keys = [row.pop("key") for row in rows]
-                except (DamagedError, KeyError):
+                except DamagedError:
                     _remove(path)
                 else:
                     self._remember(CachedShard(path, keys, rows))

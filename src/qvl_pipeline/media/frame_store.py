@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_cache import FrameCache
+from qvl_pipeline.media.frame_cache import INDEX_SCHEMA, FrameCache
 from qvl_pipeline.media.frame_encoding import decode_frame
 from qvl_pipeline.storage.batches import CheckedBatches, write_checked
 from qvl_pipeline.storage.digests import DamagedError
@@ -27,25 +27,6 @@ _SAMPLE_AGAIN = "run `kedro run --pipelines sample` (with the same --env and --p
 SHARD_BYTES = 1 << 28
 AGAIN = "run the pipeline 'sample' again"
 FRAME_SCHEMA = pa.schema([("frame", pa.binary()), ("second", pa.float64()), ("index", pa.int64())])
-INDEX_SCHEMA = pa.schema(
-    [
-        ("clip_id", pa.string()),
-        ("path", pa.string()),
-        ("start", pa.float64()),
-        ("end", pa.float64()),
-        ("shard", pa.string()),
-        ("batch", pa.int32()),
-        ("n_frames", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("source_fps", pa.float64()),
-        ("encoding", pa.string()),
-        ("backend", pa.string()),
-        ("content_hash", pa.string()),
-        ("frame_indices", pa.list_(pa.int64())),
-        ("seconds", pa.list_(pa.float64())),
-    ]
-)
 
 
 @dataclass(frozen=True)

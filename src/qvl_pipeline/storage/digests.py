@@ -92,8 +92,18 @@ def file_parts(path: Path) -> Iterable[memoryview]:
 def write_digests(folder: Path) -> None:
     """Write `digests.json` into a folder: the digest of every other file in it."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    digests = {name: digest_of(file_parts(folder / name)) for name in names if name != DIGESTS}
-    (folder / DIGESTS).write_text(json.dumps(sealed({"files": digests}), indent=2) + "\n", encoding="utf-8")
+    _write(folder, {name: digest_of(file_parts(folder / name)) for name in names if name != DIGESTS})
+
+
+def add_digest(folder: Path, name: str) -> None:
+    """Take one more file into the `digests.json` of a folder, if it has one; the digests of the others stay."""
+    if (folder / DIGESTS).exists():
+        _write(folder, read_sealed(folder / DIGESTS)["files"] | {name: digest_of(file_parts(folder / name))})
+
+
+def _write(folder: Path, digests: Mapping[str, str]) -> None:
+    text = json.dumps(sealed({"files": dict(sorted(digests.items()))}), indent=2)
+    (folder / DIGESTS).write_text(f"{text}\n", encoding="utf-8")
 
 
 def damage_in(folder: Path) -> str | None:

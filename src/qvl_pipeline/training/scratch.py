@@ -23,6 +23,7 @@ from pathlib import Path
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.locks import lock, relock
+from qvl_pipeline.storage.digests import add_digest
 from qvl_pipeline.tracking.mlflow.unsent import keep_unsent, only_sender
 
 PACK_PLAN = "pack_plan.parquet"
@@ -139,6 +140,7 @@ def publish(folder: Path, card: str, destination: Path) -> None:
     """
     shutil.copytree(folder / EXPORT, destination)
     (destination / CARD).write_text(card, encoding="utf-8")
+    add_digest(destination, CARD)
 
 
 def note_published(folder: Path) -> None:
