@@ -35,7 +35,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.report import report
-from qvl_pipeline.config import BatchingConfig, ModelConfig, TrainConfig
+from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.plan.steps import make_plan
 from qvl_pipeline.data.plan.tokenization import SCHEMA
 from qvl_pipeline.demo.tiny_model import build_tiny_model
@@ -143,6 +143,7 @@ def _make_training(folder: Path, count: int, seed: int) -> Path:
     plan.to_parquet(run / PACK_PLAN, index=False)
     spec = make_spec(
         Inputs(model, tokenized, folder / "no_stream.parquet", folder / "video_frames", summary),
+        sample=SampleConfig(),
         model=ModelConfig(processor_type="qwen3_vl"),
         batching=batching,
         weights={"benchmark": 1.0},

@@ -29,5 +29,5 @@ def test_a_pretrained_model_is_pointed_to(tmp_path: Path) -> None:
 def test_parameters_that_the_tokens_were_not_made_for_are_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path, TINY)
     check_prepared(tmp_path, TINY.model_copy(update={"attn_implementation": "eager"}))
-    with pytest.raises(UserError, match=r"model.image_max_pixels = 1003520, but this run has 9999.*sample,tokenize"):
+    with pytest.raises(UserError, match=r"model.image_max_pixels = 1310720, but this run has 9999.*sample,tokenize"):
         check_prepared(tmp_path, TINY.model_copy(update={"image_max_pixels": 9999}))

@@ -86,7 +86,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             writer.add(read_clip(clip, sample=SAMPLE[family], patch_size=model.family.patch_size, backend="pyav"))
     processor = load_processor(folder, model)
     grids = media_grids(processor, media_index, FrameStore(folder / "frames"))
-    table = pa.Table.from_batches(tokenize_samples(samples, grids, processor), schema=SCHEMA)
+    batches = [batch.rows for batch in tokenize_samples(samples, grids, processor)]
+    table = pa.Table.from_batches(batches, schema=SCHEMA)
     with pa.ipc.new_file(str(folder / "tokenized.arrow"), SCHEMA) as file:
         file.write_table(table)
 

@@ -201,7 +201,7 @@ def test_the_exported_processor_resizes_clips_as_training_did(
 @given(total=st.integers(4, 4000), rate=st.sampled_from([10.0, 24.0, 25.0, 30.0, 29.97]))
 def test_the_exported_processor_takes_as_many_frames_as_training_did(kind: type, total: int, rate: float) -> None:
     trained = smart_nframes(*(total, rate), strategy="fps", fps=1.0, frame_num=32, min_frames=3, max_frames=513)
-    # Qwen2.5-VL's processor (transformers 5.23) counts in floating point, and asks for a frame behind the last of some.
+    # Qwen2.5-VL's processor of transformers 5.23 counts in floating point, and takes one behind the last of some.
     assume(len(torch.arange(0, total, total / trained)) == trained)
     values = video_values(SAMPLING, kind(), per_clip=PER_CLIP[kind])
     values.pop("size")
