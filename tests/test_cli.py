@@ -154,7 +154,9 @@ def test_a_full_disk_is_one_sentence(project: Path, monkeypatch: pytest.MonkeyPa
     use(monkeypatch, Node((lambda: write) if saving else write, None, "base_model"))
     result = kedro_run("--pipelines", "ingest")
     assert result.exit_code == 1
-    assert "Error: No space left on device ('/mnt/full'): make room or" in result.output
+    place = "data/06_models/tiny_qwen3_vl/base" if saving else "/mnt/full"
+    assert f"{place} cannot be written, the disk is full: 0 bytes of it were written, " in result.output
+    assert "are free there. Make room, and run the same command again" in result.output
     assert "Traceback" not in result.output
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from kedro.framework.project import pipelines
+from kedro.utils import load_obj
 
 from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.config.base import Block
@@ -43,7 +44,11 @@ def put(project: Path, name: str, record: dict[str, Any]) -> None:
     path = project / catalog[name]["filepath"]
     path.parent.mkdir(parents=True, exist_ok=True)
     attrs, schema = {"made_with": record}, pa.schema([])
-    if name not in RECORDED:
+    if "schema" in catalog[name]:
+        schema = load_obj(catalog[name]["schema"])
+    if path.suffix == ".json":
+        path.write_text("{}")
+    elif name not in RECORDED and path.suffix != ".parquet":
         path.touch()
     elif path.suffix == ".parquet":
         pq.write_table(schema.empty_table().cast(with_attrs(schema, attrs)), path)

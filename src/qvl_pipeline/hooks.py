@@ -16,6 +16,7 @@ from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+from kedro.utils import load_obj
 
 from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.locks import turn
@@ -63,17 +64,18 @@ class EarlyChecks:
     def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
         """Remember where every entry is, for messages."""
         self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
+        self._schemas = {name: entry.get("schema") for name, entry in conf_catalog.items()}
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Refuse a pipeline whose inputs are not there yet, or were made with other parameters than this run has.
+        """Refuse a pipeline whose inputs are not there yet, damaged, or made with other parameters than this run has.
 
         And one that prepares data for a training that cannot run here: see `training/early.py`.
 
         Raises:
             UserError: Names every missing input, the pipeline that makes it, and the command to run first; or an input
-                that was made otherwise, and how. Or this is one of several nodes, and not the one that runs other
-                pipelines than training. Or the training that follows could not run.
+                that is damaged or was made otherwise, and how. Or this is one of several nodes, and not the one that
+                runs other pipelines than training. Or the training that follows could not run.
         """
         self._stages = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
         self._evaluation_checked_before = self._stages[0] if "generate" in self._stages else None
@@ -128,7 +130,8 @@ class EarlyChecks:
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
         inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
-        problems = {name: self._made_otherwise(name) for name in sorted(inputs) if catalog.exists(name)}
+        there = [name for name in sorted(inputs) if catalog.exists(name)]
+        problems = {name: self._damage(name) or self._made_otherwise(name) for name in there}
         missing = dict.fromkeys(sorted(inputs - problems.keys()))
         return missing | {name: problem for name, problem in problems.items() if problem}
 
@@ -144,6 +147,13 @@ class EarlyChecks:
                 "put what decides results into the profile",
                 *(LOCAL, ", ".join(own)),
             )
+
+    def _damage(self, name: str) -> str | None:
+        from qvl_pipeline.storage.soundness import damage
+
+        schema = load_obj(self._schemas[name]) if self._schemas.get(name) else None
+        wrong = damage(Path(self._paths[name]), schema) if self._paths.get(name) else None
+        return f"cannot be read ({wrong}): make it again" if wrong else None
 
     def _made_otherwise(self, name: str) -> str | None:
         from qvl_pipeline.data.made_with import RECORDED, first_difference, read_record

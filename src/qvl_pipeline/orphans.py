@@ -40,7 +40,7 @@ def end_with_parent(number: int = signal.SIGKILL, grandparent: str = "") -> None
 def _parent_of(process: int) -> str | None:
     """Return the process id of a process's parent; `None` where the system does not tell."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
     except OSError:
         return None
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.engine.feed.steps import Step
-from qvl_pipeline.engine.run.checkpoints import completed
+from qvl_pipeline.engine.run.checkpoint_files import completed
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import JobFailedError, run_ranks

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.training.card import model_card, sampling_item, with_scores
 
 ROW = {"source": "cups", "samples": 90, "tokens": 8000, "supervised_tokens": 700, "drawn_per_epoch": 2.0, "share": 1.0}
@@ -45,6 +45,18 @@ def test_a_card_says_what_was_trained_on_which_code_and_what_it_saw(family: str)
         assert said in text
     assert "changes that are in no commit" not in text
     assert "with changes that are in no commit" in card(family, git_dirty="true")
+
+
+@pytest.mark.parametrize("export", ["adapter", "merged", "both"])
+def test_a_card_says_where_the_adapter_is(export: str) -> None:
+    model = ModelConfig(processor_type="qwen3_vl", load_from_pretrained_path="org/model")
+    facts = {"sample": SAMPLE, "model": model, "train": TrainConfig(), "plan_summary": SUMMARY, "code": CODE}
+    text = model_card("cups_run", **facts, adapter=AdapterConfig(type="dora", r=8, export=export))
+    assert "Trained as a DoRA of rank 8." in text
+    assert ('from_pretrained("org/model"), "adapter")' in text) == (export != "merged")
+    assert ("The folder has no weights of its own" in text) == (export == "adapter")
+    assert ("do not put it on them once more" in text) == (export != "adapter")
+    assert "adapter" not in model_card("cups_run", **facts)
 
 
 def test_a_local_base_model_is_no_hub_id(tmp_path: Any) -> None:

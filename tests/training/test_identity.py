@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl_pipeline.config import ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.identity import checkpoint_to_start_from, run_fingerprint, run_identity
 
@@ -48,6 +48,20 @@ def test_checkpoint_of_a_run_of_another_kind_is_refused(
     config = TrainConfig(resume_from_checkpoint=str(checkpoint), **train)
     with pytest.raises(UserError, match=sentence):
         checkpoint_to_start_from(config, identity(plan, **train))
+
+
+def test_an_adapter_and_a_checkpoint_without_it_do_not_go_together(checkpoint: Path) -> None:
+    config = TrainConfig(resume_from_checkpoint=str(checkpoint), freeze_modules=["visual"])
+    lora = run_identity("sha:1", MODEL, config, "abc", AdapterConfig(type="lora"))
+    with pytest.raises(UserError, match=r"\(adapter: None there, {.*\"type\": \"lora\"} here\)"):
+        checkpoint_to_start_from(config, lora)
+    (checkpoint / "COMPLETE").write_text(json.dumps({"step": 5, "world_size": 8, "identity": lora}))
+    assert checkpoint_to_start_from(config, lora) == str(checkpoint)
+    with pytest.raises(UserError, match=r"\(adapter: {.*} there, None here\)"):
+        checkpoint_to_start_from(config, identity(freeze_modules=["visual"]))
+    other = run_identity("sha:1", MODEL, config, "abc", AdapterConfig(type="lora", targets={"llm": ["mlp"]}))
+    with pytest.raises(UserError, match="of another kind"):
+        checkpoint_to_start_from(config, other)
 
 
 def test_checkpoint_that_is_not_there_or_not_whole_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ _LONGEST = 107 - len("/qvl-run-12345678/pymp-12345678/listener-12345678")
 
 
 def _run(**options: Any) -> dict[str, Any]:
+    _speak_utf8()
     signal.signal(signal.SIGTERM, _leave)
     _use_temporary_folder()
     # Threads of torch that wait for each other otherwise burn the cores that they wait for: on a busy CPU, the answers
@@ -46,6 +47,17 @@ def _run(**options: Any) -> dict[str, Any]:
         _end(128 + signal.SIGINT)
     except _Terminated as error:
         _end(error.code)
+
+
+def _speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files and what is printed would be refused otherwise, also by libraries. Processes that are started have
+    the mode too.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _use_temporary_folder() -> None:

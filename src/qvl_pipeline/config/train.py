@@ -88,7 +88,7 @@ class TrainConfig(Block):
         launch: Nodes, rendezvous, restarts and timeouts.
         logging_steps: Steps between two rows of metrics.
         save_steps: Steps between two checkpoints; 0 saves only at the end.
-        save_total_limit: Checkpoints kept.
+        save_total_limit: Checkpoints kept. While training goes on two are, whatever it says: the newest may be damaged.
         save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
             `adamw_8bit` it waits until they are written, and says so.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;

@@ -9,6 +9,8 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qvl_pipeline.storage.tables import table_writer
+
 ROW_GROUP_ROWS = 8192
 
 
@@ -36,7 +38,7 @@ class TableWriter:
             path: File to write.
             schema: Its columns.
         """
-        self._file = pq.ParquetWriter(path, schema)
+        self._file = table_writer(path, schema)
         self._held = schema.empty_table()
 
     def __enter__(self) -> TableWriter:

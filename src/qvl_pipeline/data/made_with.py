@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvl_pipeline.config.base import Block
+from qvl_pipeline.storage.digests import read_sealed, sealed
+from qvl_pipeline.storage.tables import ATTRS
 
 # The entries that hold a record, and the blocks that are in it.
 RECORDED = {
@@ -23,8 +25,6 @@ RECORDED = {
     "video_frames": ("ingest", "validate", "sample", "model"),
     "tokenized_samples": ("ingest", "validate", "sample", "model"),
 }
-# How pandas keeps `DataFrame.attrs` in Parquet, and so the catalog's tables do.
-ATTRS = b"PANDAS_ATTRS"
 RECORD_FILE = "made_with.json"
 
 Attrs = dict[str, Any]  # of a data frame
@@ -57,7 +57,7 @@ def attrs_of(schema: pa.Schema) -> Attrs:
 
 def write_record(folder: Path, attrs: Attrs) -> None:
     """Write the record into a folder."""
-    text = json.dumps(attrs["made_with"], sort_keys=True, indent=2)
+    text = json.dumps(sealed(attrs["made_with"]), sort_keys=True, indent=2)
     (folder / RECORD_FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
@@ -65,7 +65,7 @@ def read_record(path: Path) -> Record:
     """Read the record out of a Parquet file, an Arrow IPC file, or a folder; an empty one where there is none."""
     if path.is_dir():
         file = path / RECORD_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return read_sealed(file) if file.exists() else {}
     if path.suffix == ".parquet":
         return attrs_of(pq.read_schema(path)).get("made_with", {})
     with pa.memory_map(str(path)) as file:

@@ -56,6 +56,17 @@ MEDIA_INDEX = pa.schema(
     }
 )
 
+PACK_PLAN = pa.schema(
+    {
+        "step": pa.int32(),
+        "pack": pa.int32(),
+        "sample_rows": pa.list_(pa.int32()),
+        "tokens": pa.int64(),
+        "vit_patches": pa.int64(),
+        "supervised_tokens": pa.int64(),
+    }
+)
+
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
     """Make the data frame that a catalog entry takes; integers stay integers where there are nulls."""

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from kedro.io import AbstractDataset, DatasetError
 from kedro.utils import load_obj
 
+from qvl_pipeline.storage.tables import ATTRS, damage_named, open_table, read_table, write_table
+from qvl_pipeline.storage.whole import whole
+
 if TYPE_CHECKING:
     from kedro_datasets._typing import TablePreview
-
-# Where `DataFrame.to_parquet` keeps `attrs`, too.
-_ATTRS = b"PANDAS_ATTRS"
 
 
 class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.DataFrame | pq.ParquetFile]):
@@ -29,13 +29,18 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
     """
 
     def __init__(
-        self, *, filepath: str, schema: str, streamed: bool = False, metadata: dict[str, Any] | None = None
+        self,
+        *,
+        filepath: str,
+        schema: str | None = None,
+        streamed: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Create the dataset.
 
         Args:
             filepath: Path of the Parquet file.
-            schema: Dotted name of a `pyarrow.Schema`.
+            schema: Dotted name of a `pyarrow.Schema`; without, the columns are those of the data frame.
             streamed: Load the table without reading it into memory.
             metadata: Free-form metadata, read by Kedro plugins.
         """
@@ -45,14 +50,27 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
         self.metadata = metadata
 
     def load(self) -> pd.DataFrame | pq.ParquetFile:
-        """Load the table; integers stay integers where there are nulls."""
+        """Load the table; integers stay integers where there are nulls.
+
+        Raises:
+            DamagedError: The file is not what was written. Of a streamed table, only its end is looked at; its batches
+                raise this as they are read.
+        """
         if not self._exists():
             raise DatasetError(f"{self._filepath} does not exist")
+        advice, schema = (
+            "make it again, by the pipeline that writes it",
+            load_obj(self._schema) if self._schema else None,
+        )
         if self._streamed:
-            return pq.ParquetFile(self._filepath, pre_buffer=False)
-        table = pq.read_table(self._filepath)
+            with damage_named(self._filepath, advice):
+                return open_table(self._filepath)
+        schema = load_obj(self._schema) if self._schema else None
+        table = read_table(self._filepath, schema, advice=advice)
+        if schema is None:
+            return table.to_pandas()
         frame = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-        frame.attrs = json.loads((table.schema.metadata or {}).get(_ATTRS, b"{}"))
+        frame.attrs = json.loads((table.schema.metadata or {}).get(ATTRS, b"{}"))
         return frame
 
     def save(self, data: pd.DataFrame | Callable[[Path], Any]) -> None:
@@ -60,20 +78,22 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
 
         Raises:
             DatasetError: The table has other columns than the schema, or values that do not fit their types.
+            NoRoomError: There is no room for it.
         """
-        schema = load_obj(self._schema)
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._filepath.with_name(f".{self._filepath.name}.partial")
+        schema = load_obj(self._schema) if self._schema else None
         if isinstance(data, pd.DataFrame):
             table = pa.Table.from_pandas(data, schema=schema, preserve_index=False)
-            # Without pandas' own metadata, which holds the versions of its libraries: the bytes are the data's alone.
-            metadata = {_ATTRS: json.dumps(data.attrs, sort_keys=True)} if data.attrs else None
-            pq.write_table(table.replace_schema_metadata(metadata), partial)
-        else:
+            if schema is not None:
+                # Without pandas' own metadata, with the versions of its libraries: the bytes are the data's alone.
+                metadata = {ATTRS: json.dumps(data.attrs, sort_keys=True)} if data.attrs else None
+                table = table.replace_schema_metadata(metadata)
+            with whole(self._filepath, table.nbytes) as partial:
+                write_table(table, partial)
+            return
+        with whole(self._filepath) as partial:
             data(partial)
             if (found := pq.read_schema(partial)) != schema:
                 raise DatasetError(f"{self._filepath} was written with the columns {found.names}, not {schema.names}")
-        partial.replace(self._filepath)
 
     def preview(self, nrows: int = 10) -> TablePreview:
         """Return the first rows for Kedro-Viz, read without the rest; values that are lists are shown as text."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
+from qvl_pipeline.storage.room import room_for
+
 Writer = Callable[[Path], Any]
 
 logger = logging.getLogger(__name__)
@@ -57,14 +59,17 @@ class _WrittenDataset(AbstractDataset[Writer, Path]):
         """Let `data` write a temporary sibling, then move it into place.
 
         Raises:
-            OSError: What a run before left there cannot be deleted, or there is no room.
+            OSError: What a run before left there cannot be deleted.
+            NoRoomError: There is no room for it.
         """
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        with room_for(self._filepath):
+            self._filepath.parent.mkdir(parents=True, exist_ok=True)
         self._exists()  # what is to be replaced is in its place
         for left_behind in (self._partial, self._old):  # before the writer's work, which would be lost
             _remove(left_behind)
         try:
-            data(self._partial)
+            with room_for(self._filepath, written=self._partial):
+                data(self._partial)
         except BaseException:
             with contextlib.suppress(OSError):
                 _remove(self._partial)

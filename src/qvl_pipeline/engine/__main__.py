@@ -12,12 +12,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from qvl_pipeline.engine.run.checkpoint_files import CheckpointError
 from qvl_pipeline.engine.run.stopping import StopRequest
 from qvl_pipeline.engine.run.watchdog import StepTimeoutError, Watchdog
 from qvl_pipeline.engine.signals import end_loaders, ignore_stop_signals
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.orphans import start_rank
+from qvl_pipeline.storage.digests import DamagedError
+from qvl_pipeline.storage.room import NoRoomError, is_full, no_room
+
+# What a person can mend who knows which file it is; where in the code it was found says nothing more.
+MENDABLE = (CheckpointError, DamagedError, NoRoomError)
 
 
 def main(spec_path: Path) -> int:
@@ -46,7 +52,10 @@ def main(spec_path: Path) -> int:
         trainer = Trainer(spec, stop, Watchdog(spec.run.ddp_timeout, end_hanging))
         trainer.run()
     except Exception as error:
-        _write_error(errors, rank, trainer, error, traceback.format_exc())
+        where, output_dir = traceback.format_exc(), Path(spec.run.output_dir)
+        if is_full(error) and not isinstance(error, MENDABLE):
+            error = NoRoomError(no_room(Path(getattr(error, "filename", None) or output_dir), None, error))
+        _write_error(errors, rank, trainer, error, where)
         return 1
     dist.destroy_process_group()
     return 0
@@ -70,12 +79,13 @@ def _write_error(folder: Path, rank: int, trainer: Trainer | None, error: Except
         "step": getattr(error, "step", getattr(trainer, "step", 0)),
         "sample_ids": getattr(error, "sample_ids", getattr(trainer, "sample_ids", [])),
         "type": type(error).__name__,
+        "mendable": isinstance(error, MENDABLE),
         "message": str(error),
         "time": time.time(),
         "traceback": where,
     }
     partial = folder / f".rank{rank}.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder / f"rank{rank}.json")
 
 

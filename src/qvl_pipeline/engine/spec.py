@@ -320,7 +320,7 @@ class TrainSpec:
 
     def save(self, path: Path) -> None:
         """Write the spec as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> TrainSpec:
@@ -329,7 +329,7 @@ class TrainSpec:
         Raises:
             ValueError: A group or key is missing or unknown.
         """
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         groups = {field.name: globals()[field.type] for field in dataclasses.fields(cls)}
         if unknown := set(values) ^ set(groups):
             raise ValueError(f"{path}: the groups must be exactly {sorted(groups)}, differing: {sorted(unknown)}")

@@ -36,7 +36,7 @@ from qvl_pipeline.engine.optim.optimization import (
 )
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, start_process_group
-from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, completed
+from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
 from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
 from qvl_pipeline.engine.run.profiling import out_of_memory_explained, profiled
 from qvl_pipeline.engine.run.skipped import SkippedSamples
@@ -285,7 +285,7 @@ class Trainer:
             window.add_batch(batch, waited_s=time.perf_counter() - asked)
             self.skipped.add(step.number, batch.skipped)
             batch = batch.to(self.device)
-            # Gradients are exchanged once a step, after its last micro-batch; or after each, to hold none of them whole.
+            # Gradients are exchanged once a step, after its last micro-batch; or after each, to hold none whole.
             is_last = number == len(step.micro_batches)
             self.model.set_requires_gradient_sync(is_last or self.spec.parallel.accumulate_sharded)
             losses = self.model(batch)
@@ -314,12 +314,11 @@ class Trainer:
 
     def _resume(self, output_dir: Path) -> int:
         """Load the newest checkpoint of this run, or the one to start from; return the steps already done."""
-        newest = [path for _, path in completed(output_dir / "checkpoints")[-1:]]
-        given = [Path(self.spec.run.resume_from)] if self.spec.run.resume_from else []
-        for path in (newest or given)[:1]:
-            self.step = self.checkpoints.load(path)
-            logger.info("resumed from %s", path)
-        done = self.step
+        self.step = done = self.checkpoints.load_newest()
+        if not done and self.spec.run.resume_from:
+            self.step = done = self.checkpoints.load(Path(self.spec.run.resume_from))
+        if done:
+            logger.info("resumed after step %d", done)
         if self.leads:
             for name in ("metrics.jsonl", "skipped.jsonl"):
                 keep_rows_until(output_dir / name, done)
@@ -345,7 +344,7 @@ class Trainer:
             **self.facts,
         }
         partial = output_dir / ".result.json.partial"
-        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         partial.replace(output_dir / "result.json")  # with which a training is finished
 
 

@@ -32,10 +32,10 @@ def main(path: Path) -> int:
         report = {"rank": rank, "step": 0, "sample_ids": [], "type": type(error).__name__, "message": str(error)}
         report |= {"time": time.time(), "traceback": traceback.format_exc()}
         (folder / "errors").mkdir(exist_ok=True)
-        (folder / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return 1
     partial = folder / f"rank{rank}.json.partial"
-    partial.write_text(json.dumps(found))
+    partial.write_text(json.dumps(found), encoding="utf-8")
     partial.rename(folder / f"rank{rank}.json")
     return 0
 

@@ -46,12 +46,12 @@ class Answering:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         values = dataclasses.asdict(self) | {"evaluate": self.evaluate.model_dump(mode="json")}
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Answering:
         """Read it."""
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         values |= {"rows": tuple(values["rows"]), "evaluate": EvaluateConfig(**values["evaluate"])}
         return cls(**values)
 
@@ -134,7 +134,9 @@ def answer_all(asked: Answering, folder: Path, nproc: int, on_done: Callable[[in
         seen = done
 
     launch(folder / "answering.json", Processes(nproc), poll, "qvl_pipeline.evaluation", "evaluation")
-    return merge([json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)], asked)
+    return merge(
+        [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(nproc)], asked
+    )
 
 
 def merge(parts: Sequence[dict[str, dict[str, Any]]], asked: Answering) -> Answers:

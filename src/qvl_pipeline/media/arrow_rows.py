@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from qvl_pipeline.storage.batches import CheckedBatches
+
 
 class TokenizedSamples:
     """The rows of a `tokenized_samples` file (Arrow IPC file format), read from a memory map.
 
-    Opening costs the file's footer, a row costs the pages it lies on. Objects can be pickled: a loader process maps the
-    file anew.
+    Opening costs the file's footer, a row costs the record batch it lies in, which is checked when it is first read.
+    Objects can be pickled: a loader process maps the file anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,12 +28,12 @@ class TokenizedSamples:
             path: File written by the `tokenize` stage.
 
         Raises:
-            OSError: The file is missing, or is no Arrow file.
+            FileNotFoundError: The file is missing.
+            DamagedError: It is no whole Arrow file. Every method raises this for what is not what was written.
         """
         self.path = Path(path)
-        self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-        self._batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
-        self._starts = list(accumulate((batch.num_rows for batch in self._batches), initial=0))
+        self._batches = CheckedBatches(self.path, "run the pipeline 'tokenize' again")
+        self._starts = list(accumulate((batch.num_rows for batch in self._batches.unchecked), initial=0))
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -57,7 +59,7 @@ class TokenizedSamples:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {self.path}: it has {len(self)} rows")
         number = bisect_right(self._starts, index) - 1
-        batch, row = self._batches[number], index - self._starts[number]
+        batch, row = self._batches.batch(number), index - self._starts[number]
         spans = batch.column("label_spans")[row].values
         special = {
             "input_ids": _int32(batch.column("input_ids")[row].values),
@@ -81,7 +83,7 @@ class TokenizedSamples:
         Returns:
             The number of its first row, and the values of the columns, row by row.
         """
-        batch = self._batches[number].select(list(names))
+        batch = self._batches.batch(number, names).select(list(names))
         return self._starts[number], list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def columns(self, names: Sequence[str]) -> pa.Table:
@@ -93,8 +95,9 @@ class TokenizedSamples:
         Returns:
             A table of these columns, in row order.
         """
-        schema = pa.schema([self._reader.schema.field(name) for name in names])
-        return pa.Table.from_batches([batch.select(names) for batch in self._batches], schema=schema)
+        schema = pa.schema([self._batches.schema.field(name) for name in names])
+        numbers = range(len(self._batches))
+        return pa.Table.from_batches([self._batches.batch(n, names).select(names) for n in numbers], schema=schema)
 
 
 def _int32(array: pa.Int32Array) -> np.ndarray:

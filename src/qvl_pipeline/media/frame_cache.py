@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,7 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from qvl_pipeline.storage.batches import CheckedBatches
+from qvl_pipeline.storage.digests import DamagedError
+from qvl_pipeline.storage.tables import read_table, write_table
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = "its clips are decoded again"
+# Of `index.parquet` of a store.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("path", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("shard", pa.string()),
+        ("batch", pa.int32()),
+        ("n_frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("source_fps", pa.float64()),
+        ("encoding", pa.string()),
+        ("backend", pa.string()),
+        ("content_hash", pa.string()),
+        ("frame_indices", pa.list_(pa.int64())),
+        ("seconds", pa.list_(pa.float64())),
+    ]
+)
+# The cache has the same rows, each with what its clip was made from.
+_TABLE = INDEX_SCHEMA.append(pa.field("key", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -32,7 +62,8 @@ class CachedShard:
 class FrameCache:
     """A folder of shards, each with a table of the clips in it. Shards are hard links to those of the stores.
 
-    So they take no space of their own; those that no store holds any more are removed by `prune`.
+    So they take no space of their own; those that no store holds any more are removed by `prune`. And what damages a
+    store damages the cache: nothing is handed out of it that does not have its digests, and what has not is removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,13 +76,18 @@ class FrameCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clips: dict[str, tuple[CachedShard, int]] = {}
         self._by_first_key: dict[str, list[CachedShard]] = {}
+        self._batches: dict[Path, CheckedBatches] = {}
         self._links = False
         for table in sorted(self._folder.glob("*.parquet")):
             path = table.with_suffix(".arrow")
             if path.exists():
-                rows = pq.ParquetFile(table).read().to_pylist()
-                keys = [row.pop("key") for row in rows]
-                self._remember(CachedShard(path, keys, rows))
+                try:
+                    rows = read_table(table, _TABLE, advice=_ADVICE).to_pylist()
+                    keys = [row.pop("key") for row in rows]
+                except DamagedError:
+                    _remove(path)
+                else:
+                    self._remember(CachedShard(path, keys, rows))
 
     def __contains__(self, key: str) -> bool:
         """Whether a clip is there."""
@@ -64,16 +100,19 @@ class FrameCache:
             key: What it is made from.
 
         Returns:
-            Its row of the index of the store that it was made for, and its record batch; or `None`.
+            Its row of the index of the store that it was made for, and its record batch; or `None`, also where that
+            is not what was written.
         """
         if key not in self._clips:
             return None
         shard, number = self._clips[key]
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(shard.path)))
+            return shard.rows[number], self._checked(shard).batch(shard.rows[number]["batch"])
         except FileNotFoundError:  # another run has removed it in the meantime
             return None
-        return shard.rows[number], reader.get_batch(shard.rows[number]["batch"])
+        except DamagedError as error:
+            self._forget(shard, error)
+            return None
 
     def shard(self, keys: Sequence[str], shard_bytes: int) -> CachedShard | None:
         """Find the shard that a store of these clips would begin with.
@@ -83,13 +122,14 @@ class FrameCache:
             shard_bytes: Size at which a shard is closed.
 
         Returns:
-            The shard; `None` when there is none, or when more of the clips would go into it.
+            The shard, all of it as it was written; `None` when there is none, or more of the clips would go into it.
         """
         candidates = self._by_first_key.get(keys[0], ()) if keys else ()
         # An interrupted run may have left the beginning of the shard that the next one finished.
         for found in sorted(candidates, key=lambda shard: len(shard.keys), reverse=True):
-            if found.keys == list(keys[: len(found.keys)]) and found.path.exists():
-                return found if len(found.keys) == len(keys) or _size(found.path) >= shard_bytes else None
+            if found.keys == list(keys[: len(found.keys)]) and self._is_sound(found):
+                whole = len(found.keys) == len(keys) or self._size(found) >= shard_bytes
+                return found if whole else None
         return None
 
     def keep(self, shard: Path, keys: Sequence[str], rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
@@ -107,7 +147,8 @@ class FrameCache:
         self.link_or_copy(shard, partial)
         partial.replace(kept)
         keyed = pa.Table.from_pylist(list(rows), schema=schema).append_column("key", pa.array(keys, pa.string()))
-        pq.write_table(keyed, partial)
+        write_table(keyed, partial)
+        self._batches.pop(kept, None)
         partial.replace(table)  # the shard counts from here on
         self._remember(CachedShard(kept, list(keys), list(rows)))
 
@@ -115,8 +156,7 @@ class FrameCache:
         """Remove the shards that no store holds: those that have no other hard link, where there are hard links."""
         for path in self._folder.glob("*.arrow") if self._links else ():
             if path.stat().st_nlink == 1:
-                path.with_suffix(".parquet").unlink(missing_ok=True)
-                path.unlink()
+                _remove(path)
 
     def link_or_copy(self, source: Path, target: Path) -> None:
         """Give a file a second name, or copy it where the file system knows no hard links.
@@ -131,12 +171,42 @@ class FrameCache:
         except OSError:
             shutil.copyfile(source, target)
 
+    def _checked(self, shard: CachedShard) -> CheckedBatches:
+        """Open a shard; one without digests, of which nobody knows what was written, is as good as damaged."""
+        if shard.path not in self._batches:
+            batches = CheckedBatches(shard.path, _ADVICE)
+            if not batches.have_digests or len(batches) != len(shard.rows):
+                raise DamagedError(f"{shard.path} has no digests of its clips: {_ADVICE}")
+            self._batches[shard.path] = batches
+        return self._batches[shard.path]
+
+    def _is_sound(self, shard: CachedShard) -> bool:
+        if not shard.path.exists():  # another run has removed it in the meantime
+            return False
+        try:
+            self._checked(shard).check()
+        except DamagedError as error:
+            self._forget(shard, error)
+            return False
+        return True
+
+    def _size(self, shard: CachedShard) -> int:
+        """Bytes of a shard's record batches, as the writer counts them."""
+        return sum(batch.nbytes for batch in self._checked(shard).unchecked)
+
+    def _forget(self, shard: CachedShard, error: DamagedError) -> None:
+        logger.warning("%s", error)
+        self._clips = {key: found for key, found in self._clips.items() if found[0] is not shard}
+        self._by_first_key[shard.keys[0]] = [s for s in self._by_first_key[shard.keys[0]] if s is not shard]
+        self._batches.pop(shard.path, None)
+        _remove(shard.path)
+
     def _remember(self, shard: CachedShard) -> None:
         self._by_first_key.setdefault(shard.keys[0], []).append(shard)
         self._clips |= {key: (shard, number) for number, key in enumerate(shard.keys)}
 
 
-def _size(shard: Path) -> int:
-    """Bytes of a shard's record batches, as the writer counts them."""
-    reader = pa.ipc.open_file(pa.memory_map(str(shard)))
-    return sum(reader.get_batch(number).nbytes for number in range(reader.num_record_batches))
+def _remove(shard: Path) -> None:
+    """Remove a shard from the cache, its table first: without it, it does not count."""
+    shard.with_suffix(".parquet").unlink(missing_ok=True)
+    shard.unlink(missing_ok=True)

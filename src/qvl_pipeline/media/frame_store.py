@@ -14,35 +14,19 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_cache import FrameCache
+from qvl_pipeline.media.frame_cache import INDEX_SCHEMA, FrameCache
 from qvl_pipeline.media.frame_encoding import decode_frame
+from qvl_pipeline.storage.batches import CheckedBatches, write_checked
+from qvl_pipeline.storage.digests import DamagedError
+from qvl_pipeline.storage.tables import read_table, write_table
 
 _SAMPLE_AGAIN = "run `kedro run --pipelines sample` (with the same --env and --params) to write them again"
 # What a killed run may have to decode again.
 SHARD_BYTES = 1 << 28
+AGAIN = "run the pipeline 'sample' again"
 FRAME_SCHEMA = pa.schema([("frame", pa.binary()), ("second", pa.float64()), ("index", pa.int64())])
-INDEX_SCHEMA = pa.schema(
-    [
-        ("clip_id", pa.string()),
-        ("path", pa.string()),
-        ("start", pa.float64()),
-        ("end", pa.float64()),
-        ("shard", pa.string()),
-        ("batch", pa.int32()),
-        ("n_frames", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("source_fps", pa.float64()),
-        ("encoding", pa.string()),
-        ("backend", pa.string()),
-        ("content_hash", pa.string()),
-        ("frame_indices", pa.list_(pa.int64())),
-        ("seconds", pa.list_(pa.float64())),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +106,7 @@ class FrameStoreWriter:
                 self._close_shard()
             return
         self._close_shard()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
+        write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
 
     def add(self, clip: StoredClip, key: str = "") -> None:
         """Append one clip.
@@ -140,7 +124,7 @@ class FrameStoreWriter:
             self._writer = pa.ipc.new_file(str(self._folder / self._shard_name), FRAME_SCHEMA)
         columns = {"frame": clip.frames, "second": clip.seconds, "index": clip.frame_indices}
         batch = pa.record_batch(columns, schema=FRAME_SCHEMA)
-        self._writer.write_batch(batch)
+        write_checked(self._writer, batch, self._batches)
         self._rows.append(row | {"shard": self._shard_name, "batch": self._batches})
         self._keys.append(key)
         self._batches += 1
@@ -201,10 +185,9 @@ class FrameStore:
         path = self.folder / "index.parquet"
         if not path.exists():
             raise UserError(f"{path} is missing: run the pipeline 'sample', which writes the frames of every clip")
-        # Not `read_table`, which imports pandas where it is installed; training processes do without.
-        self._index = pq.ParquetFile(path).read()
+        self._index = read_table(path, INDEX_SCHEMA, advice=AGAIN)
         self._rows = {name: row for row, name in enumerate(self._index.column("clip_id").to_pylist())}
-        self._shards: dict[str, pa.RecordBatchFileReader] = {}
+        self._shards: dict[str, CheckedBatches] = {}
 
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
         """Pickle as the folder."""
@@ -262,14 +245,15 @@ class FrameStore:
             Uint8 `[T, 3, H, W]`. With the encoding `raw` a read-only view of the memory map, at no cost.
 
         Raises:
-            UserError: The store has no such clip; or its frames are not stored, and the file cannot be decoded.
+            UserError: The store has no such clip; or its frames are not what was written (a `DamagedError`), or not
+                stored, and the file cannot be decoded.
         """
         info = self.info(clip)
         if info["shard"] is None:
             from qvl_pipeline.media.clip_frames import frames_from_source  # needs PyAV, which stored frames do not
 
             return frames_from_source(info)[part]
-        frames = self._shard(info["shard"]).get_batch(info["batch"]).column("frame")
+        frames = self._shard(info["shard"]).batch(info["batch"], ["frame"]).column("frame")
         if info["encoding"] == "raw":
             offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)
             pixels = np.frombuffer(frames.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
@@ -280,7 +264,10 @@ class FrameStore:
             decode_frame(frame.as_buffer(), info["encoding"], out)
         return decoded
 
-    def _shard(self, name: str) -> pa.RecordBatchFileReader:
+    def _shard(self, name: str) -> CheckedBatches:
         if name not in self._shards:
-            self._shards[name] = pa.ipc.open_file(pa.memory_map(str(self.folder / name)))
+            try:
+                self._shards[name] = CheckedBatches(self.folder / name, AGAIN)
+            except FileNotFoundError as error:
+                raise DamagedError(f"{self.folder / name} is missing: {AGAIN}") from error
         return self._shards[name]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from transformers import ProcessorMixin
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.storage.tables import damage_named, open_table
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
 
@@ -33,7 +33,7 @@ class RawSamples:
                 error.
         """
         self._opened = path, processor, frame_store
-        self._file = pq.ParquetFile(path, memory_map=True)
+        self._file = open_table(path, memory_map=True)
         self._processor, self._store = processor, FrameStore(frame_store)
         self._skips = skip_bad_samples
         groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
@@ -48,7 +48,8 @@ class RawSamples:
 
     def _read(self, number: int) -> list[dict[str, Any]]:
         # Without Arrow's threads: this runs in a forked process.
-        table = self._file.read_row_group(number, columns=[*COPIED, "messages", "media"], use_threads=False)
+        with damage_named(self._opened[0], "run the pipeline 'tokenize' again"):
+            table = self._file.read_row_group(number, columns=[*COPIED, "messages", "media"], use_threads=False)
         return table.to_pylist()
 
     def sources(self, shard: int) -> tuple[int, list[str]]:

@@ -42,6 +42,7 @@ def model_card(
         name=name,
         family=family,
         base=base or f"a tiny model with random weights (seed {model.tiny_seed})",
+        base_path=base or "../base",  # where a tiny model is, beside the trained one
         base_is_on_the_hub=bool(base) and not Path(base).exists(),
         adapter=adapter if adapter.type != "none" else None,
         dtype=f" (in {train.export_dtype})",

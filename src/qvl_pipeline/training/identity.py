@@ -84,14 +84,13 @@ def run_identity(
         "train.freeze_modules": ", ".join(sorted(train.freeze_modules)) or "none",
         "train.optim": train.optim.removesuffix("_fused"),
         "train.ema_decay": "set" if train.ema_decay else "0",
-        "adapter": _tensors_of(adapter),
+        # Not "none" where there is none: checkpoints from before there were adapters are as good as ever.
+        **({"adapter": _tensors_of(adapter)} if adapter.type != "none" else {}),
     }
 
 
 def _tensors_of(adapter: AdapterConfig) -> str:
     """Say which tensors an adapter has, and what they mean."""
-    if adapter.type == "none":
-        return "none"
     names = ("type", "r", "alpha", "rslora", "init", "targets", "train_fully")
     return json.dumps({name: getattr(adapter, name) for name in names}, sort_keys=True)
 
@@ -104,15 +103,15 @@ def checkpoint_to_start_from(train: TrainConfig, identity: Mapping[str, str]) ->
     """
     if train.resume_from_checkpoint in ("auto", "none"):
         return ""
-    from qvl_pipeline.engine.run.checkpoints import CheckpointError, read_marker
+    from qvl_pipeline.engine.run.checkpoint_files import CheckpointError, read_marker
 
     path = Path(train.resume_from_checkpoint).resolve()
     try:
         found = read_marker(path)["identity"]
     except CheckpointError as error:
         raise UserError(f"train.resume_from_checkpoint: {error}") from error
-    if differing := sorted(key for key in identity if found.get(key) != identity[key]):
-        values = "; ".join(f"{key}: {found.get(key)} there, {identity[key]} here" for key in differing)
+    if differing := sorted(key for key in {*identity, *found} if found.get(key) != identity.get(key)):
+        values = "; ".join(f"{key}: {found.get(key)} there, {identity.get(key)} here" for key in differing)
         raise UserError(
             f"train.resume_from_checkpoint: {path} belongs to a run of another kind ({values}). Base model, plan, "
             "frozen parts, adapter, optimizer and average must be the same; rates, schedule, precision and processes "

@@ -25,6 +25,7 @@ from qvl_pipeline.engine.run.stopping import STOPPED
 from qvl_pipeline.engine.signals import STOP_SIGNALS
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.orphans import LAUNCHER, end_with_parent
+from qvl_pipeline.storage.room import free_bytes, size_text
 
 _POLL_S = 0.2
 # Longest that a killed process may take to be gone: a GPU lets it go late.
@@ -133,7 +134,7 @@ def launch(
     if process.returncode:
         raise RankFailedError(_describe_failure(what, output_dir, log_path, process.returncode))
     if (output_dir / STOPPED).exists():
-        raise StoppedOnRequest(json.loads((output_dir / STOPPED).read_text())["step"])
+        raise StoppedOnRequest(json.loads((output_dir / STOPPED).read_text(encoding="utf-8"))["step"])
 
 
 def environment(nproc_per_node: int) -> dict[str, str]:
@@ -141,6 +142,7 @@ def environment(nproc_per_node: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc_per_node)
     defaults = {
         "OMP_NUM_THREADS": str(threads),
+        "PYTHONUTF8": "1",
         # Fast tokenizers warn, and stop using threads, when a loader process is forked.
         "TOKENIZERS_PARALLELISM": "false",
         # A collective that times out ends its process (the watchdog of NCCL does it), instead of blocking the host.
@@ -246,10 +248,12 @@ def _signal_group(leader: int, number: int) -> None:
 def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: int) -> str:
     """One block: the rank that failed first, where it was, and the last frames of its traceback."""
     reports: list[dict[str, Any]] = [
-        json.loads(path.read_text()) for path in (output_dir / "errors").glob("rank*.json")
+        json.loads(path.read_text(encoding="utf-8")) for path in (output_dir / "errors").glob("rank*.json")
     ]
     if not reports:
-        if killed := re.findall(r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace")):
+        if killed := re.findall(
+            r"exitcode: -(\d+)\) local_rank: (\d+)", log_path.read_text(errors="replace", encoding="utf-8")
+        ):
             number, rank = killed[-1]  # those before were restarted
             name = signal.Signals(int(number)).name
             likely = ": most likely the machine ran out of memory" if name == "SIGKILL" else ""
@@ -258,8 +262,14 @@ def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: i
         lines = itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, _lines(log_path))
         # And NCCL tells at length that it ends too.
         tail = "\n".join(f"    {line}" for line in [line for line in lines if " NCCL INFO " not in line][-15:])
-        return f"{what} ended with status {returncode} and no error report; the end of {log_path}:\n{tail}"
+        free = size_text(free_bytes(output_dir))
+        return (
+            f"{what} ended with status {returncode} and no error report ({free} are free there); the end of {log_path}:"
+            f"\n{tail}"
+        )
     first = min(reports, key=lambda report: report["time"])
+    if first.get("mendable"):
+        return f"{what} failed at step {first['step']}: {first['message']}"
     samples = ", ".join(first["sample_ids"][:5]) + (", …" if len(first["sample_ids"]) > 5 else "")
     frames = "\n".join(f"    {line}" for line in first["traceback"].rstrip().splitlines()[-8:])
     return (
@@ -271,4 +281,4 @@ def _describe_failure(what: str, output_dir: Path, log_path: Path, returncode: i
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()
+    return path.read_text(errors="replace", encoding="utf-8").splitlines()

@@ -41,7 +41,7 @@ def training_progress(metrics_path: Path, max_steps: int) -> Iterator[Callable[[
             nonlocal read, printed
             if not metrics_path.exists():
                 return
-            lines = metrics_path.read_text().split("\n")[:-1]
+            lines = metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
             if not lines or len(lines) == read:
                 return
             read = len(lines)

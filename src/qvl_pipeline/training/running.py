@@ -88,4 +88,4 @@ def collect(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         "train_time_s": train_time_s,
         "tokens_per_second": float(rows["tokens"].sum()) / train_time_s,
     }
-    return rows, json.loads((folder / RESULT).read_text()) | facts
+    return rows, json.loads((folder / RESULT).read_text(encoding="utf-8")) | facts

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.locks import lock, relock
+from qvl_pipeline.storage.digests import add_digest
 from qvl_pipeline.tracking.mlflow.unsent import keep_unsent, only_sender
 
 PACK_PLAN = "pack_plan.parquet"
@@ -102,7 +103,7 @@ def starts_afresh(folder: Path, *, resume: bool) -> bool:
 
 
 def _make_ready(folder: Path, *, resume: bool) -> None:
-    from qvl_pipeline.engine.run.checkpoints import completed
+    from qvl_pipeline.engine.run.checkpoint_files import newest_sound
     from qvl_pipeline.engine.run.metrics import keep_rows_until
     from qvl_pipeline.engine.run.stopping import STOPPED
 
@@ -120,7 +121,9 @@ def _make_ready(folder: Path, *, resume: bool) -> None:
         return
     for outdated in (RESULT, PUBLISHED):  # of an export that someone took away
         (folder / outdated).unlink(missing_ok=True)
-    done = max((step for step, _ in completed(folder / CHECKPOINTS)), default=0)
+    done, wrong = newest_sound(folder / CHECKPOINTS)
+    for damage in wrong:
+        print(f"train: a checkpoint is set aside, because {damage}", flush=True)
     if done:
         print(f"train: continuing after step {done}, the newest checkpoint of this very run", flush=True)
     # Here and not only in the engine: trackers must not see rows that are about to be written again.
@@ -137,6 +140,7 @@ def publish(folder: Path, card: str, destination: Path) -> None:
     """
     shutil.copytree(folder / EXPORT, destination)
     (destination / CARD).write_text(card, encoding="utf-8")
+    add_digest(destination, CARD)
 
 
 def note_published(folder: Path) -> None:

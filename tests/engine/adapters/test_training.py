@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
@@ -211,10 +211,10 @@ def test_ways_to_run_train_the_same(
     assert_same_training(actual, expected)
 
 
-def test_muon_and_an_average_train_the_same_on_any_number_of_ranks(
+def test_an_average_and_a_rate_of_lora_b_train_the_same_on_any_number_of_ranks(
     trainings: Callable[[str, str], TrainSpec], tmp_path: Path
 ) -> None:
-    optim = {"optim": "muon", "ema_decay": 0.5, "learning_rates": {"lora_b": 2e-2}}
+    optim = {"ema_decay": 0.5, "learning_rates": {"lora_b": 2e-2}}
     specs = [
         changed(trainings("qwen3_vl", "dora"), tmp_path / str(nproc), optim=optim, export={"export_ema": True})
         for nproc in (1, 2)
@@ -246,6 +246,21 @@ def test_pissa_starts_as_the_base_and_learns(trainings: Callable[[str, str], Tra
         assert [row[key] for row in rows(alone)] == pytest.approx([row[key] for row in rows(pissa)], rel=1e-5)
     name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
     assert adapter(pissa)[name].shape[0] == 2 * pissa.adapter.r
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_one_of_the_two_is_exported_alone_and_it_is_said_what_vllm_would_not_serve(
+    form: str, tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("image",), packs_per_step=1)
+    training = changed(base, tmp_path / "run", adapter={**LORA, "export": form})
+    trained(training, nproc=2)
+    folder = Path(training.export.output_dir)
+    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Qwen3VLProcessor"
+    there = {name: (folder / name).exists() for name in ("adapter", "config.json", "model.safetensors")}
+    assert there == {name: (name == "adapter") == (form == "adapter") for name in there}
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert ("the adapter changes merger: vLLM serves LoRA of the language model only" in log) == (form == "adapter")
 
 
 def test_adapted_layers_are_linear_layers() -> None:

@@ -35,13 +35,11 @@ def test_exchanged_after_every_micro_batch_gradients_are_the_same(
 ) -> None:
     kinds = ("text", "image", "text", "video")
     training = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", kinds=kinds, packs_per_step=4)
-    once, each = (
-        trained(
-            changed(training, tmp_path / str(each), parallel={**parallel, "accumulate_sharded": each}, adapter=adapter),
-            2,
-        )
+    specs = [
+        changed(training, tmp_path / str(each), parallel={**parallel, "accumulate_sharded": each}, adapter=adapter)
         for each in (False, True)
-    )
+    ]
+    once, each = (trained(spec, nproc=2) for spec in specs)
     assert each[0]["loss"] == once[0]["loss"]
     assert each[0]["grad_norm"] == pytest.approx(once[0]["grad_norm"], rel=1e-5)
 

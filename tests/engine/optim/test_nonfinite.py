@@ -14,7 +14,7 @@ from PIL import Image
 
 from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.engine.model import packed_vlm
-from qvl_pipeline.engine.run.checkpoints import completed
+from qvl_pipeline.engine.run.checkpoint_files import completed
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, make_training

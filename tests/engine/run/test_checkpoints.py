@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,16 +17,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 
 from qvl_pipeline.engine.run import checkpoints as module
-from qvl_pipeline.engine.run.checkpoints import (
+from qvl_pipeline.engine.run.checkpoint_files import (
     CheckpointError,
-    Checkpoints,
-    ModelState,
-    OptimizerState,
-    RandomState,
-    _remove,
+    DamagedCheckpointError,
     completed,
+    newest_sound,
     read_marker,
 )
+from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState, _remove
 from tests.engine.ranks import run_ranks
 
 
@@ -81,7 +80,7 @@ def state_is_that_of_the_save(folder: Path) -> None:
     assert [step for step, _ in completed(folder)] == [1]
     training.checkpoints.wait()
     dist.barrier()
-    assert [step for step, _ in completed(folder)] == [2]
+    assert [step for step, _ in completed(folder)] == [1, 2]  # two, though one is to be kept
     again = Training(folder.parent / "other")
     training.checkpoints.save(3)
     training.step()
@@ -100,7 +99,58 @@ def test_a_checkpoint_holds_weights_optimizer_and_generators_of_the_moment_it_wa
     run_ranks(state_is_that_of_the_save, ranks, tmp_path / "run", log_dir=tmp_path / "logs")
     marker = read_marker(tmp_path / "run" / "checkpoint-3")
     assert (marker["step"], marker["world_size"], marker["identity"]) == (3, ranks, {"plan": "abc"})
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
+def goes_on_from_the_sound_one(folder: Path) -> None:
+    training = Training(folder, asynchronous=False)
+    states = {}
+    for step in (1, 2):
+        training.step()
+        training.checkpoints.save(step)
+        states[step] = training.weights()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip(next((folder / "checkpoint-2").glob(f"__{dist.get_world_size() - 1}_*.distcp")))
+    dist.barrier()
+    again = Training(folder)
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint-2/__\d_0.distcp is not what was written"):
+        again.checkpoints.load(folder / "checkpoint-2")
+    assert again.checkpoints.load_newest() == 1
+    assert torch.equal(again.weights(), states[1])
+    again.step()
+    again.checkpoints.save(2)  # where the damaged one was
+    again.checkpoints.wait()
+    dist.barrier()
+    assert [step for step, _ in completed(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_flipped_bit_in_the_newest_checkpoint_makes_all_ranks_go_on_from_the_one_before(
+    ranks: int, tmp_path: Path
+) -> None:
+    run_ranks(goes_on_from_the_sound_one, ranks, tmp_path / "run", log_dir=tmp_path / "logs")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_file_of_a_checkpoint_is_checked_and_what_is_damaged_is_set_aside(tmp_path: Path) -> None:
+    run_ranks(save_once, 1, tmp_path / "run", log_dir=tmp_path / "logs")
+    names = [path.name for path in (tmp_path / "run" / "checkpoint-7").iterdir()]
+    assert sorted(names) == [".metadata", "COMPLETE", "__0_0.distcp"]
+    for name in names:
+        folder = tmp_path / name.strip(".")
+        shutil.copytree(tmp_path / "run" / "checkpoint-7", folder / "checkpoint-6")
+        shutil.copytree(tmp_path / "run" / "checkpoint-7", folder / "checkpoint-7")
+        flip(folder / "checkpoint-7" / name)
+        step, [wrong] = newest_sound(folder)
+        assert step == 6
+        assert str(folder / "checkpoint-7" / name) in wrong
+        assert {path.name for path in folder.iterdir()} == {"checkpoint-6", "damaged-checkpoint-7"}
 
 
 def save_once(folder: Path) -> None:
@@ -125,8 +175,9 @@ def published_when_all_have_written(folder: Path) -> None:
     """Rank 1 is slower than rank 0, which must not publish before."""
     writing: Future[None] = Future()
 
-    def async_save(_state: Any, *, checkpoint_id: Path, **_options: Any) -> Future[None]:
-        checkpoint_id.mkdir(parents=True, exist_ok=True)
+    def async_save(_state: Any, *, storage_writer: FileSystemWriter, **_options: Any) -> Future[None]:
+        storage_writer.path.mkdir(parents=True, exist_ok=True)
+        (storage_writer.path / ".metadata").touch()
         return writing
 
     module.dcp.async_save = async_save
@@ -159,7 +210,7 @@ def disk_of_rank_1_is_full(folder: Path, asynchronous: bool) -> None:
             raise OSError("No space left on device")
 
         FileSystemWriter.write_data = fail
-    sentence = r"after step 2 could not be written .*rank 1: OSError: No space left on device; .*one is checkpoint-1"
+    sentence = r"after step 2 could not be written .*rank 1: OSError: No space left on device .*; .*one is checkpoint-1"
     if asynchronous:
         training.checkpoints.save(2)
     with pytest.raises(CheckpointError, match=sentence):

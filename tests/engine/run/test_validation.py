@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from qvl_pipeline.engine import __main__ as engine
-from qvl_pipeline.engine.run.checkpoints import completed
+from qvl_pipeline.engine.run.checkpoint_files import completed
 from qvl_pipeline.engine.run.validation import Validation
 from qvl_pipeline.engine.spec import TrainSpec, ValidationSpec
 from qvl_pipeline.engine.trainer import Trainer

@@ -15,7 +15,6 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qvl_pipeline.config import SampleConfig
 from qvl_pipeline.data.frames.clips import Clip, clip_key, estimated_bytes, read_clip, stored_again
@@ -25,6 +24,8 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
 from qvl_pipeline.media.frame_cache import FrameCache
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.storage.room import size_text
+from qvl_pipeline.storage.tables import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def write_store(
                     store.add(outcome, key)
                 bar.advance(task)
     rows = [{"clip_id": clip.name, "path": clip.path, **vars(failure)} for clip, failure in failures]
-    pq.write_table(pa.Table.from_pylist(rows, schema=FAILURES), folder / "failures.parquet")
+    write_table(pa.Table.from_pylist(rows, schema=FAILURES), folder / "failures.parquet")
     write_record(folder, attrs)
     if cache is not None:
         cache.prune()
@@ -161,7 +162,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"about {needed / GIB:,.1f} GiB of frames are to be written to {folder.parent}, but {free / GIB:,.1f} GiB "
+            f"about {size_text(needed)} of frames are to be written to {folder.parent}, but {size_text(free)} "
             "are free there: free some, lower sample.video_max_frames or sample.video_max_pixels, or set "
             "sample.frame_encoding: jpeg or sample.materialize: false"
         )

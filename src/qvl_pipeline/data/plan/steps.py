@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
 from qvl_pipeline.data.plan.packing import Packs, balanced, best_fit, first_fit, one_each
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.storage.tables import read_table
 from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 # Changed whenever the same inputs would give another plan.
@@ -129,7 +129,7 @@ def plan_stream(
         UserError: As for a plan; samples that are too long are refused here when they are among those tokenised.
     """
     previewed, overlong = _samples(TokenizedSamples(tokenized_path), "train", batching)
-    sources = Counter(pq.read_table(stream_path, columns=["source"])["source"].to_pylist())
+    sources = Counter(read_table(stream_path, advice="run the pipeline 'tokenize' again")["source"].to_pylist())
     _refuse_undeclared(sources, weights)
     per_epoch = sum(weights[source] * samples for source, samples in sources.items())
     if per_epoch < 1:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from qvl_pipeline.storage.tables import table_writer
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts
 
 # Rows that a lane of a stream reads together; a rank holds a few times so many.
@@ -55,7 +55,7 @@ def write_stream_samples(path: Path, samples: pd.DataFrame, images: Mapping[str,
         images: What is known of each image, by its path.
     """
     train = samples[samples["split"] == "train"]
-    with pq.ParquetWriter(path, SCHEMA) as writer:
+    with table_writer(path, SCHEMA) as writer:
         for start in range(0, len(train), ROWS_PER_GROUP):
             rows = train.iloc[start : start + ROWS_PER_GROUP][SCHEMA.names].to_dict("records")
             for row in rows:

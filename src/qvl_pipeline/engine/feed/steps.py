@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from qvl_pipeline.engine.feed.batch import BadSample
+from qvl_pipeline.storage.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,10 @@ def read_plan(path: Path) -> list[list[Pack]]:
     """Read a pack plan: the packs of each step, in order.
 
     Raises:
+        DamagedError: The file is not what was written.
         ValueError: The plan has no packs, or its steps are not numbered 0, 1, 2, …
     """
-    rows = pq.ParquetFile(path).read().to_pylist()  # `read_table` would import pandas where it is installed
+    rows = read_table(path, advice="run the pipeline 'tokenize' again").to_pylist()
     steps: list[list[Pack]] = []
     for row in rows:
         if row["step"] == len(steps):

@@ -20,6 +20,8 @@ from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.processor_files import PROCESSOR_FILES, processor_files
 from qvl_pipeline.engine.model.whole_weights import WholeWeights
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.storage.digests import write_digests
+from qvl_pipeline.storage.room import room_for
 
 
 def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
@@ -32,6 +34,9 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
         model: The trained model.
         files: Content of all other files, by name; the first rank's count.
         spec: The run.
+
+    Raises:
+        NoRoomError: The disk is full.
     """
     target = Path(spec.export.output_dir)
     partial = target.with_name(f".{target.name}.partial")
@@ -40,16 +45,19 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     whole = not spec.adapter.used or spec.adapter.export != "adapter"
-    if spec.adapter.used and spec.adapter.export != "merged":
-        export_adapter(model, spec, partial / FOLDER if leads else None)
-    if whole:
-        weights = WholeWeights(model, spec.model.path, leads=leads)
-        _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
-    if not leads:
-        return
-    for name, content in files.items():
-        if whole or name not in OF_WEIGHTS:
-            (partial / name).write_bytes(content)
+    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize if whole else None
+    with room_for(target, needed, partial):
+        if spec.adapter.used and spec.adapter.export != "merged":
+            export_adapter(model, spec, partial / FOLDER if leads else None)
+        if whole:
+            weights = WholeWeights(model, spec.model.path, leads=leads)
+            _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
+        if not leads:
+            return
+        for name, content in files.items():
+            if whole or name not in OF_WEIGHTS:
+                (partial / name).write_bytes(content)
+        write_digests(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
 
@@ -94,7 +102,7 @@ def _write_weights(
     if folder and len(files) > 1:
         weight_map = {model.family.hub_name(name): file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def split_into_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """The files of an exported processor: the base model's, in every form in use, with the sampling of the training.
 
 transformers 5 writes one `processor_config.json`; before, `preprocessor_config.json` was for images and
-`video_preprocessor_config.json` for clips, and published models have these. Where a form is missing, it is made.
+`video_preprocessor_config.json` for clips, and published models have these. They are made where they are missing, as
+all releases read them. The single file is only there where the base has it: releases such as 4.49 fail on its parts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def processor_files(
         sampling: How clips were sampled.
 
     Returns:
-        All three files by name; one in which nothing changed has the bytes of the base.
+        The files by name; one in which nothing changed has the bytes of the base.
 
     Raises:
         ValueError: The base model has no configuration of an image processor.
@@ -61,15 +62,13 @@ def processor_files(
     def of_videos(config: Config) -> Config:
         return _with_size(config, size) | clips
 
-    nested = {
-        "image_processor": of_images(single.get("image_processor", _without(images, *kind))),
-        "video_processor": of_videos(single.get("video_processor", _without(videos, *kind))),
-    }
     made = {
         IMAGE_PROCESSOR_NAME: of_images(found.get(IMAGE_PROCESSOR_NAME, images | kind)),
         VIDEO_PROCESSOR_NAME: of_videos(found.get(VIDEO_PROCESSOR_NAME, videos | kind)),
-        PROCESSOR_NAME: single | kind | nested,
     }
+    if single:
+        parts = {"image_processor": of_images, "video_processor": of_videos}
+        made[PROCESSOR_NAME] = single | {part: told(single[part]) for part, told in parts.items() if part in single}
     return {name: base[name] if found.get(name) == config else to_json(config) for name, config in made.items()}
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,38 +30,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
+from qvl_pipeline.engine.run.checkpoint_files import (
+    COMPLETE,
+    CheckpointError,
+    DamagedCheckpointError,
+    DigestingWriter,
+    completed,
+    damage,
+    mark_complete,
+    read_marker,
+    set_aside,
+)
+from qvl_pipeline.storage.room import bytes_in, free_bytes, is_full, size_text
 
 logger = logging.getLogger(__name__)
-
-_COMPLETE = "COMPLETE"
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which, why, and what to do."""
-
-
-def completed(folder: Path) -> list[tuple[int, Path]]:
-    """List the complete checkpoints in a folder as `(step, path)`, oldest first."""
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and (path / _COMPLETE).exists())
-
-
-def read_marker(path: Path) -> dict[str, Any]:
-    """Read what a complete checkpoint says of itself: `step`, `world_size` and the `identity` of its run.
-
-    Raises:
-        CheckpointError: There is no checkpoint, or it is not complete.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist: give the folder of a checkpoint, such as …/checkpoint-200")
-    marker = path / _COMPLETE
-    if not marker.exists():
-        names = ", ".join(found.name for _, found in completed(path) or completed(path.parent)) or "none"
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint (no {_COMPLETE} in it); complete ones here: {names}"
-        )
-    return json.loads(marker.read_text())
 
 
 class ModelState:
@@ -181,12 +161,13 @@ class Checkpoints:
                 loading overwrites; loads on any number of ranks.
             rank_state: What each rank has of its own, by name; loads on the same number of ranks only.
             identity: Facts of the run that whoever continues a checkpoint must agree in; written into each.
-            keep: Checkpoints kept, at least 1.
+            keep: Checkpoints kept; two are, whatever it says.
             asynchronous: Write in the background.
             timeout_s: Seconds after which a rank that neither writes nor reads on fails the save or the load.
         """
         self._folder, self._state, self._rank_state = folder, dict(state), dict(rank_state)
-        self._identity, self._keep = dict(identity), keep
+        # While one is written, two are there: the newest may turn out to be damaged.
+        self._identity, self._keep = dict(identity), max(keep, 2)
         self._rank = f"rank{dist.get_rank()}"
         timeout = timedelta(seconds=timeout_s)
         self._control = dist.new_group(backend="gloo", timeout=timeout)
@@ -216,11 +197,15 @@ class Checkpoints:
         state = {**self._state, self._rank: self._rank_states()}
         partial = self._partial(step)
         if self._stager is None:
-            self._saving = step, _done(lambda: dcp.save(state, checkpoint_id=partial, process_group=self._control))
+            writer = DigestingWriter(partial)
+            self._saving = step, _done(lambda: dcp.save(state, storage_writer=writer, process_group=self._control))
             self.wait()
         else:
             writing = dcp.async_save(
-                state, checkpoint_id=partial, process_group=self._writers, async_stager=self._stager
+                state,
+                storage_writer=DigestingWriter(partial),
+                process_group=self._writers,
+                async_stager=self._stager,
             )
             self._saving = step, writing
 
@@ -268,7 +253,9 @@ class Checkpoints:
         Raises:
             CheckpointError: It is missing, incomplete, of another base model or kind of run, or does not hold what this
                 run needs.
+            DamagedCheckpointError: It is not what was written; all ranks raise it.
         """
+        self._check(path)
         marker = read_marker(path)
         self._check_identity(path, marker.get("identity", {}))
         state: dict[str, Any] = dict(self._state)
@@ -284,13 +271,38 @@ class Checkpoints:
         self._newest = int(marker["step"]) if path.parent == self._folder else self._newest
         return int(marker["step"])
 
+    def load_newest(self) -> int:
+        """Load the newest checkpoint of this run that is not damaged; return its step, 0 when there is none.
+
+        Those that are damaged are set aside, and named in the log.
+        """
+        for _, path in reversed(completed(self._folder)):
+            try:
+                return self.load(path)
+            except DamagedCheckpointError as error:
+                logger.error("%s: going on from the checkpoint before it", error)
+                self._newest = 0
+                if dist.get_rank() == 0:
+                    set_aside(path)
+                dist.barrier(self._control)
+        return 0
+
+    def _check(self, path: Path) -> None:
+        """Check the files, each on one of the ranks."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        mine = damage(path, slice(dist.get_rank(), None, dist.get_world_size()))
+        dist.all_gather_object(found, mine, group=self._control)
+        if wrong := next(filter(None, found), None):
+            raise DamagedCheckpointError(wrong)
+
     def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another base model, or of other parts: it holds only what was trained of them."""
-        differing = sorted(name for name in self._identity if found.get(name) != self._identity[name])
+        own = self._identity
+        differing = sorted(name for name in {*own, *found} if found.get(name) != own.get(name))
         if differing:
             name = differing[0]
             raise CheckpointError(
-                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {self._identity[name]} "
+                f"{path} belongs to a run of another kind ({name}: {found.get(name)} there, {own.get(name)} "
                 "here): put that back, or start afresh with train.resume_from_checkpoint=none"
             )
 
@@ -308,8 +320,12 @@ class Checkpoints:
         self._newest = step
 
     def _refuse(self, step: int, writing: Future[Any]) -> None:
-        reason = _reasons(writing.exception()) if writing.done() and writing.exception() else "another rank failed"
+        error = writing.exception() if writing.done() else None
+        reason = _reasons(error) if error else "another rank failed"
         last = completed(self._folder)
+        if _no_room(error):
+            needed = f"about {size_text(bytes_in(last[-1][1]))} are needed, " if last else ""
+            reason += f" ({needed}{size_text(free_bytes(self._folder))} are free there)"
         kept = f"the last complete one is {last[-1][1].name}" if last else "there is no earlier one"
         raise CheckpointError(
             f"the checkpoint after step {step} could not be written to {self._folder}: {reason}; {kept}. Make room or "
@@ -319,8 +335,8 @@ class Checkpoints:
     def _publish(self, step: int) -> None:
         """Rename the folder, then delete all but the newest: an older one goes only after this one is there."""
         partial, target = self._partial(step), self._folder / f"checkpoint-{step}"
-        marker = {"step": step, "world_size": dist.get_world_size(), "time": time.time(), "identity": self._identity}
-        (partial / _COMPLETE).write_text(json.dumps(marker, indent=2) + "\n")
+        facts = {"step": step, "world_size": dist.get_world_size(), "time": time.time(), "identity": self._identity}
+        mark_complete(partial, facts)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         for number, path in completed(self._folder)[: -self._keep]:
@@ -334,7 +350,7 @@ class Checkpoints:
 def _remove(path: Path) -> None:
     """Delete a checkpoint, its marker first: a kill in between leaves none that looks whole. Training goes on."""
     try:
-        (path / _COMPLETE).unlink(missing_ok=True)
+        (path / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(path)
     except OSError as error:
         logger.warning("%s is no longer needed, but cannot be deleted: %s", path, error)
@@ -348,6 +364,12 @@ def _done(action: Callable[[], Any]) -> Future[Any]:
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         future.set_exception(error)
     return future
+
+
+def _no_room(error: BaseException | None) -> bool:
+    if isinstance(error, CheckpointException):
+        return any(is_full(failure) for failure, _ in error.failures.values())
+    return is_full(error)
 
 
 def _reasons(error: BaseException | None) -> str:

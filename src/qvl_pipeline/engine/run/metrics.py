@@ -148,19 +148,19 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the complete rows; none when there is no file yet."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
 
 
 def keep_rows_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a last one that was cut off."""
     if path.exists():
-        *lines, _cut_off = path.read_text().split("\n")
+        *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
         partial.replace(path)

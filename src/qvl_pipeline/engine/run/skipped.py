@@ -66,6 +66,6 @@ class SkippedSamples:
         # Ranks that share a pack have found the same.
         rows = list({(row["step"], row["sample_id"]): row for found in gathered for row in found}.values())
         if rows and dist.get_rank() == 0:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["step"]))
         return len(rows)

@@ -44,4 +44,4 @@ def write_stopped(output_dir: Path, step: int) -> None:
 
     The ranks end with status 0, because torchrun would count any other as a failure and restart them.
     """
-    (output_dir / STOPPED).write_text(json.dumps({"step": step}) + "\n")
+    (output_dir / STOPPED).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")

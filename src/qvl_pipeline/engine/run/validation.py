@@ -138,7 +138,7 @@ class Validation:
         self.postponed = row
         if dist.get_rank() == 0:
             partial = self._postponed_path.with_name(f".{POSTPONED}.partial")
-            partial.write_text(json.dumps(row) + "\n")
+            partial.write_text(json.dumps(row) + "\n", encoding="utf-8")
             partial.replace(self._postponed_path)
 
     def forget_postponed(self) -> None:

@@ -47,7 +47,7 @@ def prepare_base_model(valid_samples: pd.DataFrame, model: ModelConfig) -> Calla
         train = valid_samples.loc[valid_samples["split"] == "train", "messages"]
         return partial(_write_tiny_model, model=model, corpus=list(_texts(train)))
     check_family(model.load_from_pretrained_path, model.processor_type)
-    return partial(write_manifest, model=model)
+    return partial(_write_pointer, model=model)
 
 
 def tokenize(
@@ -196,24 +196,24 @@ def _write_tokenized(
 ) -> None:
     from qvl_pipeline.data.made_with import with_attrs
     from qvl_pipeline.data.plan.tokenization import SCHEMA
+    from qvl_pipeline.storage.batches import write_checked
 
     with progress_bar() as bar, pa.ipc.new_file(str(path), with_attrs(SCHEMA, attrs)) as writer:
         task = bar.add_task("Samples", total=total)
-        for rows, left_out in batches:
-            writer.write_batch(rows)
+        for number, (rows, left_out) in enumerate(batches):
+            write_checked(writer, rows, number)
             unusable += left_out
             bar.advance(task, rows.num_rows + len(left_out))
 
 
 def _write_quarantine(path: Path, *, samples: pd.DataFrame, unusable: list[Unusable]) -> None:
-    import pyarrow.parquet as pq
-
     from qvl_pipeline.data.plan.tokenization import quarantine_table
+    from qvl_pipeline.storage.tables import write_table
 
     for rule, count in Counter(sample.rule for sample in unusable).items():
         first = next(sample for sample in unusable if sample.rule == rule)
         logger.warning("%s: %s, for example %s: %s", rule, f"{count:,}", first.sample_id, first.reason)
-    pq.write_table(quarantine_table(unusable, samples), path)
+    write_table(quarantine_table(unusable, samples), path)
 
 
 def _balancing_hint(summary: dict[str, Any], batching: BatchingConfig) -> str:
@@ -270,4 +270,11 @@ def _write_tiny_model(folder: Path, *, model: ModelConfig, corpus: list[str]) ->
     from qvl_pipeline.demo.tiny_model import build_tiny_model
 
     build_tiny_model(folder, family=model.processor_type, seed=model.tiny_seed, corpus=corpus)
+    _write_pointer(folder, model=model)
+
+
+def _write_pointer(folder: Path, *, model: ModelConfig) -> None:
+    from qvl_pipeline.storage.digests import write_digests
+
     write_manifest(folder, model)
+    write_digests(folder)

@@ -85,9 +85,9 @@ def train(
     if processes.nodes.node_rank > 0:
         join(folder, processes, resume=resume)
     with held(folder, resume=resume):
-        pack_plan.to_parquet(folder / PACK_PLAN, index=False)
+        pack_plan.to_parquet(folder / PACK_PLAN, index=False, write_page_checksum=True)
         if eval_plan is not None:
-            eval_plan.to_parquet(folder / EVAL_PLAN, index=False)
+            eval_plan.to_parquet(folder / EVAL_PLAN, index=False, write_page_checksum=True)
         spec.save(folder / SPEC)
         run_engine(folder, processes, plan_summary["steps"], train.report_to)
 

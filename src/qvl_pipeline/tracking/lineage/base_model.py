@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.soundness import torn_weights
 from qvl_pipeline.tracking.lineage.digests import content_digest
 
 MEMORY = "base_model_digests.json"
@@ -62,7 +63,10 @@ def _files(path: str) -> list[Path]:
     try:
         if (config := cached_file(path, CONFIG_NAME)) is None:
             raise ValueError(f"it has no {CONFIG_NAME}")
-        return [Path(config), *sorted(weights_folder(path).glob("*.safetensors"))]
+        weights = sorted(weights_folder(path).glob("*.safetensors"))
+        if torn := next(filter(None, map(torn_weights, weights)), None):
+            raise ValueError(f"{torn}; fetch or copy it again")
+        return [Path(config), *weights]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -72,7 +76,7 @@ def _files(path: str) -> list[Path]:
 
 def _sha256_of(files: Sequence[Path], memory: Path) -> list[str]:
     """Return the SHA-256 of each file, reading those that are not remembered."""
-    known = {tuple(state): sha256 for state, sha256 in json.loads(memory.read_text())} if memory.exists() else {}
+    known = {tuple(state): sha256 for state, sha256 in json.loads(memory.read_bytes())} if memory.exists() else {}
     states = [_state(file) for file in files]  # before reading: what is changed meanwhile is read again next time
     unread = {
         state: file
@@ -109,6 +113,6 @@ def _remember(known: dict[FileState, str], memory: Path) -> None:
     memory.parent.mkdir(parents=True, exist_ok=True)
     # Several nodes may do so at once.
     handle, partial = tempfile.mkstemp(dir=memory.parent, prefix=f".{memory.name}.")
-    with os.fdopen(handle, "w") as stream:
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
         json.dump(list(known.items()), stream)
     Path(partial).replace(memory)

@@ -22,7 +22,7 @@ def git_tags(project: Path) -> dict[str, str]:
 
 def _git(project: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", project, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", project, *arguments], capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -70,9 +70,9 @@ def _recorded(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Return DVC's entry for `path` in its own `.dvc` file or in `dvc.lock`, and the name of that file."""
     pointer = path.with_name(f"{path.name}.dvc")
     if pointer.is_file():
-        return yaml.safe_load(pointer.read_text())["outs"][0], pointer.name
+        return yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0], pointer.name
     lock, absolute = Path("dvc.lock"), path.absolute()
-    stages = yaml.safe_load(lock.read_text()).get("stages", {}) if lock.is_file() else {}
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {}) if lock.is_file() else {}
     for stage in stages.values():
         for out in stage.get("outs", []):
             if Path(out["path"]).absolute() == absolute and "md5" in out:

@@ -54,7 +54,7 @@ def _in_cache(repo: Repo, md5: str) -> dict[str, Path] | None:
     listing = f"{md5}.dir"
     if not _fetch(repo, {listing}):
         return None
-    entries = json.loads(Path(cache.oid_to_path(listing)).read_text())
+    entries = json.loads(Path(cache.oid_to_path(listing)).read_text(encoding="utf-8"))
     if not _fetch(repo, {entry["md5"] for entry in entries}):
         return None
     return {entry["relpath"]: Path(cache.oid_to_path(entry["md5"])) for entry in entries}

@@ -38,7 +38,7 @@ def uncommitted(project: Path) -> str:
 def _git(project: Path, *arguments: str, index: Path | None = None) -> str:
     environment = os.environ | ({"GIT_INDEX_FILE": str(index)} if index else {})
     command = ["git", "-C", str(project), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise OSError(f"git {arguments[0]}: {done.stderr.strip()}")
     return done.stdout

@@ -79,7 +79,7 @@ class Outbox:
         if file is not None:
             shutil.copy2(file, folder)
         partial = folder / f".{ENTRY}.partial"
-        partial.write_text(json.dumps(entry))
+        partial.write_text(json.dumps(entry), encoding="utf-8")
         partial.rename(folder / ENTRY)  # from here on, it is there
 
     def send_kept(self, runs: Collection[str] | None = None) -> dict[str, dict[str, int]]:
@@ -104,7 +104,7 @@ class Outbox:
 def _send_all(run_id: str, kept: list[Path]) -> int:
     """Send entries of a run; return how many are left."""
     for number, path in enumerate(kept):
-        entry = json.loads((path / ENTRY).read_text())
+        entry = json.loads((path / ENTRY).read_text(encoding="utf-8"))
         try:
             _deliver(run_id, entry, path / entry["name"] if entry["kind"] == "artifact" else None)
         except (MlflowException, OSError) as error:

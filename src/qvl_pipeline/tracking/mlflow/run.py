@@ -24,8 +24,10 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 from requests import RequestException
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.room import room_for
 from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage.data_version import data_version
+from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
 from qvl_pipeline.tracking.secrets import without_secrets
 
@@ -46,7 +48,7 @@ def use_server(tracking_uri: str) -> None:
         UserError: The database cannot be opened.
     """
     if tracking_uri.startswith("sqlite:///"):
-        path = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
+        path = _database(tracking_uri)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(path)) as database:
@@ -57,6 +59,10 @@ def use_server(tracking_uri: str) -> None:
                 "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file that can be written"
             ) from error
     mlflow.set_tracking_uri(tracking_uri)
+
+
+def _database(tracking_uri: str) -> Path:
+    return Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: str) -> MlflowRun:
@@ -71,10 +77,21 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
     Raises:
         UserError: The tracking server or database cannot be used.
     """
-    use_server(tracking_uri)
+    if tracking_uri.startswith("sqlite:///"):
+        check_not_emptied(tracking_uri, _database(tracking_uri))
     local = tracking_uri.startswith("sqlite:")
+    with room_for(_database(tracking_uri)) if local else contextlib.nullcontext():
+        run_id = _begin(tracking_uri, experiment, artifact_location if local else None, name)
+    with going_on("which runs go on"):
+        _end_killed(tracking_uri)
+        note_begun(run_id, tracking_uri)
+    return MlflowRun(run_id)
+
+
+def _begin(tracking_uri: str, experiment: str, artifact_location: str | None, name: str) -> str:
+    use_server(tracking_uri)
     try:
-        experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if local else None)
+        experiment_id = _experiment_id(experiment, Path(artifact_location).as_uri() if artifact_location else None)
         mlflow.set_experiment(experiment_id=experiment_id)
         command = without_secrets(" ".join(["kedro", *sys.argv[1:]]))
         tags = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: command}
@@ -83,7 +100,16 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
         mlflow.start_run(run_id, nested=True)
     except MlflowException as error:
         raise _unusable(error, "cannot record this run") from error
-    return MlflowRun(run_id)
+    return run_id
+
+
+def _end_killed(tracking_uri: str) -> None:
+    """Mark runs as killed whose process was, with no time to say so itself."""
+    for run_id in killed(tracking_uri):
+        with contextlib.suppress(MlflowException):  # it was deleted
+            if mlflow.MlflowClient().get_run(run_id).info.status == "RUNNING":
+                MlflowRun(run_id).finish("KILLED")
+                logger.info("MLflow run %s was killed, and is marked so now", run_id)
 
 
 @contextlib.contextmanager
@@ -181,7 +207,7 @@ def log_json_file(path: Path) -> None:
     """Log a JSON file, without secrets, as an artifact of the active run; one that is not taken is sent later."""
     if active := mlflow.active_run():
         with going_on(f"'{path.name}'"):
-            values = without_secrets(json.loads(path.read_text()))
+            values = without_secrets(json.loads(path.read_text(encoding="utf-8")))
             MlflowRun(active.info.run_id).log_text(json.dumps(values, indent=2), path.name)
 
 
@@ -291,3 +317,4 @@ class MlflowRun:
             with contextlib.suppress(MlflowException, OSError):  # no longer active in any case; the end is sent below
                 mlflow.end_run(status)
         self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended})
+        note_ended(self.id)

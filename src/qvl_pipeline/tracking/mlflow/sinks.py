@@ -112,12 +112,12 @@ class MetricsSink:
     def _load_progress(self) -> int:
         if not self._progress_path.exists():
             return -1
-        progress = json.loads(self._progress_path.read_text())
+        progress = json.loads(self._progress_path.read_text(encoding="utf-8"))
         return progress["step"] if progress["run_id"] == self._run_id else -1
 
     def _save_progress(self) -> None:
         partial = self._progress_path.with_name(f".{self._progress_path.name}.partial")
-        partial.write_text(json.dumps({"run_id": self._run_id, "step": self._last_step}))
+        partial.write_text(json.dumps({"run_id": self._run_id, "step": self._last_step}), encoding="utf-8")
         partial.replace(self._progress_path)
 
 

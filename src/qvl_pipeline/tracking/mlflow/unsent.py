@@ -52,7 +52,7 @@ def keep_unsent(folder: Path) -> None:
     metrics, progress = folder / METRICS, progress_path(folder / METRICS, "mlflow")
     if not metrics.exists() or not progress.exists() or not _unsent(metrics, progress):
         return
-    kept = folder.parent / UNSENT / json.loads(progress.read_text())["run_id"]
+    kept = folder.parent / UNSENT / json.loads(progress.read_text(encoding="utf-8"))["run_id"]
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy2(metrics, kept)
     shutil.copy2(progress, kept)
@@ -69,7 +69,7 @@ def send_unsent(models: Path) -> dict[str, dict[str, int]]:
     """
     outcome = {}
     for progress in sorted(models.glob(f"*/scratch/**/{progress_path(Path(METRICS), 'mlflow')}")):
-        folder, run_id = progress.parent, json.loads(progress.read_text())["run_id"]
+        folder, run_id = progress.parent, json.loads(progress.read_text(encoding="utf-8"))["run_id"]
         if not (unsent := _unsent(folder / METRICS, progress)):
             continue
         try:
@@ -88,5 +88,5 @@ def _unsent(metrics: Path, progress: Path) -> int:
     """Count the complete rows after the last step sent."""
     if not metrics.exists():
         return 0
-    last = json.loads(progress.read_text())["step"]
-    return sum(json.loads(line)["step"] > last for line in metrics.read_text().split("\n")[:-1])
+    last = json.loads(progress.read_text(encoding="utf-8"))["step"]
+    return sum(json.loads(line)["step"] > last for line in metrics.read_text(encoding="utf-8").split("\n")[:-1])

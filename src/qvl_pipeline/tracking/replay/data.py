@@ -59,7 +59,7 @@ def _get_raw(project: Path, folder: Path, run: RecordedRun, manifest: Path) -> b
     Returns:
         Whether it is known to be what the run read.
     """
-    same = manifest.exists() and json.loads(manifest.read_text())["fingerprint"] == run.data_fingerprint
+    same = manifest.exists() and json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"] == run.data_fingerprint
     ingest = run.parameters.get("ingest") or {}
     demo = ingest.get("demo")
     # The embedded dataset is drawn again where it may be another one.
@@ -73,7 +73,7 @@ def _get_raw(project: Path, folder: Path, run: RecordedRun, manifest: Path) -> b
     versions = [
         pointer.with_name(out["path"])
         for pointer in sorted((folder / RAW).rglob("*.dvc"))
-        for out in yaml.safe_load(pointer.read_text())["outs"]
+        for out in yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
         if link_by_md5(project, out["md5"], pointer.with_name(out["path"]))
     ]
     sources = [folder / source["path"] for source in ingest.get("datasets", [])]

@@ -93,7 +93,7 @@ def _remove(project: Path, folder: Path) -> None:
 
 
 def _git(folder: Path, *arguments: str, given: str | None = None) -> None:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], input=given, capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(folder), *arguments], input=given, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise UserError(f"git {' '.join(arguments[:2])} failed: {done.stderr.strip()}")
 
@@ -119,15 +119,17 @@ def _write_profile(folder: Path, run: RecordedRun) -> None:
     for path in (folder / "conf" / run.profile).glob("catalog*.yml"):
         shutil.copy(path, profile)
     names = {"profile": run.profile, "dataset": run.dataset}
-    (profile / "globals.yml").write_text(yaml.safe_dump(names))
-    (profile / "parameters.yml").write_text(yaml.safe_dump(run.parameters))
+    (profile / "globals.yml").write_text(yaml.safe_dump(names), encoding="utf-8")
+    (profile / "parameters.yml").write_text(yaml.safe_dump(run.parameters), encoding="utf-8")
 
 
 def _name_next_run(project: Path, folder: Path, label: str) -> None:
     """Name what runs in the worktree, in the place where this person's runs go: no commit has `conf/local`."""
     local = project / "conf" / "local" / "mlflow.yml"
     own = yaml.safe_load(local.read_text(encoding="utf-8")) if local.exists() else None
-    (folder / "conf" / PROFILE / "mlflow.yml").write_text(yaml.safe_dump({**(own or {}), "run_name": label}))
+    (folder / "conf" / PROFILE / "mlflow.yml").write_text(
+        yaml.safe_dump({**(own or {}), "run_name": label}), encoding="utf-8"
+    )
 
 
 def _inputs(runs: list[RecordedRun]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: give the folder of a LoRA adapter in peft's format")
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     _check(folder, config)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     fully = {}
@@ -112,5 +112,5 @@ def write_adapter(
         for name, adapter in layers.items()
         for own, tensor in adapter.items()
     } | {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in fully.items()}
-    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

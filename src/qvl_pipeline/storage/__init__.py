@@ -1,0 +1,1 @@
+"""What lies on disk: whether it is what was written, and whether there is room for more."""
