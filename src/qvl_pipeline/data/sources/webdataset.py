@@ -1,8 +1,8 @@
 """WebDataset shards: tar archives in which neighbours that share a name up to its first dot are one sample.
 
 Read with `tarfile` as a stream, front to back: members become bytes in memory, and never paths. The package
-`webdataset` reads with the same module, and adds shuffling, decoding and splitting by workers, which are done elsewhere
-here; what is cut off, damaged or too large it does not tell apart from the end.
+`webdataset` reads with it too, and what it adds (shuffling, decoding, splitting by workers) is done elsewhere here. Both
+take a header that is damaged or missing for the end of the archive, and leave out without a word what should follow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PIECE_ROWS = 1024
 _MEMBER = pa.struct([("name", pa.string()), ("content", pa.large_binary())])
 _SAMPLE = pa.struct([("key", pa.string()), ("members", pa.list_(_MEMBER))])
 # As WebDataset has it: the folder and the name up to its first dot, then the extension. Hidden files are no members.
-_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)", re.DOTALL)
+_NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
 # What members are taken for that no row names.
 _ENDINGS = {
     "image": {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"},
