@@ -1,8 +1,8 @@
 """WebDataset shards: tar archives in which neighbours that share a name up to its first dot are one sample.
 
 Read with `tarfile` as a stream, front to back: members become bytes in memory, and never paths. The package
-`webdataset` reads with it too, and what it adds (shuffling, decoding, splitting by workers) is done elsewhere here. Both
-take a header that is damaged or missing for the end of the archive, and leave out without a word what should follow.
+`webdataset` reads with it too, and what it adds (shuffling, decoding, splitting by workers) is done elsewhere here.
+Both take a header that is damaged or missing for the end of the archive, and leave out without a word what follows.
 """
 
 from __future__ import annotations
