@@ -87,8 +87,8 @@ def test_a_key_inside_a_list_is_named_by_its_place(conf: Path) -> None:
     source = {"name": "a", "path": "a.json", "data_type": "xml"}
     text = message(conf, ingest={"datasets": [source]})
     assert (
-        "ingest.datasets.0.data_type: Input should be 'parquet', 'json', 'jsonl', 'csv', 'arrow' or 'hf_dataset', got"
-        in text
+        "ingest.datasets.0.data_type: Input should be 'parquet', 'json', 'jsonl', 'csv', 'arrow', 'hf_dataset' or "
+        "'webdataset', got" in text
     )
     assert "(conf/base/parameters_ingest.yml)" in text
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,16 @@ def write_hf(path: Path, rows: list[Row]) -> None:
     Dataset.from_list(rows).save_to_disk(path)
 
 
+def write_shard(path: Path, rows: list[Row]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number, row in enumerate(rows):
+            content = json.dumps(row).replace(f"pictures/{number}.png", "png").encode()
+            header = tarfile.TarInfo(f"{number:03}.json")
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+            archive.add(path.parent / "pictures" / f"{number}.png", f"{number:03}.png")
+
+
 def pictures(folder: Path, count: int) -> None:
     (folder / "pictures").mkdir()
     for number in range(count):
@@ -108,6 +120,7 @@ def parameters(project: Path, name: str) -> dict[str, Any]:
         ("cups.arrow", write_arrow, "arrow", sharegpt),
         ("cups", write_folder, "jsonl", openai),
         ("cups", write_hf, "hf_dataset", sharegpt),
+        ("cups.tar", write_shard, "webdataset", openai),
     ],
 )
 def test_rows_of_every_type_become_a_profile(

@@ -30,7 +30,7 @@ class DatasetSource(Block):
             its media are then copied into `ingest.cache_folder`.
         data_type: File type of `path`. `json` is a list of rows, `jsonl` a row a line; these and `csv` may be
             compressed (`.gz`, `.zst`). `arrow` is Arrow IPC, file or stream; `hf_dataset` a folder that `save_to_disk`
-            of Hugging Face datasets made.
+            of Hugging Face datasets made; `webdataset` a tar archive in which neighbours of one name are a sample.
         format: Form of the rows. `auto` detects it row by row; a stated form rejects rows of any other. `text`, plain
             texts of which all tokens are trained on, must be stated.
         split: Split of every row; `None` takes the row's own `split` column, else a seeded hash with `eval_fraction`.
@@ -44,7 +44,7 @@ class DatasetSource(Block):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     path: str = Field(min_length=1)
     data_folder: str = ""
-    data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset"]
+    data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset", "webdataset"]
     format: Literal["auto", "openai", "sharegpt", "llava", "alpaca", "text"] = "auto"
     split: Literal["train", "eval"] | None = None
     # These two are for the plan.

@@ -18,6 +18,7 @@ _FIRST = {b"[": "json", b"{": "jsonl"}
 # In a folder. Arrow files are also those of Hugging Face datasets, which are told by their `state.json`.
 _IN_FOLDERS = {kind: endings for kind, endings in ENDINGS.items() if kind != "hf_dataset"}
 _HEAD_BYTES = 4096
+_TAR_AT = 257  # where the magic of a tar archive is
 
 
 def detect_type(path: Path) -> str:
@@ -37,7 +38,9 @@ def detect_type(path: Path) -> str:
         raise UserError(f"the data '{path}' cannot be read: {' '.join(str(error).split())}") from error
     by_name = next((kind for kind, endings in _IN_FOLDERS.items() if path.name.lower().endswith(endings)), None)
     kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
-    if kind is None and by_name not in ("csv", "arrow"):
+    if kind is None and head[_TAR_AT:].startswith(b"ustar"):
+        kind = "webdataset"
+    if kind is None and by_name not in ("csv", "arrow", "webdataset"):
         kind = _FIRST.get(head.lstrip()[:1])
     if not head or (kind or by_name) is None:
         what = "is empty" if not head else f"is of no known type ({', '.join(ENDINGS)})"
@@ -52,6 +55,8 @@ def _folder_type(folder: Path) -> str:
     found = Counter(kind for name in names for kind, endings in _IN_FOLDERS.items() if name.endswith(endings))
     if not found:
         raise UserError(f"the folder '{folder}' holds no file of rows ({', '.join(_IN_FOLDERS)}): name another one")
+    if len(found) > 1:
+        found.pop("webdataset", None)  # beside rows, archives are their media
     if len(found) > 1:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
         raise UserError(

@@ -23,6 +23,7 @@ ENDINGS = {
     "arrow": (".arrow",),
     "hf_dataset": (".json", ".arrow"),
     **{kind: (f".{kind}", f".{kind}.gz", f".{kind}.zst") for kind in ("json", "jsonl", "csv")},
+    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.zst"),
 }
 # Rows, too, by the look of their names, that a folder of another type does not give.
 _LIKE_ROWS = tuple({ending for endings in ENDINGS.values() for ending in endings} | {".ndjson", ".bz2", ".xz", ".zip"})

@@ -21,8 +21,9 @@ class Slab(NamedTuple):
     """Rows that follow one another in a file.
 
     Attributes:
-        rows: Columns `record`, the JSON of a row as bytes and as yet unparsed, or a struct of its columns; and
-            `problem`, which says why a row could not be taken out of its file, else null.
+        rows: Columns `record`, the JSON of a row as bytes and as yet unparsed, or a struct of its columns, or of a
+            sample of a shard with its members; and `problem`, which says why a row could not be taken out of its file,
+            else null.
         done: Share of the file that is read with this slab, in (0, 1].
     """
 
@@ -55,8 +56,8 @@ class RowFiles:
 
         Args:
             path: File to read.
-            data_type: `parquet`, `arrow`, `hf_dataset` (a file of it), `csv`, `json` (a list of rows) or `jsonl` (a row
-                a line). The last three may be compressed with gzip or zstd, whatever their name.
+            data_type: `parquet`, `arrow`, `hf_dataset` (a file of it), `webdataset` (a shard), `csv`, `json` (a list of
+                rows) or `jsonl` (a row a line). The last four may be compressed with gzip or zstd, whatever their name.
 
         Yields:
             Slabs in the order of the file; none of them is empty.

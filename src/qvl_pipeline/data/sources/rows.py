@@ -21,6 +21,7 @@ from qvl_pipeline.data.sources.conversations import TURN_COLUMNS, read_columns, 
 from qvl_pipeline.data.sources.embedded import is_embedded, store_embedded
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.sources.tools import without_null_keys
+from qvl_pipeline.data.sources.webdataset import read_sample
 from qvl_pipeline.data.tables import MEDIA
 
 DEFAULT_TASK = "exact_match"
@@ -52,7 +53,7 @@ class RowReader:
         """Read one row.
 
         Args:
-            record: JSON of the row, or its columns.
+            record: JSON of the row, its columns, or a sample of a shard.
             problem: Why the row could not be taken out of its file; `None` when it could.
             split: Split that the file of the row is for; `None` when it is for none.
 
@@ -63,14 +64,18 @@ class RowReader:
         try:
             if problem is not None:
                 raise RejectedRowError("unreadable_row", problem)
-            return self._to_sample(_parse(record), split)
+            return self._to_sample(record, split)
         except RejectedRowError as error:
             return {"rule": error.rule, "detail": error.detail}
         except (RecursionError, orjson.JSONEncodeError) as error:
             return {"rule": "unreadable_row", "detail": f"it is nested too deeply ({error})"}
 
-    def _to_sample(self, row: Row, split: str | None) -> dict[str, Any]:
-        messages, found = to_conversation(row, self._source.format)
+    def _to_sample(self, record: bytes | Row, split: str | None) -> dict[str, Any]:
+        if self._source.data_type == "webdataset":
+            row, (messages, found) = read_sample(record, self._source.format, _parse)
+        else:
+            row = _parse(record)
+            messages, found = to_conversation(row, self._source.format)
         media = [use._replace(path=self._locate(use)) for use in found]
         split = self._source.split or split or _text(row, "split")
         if split not in (*SPLITS, None):

@@ -1,4 +1,4 @@
-"""Reading tables in a child process with a limit on its memory: a file that is the end of it is named, and no more.
+"""Reading tables and shards in a child process with limited memory: a file that is the end of it is named, no more.
 
 A crafted table can make Arrow's readers reach outside of their memory, or ask for any amount of it.
 """
@@ -49,7 +49,7 @@ class TableReader:
 
         Args:
             path: File to read.
-            data_type: `parquet` or `arrow`.
+            data_type: `parquet`, `arrow` or `hf_dataset`, or `webdataset`.
 
         Yields:
             Pieces in the order of the file.
@@ -145,9 +145,11 @@ def _read(path: str, data_type: str, limits: Limits) -> Iterator[bytes]:
     import pyarrow as pa
 
     from qvl_pipeline.data.sources.tables import read_table
+    from qvl_pipeline.data.sources.webdataset import read_shard
 
     try:
-        for piece in read_table(Path(path), data_type, limits):
+        is_shard = data_type == "webdataset"
+        for piece in read_shard(Path(path), limits) if is_shard else read_table(Path(path), data_type, limits):
             batch = pa.record_batch([piece.records], ["record"])
             buffer = pa.BufferOutputStream()
             with pa.ipc.new_stream(buffer, batch.schema) as stream:
