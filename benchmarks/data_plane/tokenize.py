@@ -60,7 +60,7 @@ def _write_images(folder: Path) -> tuple[list[dict[str, Any]], pd.DataFrame]:
         small = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
         small.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
     return [{"type": "image", "path": path, "start": None, "end": None} for path in paths], pd.DataFrame(
-        {"path": paths, "type": "image", "height": 480, "width": 640}
+        {"path": paths, "type": "image", "height": 480, "width": 640, "content_hash": None}
     )
 
 
