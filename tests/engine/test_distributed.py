@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qvl_pipeline.engine.run.checkpoint_files import completed
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import JobFailedError, run_ranks
-from tests.engine.training import changed, first_error, make_training, trained
+from tests.engine.training import changed, first_error, main_that_hangs, make_training, trained
 
 
 @pytest.fixture(scope="session")
@@ -262,10 +263,8 @@ def test_sample_whose_decoding_hangs_is_named_by_the_watchdog(
     good = trainings("qwen3_vl")
     hanging = make_training(tmp_path / "data", Path(good.model.path), "qwen3_vl")
     hanging = changed(hanging, tmp_path / "run", run={"step_timeout_s": 3.0})
-    (tmp_path / "data" / "4.png").unlink()
-    os.mkfifo(tmp_path / "data" / "4.png")  # opening it waits for a writer, forever
     with pytest.raises(JobFailedError):
-        trained(hanging, nproc=2, timeout_s=100)
+        trained(hanging, nproc=2, timeout_s=100, main=partial(main_that_hangs, "4.png"))
     report = first_error(tmp_path / "run")  # rank 1 may have seen rank 0 go
     assert (report["rank"], report["step"], report["sample_ids"]) == (0, 2, ["a/4"])
     assert report["type"] == "StepTimeoutError"

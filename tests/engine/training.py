@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from qvl_pipeline.engine import spec
 from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.media.frame_encoding import encode_frame
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.pixels import open_image
 from tests.engine.ranks import run_ranks
 
 SCHEMA = pa.schema(
@@ -234,7 +237,21 @@ def changed(base: spec.TrainSpec, output_dir: Path, **groups: dict[str, Any]) ->
     )
 
 
-def trained(training: spec.TrainSpec, nproc: int, timeout_s: float = 120) -> list[dict[str, Any]]:
+def main_that_hangs(image: str, spec_path: Path) -> int:
+    """Run the engine on one rank, where an image of this name is never read."""
+
+    def read(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).endswith(image):
+            threading.Event().wait()
+        return open_image(path, *args, **options)
+
+    with mock.patch("qvl_pipeline.media.loading.open_image", read):
+        return main(spec_path)
+
+
+def trained(
+    training: spec.TrainSpec, nproc: int, timeout_s: float = 120, main: Callable[[Path], int] = main
+) -> list[dict[str, Any]]:
     """Run the engine, which must succeed, and return its rows of metrics."""
     folder = Path(training.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

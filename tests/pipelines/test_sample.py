@@ -343,7 +343,7 @@ def test_a_clip_that_hangs_is_given_up_in_time() -> None:
     assert worker.read(0) is None
     assert worker.read(60) == Failure("decode_timeout", "took longer than 1 s to decode")
     assert worker.read(0) is None
-    worker.kill()
+    worker.close()
 
 
 def test_a_pipe_in_place_of_a_clip_is_not_waited_for(

@@ -233,7 +233,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 class TestPreparing:
     def interrupted(self, folder: Path) -> Path:
         (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
-        (folder / "checkpoints" / "checkpoint-2" / "COMPLETE").touch()
+        (folder / "checkpoints" / "checkpoint-2" / "COMPLETE").write_text(json.dumps({"step": 2}))
         (folder / "errors").mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
         return folder

@@ -173,9 +173,9 @@ import sys
 
 from torch.utils.data import DataLoader
 
-from qvl_pipeline.engine.signals import ignore_stop_signals
+from qvl_pipeline.engine.signals import start_loader
 
-batches = iter(DataLoader(list(range(100)), num_workers=1, worker_init_fn=ignore_stop_signals))
+batches = iter(DataLoader(list(range(100)), num_workers=1, worker_init_fn=start_loader))
 sys.modules["kept alive until the end"] = batches
 print(next(batches).item())
 """

@@ -67,7 +67,7 @@ def test_a_tracker_that_is_not_installed_is_said_before_a_node_runs(
     with pytest.raises(UserError, match=f"report_to names '{tracker}', which is not installed"):
         run(project, params={"train": {"report_to": ["mlflow", tracker]}})
     assert len(recorded()) == before
-    assert not (project / "data").exists()
+    assert not (project / "data/01_raw").exists()
 
 
 def test_the_experiment_is_one_of_trainings(project: Path) -> None:
@@ -131,7 +131,7 @@ def test_where_every_parameter_comes_from_is_an_artifact(project: Path, env: str
 
 
 def test_a_value_too_long_for_mlflow_is_cut_and_named(project: Path, caplog: pytest.LogCaptureFixture) -> None:
-    modules = [f"a-module-name-{i}" for i in range(1000)]
+    modules = ["model.visual.*"] * 500
     run(project, params={"train": {"freeze_modules": modules}})
     data, run_id = recorded()[-1].data, recorded()[-1].info.run_id
     assert len(data.params["train.freeze_modules"]) == 6000
