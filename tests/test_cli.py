@@ -243,3 +243,16 @@ def test_temporary_files_go_with_the_run_or_with_the_next(tmp_path: Path) -> Non
     assert start(TMPDIR=str(long)).returncode == 0
     assert list(long.iterdir()) == []
     shutil.rmtree(place)
+
+
+def test_a_run_within_a_run_shares_its_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a replay starts one; waiting for a folder of its own, it would wait for whoever waits for it."""
+    from qvl_pipeline.cli.run import _TEMPORARY, _use_temporary_folder
+    from qvl_pipeline.unfinished import unfinished_folder
+
+    with unfinished_folder(tmp_path, _TEMPORARY) as outer:
+        monkeypatch.setenv("TMPDIR", outer)
+        monkeypatch.setattr("tempfile.tempdir", outer)
+        _use_temporary_folder()
+        assert os.environ["TMPDIR"] == outer
+        assert list(Path(outer).iterdir()) == []

@@ -30,7 +30,9 @@ COMMAND = [sys.executable, "-m", "kedro", "run"]
 MARK = "QVL_CHAOS_TRIAL"
 LONGEST_RUN_S = 540
 # Times, and what is about them; pages that show them. The numbers in them are compared one by one.
-VOLATILE = {"training_metrics.csv", "train_result.json", "report.html", "model_card.md", "README.md"}
+VOLATILE = {"training_metrics.csv", "train_result.json", "report.html", "model_card.md", "README.md"} | {
+    "digests.json"  # has that of README.md; the weights are compared themselves
+}
 TIMELESS = ["step", "epoch", "learning_rate", "grad_norm", "loss", "tokens", "supervised_tokens"]
 # What a run makes beside its results, and must not leave.
 LEFT_BEHIND = ("**/.*.partial", "**/*.partial", "**/.*.old", "**/.*.building", "**/.unfinished-*", "**/.*.removed")
@@ -151,7 +153,8 @@ def digests(project: Path) -> dict[str, str]:
     return {
         str(path.relative_to(data)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if "scratch" not in path.parts
+        # What `tracking` has are names of MLflow runs.
+        if not {"scratch", "tracking"} & set(path.parts)
     }
 
 

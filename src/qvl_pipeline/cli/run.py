@@ -66,6 +66,8 @@ def _use_temporary_folder() -> None:
     Where this process is killed itself, the next run removes it. What is to outlive a run stays where it was.
     """
     place = tempfile.gettempdir()
+    if Path(place).name.startswith(_TEMPORARY):  # started by another run, as a replay does: that one's is ours, too
+        return
     folder = unfinished_folder(Path(place if len(os.fsencode(place)) <= _LONGEST else "/tmp"), _TEMPORARY)
     # Not when the directory object's turn is, but after multiprocessing has removed its own folder, which is inside.
     folder._finalizer.atexit = False

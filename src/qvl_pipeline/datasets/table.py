@@ -82,6 +82,8 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
         """
         schema = load_obj(self._schema) if self._schema else None
         if isinstance(data, pd.DataFrame):
+            if schema is not None and data.empty:  # its columns have whatever types pandas gives to none
+                data = data.astype(object)
             table = pa.Table.from_pandas(data, schema=schema, preserve_index=False)
             if schema is not None:
                 # Without pandas' own metadata, with the versions of its libraries: the bytes are the data's alone.

@@ -12,6 +12,7 @@ from kedro.framework.project import pipelines
 
 import tests.kedro_project as quick
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.digests import read_sealed
 from qvl_pipeline.tracking.mlflow import outbox
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
 from tests.kedro_project import run
@@ -47,7 +48,7 @@ def synced(project: Path) -> dict[str, dict[str, int]]:
     pipelines.configure("qvl_pipeline.pipeline_registry")
     run(project, "sync_metrics")
     quick.use_quick_nodes(project)
-    return json.loads((project / "data/08_reporting/tiny_qwen3_vl/sync_report.json").read_text())
+    return read_sealed(project / "data/08_reporting/tiny_qwen3_vl/sync_report.json")
 
 
 def test_an_evaluation_beside_a_server_that_is_down_is_sent_later_and_once(

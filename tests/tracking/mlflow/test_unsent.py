@@ -15,6 +15,7 @@ import pytest
 from kedro.framework.project import pipelines
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.digests import read_sealed
 from qvl_pipeline.tracking.mlflow import sinks
 from qvl_pipeline.tracking.mlflow.sinks import MetricsSink, SendToMlflow
 from qvl_pipeline.tracking.mlflow.unsent import keep_unsent, only_sender, send_unsent
@@ -191,7 +192,7 @@ def test_kedro_sends_them_and_makes_no_run_of_its_own(project: Path, tracking_da
     run(project, "sync_metrics")
     assert stored(run_id, "train/loss") == [(step, 1 / step) for step in range(1, 4)]
     assert len(client.search_runs(experiments)) == before
-    report = json.loads((project / "data/08_reporting/tiny_qwen3_vl/sync_report.json").read_text())
+    report = read_sealed(project / "data/08_reporting/tiny_qwen3_vl/sync_report.json")
     assert report == {run_id: {"sent": 3, "left": 0}}
     sink_of("0" * 32, folder)
     with pytest.raises(UserError, match="MLflow did not take all of 0000"):
