@@ -9,15 +9,22 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage import base_model
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 
-CONFIG, WEIGHTS = b'{"model_type": "qwen3_vl"}', b"weights"
+CONFIG, WEIGHTS = b'{"model_type": "qwen3_vl"}', save({"w": np.arange(4, dtype=np.uint8)})
 # File systems take the time of a change from the clock that the kernel advances a hundred times a second or more.
 CLOCK_TICK_S = 0.02
+
+
+def other(content: bytes) -> bytes:
+    """Return content of the same size and form that differs in its last two bytes."""
+    return content[:-2] + content[-2:][::-1]
 
 
 def pointer(folder: Path, path: object) -> Path:
@@ -44,7 +51,7 @@ def test_a_file_replaced_by_one_of_its_size_and_time_is_another_model(
     entry, file = pointer(tmp_path, pretrained), pretrained / name
     first, before = base_model_digest(entry), file.stat()
     time.sleep(CLOCK_TICK_S)
-    file.write_bytes(file.read_bytes()[::-1])
+    file.write_bytes(other(file.read_bytes()))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert base_model_digest(entry) != first
 
@@ -79,7 +86,7 @@ def test_weights_in_the_cache_of_the_hub_are_not_read(
         folder.mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     for name, blob in (("config.json", "f" * 40), ("model.safetensors", hashlib.sha256(WEIGHTS).hexdigest())):
-        (blobs / blob).write_bytes(CONFIG)
+        (blobs / blob).write_bytes(CONFIG if name == "config.json" else other(WEIGHTS))
         (snapshot / name).symlink_to(Path("..", "..", "blobs", blob))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -22,6 +22,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipelines.compare.nodes import write_comparison
 from qvl_pipeline.pipelines.replay.nodes import repeat
 from qvl_pipeline.tracking.lineage.data_version import dvc_md5
+from qvl_pipeline.tracking.lineage.digests import weights_digest
 from tests.kedro_project import FAILS, METRICS, REPOSITORY, WAITS, make_project, run
 
 
@@ -305,6 +306,7 @@ def test_a_trained_model_is_a_pointer_and_on_request_a_version_in_the_registry(p
         "path": "data/06_models/tiny_qwen3_vl/trained",
         "digest": f"md5:{dvc_md5(project / 'data/06_models/tiny_qwen3_vl/trained').removesuffix('.dir')}",
         "version": "content, not recorded by DVC",
+        "weights": weights_digest(project / "data/06_models/tiny_qwen3_vl/trained"),
     }
     client = mlflow.MlflowClient()
     assert client.search_registered_models() == []

@@ -9,6 +9,16 @@ from pathlib import Path
 MAX_HASHED_BYTES = 2**30
 
 
+def weights_digest(folder: Path) -> str:
+    """Return a digest of a model's weights alone, whatever its size: its card names the commit and the profile."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{content}\0".encode())
+    return f"sha:{digest.hexdigest()[:32]}"
+
+
 def content_digest(path: Path) -> str:
     """Return a digest of a file or folder in 36 characters, MLflow's limit.
 

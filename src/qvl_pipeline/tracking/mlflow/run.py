@@ -27,6 +27,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.storage.room import room_for
 from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage.data_version import data_version
+from qvl_pipeline.tracking.lineage.digests import weights_digest
 from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
 from qvl_pipeline.tracking.secrets import without_secrets
@@ -297,6 +298,7 @@ class MlflowRun:
         version = data_version(folder, read_all=True)
         path = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         pointer = {"path": path.as_posix(), "digest": version.digest, "version": version.origin}
+        pointer["weights"] = weights_digest(folder)
         self.log_text(json.dumps(pointer, indent=2), "model/pointer.json")
         if registered_name is None:
             return

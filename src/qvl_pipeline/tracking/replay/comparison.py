@@ -61,7 +61,7 @@ def compare_numbers(recorded_id: str, new_id: str, *, scores: bool) -> list[Row]
 
 
 def compare_weights(recorded_id: str, new_id: str) -> list[Row]:
-    """Compare the digests of the trained models, where the recorded run has one."""
+    """Compare the digests of the trained weights, where the recorded run has one."""
     recorded, new = (_model_digest(run_id) for run_id in (recorded_id, new_id))
     return [_row("weights", None, recorded, new)] if recorded else []
 
@@ -73,6 +73,7 @@ def _row(metric: str, step: int | None, recorded: Any, replayed: Any) -> Row:
 def _model_digest(run_id: str) -> str | None:
     uri = mlflow.MlflowClient().get_run(run_id).info.artifact_uri
     try:
-        return json.loads(mlflow.artifacts.load_text(f"{uri}/model/pointer.json"))["digest"]
+        pointer = json.loads(mlflow.artifacts.load_text(f"{uri}/model/pointer.json"))
+        return pointer.get("weights", pointer["digest"])
     except (MlflowException, OSError):
         return None
