@@ -125,31 +125,3 @@ def _check_backend(name: str) -> None:
     if name not in (known := list_backends(exclude_tags=None)):
         hint = did_you_mean(name, known, f"known are {', '.join(known)}")
         raise UserError(f"torch_compile_backend '{name}' is not there: {hint}")
-
-
-def _warn(spec: TrainSpec, steps: int | None, device: torch.device) -> None:
-    """Say what will not be as the parameters let one expect."""
-    from qvl_pipeline.engine.model.kernels import why_not_liger
-    from qvl_pipeline.engine.optim.optimization import SAVED_BLOCKING
-
-    if steps is not None and spec.optim.warmup_steps > steps:
-        logger.warning(
-            "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
-            *(spec.optim.warmup_steps, steps),
-        )
-    if spec.run.save_async and spec.optim.optim in SAVED_BLOCKING:
-        logger.warning(
-            "save_async is not used: the state of optim '%s' cannot be copied aside, so training waits until a "
-            "checkpoint is written",
-            spec.optim.optim,
-        )
-    if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
-        logger.warning("use_liger_kernel is %s", why_not)
-
-
-def _check_backend(name: str) -> None:
-    from torch._dynamo import list_backends
-
-    if name not in (known := list_backends(exclude_tags=None)):
-        hint = did_you_mean(name, known, f"known are {', '.join(known)}")
-        raise UserError(f"torch_compile_backend '{name}' is not there: {hint}")
