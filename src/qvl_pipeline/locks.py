@@ -48,6 +48,24 @@ def relock(handle: int, *, shared: bool, wait: bool = False) -> bool:
 
 
 @contextlib.contextmanager
+def holding(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock meanwhile; as `lock`.
+
+    Yields:
+        Whether there is one: some file systems have no locks.
+
+    Raises:
+        BlockingIOError: Others hold it.
+    """
+    handle = lock(folder, shared=shared, wait=wait)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
 def turn(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Do something in a folder while nobody else who takes turns does.
 
@@ -56,16 +74,13 @@ def turn(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         on_wait: Called before waiting for another process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = lock(folder)
-    except BlockingIOError:
-        on_wait()
-        handle = lock(folder, wait=True)
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(holding(folder))
+        except BlockingIOError:
+            on_wait()
+            held.enter_context(holding(folder, wait=True))
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _close(handle: int) -> None:

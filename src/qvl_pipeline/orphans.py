@@ -14,7 +14,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from qvl_pipeline.locks import lock
+from qvl_pipeline.locks import holding
 
 # Environment variable of the ranks: the process that started torchrun.
 LAUNCHER = "QVL_LAUNCHER_PID"
@@ -58,12 +58,8 @@ def start_rank(folder: Path) -> Iterator[None]:
         BlockingIOError: Another run holds the folder.
     """
     end_with_parent(grandparent=os.environ.get(LAUNCHER, ""))
-    handle = lock(folder, shared=True)
-    try:
+    with holding(folder, shared=True):
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def end_with(pipe: int) -> None:

@@ -46,6 +46,7 @@ from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.storage.whole import write_whole
 from qvl_pipeline.tokens.raw_samples import RawSamples
 
 logger = logging.getLogger(__name__)
@@ -343,9 +344,7 @@ class Trainer:
             "exported_step": exported_step,
             **self.facts,
         }
-        partial = output_dir / ".result.json.partial"
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        partial.replace(output_dir / "result.json")  # with which a training is finished
+        write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it
 
 
 def _trains_vision_only(model: PackedVLM) -> bool:

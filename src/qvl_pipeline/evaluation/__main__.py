@@ -17,6 +17,7 @@ import torch
 
 from qvl_pipeline.evaluation.answering import Answering, answer_share
 from qvl_pipeline.orphans import start_rank
+from qvl_pipeline.storage.whole import write_whole
 
 
 def main(path: Path) -> int:
@@ -34,9 +35,7 @@ def main(path: Path) -> int:
         (folder / "errors").mkdir(exist_ok=True)
         (folder / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return 1
-    partial = folder / f"rank{rank}.json.partial"
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.rename(folder / f"rank{rank}.json")
+    write_whole(folder / f"rank{rank}.json", json.dumps(found))
     return 0
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.steps import Step
 from qvl_pipeline.engine.model.flops import ModelFlops, peak_flops
+from qvl_pipeline.storage.whole import write_whole
 
 
 class SourceLosses:
@@ -161,6 +162,4 @@ def keep_rows_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a last one that was cut off."""
     if path.exists():
         *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))

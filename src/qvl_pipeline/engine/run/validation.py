@@ -25,6 +25,7 @@ from qvl_pipeline.engine.run.metrics import SourceLosses, read_rows
 from qvl_pipeline.engine.run.skipped import SkippedSamples
 from qvl_pipeline.engine.run.watchdog import Watchdog
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.storage.whole import write_whole
 
 POSTPONED = "postponed.json"
 
@@ -137,9 +138,7 @@ class Validation:
         """
         self.postponed = row
         if dist.get_rank() == 0:
-            partial = self._postponed_path.with_name(f".{POSTPONED}.partial")
-            partial.write_text(json.dumps(row) + "\n", encoding="utf-8")
-            partial.replace(self._postponed_path)
+            write_whole(self._postponed_path, json.dumps(row) + "\n")
 
     def forget_postponed(self) -> None:
         """Note that the row is complete, and among the others."""

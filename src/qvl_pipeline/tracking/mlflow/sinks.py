@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.storage.whole import write_whole
 from qvl_pipeline.tracking.flattening import numbers
 from qvl_pipeline.tracking.secrets import without_secrets
 
@@ -116,9 +117,7 @@ class MetricsSink:
         return progress["step"] if progress["run_id"] == self._run_id else -1
 
     def _save_progress(self) -> None:
-        partial = self._progress_path.with_name(f".{self._progress_path.name}.partial")
-        partial.write_text(json.dumps({"run_id": self._run_id, "step": self._last_step}), encoding="utf-8")
-        partial.replace(self._progress_path)
+        write_whole(self._progress_path, json.dumps({"run_id": self._run_id, "step": self._last_step}))
 
 
 class SendToMlflow:

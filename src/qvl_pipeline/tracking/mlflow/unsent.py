@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.locks import lock
+from qvl_pipeline.locks import holding
 from qvl_pipeline.tracking.mlflow.sinks import MetricsSink, SendToMlflow, progress_path
 
 logger = logging.getLogger(__name__)
@@ -34,17 +33,14 @@ def only_sender(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    try:
-        handle = lock(folder)
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is in use: another process trains there, or sends its metrics") from error
-    if handle is None:
-        logger.info("%s cannot be locked: do not run sync_metrics while this training runs", folder)
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            locked = held.enter_context(holding(folder))
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is in use: another process trains there, or sends its metrics") from error
+        if not locked:
+            logger.info("%s cannot be locked: do not run sync_metrics while this training runs", folder)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def keep_unsent(folder: Path) -> None:
