@@ -326,3 +326,9 @@ def test_preference_data_is_refused_before_anything_else(column: str) -> None:
 )
 def test_a_class_or_an_empty_column_is_no_preference(columns: dict[str, Any]) -> None:
     assert to_conversation(A_CAT_IN_QWEN_FORM | columns) == A_CAT
+
+
+def test_a_column_that_has_its_name_already_is_not_to_be_renamed() -> None:
+    with pytest.raises(RejectedRowError) as refused:
+        to_conversation({"id": 1, "kind": "a", "images": ["a.png"], "videos": []})
+    assert refused.value.detail.endswith("a plain `text`"), "no column here is a misspelt one"

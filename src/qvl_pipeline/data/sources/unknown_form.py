@@ -33,7 +33,7 @@ def no_form(row: Row, known: Sequence[str]) -> RejectedRowError:
     shown = ", ".join(f"'{name}'" for name in names[:_MOST_COLUMNS]) + (", …" if names[_MOST_COLUMNS:] else "")
     found = f"it has neither 'messages' nor 'conversations', but {shown or 'no column'}; {_FORMS}"
     hint = next((f"{', '.join(sorted(columns))}: {what}" for columns, what in _RENAMED if columns <= row.keys()), None)
-    for name in names if hint is None else ():
+    for name in () if hint else (name for name in names if name not in known):
         if near := difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75):
             hint = f"rename '{name}' to '{near[0]}'"
             break
