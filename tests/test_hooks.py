@@ -114,10 +114,10 @@ def test_a_wrong_parameter_of_a_later_stage_stops_an_early_one(project: Path) ->
 
 
 def test_every_node_is_counted(project: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "qvl_pipeline.hooks")
+    caplog.set_level(logging.INFO, "qvl_pipeline.hooks.progress")
     run(project)
     names = [node.name for node in register_pipelines()["__default__"].nodes]
-    said = [message for name, _, message in caplog.record_tuples if name == "qvl_pipeline.hooks"]
+    said = [message for name, _, message in caplog.record_tuples if name == "qvl_pipeline.hooks.progress"]
     assert said[:-1] == [f"[{i}/4] {name}" for i, name in enumerate(names, start=1)]
     assert said[-1].startswith("done in ")
 
@@ -288,11 +288,11 @@ def test_a_second_run_that_would_ingest_the_same_dataset_waits(project: Path, ca
                 threading.Timer(0.1, os.close, [other]).start()
 
     noticed = Noticed()
-    logging.getLogger("qvl_pipeline.hooks").addHandler(noticed)
+    logging.getLogger("qvl_pipeline.hooks.one_writer").addHandler(noticed)
     try:
         run(project, "ingest")
     finally:
-        logging.getLogger("qvl_pipeline.hooks").removeHandler(noticed)
+        logging.getLogger("qvl_pipeline.hooks.one_writer").removeHandler(noticed)
     assert seen.is_set()
     assert (project / "data/01_raw/digits.manifest.json").exists()
     os.close(lock(place))

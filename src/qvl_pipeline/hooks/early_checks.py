@@ -1,11 +1,9 @@
-"""Checks that refuse a run which cannot work before anything has started, and a line for every node of one that can."""
+"""Refuse a run that cannot work, before anything has started."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,25 +17,15 @@ from kedro.pipeline.node import Node
 from kedro.utils import load_obj
 
 from qvl_pipeline.errors import UserError, did_you_mean
-from qvl_pipeline.locks import turn
 from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import LOCAL, ProfileLoader, profile_names
-from qvl_pipeline.training.in_use import READ_WHILE_TRAINING, InUse
+from qvl_pipeline.training.in_use import READ_WHILE_TRAINING
 
 logger = logging.getLogger(__name__)
 
 # What these make is under the name of the dataset, which several profiles may have.
 SHARED = {"ingest", "validate"}
-# An entry of every stage; while one is in the folder of its entry, no other run is.
-PLACES = {
-    "ingest": "samples",
-    "validate": "valid_samples",
-    "sample": "video_frames",
-    "tokenize": "tokenized_samples",
-    "train": "trained_model",
-    "evaluate": "predictions",
-}
 
 
 class EarlyChecks:
@@ -204,151 +192,6 @@ class EarlyChecks:
                 f"nothing was trained, because 'evaluate', which follows, would fail: {error}. To train without an "
                 "evaluation, run `kedro run --pipelines train` (with the same --env)"
             ) from error
-
-
-class InputsOfTraining:
-    """Keeps a run from writing what another one is training on, and from reading what another one is writing."""
-
-    def __init__(self) -> None:
-        """Hold nothing yet."""
-        self._held: InUse | None = None
-
-    @hook_impl
-    def after_context_created(self, context: KedroContext) -> None:
-        """Remember the profile."""
-        self._profile = context.config_loader.profile.name
-
-    @hook_impl
-    def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
-        """Remember where the entries are."""
-        entry = conf_catalog.get("tokenized_samples") or {}
-        self._folder = Path(entry["filepath"]).parent if "filepath" in entry else None
-
-    @hook_impl
-    def before_pipeline_run(self, pipeline: Pipeline) -> None:
-        """Take hold of what the run reads; where it first writes it, see that it will be able to.
-
-        Raises:
-            UserError: Another run is in the way.
-        """
-        self._let_go()  # of a run before this one in a notebook, which was interrupted
-        self._unwritten = pipeline.all_outputs() & READ_WHILE_TRAINING
-        if self._folder is None or not pipeline.datasets() & READ_WHILE_TRAINING:
-            return
-        self._held = InUse(self._folder, self._profile)
-        self._held.check_that_nobody_reads() if self._unwritten else self._held.read()
-
-    @hook_impl
-    def before_node_run(self, node: Node) -> None:
-        """Be the only one, from the first node that writes.
-
-        Raises:
-            UserError: Another run has begun to read meanwhile.
-        """
-        if self._held is not None and self._unwritten & set(node.outputs):
-            self._held.write()
-
-    @hook_impl
-    def after_dataset_saved(self, dataset_name: str) -> None:
-        """Let others read when all is written, and go on as one of them."""
-        if self._held is not None and dataset_name in self._unwritten:
-            self._unwritten -= {dataset_name}
-            if not self._unwritten:
-                self._held.read()
-
-    @hook_impl
-    def after_pipeline_run(self) -> None:
-        """Let go."""
-        self._let_go()
-
-    @hook_impl
-    def on_pipeline_error(self) -> None:
-        """Let go."""
-        self._let_go()
-
-    def _let_go(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.end()
-
-
-class OneWriter:
-    """Lets one run at a time write what a stage makes: of a dataset, or of a profile.
-
-    A second run waits for the data stages, which take it minutes to do again; hours of training it does not.
-    """
-
-    def __init__(self) -> None:
-        """Hold nothing."""
-        self._stage, self._turn = "", contextlib.ExitStack()
-
-    @hook_impl
-    def after_catalog_created(self, conf_catalog: dict[str, Any]) -> None:
-        """Remember where the stages write."""
-        self._places = {
-            stage: Path(conf_catalog[name]["filepath"]).parent for stage, name in PLACES.items() if name in conf_catalog
-        }
-
-    @hook_impl
-    def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
-        """Take the turn of the node's stage, and leave that of the stage before.
-
-        Raises:
-            UserError: Another run trains or evaluates the same profile.
-        """
-        stage = next((stage for stage in STAGES if node in pipelines[stage].nodes), "")
-        if stage == self._stage:
-            return
-        self._leave()
-        if stage == "train" and catalog.load("params:train").launch.nodes().node_rank > 0:
-            return  # it joins the run that has the turn
-        if stage in self._places:
-            place = self._places[stage]
-            self._turn.enter_context(turn(place, lambda: _wait_for_another(stage, place)))
-        self._stage = stage
-
-    @hook_impl
-    def after_pipeline_run(self) -> None:
-        """Leave the turn."""
-        self._leave()
-
-    @hook_impl
-    def on_pipeline_error(self) -> None:
-        """Leave the turn."""
-        self._leave()
-
-    def _leave(self) -> None:
-        self._stage = ""
-        self._turn.close()
-
-
-def _wait_for_another(stage: str, place: Path) -> None:
-    if stage in ("train", "evaluate"):
-        raise UserError(
-            f"another run is at the stage '{stage}', whose results are in {place} too: wait for it or end it, then run "
-            "the same command again; trainings that are to run side by side need a profile each"
-        )
-    logger.info("%s: waiting for another run, which makes the same in %s", stage, place)
-
-
-class Progress:
-    """Says which node of how many starts, and how long all of them took."""
-
-    @hook_impl
-    def before_pipeline_run(self, pipeline: Pipeline) -> None:
-        """Number the nodes."""
-        self._names = [node.name for node in pipeline.nodes]
-        self._started = time.perf_counter()
-
-    @hook_impl
-    def before_node_run(self, node: Node) -> None:
-        """Say what starts."""
-        logger.info("[%d/%d] %s", self._names.index(node.name) + 1, len(self._names), node.name)
-
-    @hook_impl
-    def after_pipeline_run(self) -> None:
-        """Say that all is done."""
-        logger.info("done in %.0f s", time.perf_counter() - self._started)
 
 
 def _check_profile(loader: ProfileLoader) -> None:
