@@ -89,6 +89,7 @@ _PARALLEL = ParallelSpec(
     hsdp_shard_size=0,
     forward_prefetch=0,
     backward_prefetch=0,
+    accumulate_sharded=False,
     cpu_offload=False,
     bf16=True,
     fp16=False,

@@ -30,7 +30,7 @@ gpu.main()
 
 
 def test_runs_on_a_bare_node_and_says_what_cannot_run_there(tmp_path: Path) -> None:
-    missing = sorted(FORBIDDEN | {"accelerate", "rich", "polars"})
+    missing = sorted(FORBIDDEN | {"accelerate", "peft", "rich", "polars"})
     program = BARE_NODE.format(missing=missing, results=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

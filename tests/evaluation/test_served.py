@@ -25,7 +25,7 @@ from qvl_pipeline.data.frames.clips import list_clips, read_clip
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.plan.tokenization import SCHEMA, media_grids, tokenize_samples
 from qvl_pipeline.demo.tiny_model import build_tiny_model
-from qvl_pipeline.engine.model.export import exported_files
+from qvl_pipeline.engine.model.export.folder import exported_files
 from qvl_pipeline.evaluation.generation import generate_answers, load_model
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.arrow_rows import TokenizedSamples

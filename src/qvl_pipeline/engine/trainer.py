@@ -19,7 +19,7 @@ from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
-from qvl_pipeline.engine.model.export import export, exported_files
+from qvl_pipeline.engine.model.export.folder import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.loading import build_model, load_processor
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM

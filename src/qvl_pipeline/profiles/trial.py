@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import orjson
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
-from qvl_pipeline.data.sources.limits import Limits
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.readers import RowFiles
 from qvl_pipeline.data.sources.raw import find_files
-from qvl_pipeline.data.sources.readers import RowFiles
 from qvl_pipeline.data.sources.rows import RowReader, assign_split
 
 TRIED = 5

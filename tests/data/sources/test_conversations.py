@@ -9,7 +9,7 @@ import pytest
 
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import RejectedRowError
-from qvl_pipeline.data.sources.conversations import Conversation, to_conversation
+from qvl_pipeline.data.sources.forms.conversations import Conversation, to_conversation
 
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
 

@@ -17,12 +17,12 @@ import pytest
 import zstandard
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.readers import RowFiles
+from qvl_pipeline.data.sources.files.sizes import decoded_bytes, plain
+from qvl_pipeline.data.sources.files.tables import read_table
 from qvl_pipeline.data.sources.ingest import ingest_sources
-from qvl_pipeline.data.sources.limits import Limits
 from qvl_pipeline.data.sources.raw import list_files
-from qvl_pipeline.data.sources.readers import RowFiles
-from qvl_pipeline.data.sources.sizes import decoded_bytes, plain
-from qvl_pipeline.data.sources.tables import read_table
 from qvl_pipeline.errors import UserError
 from tests.data.sources.hostile import FILES, MIB, TURNS, write_arrow
 
@@ -93,9 +93,9 @@ def test_memory_stays_within_its_limit() -> None:
 import resource, sys
 from pathlib import Path
 sys.path[:] = {sys.path!r}
-from qvl_pipeline.data.sources.limits import Limits
-from qvl_pipeline.data.sources.readers import RowFiles
-from qvl_pipeline.data.sources.tables import read_table
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.readers import RowFiles
+from qvl_pipeline.data.sources.files.tables import read_table
 from qvl_pipeline.errors import UserError
 from tests.data.sources.hostile import FILES
 with RowFiles(Limits(1 << 30, 1 << 24)) as files:

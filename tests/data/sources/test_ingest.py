@@ -21,11 +21,12 @@ from qvl_pipeline.config import DataEngineConfig, IngestConfig
 from qvl_pipeline.data import batches
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import REJECT_RULES
-from qvl_pipeline.data.sources import ingest, limits
+from qvl_pipeline.data.sources import ingest
+from qvl_pipeline.data.sources.files import limits
+from qvl_pipeline.data.sources.files.readers import RowFiles, Slab
 from qvl_pipeline.data.sources.finished import finished_part
 from qvl_pipeline.data.sources.ingest import ingest_sources
 from qvl_pipeline.data.sources.raw import list_files
-from qvl_pipeline.data.sources.readers import RowFiles, Slab
 from qvl_pipeline.data.sources.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
 from qvl_pipeline.evaluation.metrics import references

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from qvl_pipeline.data.sources.limits import Limits
-from qvl_pipeline.data.sources.readers import RowFiles, Slab
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.readers import RowFiles, Slab
 from qvl_pipeline.errors import UserError
 
 TEXTS = {"json": b'[{"a":1},\n {"a":2}]', "jsonl": b'{"a":1}\n{"a":2}\n', "csv": b"a\n1\n2\n"}
@@ -66,7 +66,7 @@ def test_json_rows_across_the_pieces_of_a_file(tmp_path: Path, monkeypatch: pyte
     rows = [{"number": number, "text": "é" * (number % 50)} for number in range(200)] + [123456789, -0.5e10, "[,]"]
     path = _write(tmp_path / "a.json", orjson.dumps(rows, option=orjson.OPT_INDENT_2))
     for size in (1, 7, 64):
-        monkeypatch.setattr("qvl_pipeline.data.sources.json_list._BUFFER_CHARS", size)
+        monkeypatch.setattr("qvl_pipeline.data.sources.files.json_list._BUFFER_CHARS", size)
         assert [orjson.loads(record) for record in _records(path, "json")] == rows
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
 from qvl_pipeline.data.plan.steps import source_weights
-from qvl_pipeline.data.sources.conversations import FORMATS
+from qvl_pipeline.data.sources.forms.conversations import FORMATS
 from qvl_pipeline.data.sources.ingest import ingest_sources
 from qvl_pipeline.data.sources.raw import list_files
 from qvl_pipeline.errors import UserError

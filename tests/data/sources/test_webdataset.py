@@ -16,10 +16,10 @@ import zstandard
 
 from qvl_pipeline.config import DataEngineConfig, IngestConfig
 from qvl_pipeline.data.sources.detection import detect_type
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.readers import RowFiles
 from qvl_pipeline.data.sources.ingest import ingest_sources
-from qvl_pipeline.data.sources.limits import Limits
 from qvl_pipeline.data.sources.raw import list_files
-from qvl_pipeline.data.sources.readers import RowFiles
 from qvl_pipeline.errors import UserError
 
 Tables = tuple[list[dict[str, Any]], list[dict[str, Any]]]

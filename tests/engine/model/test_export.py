@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.model.export import export, exported_files, split_into_files
+from qvl_pipeline.engine.model.export.folder import export, exported_files, split_into_files
 from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.model.test_packed_vlm import reference_loss

@@ -23,9 +23,9 @@ from transformers import (
 from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata
 
-from qvl_pipeline.engine.model.base_files import find_base_files, with_dtype
-from qvl_pipeline.engine.model.export import exported_files
-from qvl_pipeline.engine.model.processor_files import video_values
+from qvl_pipeline.engine.model.export.base_files import find_base_files, with_dtype
+from qvl_pipeline.engine.model.export.folder import exported_files
+from qvl_pipeline.engine.model.export.processor_files import video_values
 from qvl_pipeline.engine.spec import SamplingSpec, TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.sampling import smart_nframes, video_size

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from qvl_pipeline.data.sources.files.texts import decompressed
 from qvl_pipeline.data.sources.raw import ENDINGS
-from qvl_pipeline.data.sources.texts import decompressed
 from qvl_pipeline.errors import UserError
 
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow"}

@@ -21,11 +21,11 @@ from qvl_pipeline.data.batches import TableWriter
 from qvl_pipeline.data.made_with import made_with, with_attrs
 from qvl_pipeline.data.progress import ingest_bar
 from qvl_pipeline.data.runner import use_runner
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.readers import RowFiles
 from qvl_pipeline.data.sources.finished import finished_part
-from qvl_pipeline.data.sources.limits import Limits
 from qvl_pipeline.data.sources.paths import project_path
 from qvl_pipeline.data.sources.raw import fingerprint, hash_code
-from qvl_pipeline.data.sources.readers import RowFiles
 from qvl_pipeline.data.sources.remote import copy_remote, is_url
 from qvl_pipeline.data.sources.rows import READ_ROW, RowReader, assign_split
 from qvl_pipeline.data.tables import MEDIA, REJECTS, SAMPLES

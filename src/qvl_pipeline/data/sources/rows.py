@@ -16,12 +16,12 @@ import pyarrow as pa
 from qvl_pipeline.config import DatasetSource, IngestConfig
 from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
-from qvl_pipeline.data.sources.checked import Row
-from qvl_pipeline.data.sources.conversations import TURN_COLUMNS, read_columns, to_conversation
 from qvl_pipeline.data.sources.embedded import is_embedded, store_embedded
+from qvl_pipeline.data.sources.files.webdataset import read_sample
+from qvl_pipeline.data.sources.forms.checked import Row
+from qvl_pipeline.data.sources.forms.conversations import TURN_COLUMNS, read_columns, to_conversation
+from qvl_pipeline.data.sources.forms.tools import without_null_keys
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
-from qvl_pipeline.data.sources.tools import without_null_keys
-from qvl_pipeline.data.sources.webdataset import read_sample
 from qvl_pipeline.data.tables import MEDIA
 
 DEFAULT_TASK = "exact_match"

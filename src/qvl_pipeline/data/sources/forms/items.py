@@ -8,7 +8,7 @@ from typing import Any
 
 from qvl_pipeline.data.messages import Media
 from qvl_pipeline.data.rejection import RejectedRowError
-from qvl_pipeline.data.sources.checked import Row, expect, is_given, refuse_unknown, unknown
+from qvl_pipeline.data.sources.forms.checked import Row, expect, is_given, refuse_unknown, unknown
 
 MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
 _MARKER = re.compile("<(image|video)>")

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from qvl_pipeline.data.sources.limits import Limits
-from qvl_pipeline.data.sources.sizes import decoded_bytes, plain
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.sizes import decoded_bytes, plain
 
 _PIECE_ROWS = 1024
 _NOT_UTF8 = "it holds a text that is not UTF-8"

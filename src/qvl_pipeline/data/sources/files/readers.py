@@ -10,10 +10,10 @@ from typing import NamedTuple, Self
 
 import pyarrow as pa
 
-from qvl_pipeline.data.sources.limits import Limits
-from qvl_pipeline.data.sources.table_worker import TableReader
-from qvl_pipeline.data.sources.tables import Piece
-from qvl_pipeline.data.sources.texts import TEXTS
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.table_worker import TableReader
+from qvl_pipeline.data.sources.files.tables import Piece
+from qvl_pipeline.data.sources.files.texts import TEXTS
 from qvl_pipeline.errors import UserError
 
 

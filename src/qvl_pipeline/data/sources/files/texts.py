@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import orjson
 import pyarrow as pa
 
-from qvl_pipeline.data.sources.json_list import list_entries
-from qvl_pipeline.data.sources.limits import Guard, Limits
-from qvl_pipeline.data.sources.tables import Piece
+from qvl_pipeline.data.sources.files.json_list import list_entries
+from qvl_pipeline.data.sources.files.limits import Guard, Limits
+from qvl_pipeline.data.sources.files.tables import Piece
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"

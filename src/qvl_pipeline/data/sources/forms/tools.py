@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qvl_pipeline.data.sources.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
+from qvl_pipeline.data.sources.forms.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
 
 _CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments", "index"})
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from qvl_pipeline.data.messages import Media, Message
-from qvl_pipeline.data.sources.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
-from qvl_pipeline.data.sources.items import MEDIA_COLUMNS, listed_media, read_items, refuse_audio
-from qvl_pipeline.data.sources.preferences import refuse_preferences
-from qvl_pipeline.data.sources.tools import read_calls, read_tools
-from qvl_pipeline.data.sources.unknown_form import no_form, other_form
+from qvl_pipeline.data.sources.forms.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
+from qvl_pipeline.data.sources.forms.items import MEDIA_COLUMNS, listed_media, read_items, refuse_audio
+from qvl_pipeline.data.sources.forms.preferences import refuse_preferences
+from qvl_pipeline.data.sources.forms.tools import read_calls, read_tools
+from qvl_pipeline.data.sources.forms.unknown_form import no_form, other_form
 
 TURN_COLUMNS = ("messages", "conversations")
 AUDIO_COLUMNS = ("audio", "audios")

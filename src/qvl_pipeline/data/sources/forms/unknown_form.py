@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from qvl_pipeline.data.rejection import RejectedRowError
-from qvl_pipeline.data.sources.checked import Row, unknown
+from qvl_pipeline.data.sources.forms.checked import Row, unknown
 
 _FORMS = (
     "known forms are openai (messages: role, content), sharegpt and llava (conversations: from, value), alpaca "

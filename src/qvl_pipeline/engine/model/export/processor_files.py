@@ -14,7 +14,7 @@ from typing import Any
 from transformers import ProcessorMixin
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
-from qvl_pipeline.engine.model.base_files import to_json
+from qvl_pipeline.engine.model.export.base_files import to_json
 from qvl_pipeline.engine.spec import ModelSpec, SamplingSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.sampling import FRAME_FACTOR, SHARE_FLOOR, frame_limit

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from qvl_pipeline.data.sources.limits import Limits
+from qvl_pipeline.data.sources.files.limits import Limits
 
 if TYPE_CHECKING:
-    from qvl_pipeline.data.sources.tables import Piece
+    from qvl_pipeline.data.sources.files.tables import Piece
 
 # Of the memory that all may take, what the child may; Python and Arrow themselves take 0.15 GiB of it.
 _SHARE_OF_MEMORY = 2
@@ -59,7 +59,7 @@ class TableReader:
         """
         import pyarrow as pa
 
-        from qvl_pipeline.data.sources.tables import Piece
+        from qvl_pipeline.data.sources.files.tables import Piece
 
         child = self._child or self._start()
         finished = False
@@ -144,8 +144,8 @@ def _read(path: str, data_type: str, limits: Limits) -> Iterator[bytes]:
     """Yield each piece of a file as a line of JSON and a stream of Arrow, and a line with why it goes no further."""
     import pyarrow as pa
 
-    from qvl_pipeline.data.sources.tables import read_table
-    from qvl_pipeline.data.sources.webdataset import read_shard
+    from qvl_pipeline.data.sources.files.tables import read_table
+    from qvl_pipeline.data.sources.files.webdataset import read_shard
 
     try:
         is_shard = data_type == "webdataset"

@@ -15,10 +15,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from qvl_pipeline.engine.model.adapters import FOLDER
 from qvl_pipeline.engine.model.adapters.export import export_adapter
-from qvl_pipeline.engine.model.base_files import OF_WEIGHTS, find_base_files, with_dtype
+from qvl_pipeline.engine.model.export.base_files import OF_WEIGHTS, find_base_files, with_dtype
+from qvl_pipeline.engine.model.export.processor_files import PROCESSOR_FILES, processor_files
+from qvl_pipeline.engine.model.export.whole_weights import WholeWeights
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.model.processor_files import PROCESSOR_FILES, processor_files
-from qvl_pipeline.engine.model.whole_weights import WholeWeights
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.storage.digests import write_digests
 from qvl_pipeline.storage.room import room_for

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qvl_pipeline.data.sources.limits import Limits
+from qvl_pipeline.data.sources.files.limits import Limits
 from qvl_pipeline.errors import UserError
 
 _SPACE = " \t\n\r"

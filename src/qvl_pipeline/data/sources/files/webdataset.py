@@ -18,12 +18,12 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
-from qvl_pipeline.data.sources.checked import Row, unknown
-from qvl_pipeline.data.sources.conversations import TURN_COLUMNS, Conversation, to_conversation
 from qvl_pipeline.data.sources.embedded import is_embedded
-from qvl_pipeline.data.sources.limits import Limits
-from qvl_pipeline.data.sources.tables import Piece
-from qvl_pipeline.data.sources.texts import decompressed, position
+from qvl_pipeline.data.sources.files.limits import Limits
+from qvl_pipeline.data.sources.files.tables import Piece
+from qvl_pipeline.data.sources.files.texts import decompressed, position
+from qvl_pipeline.data.sources.forms.checked import Row, unknown
+from qvl_pipeline.data.sources.forms.conversations import TURN_COLUMNS, Conversation, to_conversation
 
 _PIECE_ROWS = 1024
 _MEMBER = pa.struct([("name", pa.string()), ("content", pa.large_binary())])

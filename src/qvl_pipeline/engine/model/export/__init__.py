@@ -1,0 +1,1 @@
+"""The trained model as a plain transformers folder: the base model's files with other weights."""
