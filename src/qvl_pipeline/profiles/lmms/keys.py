@@ -74,7 +74,7 @@ DATASET: dict[str, Rule] = {
     "eval_dataset_path": Together(),
     "shuffle": Together(),
     "data_seed": To("batching.seed"),
-    "object_storage": Same(("none",), "write URLs (gs://…, az://…) into path and data_folder of the sources"),
+    "object_storage": Same(("none",), "path and data_folder of a source may be URLs (gs://…, az://…)"),
     "bucket_name": Refused("write URLs (gs://bucket/…) into path and data_folder of the sources"),
     "packing": To("batching.packing", default=False),
     "packing_strategy": To("batching.packing_strategy", _strategy),
@@ -89,7 +89,7 @@ DATASET: dict[str, Rule] = {
     "video_max_frames": To("sample.video_max_frames"),
     "frame_num": Together(),
     "fps": Together(),
-    "extra_kwargs": Same(({},), "what is in it has no counterpart here: packing and decoding have none that need it"),
+    "extra_kwargs": Same(({},), "packing and decoding take no more arguments here"),
 }
 
 PROCESSOR: dict[str, Rule] = {
@@ -108,9 +108,9 @@ MODEL: dict[str, Rule] = {
     "model_general_type": Same(("image_text_to_text", "general"), "models here answer in text, to pictures and text"),
     "model_type": To("model.processor_type", _family),
     "torch_dtype": Noted("trained weights are float32, and bf16 says in what is computed"),
-    "overwrite_config": Same(({},), "the model is what its config.json says: change it there"),
+    "overwrite_config": Same(({},), "the model is what its config.json says"),
     "monkey_patch_kwargs": Same(({},), "nothing is patched here: use_liger_kernel and use_rmpad say which kernels run"),
-    "extra_kwargs": Same(({},), "from_pretrained is not called in training: say what it was for with a parameter"),
+    "extra_kwargs": Same(({},), "from_pretrained takes no more arguments here"),
 }
 
 _UNUSED = "LMMS Engine's FSDP2 trainer does nothing with it, and there is nothing like it here: take it out"
@@ -168,8 +168,8 @@ TRAINER: dict[str, Rule] = {
     "fsdp2": To("train.fsdp2", only(True, reason="FSDP2 is the only strategy here: set it to true")),
     "fsdp": Same(("", [], None), "FSDP2 is set up by fsdp_config"),
     "sp_ulysses_degree": To("train.sp_ulysses_degree"),
-    "tp_degree": Same((1,), "there is no tensor parallelism here: use sp_ulysses_degree, and FSDP2's sharding"),
-    "ep_degree": Same((1,), "there is no expert parallelism here: use FSDP2's sharding"),
+    "tp_degree": Same((1,), "there is no tensor parallelism here, but sp_ulysses_degree and FSDP2's sharding"),
+    "ep_degree": Same((1,), "there is no expert parallelism here, but FSDP2's sharding"),
     "ddp_timeout": To("train.launch.ddp_timeout"),
     "ddp_backend": Same((None, "nccl"), "NCCL on GPUs, gloo on CPUs"),
     "deepspeed": Refused("FSDP2 is the only strategy here: take it out"),
@@ -205,16 +205,16 @@ TRAINER: dict[str, Rule] = {
     "dataloader_drop_last": Same((False,), "no sample is dropped: the last step is smaller"),
     "remove_unused_columns": Same((False,), "rows keep their columns"),
     # Watching.
-    "enable_profiler": Same((False,), "set profile_steps in the profile, such as [10, 12]"),
+    "enable_profiler": Same((False,), "steps are traced by profile_steps, such as [10, 12]"),
     "profiler_config": Refused("set profile_steps in the profile, such as [10, 12]"),
     "enable_memory_snapshot": To("train.memory_snapshot_on_oom"),
     "memory_snapshot_config": Refused("memory_snapshot_on_oom has no more to say: take it out"),
     "enable_cuda_event_profiler": Same((False,), "step times of every rank are metrics; profile_steps traces more"),
     "cuda_event_profiler_config": Refused("step times of every rank are metrics; profile_steps traces more"),
-    "print_batch_input_steps": Same((-1,), "see label_preview.html for what the model reads"),
+    "print_batch_input_steps": Same((-1,), "what the model reads is in label_preview.html"),
     "carbon_intensity": Refused("nothing is said of CO2 here: take it out"),
     "disable_tqdm": Noted("a terminal has a progress bar, a log file has none"),
-    "push_to_hub": Same((False,), "nothing is uploaded: `hf upload` the exported folder"),
+    "push_to_hub": Same((False,), "nothing is uploaded; `hf upload` takes the exported folder"),
     "use_cpu": Same((False,), "GPUs are used when they are there, else the CPU"),
     **dict.fromkeys(
         (
@@ -236,7 +236,7 @@ FSDP: dict[str, Rule] = {
 
 # What stands beside the parts, at the top of a file.
 TOP: dict[str, Rule] = {
-    "trainer_type": Same(("fsdp2_trainer",), "FSDP2 is the only strategy here: take fsdp2_trainer"),
-    "extra_kwargs": Same(({},), "what is in it has no counterpart here"),
+    "trainer_type": Same(("fsdp2_trainer",), "the trainer here shards with FSDP2"),
+    "extra_kwargs": Same(({},), "nothing takes more arguments here"),
     "config_yaml": Same((None,), "this is the file"),
 }

@@ -14,10 +14,10 @@ from qvl_pipeline.profiles.lmms.reading import Entry
 from qvl_pipeline.profiles.lmms.rules import Noted, Refused, Same, To, Together
 
 _DEFAULT = "LMMS Engine's default"
-_SOURCE = ("path", "data_folder", "data_type")
-# One training in a hundred has a use for more.
+# Keys of a source, with what LMMS Engine takes for what is not there.
+_SOURCE = {"path": None, "data_folder": None, "data_type": "json"}
+# Of the rows, as in the profiles of this project.
 EVAL_FRACTION = 0.02
-# It asks its reader for one frame at least; families take them in pairs.
 _FEWEST_FRAMES = 2
 
 
@@ -159,7 +159,7 @@ def _source(number: int, said: Any) -> dict[str, Any]:
         raise ValueError(f"datasets[{number}] must have a path")
     if unknown := [key for key in said if key not in _SOURCE]:
         raise ValueError(f"datasets[{number}].{unknown[0]} is no key of LMMS Engine: it has {', '.join(_SOURCE)}")
-    return {"data_type": "json", **{key: value for key, value in said.items() if value not in ("", None)}}
+    return {key: said.get(key) or otherwise for key, otherwise in _SOURCE.items() if said.get(key) or otherwise}
 
 
 def _order(entries: Mapping[str, Entry], mapped: Mapped) -> None:
@@ -199,7 +199,7 @@ def _frames(entries: Mapping[str, Entry], mapped: Mapped) -> None:
         entry = entries[unused]
         mapped.notes.append((entry.path, entry.value, f"video_sampling_strategy {used} has no use for it"))
     if used == "fps":
-        mapped.set("sample.video_min_frames", _FEWEST_FRAMES, _DEFAULT)
+        mapped.set("sample.video_min_frames", _FEWEST_FRAMES, "LMMS Engine asks for 1; frames are taken in pairs")
 
 
 def _schedule(entries: Mapping[str, Entry], mapped: Mapped) -> None:

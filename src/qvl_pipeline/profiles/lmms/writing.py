@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
-from io import StringIO
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.errors import UserError
@@ -48,7 +44,7 @@ def import_profile(
     conf = project / "conf"
     mapped = map_entries(read_entries(file), file)
     mapped.set(
-        "batching.data_parallel_size", data_parallel_size, "GPUs that the file was started on, by sp_ulysses_degree"
+        "batching.data_parallel_size", data_parallel_size, "GPUs that the file is started on, over sp_ulysses_degree"
     )
     files = {GLOBALS: _globals(file, name), PARAMETERS: _parameters(mapped, file)}
     if (conf / name).is_dir() and _is_the_same(conf / name, files):
@@ -102,42 +98,28 @@ def _parameters(mapped: Mapped, file: Path) -> str:
     if mapped.notes:
         head += ["# Of its keys, these decide nothing here:"]
         head += [f"#   {path}: {_line(value)}: {reason}" for path, value, reason in mapped.notes]
-    document = CommentedMap({block: _block(block, mapped) for block in _BLOCKS})
-    editor = YAML()
-    editor.width = 1000  # else comments would be torn from their values
-    editor.indent(mapping=2, sequence=4, offset=2)
-    text = StringIO()
-    editor.dump(document, text)
-    return _SCHEMA + "\n".join(head) + "\n" + text.getvalue()
+    lines = [*head, *(line for block in BLOCKS if block in _BLOCKS for line in _block(block, mapped))]
+    return _SCHEMA + "\n".join(lines) + "\n"
 
 
-def _block(block: str, mapped: Mapped) -> CommentedMap:
-    written = CommentedMap()
-    for key, value in mapped.values.get(block, {}).items():
-        path = f"{block}.{key}"
-        written[key] = _written(value, path, mapped.comments)
-        if comment := mapped.comments.get(path):
-            written.yaml_add_eol_comment(comment, key)
-    if not written:
-        written.fa.set_flow_style()
-    return written
-
-
-def _written(value: Any, path: str, comments: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        written = CommentedMap({key: _written(inner, f"{path}.{key}", comments) for key, inner in value.items()})
-        if f"{path}.{next(iter(value), '')}" not in comments:  # arguments, and not parameters with their own
-            written.fa.set_flow_style()
-        return written
-    if isinstance(value, list):
-        written = CommentedSeq(_written(item, path, comments) for item in value)
-        if not any(isinstance(item, dict) for item in value):
-            written.fa.set_flow_style()
-        return written
-    if isinstance(value, str) and yaml.safe_load(value) != value:  # Kedro's YAML is 1.1, where `no` is false
-        return DoubleQuotedScalarString(value)
-    return value
+def _block(block: str, mapped: Mapped) -> Iterator[str]:
+    values = mapped.values.get(block, {})
+    if not values:
+        yield f"{block}: {{}}"
+        return
+    yield f"{block}:"
+    for key in (key for key in BLOCKS[block].model_fields if key in values):
+        value, names = values[key], [name for name in mapped.comments if f"{name}.".startswith(f"{block}.{key}.")]
+        comment = "; ".join(filter(None, (mapped.comments[name] for name in names)))
+        behind = f"  # {comment}" if comment else ""
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield f"  {key}:{behind}"
+            yield from (f"    - {_line(item)}" for item in value)
+        else:
+            yield f"  {key}: {_line(value)}{behind}"
 
 
 def _line(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    # Kedro's YAML is 1.1, as PyYAML's: `no` must be quoted, and 1e-6 is no number.
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
