@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 def with_blocks(params: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters of a command line with those of `train` that are in `batching` moved there.
 
-    `max_steps` is one of transformers' `TrainingArguments`, and `trainer_args:` of a guide has it among the others; here
-    it decides the plan.
+    `max_steps` is one of transformers' `TrainingArguments`, and stands in a guide's `trainer_args:` beside the others;
+    here it decides the plan.
 
     Args:
         params: Parameters by block, as `--params` gave them.
