@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging.config
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def without_references(block: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in block.items() if not str(value).startswith("${globals:")}
 
 
-def test_the_profiles_are_the_four_described() -> None:
+def test_the_shipped_profiles_are_there() -> None:
     assert set(SHIPPED) <= set(profile_names(CONF))
     assert CONFIG_LOADER_ARGS["default_run_env"] == "tiny_qwen3_vl"
 
@@ -176,6 +177,21 @@ def test_the_real_profiles_have_the_values_of_the_guide(profile: str) -> None:
             found = blocks[block].model_dump() | blocks[block].model_dump(exclude_unset=True)
             assert {key: found[key] for key in expected} == expected
     assert blocks["train"].report_to == ["mlflow"]  # the guide's wandb is not installed by default
+
+
+@pytest.mark.parametrize(
+    ("profile", "quantised"), [("qwen2_5_vl_7b_lora", False), ("qwen3_vl_8b_lora", False), ("qwen3_vl_8b_qlora", True)]
+)
+def test_a_profile_of_adapters_has_the_model_and_data_of_the_full_one_and_says_for_which_gpu_it_is(
+    profile: str, quantised: bool
+) -> None:
+    blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
+    assert (blocks["adapter"].type, blocks["adapter"].quantizes) == ("lora", quantised)
+    full = profile.rpartition("_")[0]
+    assert all(own(profile)[block] == own(full)[block] for block in ("ingest", "validate", "data_engine"))
+    assert own(profile)["model"].items() <= own(full)["model"].items()
+    [hardware] = [line for line in (CONF / profile / "parameters.yml").read_text().splitlines() if " GB" in line]
+    assert re.fullmatch(r"# Q?LoRA of .* on one GPU of (24|80) GB.*", hardware)
 
 
 def test_every_catalog_entry_is_used_and_described() -> None:
