@@ -23,7 +23,8 @@ REAL = [
     *("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b"),
     *("frozen_vision", "long_video"),
 ]
-SHIPPED = REAL + TINY
+ADAPTED = ["qwen2_5_vl_7b_lora", "qwen3_vl_8b_lora", "qwen3_vl_8b_qlora"]
+SHIPPED = REAL + ADAPTED + TINY
 # A seed with which the training takes a second.
 WAITS = 1234
 # And one with which it fails by a bug.
