@@ -124,11 +124,14 @@ def _write_profile(folder: Path, run: RecordedRun) -> None:
 
 
 def _name_next_run(project: Path, folder: Path, label: str) -> None:
-    """Name what runs in the worktree, in the place where this person's runs go: no commit has `conf/local`."""
+    """Name what runs in the worktree, in the place where this person's runs go: no commit has `conf/local`.
+
+    It registers nothing: its model is gone with the worktree, and an alias would point there.
+    """
     local = project / "conf" / "local" / "mlflow.yml"
     own = yaml.safe_load(local.read_text(encoding="utf-8")) if local.exists() else None
     (folder / "conf" / PROFILE / "mlflow.yml").write_text(
-        yaml.safe_dump({**(own or {}), "run_name": label}), encoding="utf-8"
+        yaml.safe_dump({**(own or {}), "run_name": label, "register_model": None}), encoding="utf-8"
     )
 
 
