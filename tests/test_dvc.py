@@ -30,6 +30,7 @@ GLUE = {
     "errors",
     "locks",
     "orphans",
+    "secrets",
     "tracking.flattening",
     "tracking.lineage.code",
     "tracking.lineage.data_version",
@@ -38,7 +39,6 @@ GLUE = {
     "tracking.mlflow.run",
     "tracking.mlflow.sinks",
     "tracking.mlflow.unsent",
-    "tracking.secrets",
     "unfinished",
 }
 # Started by `train` in processes of its own, not imported.

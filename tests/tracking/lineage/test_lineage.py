@@ -9,7 +9,6 @@ from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage import digests
 from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
-from qvl_pipeline.tracking.secrets import without_secrets
 
 
 @pytest.fixture
@@ -71,29 +70,6 @@ def test_a_large_folder_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert content_digest(tmp_path) == digest
     (tmp_path / "x").write_text("abcdefghijkl")
     assert content_digest(tmp_path) != digest
-
-
-def test_secrets_are_masked_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    monkeypatch.setenv("SOME_KEY", "on")
-    values = {
-        "command": "kedro run --params a.token=xyz,b=1 --on 0123456789abcdef",
-        "presigned": "https://host/x?X-Amz-Signature=abc&part=1",
-        "hf_token": "abc",
-        "nested": [{"password": "p"}, "s3://key:secret@bucket/x"],
-        "max_new_tokens": 8,
-        "special_tokens": ["a"],
-        "url": "https://host/x@y",
-    }
-    assert without_secrets(values) == {
-        "command": "kedro run --params a.token=***,b=1 --on ***",
-        "presigned": "https://host/x?X-Amz-Signature=***&part=1",
-        "hf_token": "***",
-        "nested": [{"password": "***"}, "s3://***@bucket/x"],
-        "max_new_tokens": 8,
-        "special_tokens": ["a"],
-        "url": "https://host/x@y",
-    }
 
 
 def test_numbers_of_nested_values_have_joined_names() -> None:

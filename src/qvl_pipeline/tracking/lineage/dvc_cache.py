@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.secrets import without_secrets
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

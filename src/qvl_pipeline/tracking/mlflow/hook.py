@@ -24,7 +24,7 @@ from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.flattening import flattened
 from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
-from qvl_pipeline.tracking.lineage.uncommitted import PATCH, uncommitted
+from qvl_pipeline.tracking.lineage.uncommitted import MASKED, PATCH, uncommitted
 from qvl_pipeline.tracking.mlflow.sinks import check_installed
 from qvl_pipeline.tracking.mlflow.system_metrics import SystemMetrics
 
@@ -149,7 +149,10 @@ class MlflowHook:
             tags = self._tags(names, pipeline, catalog)
             self._run.set_tags(tags)
             if tags.get("git_dirty") == "true":
-                self._run.log_text(uncommitted(self._context.project_path), PATCH)
+                patch, masked = uncommitted(self._context.project_path)
+                self._run.log_text(patch, PATCH)
+                if masked:
+                    self._run.set_tags({MASKED: "true"})
             self._run.log_yaml(self._parameters, "parameters.yml")
             self._run.log_yaml(self._context.config_loader["parameters"], GIVEN)
             self._run.log_yaml(self._origin(), ORIGIN)

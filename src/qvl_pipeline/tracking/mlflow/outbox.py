@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -24,18 +24,19 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 from requests import RequestException
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.secrets import file_without_secrets, without_secrets
 from qvl_pipeline.storage.room import room_for
 from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage.data_version import data_version
 from qvl_pipeline.tracking.lineage.digests import weights_digest
 from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
-from qvl_pipeline.tracking.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 
 # A prediction table of a large eval split belongs to DVC, not into an artifact store.
 MAX_ARTIFACT_BYTES = 50 * 2**20
+_TEXTS = {".csv", ".html", ".json", ".jsonl", ".log", ".md", ".txt", ".yaml", ".yml"}
 # Without it, MLflow opens an experiment on its page for traces of language model applications, not on the runs.
 _OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -256,9 +257,13 @@ class MlflowRun:
         self._send("metrics", {"kind": "metrics", "points": points}, run_id=run_id)
 
     def log_artifact(self, path: Path) -> None:
-        """Log a file, unless it is larger than `MAX_ARTIFACT_BYTES`."""
+        """Log a file, unless it is larger than `MAX_ARTIFACT_BYTES`; a text without the secrets that it may hold."""
         if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
             logger.info("%s (%d MiB) is not copied into MLflow", path.name, size // 2**20)
+            return
+        text = path.read_text(encoding="utf-8") if path.suffix in _TEXTS else ""
+        if (masked := file_without_secrets(text)) != text:
+            self.log_text(masked, path.name)
         else:
             self._send(f"'{path.name}'", {"kind": "artifact", "name": path.name}, path)
 

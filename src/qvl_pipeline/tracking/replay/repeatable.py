@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.lineage.uncommitted import PATCH
+from qvl_pipeline.tracking.lineage.uncommitted import MASKED, PATCH
 from qvl_pipeline.tracking.mlflow.run import answering
 
 PARENT = "mlflow.parentRunId"
@@ -81,6 +81,11 @@ def _recorded(run: Run) -> RecordedRun:
         raise UserError(f"run_id: {run_id} is {run.info.status.lower()}, only a finished run can be replayed")
     if missing := [name for name in ("mlflow.source.git.commit", "pipelines", "profile") if name not in tags]:
         raise UserError(f"run_id: {run_id} cannot be replayed, it was recorded without {', '.join(missing)}")
+    if MASKED in tags:
+        raise UserError(
+            f"run_id: {run_id} cannot be replayed, its code held a secret that is masked in {PATCH}: take it out of the "
+            "code, and train again"
+        )
     dirty = tags.get("git_dirty") == "true"
     names = tags["pipelines"].split("+")
     return RecordedRun(
