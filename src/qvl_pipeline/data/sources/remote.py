@@ -181,6 +181,6 @@ def _failure(url: str, error: Exception) -> UserError:
     # The type only and the first line: what libraries add may hold headers of the request.
     reason = without_url_secrets(str(error).splitlines()[0])[:200] if str(error) else ""
     return UserError(
-        f"'{without_url_secrets(url)}' cannot be read ({type(error).__name__}: {reason}): check the URL, storage_options, and the "
-        "credentials in the environment"
+        f"'{without_url_secrets(url)}' cannot be read ({type(error).__name__}: {reason}): check the URL, "
+        "storage_options, and the credentials in the environment"
     )

@@ -83,8 +83,8 @@ def _recorded(run: Run) -> RecordedRun:
         raise UserError(f"run_id: {run_id} cannot be replayed, it was recorded without {', '.join(missing)}")
     if MASKED in tags:
         raise UserError(
-            f"run_id: {run_id} cannot be replayed, its code held a secret that is masked in {PATCH}: take it out of the "
-            "code, and train again"
+            f"run_id: {run_id} cannot be replayed, its code held a secret that is masked in {PATCH}: take it out of "
+            "the code, and train again"
         )
     dirty = tags.get("git_dirty") == "true"
     names = tags["pipelines"].split("+")
