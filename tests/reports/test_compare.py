@@ -181,7 +181,7 @@ def test_a_parameter_of_one_source_differs_alone(recorder: Recorder) -> None:
     recorder.training("first", parameters=declared(1.0))
     recorder.training("other", parameters=declared(0.5))
     parameters = compare_runs(["first", "other"]).parameters
-    assert parameters.T.to_dict("list") == {"ingest.datasets[a].weight": ["1.0", "0.5"]}
+    assert parameters.T.to_dict("list") == {"ingest.datasets.a.weight": ["1.0", "0.5"]}
 
 
 def test_speed_memory_and_versions_stand_side_by_side(recorder: Recorder) -> None:

@@ -122,7 +122,7 @@ def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:
     with pytest.raises(UserError, match=r"recorded without mlflow\.source\.git\.commit, pipelines, profile"):
         read_run(recorded(client, []))
     with pytest.raises(UserError, match="evaluates the training abc: replay that"):
-        read_run(recorded(client, [], {"mlflow.parentRunId": "abc"}))
+        read_run(recorded(client, [], {"evaluates_run": "abc"}))
     tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "tiny_qwen3_vl", "dataset": "digits"}
     with pytest.raises(UserError, match=r"its code held a secret that is masked in uncommitted\.patch"):
         read_run(recorded(client, [], tags | {"git_dirty": "true", "uncommitted_masked": "true"}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ from pydantic import Field, ValidationError
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.secrets import without_secrets
 from qvl_pipeline.tracking.flattening import flattened
 from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
 from qvl_pipeline.tracking.lineage.uncommitted import MASKED, PATCH, uncommitted
+from qvl_pipeline.tracking.mlflow.chain import ABOVE, CHAIN, EVALUATES, PARENT, chain_run, dvc_process, run_name
 from qvl_pipeline.tracking.mlflow.sinks import check_installed
 from qvl_pipeline.tracking.mlflow.system_metrics import SystemMetrics
 
@@ -35,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Stages that keep a machine busy for long.
 LONG_STAGES = ("sample", "train", "evaluate")
+
+# What all runs of a chain have in common.
+_OF_CHAINS = ("profile", "dataset", "dvc_experiment", "mlflow.source.git.commit", "git_dirty")
 
 # The parameters without defaults: what a replay gives. Some mean something only by being given.
 GIVEN = "given_parameters.yml"
@@ -88,6 +94,8 @@ class MlflowHook:
         self._run: MlflowRun | None = None
         self._system_metrics: SystemMetrics | None = None
         self._training_run: str | None = None
+        self._above: str | None = None
+        self._made_by: dict[str, Any] = {}
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
@@ -140,11 +148,15 @@ class MlflowHook:
         self._finish("KILLED")
         atexit.register(self._finish, "KILLED")
         names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
-        run_name = config.run_name if names == ["__default__"] else f"{config.run_name}/{'+'.join(names)}"
-        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, run_name)
+        changed = dict(flattened(without_secrets(run_params.get("runtime_params") or {}), "."))
+        experiment = dvc_tags().get("dvc_experiment")
+        name = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, name)
         if TRAIN_RESULT in pipeline.inputs():
             self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
+        self._made_by = {name: self._parameters[name] for name in _blocks(_up_to(pipeline))}
         self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
+        tags: dict[str, Any] = {}
         with going_on("the parameters and tags of this run"):
             tags = self._tags(names, pipeline, catalog)
             self._run.set_tags(tags)
@@ -156,12 +168,14 @@ class MlflowHook:
             self._run.log_yaml(self._parameters, "parameters.yml")
             self._run.log_yaml(self._context.config_loader["parameters"], GIVEN)
             self._run.log_yaml(self._origin(), ORIGIN)
-            self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
+            self._run.log_parameters(self._made_by)
             for name in sorted(pipeline.inputs() & self._paths.keys()):
                 self._run.log_input(name, self._paths[name], context="+".join(names))
         with going_on("the environment of this run"):
             self._run.log_text(environment_freeze(), "environment.txt")
-        logger.info("MLflow run %s (%s)", run_name, self._run.id)
+        with going_on("the run above those of this chain"):
+            self._go_below(run_name(config.run_name, [], experiment, changed), tags)
+        logger.info("MLflow run %s (%s)", name, self._run.id)
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:
@@ -190,9 +204,10 @@ class MlflowHook:
             if wanted.get("artifact"):
                 self._run.log_artifact(self._paths[dataset_name])
             if wanted.get("metrics"):
-                self._run.log_metrics(data)
+                for run_id in filter(None, (self._run.id, self._training_run, self._above)):
+                    self._run.log_metrics(data, run_id=run_id)
                 if self._training_run:
-                    self._run.log_metrics(data, run_id=self._training_run)
+                    self._run.complete_parameters(self._made_by, self._training_run)
 
     @hook_impl
     def after_pipeline_run(self) -> None:
@@ -204,8 +219,22 @@ class MlflowHook:
         """End the run as failed."""
         self._finish("FAILED")
 
+    def _go_below(self, name: str, tags: dict[str, Any]) -> None:
+        """Let MLflow show this run below that of its sweep, of its `dvc repro`, or of the training it evaluates."""
+        above = os.environ.get(ABOVE)
+        if not above and (process := dvc_process()):
+            chain = f"{process}-{self._context.config_loader['globals']['profile']}"
+            shared = {key: str(tags[key]) for key in _OF_CHAINS if key in tags}
+            above, is_new = chain_run(self._run.id, chain, name, {CHAIN: "dvc repro", **shared})
+            self._above = above
+            if is_new:
+                self._run.log_parameters(self._parameters, run_id=above)
+        if above := above or self._training_run:
+            self._run.set_tags({PARENT: above})
+
     def _finish(self, status: str) -> None:
         run, self._run, self._training_run = self._run, None, None
+        above, self._above = self._above, None
         watched, self._system_metrics = self._system_metrics, None
         if watched is not None:
             watched.stop()
@@ -213,7 +242,7 @@ class MlflowHook:
             from qvl_pipeline.tracking.mlflow.run import going_on
 
             with going_on(f"the end of this run ({status})"):
-                run.finish(status)
+                run.finish(status, above)
 
     def _origin(self) -> dict[str, str]:
         origins = self._context.config_loader.origins
@@ -231,21 +260,18 @@ class MlflowHook:
     def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
         tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}
         tags |= git_tags(self._context.project_path) | dvc_tags()
-        for name in sorted(_upstream(pipeline) - pipeline.all_outputs()):
+        for name in sorted(_up_to(pipeline).all_outputs() - pipeline.all_outputs()):
             if (wanted := self._wanted.get(name, {}).get("tags")) and catalog.exists(name):
                 content = catalog.load(name)
                 tags |= {tag: content[key] for tag, key in wanted.items()}
-        if self._training_run:
-            # MLflow then shows this run below that of the training.
-            tags["mlflow.parentRunId"] = self._training_run
-        return tags
+        return tags | ({EVALUATES: self._training_run} if self._training_run else {})
 
 
-def _upstream(pipeline: Pipeline) -> set[str]:
-    """Return what `pipeline` goes back to: its inputs, and all that they were made from."""
+def _up_to(pipeline: Pipeline) -> Pipeline:
+    """Return `pipeline` with all that its inputs were made by."""
     chain = pipelines["__default__"]
     inputs = pipeline.inputs() & chain.all_outputs()
-    return chain.to_outputs(*inputs).all_outputs() if inputs else set()
+    return pipeline + chain.to_outputs(*inputs) if inputs else pipeline
 
 
 def _blocks(pipeline: Pipeline) -> list[str]:

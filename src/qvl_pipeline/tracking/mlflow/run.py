@@ -20,15 +20,16 @@ import yaml
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME, MLFLOW_USER
-from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 from requests import RequestException
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.secrets import file_without_secrets, without_secrets
 from qvl_pipeline.storage.room import room_for
-from qvl_pipeline.tracking.flattening import flattened, numbers
+from qvl_pipeline.tracking.flattening import numbers, parameter_leaves
 from qvl_pipeline.tracking.lineage.data_version import data_version
 from qvl_pipeline.tracking.lineage.digests import weights_digest
+from qvl_pipeline.tracking.mlflow.chain import chain_above
 from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 # A prediction table of a large eval split belongs to DVC, not into an artifact store.
 MAX_ARTIFACT_BYTES = 50 * 2**20
 _TEXTS = {".csv", ".html", ".json", ".jsonl", ".log", ".md", ".txt", ".yaml", ".yml"}
+# Tag of a training: how its newest evaluation differs from the parameters in its row.
+OTHERWISE = "evaluated_otherwise"
 # Without it, MLflow opens an experiment on its page for traces of language model applications, not on the runs.
 _OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -109,8 +112,9 @@ def _end_killed(tracking_uri: str) -> None:
     """Mark runs as killed whose process was, with no time to say so itself."""
     for run_id in killed(tracking_uri):
         with contextlib.suppress(MlflowException):  # it was deleted
-            if mlflow.MlflowClient().get_run(run_id).info.status == "RUNNING":
-                MlflowRun(run_id).finish("KILLED")
+            run = mlflow.MlflowClient().get_run(run_id)
+            if run.info.status == "RUNNING":
+                MlflowRun(run_id).finish("KILLED", above=chain_above(run))
                 logger.info("MLflow run %s was killed, and is marked so now", run_id)
 
 
@@ -213,6 +217,11 @@ def log_json_file(path: Path) -> None:
             MlflowRun(active.info.run_id).log_text(json.dumps(values, indent=2), path.name)
 
 
+def _parameter_texts(blocks: dict[str, Any]) -> dict[str, str]:
+    leaves = parameter_leaves(without_secrets(blocks))
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
+
+
 class MlflowRun:
     """A run of this process. Written through a client, so that it does not matter in which thread.
 
@@ -230,18 +239,33 @@ class MlflowRun:
         texts = {valid_name(key): str(without_secrets(value)) for key, value in tags.items()}
         self._send("tags", {"kind": "tags", "texts": texts})
 
-    def log_parameters(self, blocks: dict[str, Any]) -> None:
-        """Log nested parameters under flat names (`train.learning_rate`); lists are JSON.
+    def log_parameters(self, blocks: dict[str, Any], run_id: str | None = None) -> None:
+        """Log nested parameters under flat names (`train.learning_rate`), to this or to another run; lists are JSON.
 
         A value that is too long for MLflow is cut; its name is then in the tag `parameters_cut` and in the log.
         """
-        leaves = flattened(without_secrets(blocks), ".")
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
+        texts = _parameter_texts(blocks)
         short = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in texts.items()}
-        self._send("parameters", {"kind": "parameters", "texts": short})
+        self._send("parameters", {"kind": "parameters", "texts": short}, run_id=run_id)
+        if run_id:
+            return
         if cut := [key for key, text in texts.items() if len(text) > MAX_PARAM_VAL_LENGTH]:
             self.set_tags({"parameters_cut": ", ".join(cut)})
             logger.warning("MLflow shows only the start of %s; parameters.yml of the run has all of it", ", ".join(cut))
+
+    def complete_parameters(self, blocks: dict[str, Any], run_id: str) -> None:
+        """Give another run, which gets scores of this one, the parameters that they depend on and that it lacks.
+
+        Parameters are never changed: what a later evaluation has otherwise is in the tag `OTHERWISE`.
+        """
+        there = mlflow.MlflowClient().get_run(run_id).data
+        texts = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in _parameter_texts(blocks).items()}
+        if missing := {key: text for key, text in texts.items() if key not in there.params}:
+            self._send("parameters", {"kind": "parameters", "texts": missing}, run_id=run_id)
+        other = ", ".join(f"{key}={text}" for key, text in texts.items() if there.params.get(key, text) != text)
+        if other or OTHERWISE in there.tags:
+            tag = {OTHERWISE: other[:MAX_TAG_VAL_LENGTH]}
+            self._send("tags", {"kind": "tags", "texts": tag}, run_id=run_id)
 
     def log_yaml(self, values: dict[str, Any], name: str) -> None:
         """Log `values` as an artifact in YAML."""
@@ -315,13 +339,19 @@ class MlflowRun:
             client.set_registered_model_alias(registered_name, alias, registered.version)
         logger.info("model registry: %s version %s%s", registered_name, registered.version, f" ({alias})" * bool(alias))
 
-    def finish(self, status: str) -> None:
-        """End the run as `FINISHED`, `FAILED` or `KILLED`, after another try to send what was kept."""
+    def finish(self, status: str, above: str | None = None) -> None:
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after another try to send what was kept.
+
+        Args:
+            status: How it ended.
+            above: The run of the chain that it is a stage of; so far, that ended in the same way.
+        """
         ended = int(1000 * time.time())
         self._outbox.send_kept(self._written)
         active = mlflow.active_run()
         if active is not None and active.info.run_id == self.id:
             with contextlib.suppress(MlflowException, OSError):  # no longer active in any case; the end is sent below
                 mlflow.end_run(status)
-        self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended})
+        for run_id in [self.id, *([above] if above else [])]:
+            self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended}, run_id=run_id)
         note_ended(self.id)
