@@ -27,7 +27,7 @@ def make_repository(folder: Path) -> Path:
     """Create the repository, everything committed; its package is this one."""
     make_project(folder)
     (folder / "conf" / "local" / ".gitkeep").touch()
-    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml"):
+    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml", "requirements.lock"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     (folder / "src" / "qvl_pipeline").symlink_to(REPOSITORY / "src" / "qvl_pipeline")

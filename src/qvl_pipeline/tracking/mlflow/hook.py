@@ -153,7 +153,7 @@ class MlflowHook:
         name = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
         self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, name)
         if TRAIN_RESULT in pipeline.inputs():
-            self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
+            self._training_run = self._known(catalog.load(TRAIN_RESULT).get("mlflow_run_id"))
         self._made_by = {name: self._parameters[name] for name in _blocks(_up_to(pipeline))}
         self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
         tags: dict[str, Any] = {}
@@ -243,6 +243,15 @@ class MlflowHook:
 
             with going_on(f"the end of this run ({status})"):
                 run.finish(status, above)
+
+    def _known(self, training: str | None) -> str | None:
+        """Return the run of a training, unless it was recorded elsewhere, as that of a model which DVC has brought."""
+        from qvl_pipeline.tracking.mlflow.run import is_recorded
+
+        if training is None or is_recorded(training):
+            return training
+        logger.info("run %s, which trained this model, is in another MLflow: scores are in this run only", training)
+        return None
 
     def _origin(self) -> dict[str, str]:
         origins = self._context.config_loader.origins

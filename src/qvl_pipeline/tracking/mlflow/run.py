@@ -24,6 +24,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH,
 from requests import RequestException
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.locks import holding
 from qvl_pipeline.secrets import file_without_secrets, without_secrets
 from qvl_pipeline.storage.room import room_for
 from qvl_pipeline.tracking.flattening import numbers, parameter_leaves
@@ -47,7 +48,8 @@ _OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 def use_server(tracking_uri: str) -> None:
     """Let MLflow record in, and read from, a tracking server or database.
 
-    A database in a file is opened once: where that fails, MLflow would try again for a minute.
+    A database in a file is opened once: where that fails, MLflow would try again for a minute. Then MLflow makes its
+    tables, or brings them up to date, while no other process of this kind does: two first runs would do it at once.
 
     Raises:
         UserError: The database cannot be opened.
@@ -56,14 +58,21 @@ def use_server(tracking_uri: str) -> None:
         path = _database(tracking_uri)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(path)) as database:
-                database.execute("PRAGMA schema_version")
+            with holding(path.parent, wait=True):
+                with contextlib.closing(sqlite3.connect(path)) as database:
+                    database.execute("PRAGMA schema_version")
+                _make_tables(tracking_uri)
         except (OSError, sqlite3.Error) as error:
             raise UserError(
                 f"MLflow cannot record runs in {tracking_uri}: {'it is a folder' if path.is_dir() else error}. Let "
                 "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file that can be written"
             ) from error
     mlflow.set_tracking_uri(tracking_uri)
+
+
+def _make_tables(tracking_uri: str) -> None:
+    with contextlib.suppress(MlflowException):  # the next request says what is wrong
+        mlflow.MlflowClient(tracking_uri).search_experiments(max_results=1)
 
 
 def _database(tracking_uri: str) -> Path:
@@ -207,6 +216,15 @@ def going_on(what: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         logger.warning("MLflow does not have %s: %s", what, without_secrets(str(error)))
+
+
+def is_recorded(run_id: str) -> bool:
+    """Return whether the tracking server has a run; one that does not answer may have it."""
+    try:
+        mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        return error.get_http_status_code() != 404
+    return True
 
 
 def log_json_file(path: Path) -> None:
