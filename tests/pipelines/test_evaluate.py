@@ -184,9 +184,10 @@ def test_a_regression_fails_the_pipeline_after_the_report_is_written(
         "base": {"video": {"exact_match": 0.5, "loss": 1.0, "perplexity": 2.7, "n": 4}},
         "trained": {"video": {"exact_match": 0.4, "loss": 9.0, "perplexity": 8103.0, "n": 4}},
     }
-    refuse_regressions(metrics, "<html>", EvaluateConfig(must_not_regress={"video": 0.2}))
+    table = pd.DataFrame({"kind": "video", "task": "exact_match", "base_score": [0.5] * 4, "trained_score": [0.4] * 4})
+    refuse_regressions(metrics, table, "<html>", EvaluateConfig(must_not_regress={"video": 0.2}))
     with pytest.raises(UserError, match=r"exact_match of video.*must_not_regress"):
-        refuse_regressions(metrics, "<html>", EvaluateConfig(must_not_regress={"video": 0.0}))
+        refuse_regressions(metrics, table, "<html>", EvaluateConfig(must_not_regress={"video": 0.0}))
     assert "40.0%" in capsys.readouterr().out
     gate = next(node for node in create_pipeline().nodes if node.name == "refuse_regressions")
     assert "report" in gate.inputs

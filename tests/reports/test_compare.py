@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.evaluation.intervals import bootstrap_interval, wilson_interval
 from qvl_pipeline.reports.compare import compare_runs
 from qvl_pipeline.reports.compare_page import render_comparison
-from qvl_pipeline.reports.intervals import bootstrap_interval, wilson_interval
 from tests.trainings import Recorder, predictions
 
 EASY, HARD = [True] * 9 + [False], [True] * 3 + [False] * 7

@@ -25,6 +25,8 @@ class EvaluateConfig(Block):
             `rouge_l`, `bleu` or `cider`.
         must_not_regress: By sample kind, or `overall`, how much lower than the base model's a score of the trained
             model may be, as `{overall: 0.0, video: 0.02}`: else the pipeline fails with the table. Losses do not count.
+        must_not_regress_by: What counts as lower: `difference`, any drop beyond what is allowed, or `significant`, one
+            that 95 % of the paired bootstrap's draws of the samples have too. A few samples let much pass as chance.
         compare_base: Evaluate the untrained base model too, for the gain.
         report_title: Heading of the report; `None` takes the name of the model.
         dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
@@ -37,6 +39,7 @@ class EvaluateConfig(Block):
     seed: int = 0
     task_by_source: dict[str, str] = Field(default_factory=dict)
     must_not_regress: dict[str, float] = Field(default_factory=dict)
+    must_not_regress_by: Literal["difference", "significant"] = "difference"
     max_samples: int | None = Field(default=None, ge=1)
     compare_base: bool = True
     report_title: str | None = None

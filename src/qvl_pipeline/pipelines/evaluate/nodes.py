@@ -16,7 +16,8 @@ from qvl_pipeline.data.base_model import check_prepared, read_base_model
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.engine.model.adapters import FOLDER as ADAPTER
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
+from qvl_pipeline.evaluation.gate import regressions
+from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
@@ -135,24 +136,28 @@ def complete_card(trained_model: Path, metrics: dict[str, Any]) -> str:
     return with_scores((trained_model / CARD).read_text(encoding="utf-8"), metrics)
 
 
-def refuse_regressions(metrics: dict[str, Any], report: str, evaluate: EvaluateConfig) -> None:
+def refuse_regressions(
+    metrics: dict[str, Any], predictions: pd.DataFrame, report: str, evaluate: EvaluateConfig
+) -> None:
     """Fail when the trained model is worse than the base model by more than `must_not_regress` allows.
 
     Args:
         metrics: Metrics of the evaluated models.
+        predictions: Their predictions.
         report: The report, which is thereby written first.
         evaluate: Parameters of the stage.
 
     Raises:
         UserError: Some score is; the table of them is printed.
     """
-    worse = regressions(metrics, evaluate.must_not_regress)
+    worse = regressions(metrics, predictions, evaluate.must_not_regress, evaluate.must_not_regress_by)
     if not worse:
         return
-    table = Table("kind", "metric", "base", "trained", "allowed drop")
+    table = Table("kind", "metric", "base", "trained", "allowed drop", "95 % interval")
     for row in worse:
         figures = (f"{row[key]:.1%}" for key in ("base", "trained", "allowed_drop"))
-        table.add_row(row["kind"], row["metric"], *figures)
+        interval = "" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
+        table.add_row(row["kind"], row["metric"], *figures, interval)
     Console().print(table)
     names = ", ".join(f"{row['metric']} of {row['kind']}" for row in worse)
     raise UserError(

@@ -47,7 +47,7 @@ def create_pipeline() -> Pipeline:
             Node(complete_card, inputs=["trained_model", "metrics"], outputs="model_card", name="complete_card"),
             Node(
                 refuse_regressions,
-                inputs=["metrics", "report", "params:evaluate"],
+                inputs=["metrics", "predictions", "report", "params:evaluate"],
                 outputs=None,
                 name="refuse_regressions",
             ),
