@@ -19,7 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     # Every decoding process imports its libraries anew.
     "sample": {"num_workers": 1},
     "batching": {"num_train_epochs": 1, "data_parallel_size": 1},
-    "train": {"logging_steps": 1, "save_steps": 0},
+    "train": {"logging_steps": 1, "save_steps": 0, "keep_checkpoints": [{"every": 1}]},
 }
 
 

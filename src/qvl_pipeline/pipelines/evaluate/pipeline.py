@@ -16,6 +16,7 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "base_model",
                     "trained_model",
+                    "kept_checkpoints",
                     "tokenized_samples",
                     "video_frames",
                     "plan_summary",

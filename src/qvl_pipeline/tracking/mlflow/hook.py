@@ -46,6 +46,8 @@ _OF_CHAINS = ("profile", "dataset", "dvc_experiment", "mlflow.source.git.commit"
 GIVEN = "given_parameters.yml"
 # The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
 TRAIN_RESULT = "train_result"
+# The model that an evaluation is of, unless `evaluate` names a checkpoint or several to average.
+TRAINED = "trained"
 # By the dotted name of every parameter: the file that sets it, `--params`, or `default`.
 ORIGIN = "parameters_origin.yml"
 
@@ -95,6 +97,7 @@ class MlflowHook:
         self._system_metrics: SystemMetrics | None = None
         self._training_run: str | None = None
         self._above: str | None = None
+        self._evaluated = TRAINED
         self._made_by: dict[str, Any] = {}
 
     @hook_impl
@@ -154,6 +157,7 @@ class MlflowHook:
         self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, name)
         if TRAIN_RESULT in pipeline.inputs():
             self._training_run = self._known(catalog.load(TRAIN_RESULT).get("mlflow_run_id"))
+            self._evaluated = self._blocks["evaluate"].model_validate(self._parameters["evaluate"]).evaluated
         self._made_by = {name: self._parameters[name] for name in _blocks(_up_to(pipeline))}
         self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
         tags: dict[str, Any] = {}
@@ -204,10 +208,12 @@ class MlflowHook:
             if wanted.get("artifact"):
                 self._run.log_artifact(self._paths[dataset_name])
             if wanted.get("metrics"):
-                for run_id in filter(None, (self._run.id, self._training_run, self._above)):
+                # Scores of another model than the trained one have no place in its row.
+                of_training = self._training_run if self._evaluated == TRAINED else None
+                for run_id in filter(None, (self._run.id, of_training, self._above)):
                     self._run.log_metrics(data, run_id=run_id)
-                if self._training_run:
-                    self._run.complete_parameters(self._made_by, self._training_run)
+                if of_training:
+                    self._run.complete_parameters(self._made_by, of_training)
 
     @hook_impl
     def after_pipeline_run(self) -> None:
@@ -273,7 +279,9 @@ class MlflowHook:
             if (wanted := self._wanted.get(name, {}).get("tags")) and catalog.exists(name):
                 content = catalog.load(name)
                 tags |= {tag: content[key] for tag, key in wanted.items()}
-        return tags | ({EVALUATES: self._training_run} if self._training_run else {})
+        if self._training_run:
+            tags |= {EVALUATES: self._training_run} if self._evaluated == TRAINED else {"evaluated": self._evaluated}
+        return tags
 
 
 def _up_to(pipeline: Pipeline) -> Pipeline:
