@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.intervals import bootstrap_interval, wilson_interval
+from qvl_pipeline.intervals import bootstrap_interval, wilson_interval
 from qvl_pipeline.reports.compare import compare_runs
 from qvl_pipeline.reports.compare_page import render_comparison
 from tests.trainings import Recorder, predictions

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.intervals import bootstrap_interval
 from qvl_pipeline.evaluation.metrics import LOSSES, OVERALL
 from qvl_pipeline.evaluation.tasks import NOT_A_MEAN
+from qvl_pipeline.intervals import bootstrap_interval
 
 # 0.4 - 0.3 is a little more than 0.1; no two means of fewer than a million answers are so close without being equal.
 _ROUNDING = 1e-9

@@ -56,9 +56,9 @@ def generate(
         Without `compare_base` the base model's columns are null and the metrics have the key `trained` only.
 
     Raises:
-        UserError: There is nothing to evaluate, a checkpoint is not there, a sample has a task without a metric, the model
-            was trained on other tokens than these or from another base model than it is to be compared with, or the
-            tokens were made with other parameters of the model.
+        UserError: There is nothing to evaluate, a checkpoint is not there, a sample has a task without a metric, the
+            model was trained on other tokens than these or from another base model than it is to be compared with, or
+            the tokens were made with other parameters of the model.
     """
     from transformers import AutoProcessor
 

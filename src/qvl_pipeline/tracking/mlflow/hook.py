@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 # Stages that keep a machine busy for long.
 LONG_STAGES = ("sample", "train", "evaluate")
 
+MODEL_ENTRY, KEPT_ENTRY, DATA_ENTRY = "trained_model", "kept_checkpoints", "tokenized_samples"
+# Beside the base model: where an average of checkpoints is evaluated.
+AVERAGE = "scratch/average"
 # What all runs of a chain have in common.
 _OF_CHAINS = ("profile", "dataset", "dvc_experiment", "mlflow.source.git.commit", "git_dirty")
 
@@ -52,6 +55,23 @@ TRAINED = "trained"
 ORIGIN = "parameters_origin.yml"
 
 
+class PromoteConfig(Block):
+    """When a version gets an alias that others may rely on.
+
+    Attributes:
+        alias: The alias.
+        when: `better_than_champion`: its answers are better than those of the version that has the alias, to the same
+            samples; the first version gets it.
+        on: Kind of the samples that count, or `overall`.
+        by: `paired_bootstrap`: the 95 % interval of the mean difference lies above 0.
+    """
+
+    alias: str = Field("champion", pattern=r"^[A-Za-z][\w-]*$")
+    when: Literal["better_than_champion"] = "better_than_champion"
+    on: str = "overall"
+    by: Literal["paired_bootstrap"] = "paired_bootstrap"
+
+
 class MlflowConfig(Block):
     """`mlflow.yml`.
 
@@ -62,9 +82,11 @@ class MlflowConfig(Block):
         run_name: Name of the run; that of single stages has their names behind it, as in `qwen3_vl_8b/train`.
         system_metrics_interval_s: Seconds between two samples of CPU, memory, disk, network and GPUs in the stages that
             take long (`sample`, `train`, `evaluate`); 0 takes none.
-        register_model: Name under which every trained model becomes a version in the model registry, by default none.
-            A version is a pointer to the model: its folder and DVC's md5, not its weights.
-        alias: Alias that the newest version gets, such as `candidate` or `champion`.
+        register_model: Name under which a model becomes a version in the model registry once it was evaluated and no
+            gate refused it, by default none. A version is a pointer to the model: folder and DVC's md5, not weights;
+            `mlflow.pyfunc.load_model` finds it by that.
+        alias: Alias that the newest version gets, such as `candidate`.
+        promote: Alias that only a better version gets.
     """
 
     tracking_uri: str
@@ -74,6 +96,7 @@ class MlflowConfig(Block):
     system_metrics_interval_s: float = Field(10.0, ge=0)
     register_model: str | None = None
     alias: str | None = Field("candidate", pattern=r"^[A-Za-z][\w-]*$")
+    promote: PromoteConfig | None = None
 
 
 class MlflowHook:
@@ -98,6 +121,8 @@ class MlflowHook:
         self._training_run: str | None = None
         self._above: str | None = None
         self._evaluated = TRAINED
+        self._made: dict[str, str] | None = None
+        self._scored: dict[str, str] | None = None
         self._made_by: dict[str, Any] = {}
 
     @hook_impl
@@ -135,7 +160,8 @@ class MlflowHook:
                 installed.
         """
         from qvl_pipeline.tracking.lineage.environment import environment_freeze
-        from qvl_pipeline.tracking.mlflow.run import going_on, start_run, use_server
+        from qvl_pipeline.tracking.mlflow.run import going_on, start_run
+        from qvl_pipeline.tracking.mlflow.server import use_server
 
         config = self._config
         if all("not_recorded" in node.tags for node in pipeline.nodes) and pipeline.nodes:
@@ -194,6 +220,7 @@ class MlflowHook:
         wanted = self._wanted.get(dataset_name)
         if self._run is None or not wanted:
             return
+        from qvl_pipeline.tracking.mlflow.models import pointer_to
         from qvl_pipeline.tracking.mlflow.run import going_on
 
         with going_on(f"'{dataset_name}'"):
@@ -204,7 +231,13 @@ class MlflowHook:
             if wanted.get("sources"):
                 self._log_sources(data["files"])
             if wanted.get("model"):
-                self._run.log_model(self._paths[dataset_name], self._config.register_model, self._config.alias)
+                self._made = pointer_to(self._paths[dataset_name])
+                self._run.log_pointer(self._made)
+                self._run.log_model(self._config.run_name, self._made, self._made_by)
+            if wanted.get("models"):
+                for folder in sorted(self._paths[dataset_name].glob("step-*")):
+                    name = f"{self._config.run_name}-{folder.name}"
+                    self._run.log_model(name, pointer_to(folder), self._made_by)
             if wanted.get("artifact"):
                 self._run.log_artifact(self._paths[dataset_name])
             if wanted.get("metrics"):
@@ -214,16 +247,44 @@ class MlflowHook:
                     self._run.log_metrics(data, run_id=run_id)
                 if of_training:
                     self._run.complete_parameters(self._made_by, of_training)
+                self._log_model_scores(data)
 
     @hook_impl
     def after_pipeline_run(self) -> None:
-        """End the run as finished."""
+        """Register the model that was evaluated, since no gate refused it, and end the run as finished."""
+        config = self._config
+        if self._run and self._scored and config.register_model:
+            from qvl_pipeline.tracking.mlflow.run import going_on
+
+            promote = config.promote.model_dump() if config.promote else None
+            with going_on(f"a version of '{config.register_model}'"):
+                self._run.register(config.register_model, self._scored, self._training_run, config.alias, promote)
         self._finish("FINISHED")
 
     @hook_impl
     def on_pipeline_error(self) -> None:
         """End the run as failed."""
         self._finish("FAILED")
+
+    def _log_model_scores(self, metrics: dict[str, Any]) -> None:
+        """Log the scores of the evaluated model to its entry in the table of models."""
+        from qvl_pipeline.tracking.mlflow.models import pointer_to
+        from qvl_pipeline.tracking.mlflow.run import valid_name
+
+        folder, name = self._paths[MODEL_ENTRY], self._config.run_name
+        if self._evaluated != TRAINED:
+            chosen = self._blocks["evaluate"].model_validate(self._parameters["evaluate"])
+            kept = self._paths[KEPT_ENTRY] / chosen.checkpoint if chosen.checkpoint else None
+            folder, name = kept or self._paths["base_model"].parent / AVERAGE, f"{name}-{self._evaluated}"
+        if not folder.is_dir():
+            return
+        pointer = self._made if self._made and self._evaluated == TRAINED else pointer_to(folder)
+        samples = self._paths[DATA_ENTRY]
+        data = (DATA_ENTRY, samples) if samples.exists() else None
+        made_by = self._training_run
+        self._run.log_model_scores(valid_name(name), pointer, self._made_by, made_by, metrics[TRAINED], data)
+        # An average is in no stage's outputs: nobody could get it.
+        self._scored = pointer if folder.name != Path(AVERAGE).name else None
 
     def _go_below(self, name: str, tags: dict[str, Any]) -> None:
         """Let MLflow show this run below that of its sweep, of its `dvc repro`, or of the training it evaluates."""
@@ -241,6 +302,7 @@ class MlflowHook:
     def _finish(self, status: str) -> None:
         run, self._run, self._training_run = self._run, None, None
         above, self._above = self._above, None
+        self._made = self._scored = None
         watched, self._system_metrics = self._system_metrics, None
         if watched is not None:
             watched.stop()
@@ -252,7 +314,7 @@ class MlflowHook:
 
     def _known(self, training: str | None) -> str | None:
         """Return the run of a training, unless it was recorded elsewhere, as that of a model which DVC has brought."""
-        from qvl_pipeline.tracking.mlflow.run import is_recorded
+        from qvl_pipeline.tracking.mlflow.server import is_recorded
 
         if training is None or is_recorded(training):
             return training

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage.uncommitted import MASKED, PATCH
 from qvl_pipeline.tracking.mlflow.chain import EVALUATES
-from qvl_pipeline.tracking.mlflow.run import answering
+from qvl_pipeline.tracking.mlflow.server import answering
 
 GIVEN = "given_parameters.yml"
 
