@@ -1,4 +1,4 @@
-"""One trial: a configuration of its own, its results in folders of its own, the data of the profile linked into them."""
+"""One trial: configuration and results in folders of its own, the data of the profile linked into them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ _LAYERS = ("data/05_model_input", "data/06_models", "data/07_model_output", "dat
 # What training and evaluation make, of which a trial makes its own.
 _NOT_LINKED = ("scratch", "trained", "checkpoints", "metrics.json", "train_result.json", "training_metrics.csv")
 _POLL_S = 0.2
+# A trial ends with its sweep, however that ends: two that write to one place would follow.
+_WITH_THE_SWEEP = (
+    "import os, signal, sys; from qvl_pipeline.orphans import end_with_parent; end_with_parent(signal.SIGTERM); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 Values = dict[str, Any]
 
 
@@ -83,7 +88,9 @@ def affected_stages(names: list[str]) -> list[str]:
     blocks = {f"params:{name.partition('.')[0]}" for name in names}
     for shared in ("ingest", "validate"):
         if f"params:{shared}" in blocks:
-            raise UserError(f"parameters: {shared}.… makes the dataset, which trials share: give each a profile instead")
+            raise UserError(
+                f"parameters: {shared}.… makes the dataset, which trials share: give each a profile instead"
+            )
     first = next((stage for stage in STAGES if blocks & pipelines[stage].inputs()), None)
     if first is None:
         raise UserError(f"parameters: no stage reads {', '.join(names)}")
@@ -122,7 +129,7 @@ def run(
     conf: Path,
     stages: list[str],
     environment: Mapping[str, str],
-    on_losses: Callable[[dict[int, float]], bool],
+    on_poll: Callable[[dict[int, float]], bool],
 ) -> str:
     """Run the stages of a trial; one that was cut off before goes on where it was.
 
@@ -132,25 +139,21 @@ def run(
         conf: Its configuration folder.
         stages: Names of the stages.
         environment: Environment variables.
-        on_losses: Called with `eval_loss` by step whenever there are more; returns whether to end the trial.
+        on_poll: Called again and again with `eval_loss` by step; returns whether to end the trial.
 
     Returns:
         `done`, `pruned` or `failed`.
     """
-    command = [sys.executable, "-m", "kedro", "run", "--env", name, "--conf-source", str(conf)]
-    log = conf.parent / "run.log"
-    with log.open("ab") as output:
-        command += ["--pipelines", ",".join(stages)]
+    command = [sys.executable, "-c", _WITH_THE_SWEEP, "-m", "kedro", "run", "--env", name, "--conf-source", str(conf)]
+    command += ["--pipelines", ",".join(stages)]
+    with (conf.parent / "run.log").open("ab") as output:
         process = subprocess.Popen(command, cwd=project, env=dict(environment), stdout=output, stderr=output)
         try:
-            seen: dict[int, float] = {}
             while process.poll() is None:
                 time.sleep(_POLL_S)
-                losses = eval_losses(project / "data/06_models" / name / "scratch")
-                if losses != seen and on_losses(losses):
+                if on_poll(eval_losses(project / "data/06_models" / name / "scratch")):
                     _end(process)
                     return "pruned"
-                seen = losses
         except BaseException:
             _end(process)
             raise
