@@ -58,7 +58,7 @@ def test_optuna_finds_a_better_rate_than_the_default_in_a_few_trials(trained: Pa
     assert above.data.metrics["best/train/loss"] == found[0]["objective"]
     below = client.search_runs(
         [above.info.experiment_id],
-        f"tags.`mlflow.parentRunId` = '{above.info.run_id}' and attributes.status = 'FINISHED'",
+        condition,
     )
     assert {json.loads(run.data.params[RATE]) for run in below} == {trial["values"][RATE] for trial in found}
     assert all(run.info.run_name.startswith(f"{PROFILE} learning_rate=") for run in below)

@@ -19,7 +19,7 @@ from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
@@ -70,6 +70,14 @@ class PromoteConfig(Block):
     when: Literal["better_than_champion"] = "better_than_champion"
     on: str = "overall"
     by: Literal["paired_bootstrap"] = "paired_bootstrap"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_key(cls, values: Any) -> Any:
+        """Take `on` for what it says: as a word of its own, it is `true` in YAML."""
+        if isinstance(values, dict) and True in values:
+            return {"on" if key is True else key: value for key, value in values.items()}
+        return values
 
 
 class MlflowConfig(Block):
