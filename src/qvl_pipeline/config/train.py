@@ -120,7 +120,8 @@ class TrainConfig(Block):
     """
 
     optim: Optimizer = "adamw_torch_fused"
-    learning_rate: float = Field(default=1e-5, gt=0)
+    # What is above 1 is a slip of the exponent: 1e5 for 1e-5.
+    learning_rate: float = Field(default=1e-5, gt=0, le=1)
     learning_rates: dict[Part, PositiveFloat] = Field(default_factory=dict)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -260,6 +261,13 @@ class TrainConfig(Block):
     def kept(self) -> tuple[str, ...]:
         """`keep_checkpoints` as the engine has it: `best`, `last`, `every:<steps>`."""
         return tuple(kind if isinstance(kind, str) else f"every:{kind['every']}" for kind in self.keep_checkpoints)
+
+    @model_validator(mode="after")
+    def _compilation_is_asked_for(self) -> TrainConfig:
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if key in self.model_fields_set and not self.torch_compile:
+                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
+        return self
 
     @property
     def max_shard_bytes(self) -> int:

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from qvl_pipeline.engine.model.adapters import FOLDER
 from qvl_pipeline.engine.model.adapters.export import export_adapter
+from qvl_pipeline.engine.model.adapters.linear import base_sizes
 from qvl_pipeline.engine.model.export.base_files import OF_WEIGHTS, find_base_files, with_dtype
 from qvl_pipeline.engine.model.export.processor_files import PROCESSOR_FILES, processor_files
 from qvl_pipeline.engine.model.export.whole_weights import WholeWeights
@@ -46,7 +47,7 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec, target
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     whole = not spec.adapter.used or spec.adapter.export != "adapter"
-    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize if whole else None
+    needed = sum(base_sizes(model.hf).values()) * dtype.itemsize if whole else None
     with room_for(target, needed, partial):
         if spec.adapter.used and spec.adapter.export != "merged":
             export_adapter(model, spec, partial / FOLDER if leads else None)
