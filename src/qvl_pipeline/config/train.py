@@ -92,8 +92,8 @@ class TrainConfig(Block):
         save_total_limit: Checkpoints kept. While training goes on two are, whatever it says: the newest may be damaged.
         save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
             `adamw_8bit` it waits until they are written, and says so.
-        keep_checkpoints: Steps whose models are kept, exported like the trained one, in `data/06_models/<profile>/
-            checkpoints/step-<n>`: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as `[best, every: 500]`.
+        keep_checkpoints: Steps whose models are kept, each exported like the trained one to `checkpoints/step-<n>`
+            beside it: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as in `[best, every: 500]`.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.
