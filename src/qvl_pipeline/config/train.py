@@ -92,8 +92,8 @@ class TrainConfig(Block):
         save_total_limit: Checkpoints kept. While training goes on two are, whatever it says: the newest may be damaged.
         save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
             `adamw_8bit` it waits until they are written, and says so.
-        keep_checkpoints: Steps whose models are kept, exported like the trained one, in `data/06_models/<profile>/
-            checkpoints/step-<n>`: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as `[best, every: 500]`.
+        keep_checkpoints: Steps whose models are kept, each exported like the trained one to `checkpoints/step-<n>`
+            beside it: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as in `[best, every: 500]`.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.
@@ -244,13 +244,6 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
-    def _compilation_is_asked_for(self) -> TrainConfig:
-        for key in ("torch_compile_backend", "torch_compile_mode"):
-            if key in self.model_fields_set and not self.torch_compile:
-                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
-        return self
-
-    @model_validator(mode="after")
     def _what_is_kept_can_be_told(self) -> TrainConfig:
         if "best" in self.keep_checkpoints and self.eval_strategy == "no":
             raise ValueError(
@@ -268,6 +261,13 @@ class TrainConfig(Block):
     def kept(self) -> tuple[str, ...]:
         """`keep_checkpoints` as the engine has it: `best`, `last`, `every:<steps>`."""
         return tuple(kind if isinstance(kind, str) else f"every:{kind['every']}" for kind in self.keep_checkpoints)
+
+    @model_validator(mode="after")
+    def _compilation_is_asked_for(self) -> TrainConfig:
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if key in self.model_fields_set and not self.torch_compile:
+                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
+        return self
 
     @property
     def max_shard_bytes(self) -> int:
