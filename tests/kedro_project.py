@@ -17,7 +17,7 @@ from qvl_pipeline.config import CompareConfig, EvaluateConfig, IngestConfig, Mod
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-SHIPPED = ["qwen2_5_vl_7b", "qwen3_vl_8b", "tiny_qwen2_5_vl", "tiny_qwen3_vl"]
+SHIPPED = ["qwen2_5_vl_7b", "qwen3_vl_8b", "tiny_qwen2_5_vl", "tiny_qwen3_vl", "tiny_qwen3_vl_lora"]
 # A seed with which the training takes a second.
 WAITS = 1234
 # And one with which it fails by a bug.

@@ -12,7 +12,7 @@ from qvl_pipeline.config.recomputation import ALL_RECOMPUTED, NOTHING_RECOMPUTED
 from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bf16", "muon"]
 Part = Literal["vit", "merger", "deepstack", "visual", "llm", "embed", "head"]
 
 
@@ -33,6 +33,8 @@ class FSDPConfig(Block):
             accumulates. The gradients are the same.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory, and step there: much slower,
             for models that fit no other way. Without a GPU it changes nothing, and `result.json` says so.
+        frozen_sharding: Frozen weights are `sharded` like the others, or `replicated`: every rank holds them whole and
+            nothing of them is gathered, for frozen parts that fit beside all else. The results are the same.
     """
 
     transformer_layer_cls_to_wrap: list[str] = Field(default_factory=list)
@@ -42,6 +44,16 @@ class FSDPConfig(Block):
     backward_prefetch: int = Field(default=0, ge=0)
     accumulate_sharded: bool = False
     cpu_offload: bool = False
+    frozen_sharding: Literal["sharded", "replicated"] = "sharded"
+
+    @model_validator(mode="after")
+    def _replicas_are_where_they_are_used(self) -> FSDPConfig:
+        if self.frozen_sharding == "replicated" and self.cpu_offload:
+            raise ValueError(
+                "frozen_sharding 'replicated' keeps frozen weights on the GPU, and cpu_offload moves all of them off "
+                "it: choose one"
+            )
+        return self
 
 
 class TrainConfig(Block):
@@ -49,7 +61,9 @@ class TrainConfig(Block):
 
     Attributes:
         optim: `adamw_torch_fused`; `adamw_torch`, the same unfused; `adamw_8bit`, with 8-bit state (needs
-            torchao); or `muon`, Muon for the matrices of hidden layers and AdamW for embeddings, head and vectors.
+            torchao); `adamw_bf16`, with weights and state in bfloat16, half the memory: steps are rounded up or down
+            by chance, so that small ones count on average (needs torchao, and `bf16`); or `muon`, Muon for the
+            matrices of hidden layers and AdamW for embeddings, head and vectors.
         learning_rate: Peak learning rate.
         learning_rates: Peak learning rate of single parts: `vit`, `merger`, `deepstack`, `visual` (these three), `llm`,
             `embed`, `head`; the others have `learning_rate`. A part that is not there or not trained is an error.
@@ -197,6 +211,12 @@ class TrainConfig(Block):
     def _one_precision(self) -> TrainConfig:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true: choose one, bf16 where the GPU has it")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_in_bfloat16_compute_in_it(self) -> TrainConfig:
+        if self.optim == "adamw_bf16" and not self.bf16:
+            raise ValueError("optim 'adamw_bf16' holds weights in bfloat16, so set bf16 to true to compute in it too")
         return self
 
     @model_validator(mode="after")
