@@ -56,14 +56,31 @@ def test_flops_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("targets", "init"),
-    [({"llm": "all"}, "zeros_b"), ({"llm": ["mlp"], "visual": "all"}, "zeros_b"), ({"merger": "all"}, "pissa")],
+    ("kind", "targets", "init", "dropout", "train_fully"),
+    [
+        # What is not named is frozen: here all of the vision side.
+        ("lora", {"llm": "all"}, "zeros_b", 0.0, ()),
+        ("dora", {"llm": "all"}, "zeros_b", 0.0, ()),
+        ("dora", {"llm": "all"}, "zeros_b", 0.1, ()),
+        ("lora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, ()),
+        ("dora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, ()),
+        ("dora", {"llm": ["attention"]}, "zeros_b", 0.0, ("visual",)),
+        ("lora", {"merger": "all"}, "pissa", 0.0, ()),
+    ],
     ids=str,
 )
 def test_flops_of_adapters_are_those_that_torch_counts(
-    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], targets: dict, init: str
+    packed: PackedVLM,
+    builder: BatchBuilder,
+    samples: dict[str, dict[str, Any]],
+    kind: str,
+    targets: dict,
+    init: str,
+    dropout: float,
+    train_fully: tuple[str, ...],
 ) -> None:
-    spec = AdapterSpec("lora", 8, 16.0, False, 0.0, init, targets, (), "", "both")
+    spec = AdapterSpec(kind, 8, 16.0, False, dropout, init, targets, train_fully, "", "both")
+    packed.train()
     inject(packed.hf, packed.family, spec)
     for name, parameter in packed.hf.named_parameters():
         if ".lora_" in name:
