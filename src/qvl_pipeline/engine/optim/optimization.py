@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
 from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.optim.muon import ShardedMuon
@@ -53,7 +54,9 @@ def make_optimizers(model: PackedVLM, spec: OptimSpec) -> list[torch.optim.Optim
     if muon:
         # Scaled to the size of AdamW's updates, so that one learning rate and one decay serve both
         # (Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
-        optimizers.append(ShardedMuon(muon, lr=spec.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        options = {"lr": spec.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
+        dtype = torch.float32 if adapter_parameters(model) else torch.bfloat16
+        optimizers.append(ShardedMuon(muon, dtype=dtype, **options))
     return optimizers + ([make_adamw(adamw, spec)] if adamw else [])
 
 
