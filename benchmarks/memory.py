@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import report
 from benchmarks.train_step import make_training, on_ranks
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.run.stopping import StopRequest
 from qvl_pipeline.engine.run.watchdog import Watchdog
 from qvl_pipeline.engine.spec import TrainSpec
@@ -30,6 +31,7 @@ from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 _LORA = {"adapter": {"type": "lora", "r": 4, "alpha": 8.0}}
+_QLORA = {"adapter": {**_LORA["adapter"], "quantize_base": "nf4"}}
 _VISION = {"model": {"freeze_modules": ("visual",)}}
 _REPLICATED = {"parallel": {"frozen_sharding": "replicated"}}
 
@@ -54,6 +56,8 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "lora, replicated": _LORA | _REPLICATED,
     "lora, selective": _LORA | _recompute("selective"),
     "lora, recomputed": _LORA | _recompute("full"),
+    "qlora": _QLORA,
+    "qlora, recomputed": _QLORA | _recompute("full"),
 }
 
 
@@ -80,7 +84,8 @@ def measure(names: Iterable[str], tokens: int) -> list[dict[str, Any]]:
         tokens: Length of a pack.
 
     Returns:
-        For each: `training`, its name; `trained` and `frozen`, numbers of parameters; and bytes on the first rank.
+        For each: `training`, its name; numbers of parameters that are `trained`, `frozen` and `quantized`; and bytes on
+        the first rank.
     """
     torch.set_num_threads(1)
     rows = []
@@ -135,7 +140,8 @@ def _measure(path: Path) -> dict[str, int]:
     parameters = list(model.parameters())
     return {
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
-        "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        "frozen": sum(p.numel() for p in parameters if not p.requires_grad and p.is_floating_point()),
+        "quantized": sum(layer.quantized.shape.numel() for _, layer in quantized_layers(model)),
         "weights": sum(_bytes(parameter.data) for parameter in parameters),
         "gradients": gradients,
         "optimizer": sum(_bytes(value) for value in state if value.ndim),

@@ -23,6 +23,7 @@ MEASURED = (
     "full, recomputed",
     "frozen vision, replicated",
     "lora",
+    "qlora",
 )
 
 
@@ -57,13 +58,26 @@ def test_eight_bit_state_is_little_over_two_bytes(rows: dict[str, dict[str, Any]
     assert 2 < row["optimizer"] * RANKS / row["trained"] < 2.3
 
 
+def test_a_quantised_base_is_little_over_half_a_byte(rows: dict[str, dict[str, Any]]) -> None:
+    row = rows["qlora"]
+    quantized = row["weights"] * RANKS - 4 * row["trained"] - 2 * row["frozen"]
+    # Four bits a number, a byte of each 64, and four bytes of each 16,384; shards of so small matrices are filled up.
+    assert quantized / row["quantized"] == pytest.approx(1 / 2 + 1 / 64 + 4 / 16384, rel=0.01)
+
+
 def test_each_way_to_fit_holds_less_of_what_it_is_for(rows: dict[str, dict[str, Any]]) -> None:
     activations = {name: row["activations"] for name, row in rows.items()}
     assert activations["full, recomputed"] < 0.5 * activations["full, selective"]
     assert activations["full, selective"] < 0.7 * activations["full"]
     assert activations["lora"] < activations["full"]
     together = {name: row["bytes"] for name, row in rows.items()}
-    assert together["lora"] < together["full, adamw_bf16"] < together["full, adamw_8bit"] < together["full"]
+    assert (
+        together["qlora"]
+        < together["lora"]
+        < together["full, adamw_bf16"]
+        < together["full, adamw_8bit"]
+        < together["full"]
+    )
 
 
 def test_the_page_has_the_figures_of_the_results() -> None:

@@ -10,7 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
+from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
+from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
@@ -56,16 +58,17 @@ def test_flops_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "init", "dropout", "train_fully"),
+    ("kind", "targets", "init", "dropout", "train_fully", "base"),
     [
         # What is not named is frozen: here all of the vision side.
-        ("lora", {"llm": "all"}, "zeros_b", 0.0, ()),
-        ("dora", {"llm": "all"}, "zeros_b", 0.0, ()),
-        ("dora", {"llm": "all"}, "zeros_b", 0.1, ()),
-        ("lora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, ()),
-        ("dora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, ()),
-        ("dora", {"llm": ["attention"]}, "zeros_b", 0.0, ("visual",)),
-        ("lora", {"merger": "all"}, "pissa", 0.0, ()),
+        ("lora", {"llm": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": "all"}, "zeros_b", 0.1, (), "nf4"),
+        ("lora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": ["attention"]}, "zeros_b", 0.0, ("visual",), "none"),
+        ("lora", {"merger": "all"}, "pissa", 0.0, (), "none"),
+        ("lora", {"llm": ["attention"], "merger": "all"}, "zeros_b", 0.0, (), "nf4"),
     ],
     ids=str,
 )
@@ -78,10 +81,16 @@ def test_flops_of_adapters_are_those_that_torch_counts(
     init: str,
     dropout: float,
     train_fully: tuple[str, ...],
+    base: str,
 ) -> None:
-    spec = AdapterSpec(kind, 8, 16.0, False, dropout, init, targets, train_fully, "", "both")
+    spec = AdapterSpec(kind, 8, 16.0, False, dropout, init, targets, train_fully, "", base, True, ("llm",), "both")
     packed.train()
     inject(packed.hf, packed.family, spec)
+    if spec.quantizes:
+        matrices = {name: weight.clone() for name, weight in packed.hf.named_parameters()}
+        quantize_base(packed.hf, packed.family, spec)
+        for name, layer in quantized_layers(packed.hf):
+            fill_quantized(layer, matrices[f"{name}.weight"])
     for name, parameter in packed.hf.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter)

@@ -44,7 +44,7 @@ def same_as_whole(replicas: int) -> None:
 
 
 def same_in_float32() -> None:
-    """Of gradients that differ in their last bits, whole matrices and sharded ones: nothing is rounded to a neighbour."""
+    """Take a step of gradients that differ in their last bits, in float32, and one in bfloat16."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     made = [torch.nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in tensors(0) * 3]

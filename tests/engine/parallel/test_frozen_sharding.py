@@ -18,6 +18,7 @@ from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training, trained
 
 DORA = {"adapter": {"type": "dora", "targets": {"llm": "all", "vit": ["attention"]}}}
+QLORA = {"adapter": {"type": "lora", "quantize_base": "nf4"}}
 VISION = {"model": {"freeze_modules": ("visual",)}}
 
 
@@ -26,10 +27,11 @@ VISION = {"model": {"freeze_modules": ("visual",)}}
     [
         (DORA, {}, 2),
         (DORA, {"bf16": True, "accumulate_sharded": True}, 2),
+        (QLORA, {"bf16": True}, 2),
         (VISION, {"bf16": True, "forward_prefetch": 2, "backward_prefetch": 2}, 2),
         (VISION, {"hsdp_shard_size": 2}, 4),
     ],
-    ids=["dora", "dora, bf16", "frozen vision, bf16", "frozen vision, hsdp"],
+    ids=["dora", "dora, bf16", "qlora, bf16", "frozen vision, bf16", "frozen vision, hsdp"],
 )
 def test_the_training_is_that_of_sharded_frozen_weights(
     frozen: dict[str, Any], parallel: dict[str, Any], nproc: int, tiny_folders: Callable[[str], Path], tmp_path: Path
@@ -43,8 +45,8 @@ def test_the_training_is_that_of_sharded_frozen_weights(
         weights[how] = load_file(Path(spec.export.output_dir) / "model.safetensors")
     assert rows["replicated"] == rows["sharded"]
     assert all(torch.equal(weight, weights["sharded"][name]) for name, weight in weights["replicated"].items())
-    result = json.loads((tmp_path / "replicated" / "result.json").read_text())
-    assert result["replicated_parameters"] == result["parameters"] - result["trained_parameters"] > 0
+    results = {how: json.loads((tmp_path / how / "result.json").read_text()) for how in rows}
+    assert results["replicated"]["replicated_bytes"] > results["sharded"]["replicated_bytes"] == 0
 
 
 def frozen_are_whole(spec: TrainSpec) -> None:

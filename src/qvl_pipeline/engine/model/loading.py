@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
-from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
@@ -76,6 +76,8 @@ def build_model(
         logger.info("use_liger_kernel: %s", facts["liger"])
     trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
     hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
+    if spec.adapter.quantizes:
+        facts["quantized"] = quantize_base(hf, family, spec.adapter)
     facts["recomputed"] = recompute_activations(hf, spec.recompute)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode

@@ -73,7 +73,7 @@ def shard(
 
     Returns:
         Facts for `result.json`: the classes wrapped, over how many ranks, whether the CPU's memory is used, and how
-        many parameters are replicated.
+        much is replicated.
 
     Raises:
         ValueError: The ranks cannot be divided as asked.
@@ -103,7 +103,7 @@ def shard(
         "wrapped": list(layers),
         "shard_size": mesh["shard"].size(),
         "cpu_offload": _describe_offload(spec, device),
-        "replicated_parameters": sum(parameter.numel() for parameter in replicated),
+        "replicated_bytes": sum(parameter.numel() * parameter.itemsize for parameter in replicated),
     }
 
 
