@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
 
 GIB = 1 << 30
-# Bytes of optimizer state for each trained parameter: two float32 moments, two of 8 bits, or (of matrices) one.
-_STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "muon": 4}
+# Bytes of optimizer state for each trained parameter: two float32 moments, two of 8 or 16 bits, or (of matrices) one.
+_STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "adamw_bf16": 4, "muon": 4}
 _FLOAT32 = 4
 
 
@@ -51,9 +51,10 @@ def check_space(spec: TrainSpec, steps: int | None, model: nn.Module) -> None:
 
 
 def checkpoint_bytes(spec: TrainSpec, model: nn.Module) -> int:
-    """Bytes of a checkpoint: of what is trained, float32 weights, the optimizer's state and the average."""
+    """Bytes of a checkpoint: of what is trained, weights, the optimizer's state and the average."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    each = _FLOAT32 + _STATE_BYTES[spec.optim.optim] + (_FLOAT32 if spec.optim.ema_decay else 0)
+    weights = 2 if spec.optim.in_bfloat16 else _FLOAT32
+    each = weights + _STATE_BYTES[spec.optim.optim] + (_FLOAT32 if spec.optim.ema_decay else 0)
     return each * trained
 
 
