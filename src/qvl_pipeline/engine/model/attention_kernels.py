@@ -148,7 +148,7 @@ def _grouped_heads(varlen_attn: Kernel) -> dict[str, bool]:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     options = {"is_causal": causal, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
-    return _by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
+    return by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
@@ -160,7 +160,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, 
             scores = scores.masked_fill(future, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
 
-    return _by_length(q, k, v, segments, causal, attend)
+    return by_length(q, k, v, segments, causal, attend)
 
 
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.disable(reason="the lengths of sequences are read on the host")
-def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
+def by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
     """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
 
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
