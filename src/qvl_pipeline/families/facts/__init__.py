@@ -1,0 +1,149 @@
+"""Facts of the published models, one file a family: sizes, context, licence; known without a network or torch.
+
+`MODELS` has them by hub id. A model that is not among them is trained just the same: what is known of it is then what
+its own `config.json` says.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The language model; names are those of its part of `config.json`.
+
+    Attributes:
+        hidden_size: Width.
+        intermediate_size: Width inside of an MLP.
+        num_hidden_layers: Decoder layers.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocab_size: Rows of the embedding.
+        max_position_embeddings: Context in tokens.
+        rope_theta: Base of the rotary frequencies.
+        mrope_section: Rotary frequencies of time, height and width.
+        mrope_interleaved: Whether the three take turns along a head, or lie one after the other.
+        rms_norm_eps: Added in norms.
+        tie_word_embeddings: Whether embedding and head are one parameter.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    mrope_interleaved: bool
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True)
+class VisionFacts:
+    """The vision tower; names are those of its part of `config.json`. What a family does not have is `None`.
+
+    Attributes:
+        depth: Blocks.
+        hidden_size: Width.
+        intermediate_size: Width inside of an MLP.
+        num_heads: Heads.
+        patch_size: Side of a patch in pixels.
+        spatial_merge_size: Side of the square of patches that becomes one token.
+        temporal_patch_size: Frames of a patch.
+        window_size: Side of an attention window in pixels.
+        fullatt_block_indexes: Blocks that attend to the whole picture, where the others keep to windows.
+        tokens_per_second: Temporal positions of a second.
+        deepstack_visual_indexes: Blocks whose features are added to the first decoder layers.
+        num_position_embeddings: Rows of the learned table of positions.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    window_size: int | None = None
+    fullatt_block_indexes: tuple[int, ...] | None = None
+    tokens_per_second: int | None = None
+    deepstack_visual_indexes: tuple[int, ...] | None = None
+    num_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a published model.
+
+    Attributes:
+        name: Id on the hub.
+        family: Name of its family.
+        size: Its size, as its name has it: `7B`.
+        parameters: Published number of parameters.
+        license: Licence of the weights.
+        use: What it is recommended for.
+        text: The language model.
+        vision: The vision tower.
+    """
+
+    name: str
+    family: str
+    size: str
+    parameters: int
+    license: str
+    use: str
+    text: TextFacts
+    vision: VisionFacts
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        return self.text.max_position_embeddings
+
+    def config(self) -> dict[str, Any]:
+        """Return what `config.json` says of the architecture, for `AutoConfig.for_model(**facts.config())`.
+
+        Token ids are those of the family's class in transformers.
+        """
+        text = asdict(self.text)
+        rope = {name: text.pop(name) for name in ("rope_theta", "mrope_section", "mrope_interleaved")}
+        rope["mrope_section"] = list(rope["mrope_section"])
+        vision = {name: value for name, value in asdict(self.vision).items() if value is not None}
+        return {
+            "model_type": self.family,
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+            "text_config": text | {"rope_parameters": {"rope_type": "default", **rope}},
+            "vision_config": vision | {"out_hidden_size": self.text.hidden_size},
+        }
+
+
+def _read(path: Path) -> dict[str, ModelFacts]:
+    """Read the file of a family, whose name is the file's."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    shared = content["shared"]
+    return {name: _model(name, path.stem, shared, said) for name, said in content["models"].items()}
+
+
+def _model(name: str, family: str, shared: Mapping[str, Any], said: Mapping[str, Any]) -> ModelFacts:
+    text, vision = (_tuples(shared[part] | said[part]) for part in ("text", "vision"))
+    parts = {"text": TextFacts(**text), "vision": VisionFacts(**vision)}
+    return ModelFacts(name=name, family=family, **{**said, **parts})
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+MODELS: Mapping[str, ModelFacts] = {
+    name: model for path in sorted(Path(__file__).parent.glob("*.toml")) for name, model in _read(path).items()
+}

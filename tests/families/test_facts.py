@@ -1,0 +1,72 @@
+"""Facts of the published models: they build, with the published number of parameters; nobody needs torch for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families.facts import MODELS, ModelFacts
+
+SIZES = {"qwen2_5_vl": {"3B", "7B", "32B", "72B"}, "qwen3_vl": {"2B", "4B", "8B", "32B"}}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def facts(request: pytest.FixtureRequest) -> ModelFacts:
+    return request.param
+
+
+def test_every_published_size_is_there() -> None:
+    for family, sizes in SIZES.items():
+        assert {model.size for model in MODELS.values() if model.family == family} == sizes
+    for name, model in MODELS.items():
+        assert name.endswith(f"-{model.size}-Instruct")
+        assert model.family in FAMILIES
+
+
+def test_model_builds_from_facts_with_the_published_number_of_parameters(facts: ModelFacts) -> None:
+    config = AutoConfig.for_model(**facts.config())
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(tensor.numel() for tensor in model.parameters()) == pytest.approx(facts.parameters, rel=1e-3)
+    family = FAMILIES[facts.family]
+    classes = [type(module).__name__ for module in model.modules()]
+    assert classes.count(family.decoder_layer) == facts.text.num_hidden_layers
+    assert classes.count(family.vision_block) == facts.vision.depth
+    assert {family.group_of(name) for name, _ in model.named_parameters()} >= {"vit", "merger", "embed", "llm"}
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == facts.text.tie_word_embeddings
+
+
+def test_everything_said_reaches_the_config(facts: ModelFacts) -> None:
+    said = facts.config()
+    config = AutoConfig.for_model(**facts.config())
+    for part in ("text_config", "vision_config"):
+        made = getattr(config, part)
+        for key, value in said[part].items():
+            got = getattr(made, key)
+            if isinstance(value, dict):
+                assert {name: got[name] for name in value} == value
+            else:
+                assert (list(got) if isinstance(value, tuple) else got) == (
+                    list(value) if isinstance(value, tuple) else value
+                ), key
+
+
+def test_facts_agree_with_themselves_and_with_the_family(facts: ModelFacts) -> None:
+    text, vision = facts.text, facts.vision
+    assert sum(text.mrope_section) == text.head_dim // 2
+    assert text.num_attention_heads % text.num_key_value_heads == 0
+    assert vision.patch_size == FAMILIES[facts.family].patch_size
+    assert max(vision.fullatt_block_indexes or vision.deepstack_visual_indexes) < vision.depth
+    assert (vision.tokens_per_second is None) == (facts.family == "qwen3_vl")
+
+
+def test_facts_need_no_torch() -> None:
+    check = (
+        "import sys, qvl_pipeline.families.facts; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
