@@ -93,7 +93,6 @@ def make_training(
             attn_implementation="auto",
             vit_attn_implementation="auto",
             freeze_modules=(),
-            checkpointed_towers=(),
             use_liger_kernel=False,
             image_min_pixels=3136,
             image_max_pixels=50176,
@@ -101,6 +100,7 @@ def make_training(
             torch_compile_backend="eager",
             torch_compile_mode="default",
         ),
+        recompute=spec.RecomputeSpec(llm="none", vit="none", every=1, offload=False),
         data=spec.DataSpec(
             tokenized=str(folder / "tokenized.arrow"),
             pack_plan=str(folder / "pack_plan.parquet"),

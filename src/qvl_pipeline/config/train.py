@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from qvl_pipeline.config.base import Block, Indifferent
 from qvl_pipeline.config.launch import LaunchConfig
+from qvl_pipeline.config.recomputation import ALL_RECOMPUTED, NOTHING_RECOMPUTED, GradientCheckpointingConfig
 from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
@@ -68,8 +69,8 @@ class TrainConfig(Block):
         export_ema: Export that average instead of the last weights.
         export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
         max_shard_size: Most bytes of one exported weights file, such as `5GB` or `500MB`.
-        gradient_checkpointing: Recompute activations in the backward pass; a list `[llm]` or `[vit]` does so in that
-            tower only.
+        gradient_checkpointing: Recompute activations in the backward pass: those of all blocks, with a list `[llm]` or
+            `[vit]` those of that tower, or as a block says. The gradients are the same.
         torch_compile: Compile each decoder layer and vision block; pays off over many steps.
         torch_compile_backend: Backend of `torch.compile`.
         torch_compile_mode: Mode of `torch.compile`. Modes with CUDA graphs are not there: FSDP2 gathers weights into
@@ -134,7 +135,7 @@ class TrainConfig(Block):
     export_ema: bool = False
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(MB|GB)$")
-    gradient_checkpointing: bool | list[Literal["llm", "vit"]] = False
+    gradient_checkpointing: bool | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
     torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
@@ -244,11 +245,12 @@ class TrainConfig(Block):
         return int(self.max_shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.max_shard_size[-2:]]
 
     @property
-    def checkpointed_towers(self) -> tuple[str, ...]:
-        """Towers whose activations are recomputed."""
-        if isinstance(self.gradient_checkpointing, bool):
-            return ("llm", "vit") if self.gradient_checkpointing else ()
-        return tuple(self.gradient_checkpointing)
+    def recomputed(self) -> GradientCheckpointingConfig:
+        """`gradient_checkpointing`, however it was given."""
+        given = self.gradient_checkpointing
+        if isinstance(given, bool):
+            return ALL_RECOMPUTED if given else NOTHING_RECOMPUTED
+        return GradientCheckpointingConfig(**dict.fromkeys(given, "full")) if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _prefetching_needs_workers(self) -> TrainConfig:

@@ -54,7 +54,6 @@ class ModelSpec:
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
         freeze_modules: Short names or globs of parts that stay as they are.
-        checkpointed_towers: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
         image_max_pixels: Most pixels of an image.
@@ -69,13 +68,29 @@ class ModelSpec:
     attn_implementation: str
     vit_attn_implementation: str
     freeze_modules: tuple[str, ...]
-    checkpointed_towers: tuple[str, ...]
     use_liger_kernel: bool
     image_min_pixels: int
     image_max_pixels: int
     torch_compile: bool
     torch_compile_backend: str
     torch_compile_mode: str
+
+
+@dataclass(frozen=True)
+class RecomputeSpec:
+    """Which activations are recomputed in the backward pass.
+
+    Attributes:
+        llm: Of the language model: `none`, `selective` (not those of matrix products and attention) or `full`.
+        vit: Of the vision tower.
+        every: Blocks from one that recomputes to the next.
+        offload: Keep the inputs of recomputed blocks in the CPU's memory.
+    """
+
+    llm: str
+    vit: str
+    every: int
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -309,6 +324,7 @@ class TrainSpec:
 
     run: RunSpec
     model: ModelSpec
+    recompute: RecomputeSpec
     data: DataSpec
     stream: StreamSpec
     optim: OptimSpec

@@ -90,6 +90,7 @@ def make_spec(
             family=base_model.family,
             vit_attn_implementation=model.vit_attn_implementation or model.attn_implementation,
         ),
+        recompute=_filled(spec.RecomputeSpec, train.recomputed),
         data=_filled(
             spec.DataSpec,
             *(batching, train),

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(
 @pytest.mark.parametrize(
     ("nproc", "groups"),
     [
-        (4, {"parallel": {"hsdp_shard_size": 2}, "model": {"checkpointed_towers": ("llm", "vit")}}),
+        (4, {"parallel": {"hsdp_shard_size": 2}, "recompute": {"llm": "selective", "vit": "full"}}),
         (2, {"parallel": {"sp_ulysses_degree": 2}}),
         (1, {"model": {"torch_compile": True}, "data": {"per_device_train_batch_size": 3}}),
     ],

@@ -48,7 +48,7 @@ def build_model(
 
     Returns:
         The model on the meta device, and facts about it for `result.json`: what was frozen or adapted, which kernels
-        are used, how many parameters.
+        are used, how many parameters, which blocks recompute.
     """
     family = FAMILIES[spec.model.family]
     hf = build_skeleton(spec.model.path)
@@ -75,7 +75,7 @@ def build_model(
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
     hold_frozen_in(hf, compute_dtype(spec.parallel))
-    recompute_activations(hf, spec.model.checkpointed_towers)
+    facts["recomputed"] = recompute_activations(hf, spec.recompute)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
