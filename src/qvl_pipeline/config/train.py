@@ -70,7 +70,8 @@ class TrainConfig(Block):
         export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
         max_shard_size: Most bytes of one exported weights file, such as `5GB` or `500MB`.
         gradient_checkpointing: Recompute activations in the backward pass: those of all blocks, with a list `[llm]` or
-            `[vit]` those of that tower, or as a block says. The gradients are the same.
+            `[vit]` those of that tower, or as a block says; `auto` lets the preflight choose the least that fits the
+            device. The gradients are the same.
         torch_compile: Compile each decoder layer and vision block; pays off over many steps.
         torch_compile_backend: Backend of `torch.compile`.
         torch_compile_mode: Mode of `torch.compile`. Modes with CUDA graphs are not there: FSDP2 gathers weights into
@@ -135,7 +136,7 @@ class TrainConfig(Block):
     export_ema: bool = False
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(MB|GB)$")
-    gradient_checkpointing: bool | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
+    gradient_checkpointing: bool | Literal["auto"] | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
     torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
@@ -246,8 +247,10 @@ class TrainConfig(Block):
 
     @property
     def recomputed(self) -> GradientCheckpointingConfig:
-        """`gradient_checkpointing`, however it was given."""
+        """`gradient_checkpointing`, however it was given; `auto`, until the preflight has chosen, as all of it."""
         given = self.gradient_checkpointing
+        if given == "auto":
+            return ALL_RECOMPUTED
         if isinstance(given, bool):
             return ALL_RECOMPUTED if given else NOTHING_RECOMPUTED
         return GradientCheckpointingConfig(**dict.fromkeys(given, "full")) if isinstance(given, list) else given

@@ -53,6 +53,8 @@ class EarlyChecks:
         """Remember where every entry is, for messages."""
         self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
         self._schemas = {name: entry.get("schema") for name, entry in conf_catalog.items()}
+        # Where something is if it is there: whoever looks there checks what he finds.
+        self._places = {name for name, entry in conf_catalog.items() if entry["type"].endswith("PlaceDataset")}
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -118,6 +120,7 @@ class EarlyChecks:
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
         inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
+        inputs -= self._places
         there = [name for name in sorted(inputs) if catalog.exists(name)]
         problems = {name: self._damage(name) or self._made_otherwise(name) for name in there}
         missing = dict.fromkeys(sorted(inputs - problems.keys()))

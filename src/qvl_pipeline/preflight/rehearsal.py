@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -83,13 +82,14 @@ class _Timeline:
         self.spans: list[Span] = []
         self._ledger, self._start = ledger, 0
         self._backward, self._place = False, ("", -1)
+        self._block: nn.Module | None = None
 
     def watch(self, tower: str, number: int, block: nn.Module) -> list[Any]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if not self._backward:
                 self._cut(tower, number, entering=True)
                 if args[0].requires_grad:
-                    args[0].register_hook(lambda _: self._leave_backward(tower, number, block))
+                    args[0].register_hook(lambda _: self._leave_backward(block))
             # As FSDP2 does with what a unit is given.
             dtype = next(block.parameters()).dtype
             return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
@@ -98,7 +98,7 @@ class _Timeline:
             if self._backward:
                 return
             if output.requires_grad:
-                output.register_hook(lambda _: self._cut(tower, number, entering=True))
+                output.register_hook(lambda _: self._enter_backward(tower, number, block))
             self._cut(tower, number, entering=False)
 
         return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
@@ -112,9 +112,17 @@ class _Timeline:
         """Close the last span."""
         self._close(*self._place)
 
-    def _leave_backward(self, tower: str, number: int, block: nn.Module) -> None:
-        block.zero_grad(set_to_none=True)
-        self._cut(tower, number, entering=False)
+    def _enter_backward(self, tower: str, number: int, block: nn.Module) -> None:
+        if self._block is not None:  # what this block put out is what the next took in, and this hook is the first
+            self._leave_backward(self._block)
+        self._block = block
+        self._cut(tower, number, entering=True)
+
+    def _leave_backward(self, block: nn.Module) -> None:
+        if self._block is block:
+            self._block = None
+            block.zero_grad(set_to_none=True)
+            self._cut(*self._place, entering=False)
 
     def _cut(self, tower: str, number: int, *, entering: bool) -> None:
         self._close(*(("", self._place[1]) if entering else (tower, number)))

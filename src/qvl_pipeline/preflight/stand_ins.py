@@ -1,8 +1,8 @@
 """Kernels of a GPU on the meta device: what they allocate and what they keep for the backward pass, and no values.
 
-Sizes are those of the kernels' own code: FlashAttention 2 and 3 and torch's variable-length attention, which keep query,
-key, value, output and the logarithms of the sums; Liger 0.8's RMS norm and SwiGLU, whose backward passes write over what
-they read. What `torch.compile` makes of a block keeps as much as Liger's kernels do (within 0.1 % on a GPU).
+Sizes are those of the kernels' own code: FlashAttention 2 and 3 and torch's variable-length attention, which keep
+query, key, value, output and the logarithms of the sums; Liger 0.8's RMS norm and SwiGLU, whose backward passes write
+over what they read. What `torch.compile` makes of a block keeps as much as Liger's kernels do (within 0.1 % on a GPU).
 """
 
 from __future__ import annotations
@@ -16,25 +16,40 @@ from torch import Tensor, nn
 from qvl_pipeline.engine.model.attention_kernels import KERNELS, Segments, by_length
 from qvl_pipeline.families import ModelFamily
 
+# Operations of their own, under a name that selective recomputation knows as attention.
+_LIBRARY = torch.library.Library("flash_attn_stand_in", "DEF")
+_LIBRARY.define("forward(Tensor query) -> (Tensor, Tensor)")
+_LIBRARY.define("work(Tensor query, bool grouped) -> Tensor[]")
+
+
+@torch.library.impl(_LIBRARY, "forward", "Meta")
+def _forward(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of query's shape `[…, D]`, and the logarithms of the sums `[…]`."""
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.impl(_LIBRARY, "work", "Meta")
+def _work(query: Tensor, grouped: bool) -> list[Tensor]:
+    """What the backward pass needs: query's gradient in float32; of grouped heads, two gradients of each query head."""
+    summed = query.new_empty(query.shape, dtype=torch.float32)
+    return [summed, *(query.new_empty(query.shape) for _ in range(2 * grouped))]
+
 
 class _FlashAttention(torch.autograd.Function):
     """Query `[…, D]` to an output of its shape; key and value may have fewer heads."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(query.shape)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output, sums = torch.ops.flash_attn_stand_in.forward(query)
         ctx.save_for_backward(query, key, value, output, sums)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _output, sums = ctx.saved_tensors
-        # Of the query it is summed in float32; of grouped heads, key's and value's are made for each query head.
-        summed, product = query.new_empty(query.shape, dtype=torch.float32), sums.new_empty(sums.shape)
-        expanded = [query.new_empty(query.shape) for _ in range(2)] if query.shape != key.shape else []
+        query, key, value, _output, _sums = ctx.saved_tensors
+        work = torch.ops.flash_attn_stand_in.work(query, query.shape != key.shape)
         gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-        del summed, product, expanded
+        del work
         return gradients
 
 

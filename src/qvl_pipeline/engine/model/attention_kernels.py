@@ -95,9 +95,8 @@ def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
     """Say why a kernel cannot run on a device; `None` when it can."""
     if name not in _CAPABILITIES:
         return None
-    package = _PACKAGES.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        return f"needs the package {package}, which is not installed"
+    if not installed(name):
+        return f"needs the package {_PACKAGES[name]}, which is not installed"
     if device.type != "cuda":
         return f"runs on CUDA only, and this is {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -106,6 +105,11 @@ def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
     if not half:
         return "computes in bfloat16 or float16 only, and neither bf16 nor fp16 is set"
     return None
+
+
+def installed(name: str) -> bool:
+    """Whether the package that a kernel is in is there, on whatever device."""
+    return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None
 
 
 def _flash(
