@@ -115,6 +115,9 @@ class TrainConfig(Block):
             `profile/` in the run's folder. Empty traces nothing.
         memory_snapshot_on_oom: Record GPU allocations, and write them to `memory/` in the run's folder when memory
             runs out. Slows training a little.
+        worst_case_first: Before the first step of a training with a plan, take one on the pack with most tokens and one
+            on that with most patches, and undo them bit for bit: memory runs out at once or never. `result.json` has
+            the measured peak and its ratio to what the preflight foretold.
         seed: Seed of everything random in training.
     """
 
@@ -164,6 +167,7 @@ class TrainConfig(Block):
     on_bad_sample: Annotated[Literal["raise", "skip"], Indifferent()] = "raise"
     profile_steps: Annotated[list[int], Indifferent()] = Field(default_factory=list)
     memory_snapshot_on_oom: Annotated[bool, Indifferent()] = False
+    worst_case_first: Annotated[bool, Indifferent()] = False
     seed: int = Field(default=42, ge=0)
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:
