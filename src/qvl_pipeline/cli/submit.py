@@ -22,14 +22,17 @@ from qvl_pipeline.submit.job import TARGETS, make_job, render, send
 @click.option("--go", is_flag=True, help="Send it; otherwise it is only printed.")
 def submit(target: str, env: str | None, hardware: str, hours: int, params: str, image: str, go: bool) -> None:
     """Write the batch script, TrainJob or SkyPilot task that trains a profile, and print it; with --go, send it."""
-    # The configuration, which a click command of Kedro's does not load by itself.
+    # The configuration, which takes longer to import than click.
+    from kedro.framework.project import settings
+    from kedro.framework.startup import bootstrap_project
+
     from qvl_pipeline.profiles.checking import check_parameters
     from qvl_pipeline.profiles.loader import ProfileLoader
-    from qvl_pipeline.settings import CONFIG_LOADER_ARGS
 
     with one_sentence():
         root = find_kedro_project(Path.cwd()) or Path.cwd()
-        loader = ProfileLoader(str(root / "conf"), env=env, **CONFIG_LOADER_ARGS)
+        bootstrap_project(root)
+        loader = ProfileLoader(str(root / "conf"), env=env, **settings.CONFIG_LOADER_ARGS)
         preflight = check_parameters(loader["parameters"], loader.origins)["preflight"]
         report = root / loader["catalog"]["preflight_report"]["filepath"]
         hardware = hardware or preflight.hardware

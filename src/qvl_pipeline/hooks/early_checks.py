@@ -236,7 +236,7 @@ def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
     if "params:train" not in pipeline.inputs():
         return
     nodes = catalog.load("params:train").launch.nodes()
-    if nodes.node_rank > 0 and {node.name for node in pipeline.nodes} != {"train"}:
+    if nodes.node_rank > 0 and not {node.name for node in pipeline.nodes} <= {"preflight", "train"}:
         raise UserError(
             f"node {nodes.node_rank} of {nodes.nnodes} can only join the training: run `kedro run --pipelines train` "
             "on every node, and the other pipelines on one"

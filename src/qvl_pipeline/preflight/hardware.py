@@ -56,7 +56,7 @@ class Hardware:
         if self.device == "cpu":
             return f"{self.ranks} processes on CPUs"
         nodes = f"{self.nodes} nodes of " if self.nodes > 1 else ""
-        return f"{nodes}{self.per_node} x {self.name}, {self.memory / GIB:.0f} GiB each"
+        return f"{nodes}{self.per_node} x {self.name}"
 
 
 def named_hardware(text: str) -> Hardware:

@@ -124,7 +124,7 @@ def _work(plan: Plan, heavy: Heavy, batching: BatchingConfig, hardware: Hardware
 
 def _sentence(verdict: str, needed: Estimate, hardware: Hardware, smallest: Sequence[Change]) -> str:
     have, want = hardware.memory / GIB, needed.bytes / GIB
-    figures = f"{want:,.1f} GiB of {have:,.1f} GiB a rank"
+    figures = f"{want:,.1f} GiB of {have:,.1f} GiB a rank on {hardware.title}"
     if verdict == FITS:
         return f"{FITS} with {have - want:,.1f} GiB to spare: {figures}"
     text = f"{DOES_NOT_FIT}: {figures}, {want - have:,.1f} GiB too much"

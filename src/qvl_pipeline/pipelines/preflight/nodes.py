@@ -36,17 +36,16 @@ def preflight_of_profile(
     """
     import pandas as pd
 
-    from qvl_pipeline.preflight.asking import ask
+    from qvl_pipeline.preflight.asking import ask, recorded_trainings
     from qvl_pipeline.preflight.verdict import Plan
     from qvl_pipeline.reports.preflight_page import render_preflight
 
     packs, tokenized = model_input / "pack_plan.parquet", model_input / "tokenized.arrow"
     there = packs.exists() and tokenized.exists()
     plan = Plan(pd.read_parquet(packs) if there else None, tokenized if there else None, model_input / "video_frames")
-    reports, name = model_input.parent.parent / "08_reporting", model_input.name
-    recorded = [reports / name / "train_result.json", *sorted(reports.glob("*/train_result.json"))]
-    scratch = model_input.parent.parent / "06_models" / name / "scratch"
+    data, name = model_input.parent.parent, model_input.name
+    recorded = recorded_trainings(data / "08_reporting", name)
     blocks = sample, model, batching, train, adapter, preflight
-    report = ask(plan, *blocks, scratch, [path for path in recorded if path.exists()])
-    print(f"preflight: {report['sentence']} (on {report['hardware']['title']})", flush=True)
+    report = ask(plan, *blocks, data / "06_models" / name / "scratch", recorded)
+    print(f"preflight: {report['sentence']}", flush=True)
     return render_preflight(name, report), report
