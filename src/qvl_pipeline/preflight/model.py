@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
+from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.attention import use_kernels
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -81,6 +82,8 @@ def prepare(spec: TrainSpec, config: PreTrainedConfig, kernels: Kernels) -> Pack
         use_fused_blocks(hf, family)
     for parameter in hf.parameters():
         parameter.data = parameter.data.to(compute_dtype(spec.parallel))
+    if spec.adapter.used and spec.adapter.quantizes:
+        quantize_base(hf, family, spec.adapter)
     recompute_activations(hf, spec.recompute)
     return PackedVLM(hf, family, _MEAN_AND_STD, _MEAN_AND_STD, group)
 
@@ -126,5 +129,7 @@ def _shortened(kinds: Iterable[Hashable]) -> tuple[list[int], list[int]]:
 
 
 def number_of(model: nn.Module, *, trained: bool | None = None) -> int:
-    """Count the parameters of a model: all, the trained or the frozen ones."""
-    return sum(p.numel() for p in model.parameters() if trained is None or p.requires_grad is trained)
+    """Count the parameters of a model: all, the trained or the frozen ones; of bytes, the numbers they stand for."""
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    quantized = 0 if trained else sum(layer.quantized.shape.numel() for _, layer in quantized_layers(model))
+    return quantized + sum(p.numel() for p in floats if trained is None or p.requires_grad is trained)

@@ -91,7 +91,7 @@ class _Timeline:
                 if args[0].requires_grad:
                     args[0].register_hook(lambda _: self._leave_backward(block))
             # As FSDP2 does with what a unit is given.
-            dtype = next(block.parameters()).dtype
+            dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
             return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
 
         def after(_: nn.Module, _args: Any, output: Tensor) -> None:

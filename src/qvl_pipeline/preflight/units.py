@@ -19,7 +19,7 @@ class Unit:
 
     Attributes:
         trained: Numbers of the trained parameters on one rank.
-        frozen: Numbers of the frozen ones on one rank.
+        frozen: Bytes of the frozen ones on one rank.
         matrices: Those of `trained` that are in matrices.
         shards: Ranks that they are sharded over.
         width: Bytes of a number in the type of the computation.
@@ -36,12 +36,12 @@ class Unit:
     @property
     def gathered(self) -> int:
         """Bytes of all its parameters, in the type of the computation."""
-        return self.width * self.shards * (self.trained + self.frozen)
+        return self.shards * self.sliced
 
     @property
     def sliced(self) -> int:
         """Bytes of this rank's part of them, in that type."""
-        return self.width * (self.trained + self.frozen)
+        return self.width * self.trained + self.frozen
 
     @property
     def summed(self) -> int:
@@ -51,7 +51,7 @@ class Unit:
     @property
     def weights(self) -> int:
         """Bytes of its weights on one rank, between steps."""
-        return FLOAT32 * self.trained + self.width * self.frozen
+        return FLOAT32 * self.trained + self.frozen
 
     @property
     def gradients(self) -> int:
@@ -79,12 +79,14 @@ def units_of(model: PackedVLM, shards: int, dtype: torch.dtype) -> dict[tuple[st
 
 
 def _unit(parameters: Iterable[nn.Parameter], shards: int, width: int) -> Unit:
-    numbers = {True: 0, False: 0}
-    matrices = largest = 0
+    trained = frozen = matrices = largest = 0
     for parameter in parameters:
         rows = parameter.shape[0] if parameter.ndim else 1
         own = -(-rows // shards) * (parameter.numel() // rows)
-        numbers[parameter.requires_grad] += own
-        matrices += own if parameter.requires_grad and parameter.ndim >= 2 else 0
+        if parameter.requires_grad:
+            trained += own
+            matrices += own if parameter.ndim >= 2 else 0
+        else:
+            frozen += own * parameter.element_size()
         largest = max(largest, parameter.numel())
-    return Unit(numbers[True], numbers[False], matrices, shards, width, largest)
+    return Unit(trained, frozen, matrices, shards, width, largest)

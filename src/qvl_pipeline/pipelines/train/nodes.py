@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from qvl_pipeline.config import (
     AdapterConfig,
@@ -20,6 +21,7 @@ from qvl_pipeline.config import (
 )
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
+from qvl_pipeline.storage.tables import write_table
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
@@ -28,7 +30,7 @@ from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.running import collect, join, run_engine
-from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish
+from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish, publish_kept
 from qvl_pipeline.training.spec import Inputs, make_spec
 
 
@@ -84,14 +86,14 @@ def train(
     train: TrainConfig,
     adapter: AdapterConfig,
     ingest: IngestConfig,
-) -> tuple[Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
+) -> tuple[Callable[[Path], None], Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
     """Execute the pack plan on this machine's GPUs, or on its CPU when there are none.
 
     The engine works in `<model folder>/scratch/<fingerprint>`; a run of the very same model, plan and parameters that
     was cut off continues there from its newest checkpoint.
 
     Returns:
-        A writer of the trained model's folder, the logged steps, and the result.
+        A writer of the trained model's folder, one of the folder of kept checkpoints, the logged steps, and the result.
 
     Raises:
         UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; frames
@@ -135,9 +137,9 @@ def train(
     if processes.nodes.node_rank > 0:
         join(folder, processes, resume=resume)
     with held(folder, resume=resume):
-        pack_plan.to_parquet(folder / PACK_PLAN, index=False, write_page_checksum=True)
+        write_table(pa.Table.from_pandas(pack_plan, preserve_index=False), folder / PACK_PLAN)
         if eval_plan is not None:
-            eval_plan.to_parquet(folder / EVAL_PLAN, index=False, write_page_checksum=True)
+            write_table(pa.Table.from_pandas(eval_plan, preserve_index=False), folder / EVAL_PLAN)
         spec.save(folder / SPEC)
         run_engine(folder, processes, plan_summary["steps"], train.report_to)
 
@@ -156,4 +158,5 @@ def train(
         "git_commit": code.get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
-    return partial(publish, folder, card), rows, result | provenance
+    kept = partial(publish_kept, folder, card, result.get("kept_checkpoints", {}))
+    return partial(publish, folder, card), kept, rows, result | provenance
