@@ -85,6 +85,8 @@ def make_training(
             seed=0,
             profile_steps=(),
             memory_snapshot_on_oom=False,
+            worst_case_first=False,
+            expected_peak_bytes=0,
         ),
         model=spec.ModelSpec(
             path=str(model),

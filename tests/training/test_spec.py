@@ -62,6 +62,7 @@ TRAIN: dict[str, Any] = {
     "on_bad_sample": "skip",
     "profile_steps": [2, 3],
     "memory_snapshot_on_oom": True,
+    "worst_case_first": True,
     "seed": 7,
 }
 # What some of them need beside them.

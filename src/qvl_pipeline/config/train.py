@@ -85,7 +85,8 @@ class TrainConfig(Block):
         export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
         max_shard_size: Most bytes of one exported weights file, such as `5GB` or `500MB`.
         gradient_checkpointing: Recompute activations in the backward pass: those of all blocks, with a list `[llm]` or
-            `[vit]` those of that tower, or as a block says. The gradients are the same.
+            `[vit]` those of that tower, or as a block says; `auto` lets the preflight choose the least that fits the
+            device. The gradients are the same.
         torch_compile: Compile each decoder layer and vision block; pays off over many steps.
         torch_compile_backend: Backend of `torch.compile`.
         torch_compile_mode: Mode of `torch.compile`. Modes with CUDA graphs are not there: FSDP2 gathers weights into
@@ -131,6 +132,9 @@ class TrainConfig(Block):
             `profile/` in the run's folder. Empty traces nothing.
         memory_snapshot_on_oom: Record GPU allocations, and write them to `memory/` in the run's folder when memory
             runs out. Slows training a little.
+        worst_case_first: Before the first step of a training with a plan, take one on the pack with most tokens and one
+            on that with most patches, and undo them bit for bit: memory runs out at once or never. `result.json` has
+            the measured peak and its ratio to what the preflight foretold.
         seed: Seed of everything random in training.
     """
 
@@ -153,7 +157,7 @@ class TrainConfig(Block):
     export_ema: bool = False
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(MB|GB)$")
-    gradient_checkpointing: bool | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
+    gradient_checkpointing: bool | Literal["auto"] | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
     torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
@@ -182,6 +186,7 @@ class TrainConfig(Block):
     on_bad_sample: Annotated[Literal["raise", "skip"], Indifferent()] = "raise"
     profile_steps: Annotated[list[int], Indifferent()] = Field(default_factory=list)
     memory_snapshot_on_oom: Annotated[bool, Indifferent()] = False
+    worst_case_first: Annotated[bool, Indifferent()] = False
     seed: int = Field(default=42, ge=0)
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:
@@ -297,8 +302,10 @@ class TrainConfig(Block):
 
     @property
     def recomputed(self) -> GradientCheckpointingConfig:
-        """`gradient_checkpointing`, however it was given."""
+        """`gradient_checkpointing`, however it was given; `auto`, until the preflight has chosen, as all of it."""
         given = self.gradient_checkpointing
+        if given == "auto":
+            return ALL_RECOMPUTED
         if isinstance(given, bool):
             return ALL_RECOMPUTED if given else NOTHING_RECOMPUTED
         return GradientCheckpointingConfig(**dict.fromkeys(given, "full")) if isinstance(given, list) else given

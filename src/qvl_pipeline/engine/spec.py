@@ -27,6 +27,8 @@ class RunSpec:
         seed: Seed of everything random in training.
         profile_steps: First and last step that rank 0 traces; empty traces none.
         memory_snapshot_on_oom: Record GPU allocations, and write them when memory runs out.
+        worst_case_first: Try the heaviest micro-batches before the first step.
+        expected_peak_bytes: Peak of a rank's tensors that the preflight foretold; 0 where nothing was.
     """
 
     output_dir: str
@@ -41,6 +43,8 @@ class RunSpec:
     seed: int
     profile_steps: tuple[int, ...]
     memory_snapshot_on_oom: bool
+    worst_case_first: bool
+    expected_peak_bytes: int
 
 
 @dataclass(frozen=True)

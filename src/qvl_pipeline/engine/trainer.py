@@ -16,7 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
+from qvl_pipeline.engine.feed.steps import (
+    MicroBatch,
+    PlannedFeed,
+    Step,
+    heaviest_micro_batches,
+    read_plan,
+    share_out,
+)
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
@@ -44,6 +51,7 @@ from qvl_pipeline.engine.run.skipped import SkippedSamples
 from qvl_pipeline.engine.run.stopping import StopRequest, write_stopped
 from qvl_pipeline.engine.run.validation import Validation
 from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
+from qvl_pipeline.engine.run.worst_case import WorstCase, try_worst_case
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
@@ -108,7 +116,8 @@ class Trainer:
             return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
         plan = read_plan(Path(data.pack_plan))
         steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
-        return PlannedFeed(steps)
+        worst_case = self.spec.run.worst_case_first
+        return PlannedFeed(steps, heaviest_micro_batches(plan, *share[1:]) if worst_case else ())
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -156,6 +165,8 @@ class Trainer:
             out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=snapshot),
             profiled(traced, done, output_dir) as end_profiled_step,
         ):
+            if spec.run.worst_case_first and isinstance(self.feed, PlannedFeed) and not done:
+                self._try_worst_case()
             batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
             try:
                 if not self._evaluate_postponed():
@@ -189,6 +200,18 @@ class Trainer:
         if self.leads:
             self._write_result(output_dir, done, exported_step, self.kept.facts(best_step, max_steps))
         dist.barrier()
+
+    def _try_worst_case(self) -> None:
+        """Take a step on the heaviest micro-batches of the plan, and undo it."""
+        spec, alone = self.spec, LoaderOptions(0, 1, False, self.spec.data.on_bad_sample == "skip")
+
+        def load(micro_batch: MicroBatch) -> Batch:
+            self.micro_batch = micro_batch
+            return next(load_batches([micro_batch], Path(spec.data.tokenized), self.builder, alone))
+
+        case = WorstCase(self.feed.heaviest, self.feed.accumulates, load, spec.run.expected_peak_bytes)
+        sharded = spec.parallel.accumulate_sharded
+        self.facts["worst_case"] = try_worst_case(case, self.model, self.optimizers, self.device, sharded)
 
     def _train(
         self,

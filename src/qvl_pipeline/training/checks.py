@@ -121,6 +121,8 @@ def _warn(spec: TrainSpec, device: torch.device) -> None:
             "checkpoint is written",
             spec.optim.optim,
         )
+    if spec.run.worst_case_first and spec.stream.max_steps:
+        logger.warning("worst_case_first is not used: without a plan, nobody knows the heaviest pack beforehand")
     if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
         logger.warning("use_liger_kernel is %s", why_not)
 

@@ -31,7 +31,7 @@ def check_space(spec: TrainSpec, steps: int | None, model: nn.Module) -> None:
     Raises:
         UserError: Says how much is needed, of what, and how much is free.
     """
-    checkpoint, number = checkpoint_bytes(spec, model), _checkpoints_at_once(spec, steps)
+    checkpoint, number = checkpoint_bytes(spec, model), checkpoints_at_once(spec, steps)
     exported = _numbers(model) * {"bfloat16": 2, "float32": 4}[spec.export.dtype]
     kept = _kept_models(spec, steps)
     # The export is in the scratch folder and, for as long as it is copied, in its place too; kept models are linked.
@@ -58,7 +58,7 @@ def checkpoint_bytes(spec: TrainSpec, model: nn.Module) -> int:
     return each * trained
 
 
-def _checkpoints_at_once(spec: TrainSpec, steps: int | None) -> int:
+def checkpoints_at_once(spec: TrainSpec, steps: int | None) -> int:
     """Most checkpoints on disk: those kept, the one that is being written before the oldest goes, and the best."""
     run, best = spec.run, int(spec.validation.load_best_model_at_end)
     if not run.save_steps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,38 @@ def share_out(
     return steps
 
 
-class PlannedFeed:
-    """The steps of a plan, as one rank takes them."""
+def heaviest_micro_batches(
+    plan: list[list[Pack]], world_size: int, packs_per_micro_batch: int
+) -> list[tuple[int, int]]:
+    """Find the micro-batch in which some rank has most tokens, and the one in which some rank has most patches.
 
-    def __init__(self, steps: list[Step]) -> None:
-        """Take the steps that `share_out` gives this rank."""
+    Args:
+        plan: The packs of each step.
+        world_size: Data-parallel ranks.
+        packs_per_micro_batch: Packs in one forward pass.
+
+    Returns:
+        Number of the step and of its micro-batch, both from 0; one pair where they are the same.
+    """
+    heaviest = {"tokens": (-1, (0, 0)), "vit_patches": (-1, (0, 0))}
+    for number, packs in enumerate(plan):
+        for start in range(0, len(packs[::world_size]), packs_per_micro_batch):
+            parts = [packs[rank::world_size][start : start + packs_per_micro_batch] for rank in range(world_size)]
+            for name, (most, _) in heaviest.items():
+                total = max(sum(getattr(pack, name) for pack in part) for part in parts)
+                if total > most:
+                    heaviest[name] = total, (number, start // packs_per_micro_batch)
+    return list(dict.fromkeys(place for _, place in heaviest.values()))
+
+
+class PlannedFeed:
+    """The steps of a plan, as one rank takes them; `heaviest` are the micro-batches with most tokens and patches."""
+
+    def __init__(self, steps: list[Step], heaviest: Sequence[tuple[int, int]] = ()) -> None:
+        """Take the steps that `share_out` gives this rank, and what `heaviest_micro_batches` finds in them."""
         self._steps = steps
+        self.heaviest = [steps[step].micro_batches[number] for step, number in heaviest]
+        self.accumulates = any(len(step.micro_batches) > 1 for step in steps)
         self.max_steps = len(steps)
         self.tokens = sum(step.tokens for step in steps)
         self.supervised_tokens = sum(step.supervised_tokens for step in steps)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.linear import base_sizes
@@ -31,6 +31,11 @@ def build_skeleton(path: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
+    return skeleton_of(config)
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
