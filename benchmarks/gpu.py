@@ -285,7 +285,8 @@ def padded_inputs(batch: Batch) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "labels": labels}
     if batch.patches is not None:
         # Which tokens are images.
-        inputs["mm_token_type_ids"] = batch.visual_mask.int()
+        inputs["mm_token_type_ids"] = torch.zeros_like(batch.input_ids, dtype=torch.int32)
+        inputs["mm_token_type_ids"].view(-1)[batch.visual_index] = 1
         inputs["pixel_values"] = normalize_patches(batch.patches, MEAN_AND_STD, MEAN_AND_STD)
         inputs["image_grid_thw"] = batch.grid_thw
     return inputs

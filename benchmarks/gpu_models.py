@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,16 @@ def make_samples(config: Any, tokens: int) -> list[dict[str, Any]]:
 
 def make_batch(config: Any, samples: Sequence[dict[str, Any]], *, rmpad: bool = True) -> Batch:
     """Lay samples out as a pack, or as padded rows."""
-    values = 3 * 2 * config.vision_config.patch_size**2
-    speed = FAMILIES[config.model_type].tokens_per_second(config)
-    builder = BatchBuilder(RandomPatches(values), values, (1, 2), speed, ("benchmark",), rmpad=rmpad)
+    values, family = 3 * 2 * config.vision_config.patch_size**2, FAMILIES[config.model_type]
+    builder = BatchBuilder(
+        loader=RandomPatches(values),
+        patch_values=values,
+        placeholder_ids=(1, 2),
+        tokens_per_second=family.tokens_per_second(config),
+        vision_inputs=partial(family.vision_inputs, config.vision_config),
+        sources=("benchmark",),
+        rmpad=rmpad,
+    )
     return builder.build(samples, vision=any(sample["media"] for sample in samples))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
+from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, SharedSteps, Step, read_plan
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
@@ -34,8 +36,9 @@ from qvl_pipeline.engine.optim.optimization import (
     make_optimizers,
     set_learning_rates,
 )
+from qvl_pipeline.engine.parallel.fetching import OnItsWay
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
-from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, start_process_group
+from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, sharding_mesh_of, start_process_group
 from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
 from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
 from qvl_pipeline.engine.run.profiling import out_of_memory_explained, profiled
@@ -70,6 +73,7 @@ class Trainer:
         self.model, self.facts = build_model(spec, self.processor, self.device, sequence_group(self.mesh))
         self.flops = flops_of(self.model)
         self.facts |= shard_model(self.model, self.device, spec.parallel)
+        self.meshes = self.mesh, sharding_mesh_of(self.model)
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
         if spec.adapter.used:
             set_initial_values(self.model, spec.adapter, spec.model.path, spec.run.seed)
@@ -105,8 +109,7 @@ class Trainer:
 
             return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
         plan = read_plan(Path(data.pack_plan))
-        steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
-        return PlannedFeed(steps)
+        return PlannedFeed(SharedSteps(plan, *share, always_vision=always_vision, epochs=data.epochs))
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -157,11 +160,11 @@ class Trainer:
             batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
             try:
                 if not self._evaluate_postponed():
-                    self._train(steps, max_steps, batches, output_dir, end_profiled_step)
+                    self._train(steps, max_steps, batches, end_profiled_step)
             except NonFiniteError:  # which all ranks find together, so the save under way can still be published
                 self.checkpoints.wait()
                 raise
-        set_collective_timeout(spec.run.ddp_timeout, self.mesh)
+        set_collective_timeout(spec.run.ddp_timeout, *self.meshes)
         self._save()
         self.checkpoints.wait()
         if self.step < max_steps:
@@ -188,17 +191,13 @@ class Trainer:
         steps: Iterator[Step],
         max_steps: int,
         batches: Iterator[Batch],
-        output_dir: Path,
         end_profiled_step: Callable[[], None],
     ) -> None:
         """Take steps until there are no more or someone asks to stop; `self.step` is then the last one taken."""
         run, first = self.spec.run, self.step + 1
-        window = MetricsWindow(
-            self.builder.sources,
-            self.device,
-            self.flops,
-            packing_length=self.spec.data.packing_length,
-        )
+        length = self.spec.data.packing_length
+        window = MetricsWindow(self.builder.sources, self.device, self.flops, packing_length=length)
+        late: Callable[[], dict[str, Any]] | None = None  # the row of the step before
         for number in range(first, max_steps + 1):
             self.step, self.micro_batch = number, MicroBatch((), vision=False)
             learning_rates = set_learning_rates(self.optimizers, self.schedule(self.step))
@@ -206,6 +205,9 @@ class Trainer:
                 with self.watchdog.load("the samples of its next step"):
                     step = next(steps)  # of a stream, which reads and tokenises them here
                 grad_norm = self._train_step(step, batches, window)
+                if late:
+                    self._write(late())
+                    late = None
             end_profiled_step()
             window.add_step(step)
             self.skipped.add(step.number, step.left_out)
@@ -215,9 +217,9 @@ class Trainer:
             evaluates = self.validation is not None and self.validation.is_due(step.number, max_steps)
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
             if step.number % run.logging_steps == 0 or saves or evaluates or step.number == max_steps:
-                self.finite.check()
-                row = {"step": step.number, "max_steps": max_steps, "epoch": step.epoch}
-                row |= self._row(learning_rates, grad_norm, window)
+                late = self._row(step, learning_rates, grad_norm, window)
+            if saves or evaluates or step.number == max_steps:
+                row, late = late(), None
                 if evaluates and stops:
                     self.validation.postpone(row)
                 else:
@@ -229,26 +231,47 @@ class Trainer:
                         )
                         stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
                         saves = stops or saves or is_best
-                    if self.leads:
-                        append_row(output_dir / "metrics.jsonl", row)
+                    self._write(row)
             if saves:
                 self._save()
             if stops:
                 return
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
-                set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
+                set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
 
-    def _row(self, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow) -> dict[str, Any]:
-        return {
-            "learning_rate": self.spec.optim.learning_rate * self.schedule(self.step),
-            "learning_rates": learning_rates,
-            # An overflow in float16 is no number; that step was not taken.
-            "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,
-            **window.row(),
-            **(self.loss_scale.row() if self.loss_scale else {}),
-            "skipped_samples": self.skipped.report(),
-        }
+    def _row(
+        self, step: Step, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow
+    ) -> Callable[[], dict[str, Any]]:
+        """Close a row of metrics after a step; return what fetches it, best when the device has got that far.
+
+        So even `logging_steps: 1` makes no host wait: while the row is fetched, the device has the next step to do.
+        """
+        seen, norm_on_its_way, closed = self.finite.mark(), OnItsWay(grad_norm), window.close()
+        rate, skipped = self.spec.optim.learning_rate * self.schedule(self.step), self.skipped.report()
+        scale = self.loss_scale.row() if self.loss_scale else {}
+
+        def fetch() -> dict[str, Any]:
+            self.finite.check(seen)
+            norm = float(norm_on_its_way.arrived())
+            return {
+                "step": step.number,
+                "max_steps": self.feed.max_steps,
+                "epoch": step.epoch,
+                "learning_rate": rate,
+                "learning_rates": learning_rates,
+                # An overflow in float16 is no number; that step was not taken.
+                "grad_norm": norm if math.isfinite(norm) else None,
+                **closed.row(),
+                **scale,
+                "skipped_samples": skipped,
+            }
+
+        return fetch
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.leads:
+            append_row(Path(self.spec.run.output_dir) / "metrics.jsonl", row)
 
     def _evaluate(self, row: dict[str, Any]) -> None:
         """Add to a row the evaluation of the weights, which are those after its step."""
@@ -265,8 +288,7 @@ class Trainer:
         if row is None:
             return False
         self._evaluate(row)
-        if self.leads:
-            append_row(Path(self.spec.run.output_dir) / "metrics.jsonl", row)
+        self._write(row)
         self.validation.forget_postponed()
         self._save()  # is done, but this step may be the best
         return self.checkpoints.end_step(stop_requested=self.stop.requested)
@@ -357,7 +379,7 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Devic
     patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
     sources = spec.stream.weights
     if not spec.stream.max_steps:
-        sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].to_pylist()
+        sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].unique().to_pylist()
     return BatchBuilder(
         loader=PatchLoader(
             patch_size=patch_size,
@@ -368,7 +390,8 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Devic
         patch_values=3 * temporal_patch_size * patch_size**2,
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=model.family.tokens_per_second(config),
-        sources=tuple(sorted(set(sources))),
+        vision_inputs=partial(model.family.vision_inputs, config.vision_config),
+        sources=tuple(sorted(sources)),
         rmpad=spec.data.use_rmpad,
         share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed.steps import read_plan, share_out
+from qvl_pipeline.engine.feed.steps import SharedSteps, read_plan
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.recomputation import recompute_activations
@@ -62,7 +62,7 @@ def test_recomputing_a_tower_leaves_every_gradient_as_it_is(
 def same_calls_on_all_ranks(spec: TrainSpec) -> None:
     """Run one step on two ranks, of which the first has text only, and compare the blocks' forward passes."""
     trainer = Trainer(spec, StopRequest(), Watchdog(60.0, lambda error, where: None))
-    (step,) = share_out(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
+    (step,) = SharedSteps(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
     calls = count_blocks(trainer.model)
     options = LoaderOptions(num_workers=0, prefetch_factor=1, pin_memory=False, skip_bad_samples=False)
     for batch in load_batches(step.micro_batches, Path(spec.data.tokenized), trainer.builder, options):

@@ -49,7 +49,9 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
         ValueError: The checkpoint lacks a parameter, or has one that the model does not know.
     """
     hf, family = model.hf, model.family
+    normalization = model.image_mean, model.image_std
     model.to_empty(device="cpu" if offload else device)
+    model.image_mean, model.image_std = (values.to(device) for values in normalization)
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
     _compute_buffers(hf, device)
