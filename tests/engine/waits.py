@@ -23,7 +23,7 @@ _READS = {
     aten.masked_select,
     aten.unique_consecutive,
 }
-_READS |= {aten._unique2, aten.unique_dim, aten.bincount}
+_READS |= {aten._unique2, aten.unique_dim, aten.bincount, aten.masked_scatter_backward}
 _INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 # Methods that read a tensor without a call to the dispatcher when it is in host memory.
 _METHODS = {getattr(torch.Tensor, name) for name in ("tolist", "cpu", "numpy", "__array__")}
@@ -60,6 +60,7 @@ class DeviceWaits(TorchDispatchMode):
     def put(self, tensors: Iterable[torch.Tensor]) -> None:
         """Take tensors to be on the device."""
         for tensor in tensors:
+            self._made_on_host.pop(_storage(tensor), None)
             self._keep(self._on_device, tensor)
 
     def take(self, tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -18,11 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
+from qvl_pipeline.engine.feed.loader_processes import with_loaders
 from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, SharedSteps, Step, read_plan
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
-from qvl_pipeline.engine.model.flops import flops_of
+from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.loading import build_model, load_processor
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.sharded import shard_model
@@ -83,6 +85,11 @@ class Trainer:
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.feed = self._make_feed()
+        data, why = with_loaders(spec.data, self.feed, self.builder, self.flops, peak_flops(self.device))
+        if why and self.leads:
+            logger.info("dataloader_num_workers: auto is %s", why)
+        self.facts["dataloader_num_workers"] = data.dataloader_num_workers
+        spec = self.spec = dataclasses.replace(spec, data=data)
         self.skipped = SkippedSamples(
             Path(spec.run.output_dir) / "skipped.jsonl",
             allowed=spec.data.on_bad_sample == "skip",
@@ -101,7 +108,7 @@ class Trainer:
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
             samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
-            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers > 0
+            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers != 0
 
             def exchange(values: Sequence[int]) -> list[int]:
                 with self.watchdog.wait_for_ranks():

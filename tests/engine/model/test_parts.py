@@ -61,6 +61,7 @@ class TestSharingOut:
         steps = np.repeat(np.arange(len(rows) // per_step, dtype=np.int32), per_step)
         plan = pd.DataFrame({"step": steps, "sample_rows": list(rows), "tokens": 9, "vit_patches": 0})
         plan.assign(supervised_tokens=1).to_parquet(tmp_path / "plan.parquet")
+        read_plan(tmp_path / "plan.parquet")  # what is imported on the way does not count
         tracemalloc.start()
         feed = PlannedFeed(SharedSteps(read_plan(tmp_path / "plan.parquet"), 1, 8, packs_per_micro_batch=1))
         for _ in feed.steps_after(0):

@@ -182,18 +182,18 @@ class SharedSteps(Sequence[Step]):
 
 
 class PlannedFeed:
-    """The steps of a plan, as one rank takes them."""
+    """The steps of a plan, as one rank takes them; `shares` are all of them."""
 
     def __init__(self, steps: SharedSteps) -> None:
         """Take the steps of this rank."""
-        self._steps = steps
+        self.shares = steps
         self.max_steps = len(steps)
         self.tokens = int(steps.plan.tokens.sum())
         self.supervised_tokens = int(steps.plan.supervised_tokens.sum())
 
     def steps_after(self, done: int) -> Iterator[Step]:
         """Make the steps that are left, one after the other."""
-        return (self._steps[number] for number in range(done, self.max_steps))
+        return (self.shares[number] for number in range(done, self.max_steps))
 
     def finish(self, step: Step) -> None:
         """Nothing is to be remembered of a finished step: where a plan is, its number says."""

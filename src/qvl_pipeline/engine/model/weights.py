@@ -54,7 +54,7 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     model.image_mean, model.image_std = (values.to(device) for values in normalization)
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
-    _compute_buffers(hf, device)
+    compute_buffers(hf, device)
     added = adapter_parameters(hf)
     parameters = {name: tensor for name, tensor in hf.state_dict().items() if name not in added}
     for tied in hf.all_tied_weights_keys:
@@ -66,7 +66,7 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
 
 
-def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
+def compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies), by transformers' own initialisation."""
     computed = {name for name, _ in hf.named_buffers()} - set(hf.state_dict())
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in computed):
