@@ -9,15 +9,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.loader_processes import with_loaders
 from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, SharedSteps, Step, read_plan
@@ -25,7 +23,7 @@ from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
-from qvl_pipeline.engine.model.loading import build_model, load_processor
+from qvl_pipeline.engine.model.loading import build_model, load_processor, make_builder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import load_weights
@@ -39,9 +37,9 @@ from qvl_pipeline.engine.optim.optimization import (
     set_learning_rates,
 )
 from qvl_pipeline.engine.parallel.fetching import OnItsWay
-from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, sharding_mesh_of, start_process_group
 from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
+from qvl_pipeline.engine.run.kept import KeptModels
 from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
 from qvl_pipeline.engine.run.profiling import out_of_memory_explained, profiled
 from qvl_pipeline.engine.run.skipped import SkippedSamples
@@ -50,7 +48,6 @@ from qvl_pipeline.engine.run.validation import Validation
 from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.storage.whole import write_whole
 from qvl_pipeline.tokens.raw_samples import RawSamples
 
@@ -79,7 +76,7 @@ class Trainer:
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
         if spec.adapter.used:
             set_initial_values(self.model, spec.adapter, spec.model.path, spec.run.seed)
-        self.builder = _make_builder(spec, self.model, self.processor, self.mesh)
+        self.builder = make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
         self.finite = FiniteWatch(self.device)
@@ -96,6 +93,7 @@ class Trainer:
             streamed=spec.stream.max_steps > 0,
         )
         self.checkpoints = self._make_checkpoints()
+        self.kept = KeptModels(spec.export.keep_checkpoints, Path(spec.run.output_dir), leads=self.leads)
         evaluates = spec.validation.eval_strategy != "no"
         inputs = spec, self.builder, self.mesh, self.device, self.skipped, watchdog
         self.validation = Validation(*inputs) if evaluates else None
@@ -180,6 +178,9 @@ class Trainer:
             return
         self._evaluate_postponed()  # asked to stop in the last step, which leaves nothing to go on with but this
         exported_step = self.step
+        best_step = self.validation.best_step if self.validation else 0
+        if self.kept.reasons(self.step, best_step, max_steps) and spec.validation.load_best_model_at_end:
+            self._keep(self.step)  # before the best weights take the place of these
         if spec.validation.load_best_model_at_end and self.validation.best_step:
             exported_step = self.checkpoints.load(
                 output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}"
@@ -189,8 +190,10 @@ class Trainer:
         if spec.export.export_ema:
             self.average.copy_to_weights()
         export(self.model, self.exported_files, spec)
+        exported = {} if spec.export.export_ema else {exported_step: Path(spec.export.output_dir)}
+        self.kept.finish(best_step, max_steps, exported, self._keep)
         if self.leads:
-            self._write_result(output_dir, done, exported_step)
+            self._write_result(output_dir, done, exported_step, self.kept.facts(best_step, max_steps))
         dist.barrier()
 
     def _train(
@@ -239,6 +242,12 @@ class Trainer:
                         stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
                         saves = stops or saves or is_best
                     self._write(row)
+            best_step = self.validation.best_step if self.validation else 0
+            if step.number < max_steps and self.kept.reasons(step.number, best_step, max_steps):
+                if late:
+                    self._write(late())
+                    late = None
+                window.exclude(self._keep(step.number))
             if saves:
                 self._save()
             if stops:
@@ -246,6 +255,17 @@ class Trainer:
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
                 set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
+
+    def _keep(self, step: int) -> float:
+        """Export the weights as those of a step; return the seconds that it took."""
+        started = time.perf_counter()
+        run = self.spec.run
+        self.finite.check()
+        set_collective_timeout(run.ddp_timeout, *self.meshes)  # one rank writes, and the others wait
+        export(self.model, self.exported_files, self.spec, self.kept.place(step))
+        dist.barrier()
+        set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
+        return time.perf_counter() - started
 
     def _row(
         self, step: Step, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow
@@ -297,12 +317,15 @@ class Trainer:
         self._evaluate(row)
         self._write(row)
         self.validation.forget_postponed()
+        if self.step < self.feed.max_steps and self.kept.reasons(self.step, self.validation.best_step, 0):
+            self._keep(self.step)
         self._save()  # is done, but this step may be the best
         return self.checkpoints.end_step(stop_requested=self.stop.requested)
 
     def _save(self) -> None:
         self.finite.check()
         self.checkpoints.save(self.step)
+        self.kept.forget_outdated(self.validation.best_step if self.validation else 0, self.step)
         if self.spec.validation.load_best_model_at_end:
             self.checkpoints.protected_step = self.validation.best_step
 
@@ -360,7 +383,7 @@ class Trainer:
             )
         return done
 
-    def _write_result(self, output_dir: Path, done: int, exported_step: int) -> None:
+    def _write_result(self, output_dir: Path, done: int, exported_step: int, kept: dict[str, list[str]]) -> None:
         skipped = read_rows(output_dir / "skipped.jsonl")
         result = {
             "steps": self.feed.max_steps,
@@ -371,6 +394,7 @@ class Trainer:
             "world_size": dist.get_world_size(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "exported_step": exported_step,
+            "kept_checkpoints": kept,
             **self.facts,
         }
         write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it
@@ -379,26 +403,3 @@ class Trainer:
 def _trains_vision_only(model: PackedVLM) -> bool:
     trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
     return trained <= {"vit", "merger", "deepstack"}
-
-
-def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: DeviceMesh) -> BatchBuilder:
-    config, image_processor = model.hf.config, processor.image_processor
-    patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
-    sources = spec.stream.weights
-    if not spec.stream.max_steps:
-        sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].unique().to_pylist()
-    return BatchBuilder(
-        loader=PatchLoader(
-            patch_size=patch_size,
-            temporal_patch_size=temporal_patch_size,
-            merge_size=image_processor.merge_size,
-            frame_store=Path(spec.data.video_frames),
-        ),
-        patch_values=3 * temporal_patch_size * patch_size**2,
-        placeholder_ids=(config.image_token_id, config.video_token_id),
-        tokens_per_second=model.family.tokens_per_second(config),
-        vision_inputs=partial(model.family.vision_inputs, config.vision_config),
-        sources=tuple(sorted(sources)),
-        rmpad=spec.data.use_rmpad,
-        share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
-    )

@@ -81,7 +81,7 @@ def test_pool_one_process_and_daft_read_the_same(data_type: str, make: Any, tmp_
 
 def test_a_process_that_is_killed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, config = declared(tmp_path, "jsonl")
-    monkeypatch.setattr(row_workers, "_read", _killed)
+    monkeypatch.setattr(row_workers, "_read_there", _killed)
     with RowWorkers(DataEngineConfig(batch_rows=10)) as workers:
         wait = workers.start(source, config, None, json_rows(), "rows.jsonl")
         with pytest.raises(UserError, match=r"a process that reads 'rows.jsonl' was ended from outside"):

@@ -71,11 +71,12 @@ class RowWorkers:
         pieces = [_copied(rows, start, batch_rows) for start in range(0, len(rows), batch_rows)]
         if self._engine.runner == "ray":
             return lambda: by_daft(RowReader(source, config), split, pieces, batch_rows, path)
-        given = pickle.dumps((source, config))
         if len(pieces) == 1 or self._workers < 2:
-            return lambda: _joined((_read(given, split, piece) for piece in pieces), path)
-        pool = self._processes()
-        futures = [pool.submit(_read, given, split, piece) for piece in pieces]
+            # A reader of its own: it knows the links of the folders that it has been to, as they were.
+            reader = RowReader(source, config)
+            return lambda: _joined((_read(reader, split, piece) for piece in pieces), path)
+        pool, given = self._processes(), pickle.dumps((source, config))
+        futures = [pool.submit(_read_there, given, split, piece) for piece in pieces]
         return lambda: _joined((future.result() for future in futures), path)
 
     def _processes(self) -> ProcessPoolExecutor:
@@ -107,16 +108,20 @@ def _joined(pieces: Iterable[pa.RecordBatch], path: str) -> pa.Table:
         raise UserError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # for as long as the process, which is there for one run
 def _reader(given: bytes) -> RowReader:
     return RowReader(*pickle.loads(given))
 
 
-def _read(given: bytes, split: str | None, rows: pa.RecordBatch) -> pa.RecordBatch:
+def _read_there(given: bytes, split: str | None, rows: pa.RecordBatch) -> pa.RecordBatch:
+    return _read(_reader(given), split, rows)
+
+
+def _read(reader: RowReader, split: str | None, rows: pa.RecordBatch) -> pa.RecordBatch:
     records = rows.column("record")
     # Values of tables as Daft has them, which is what runs on a cluster.
     values = records if pa.types.is_binary(records.type) else daft.Series.from_arrow(records)
-    return pa.RecordBatch.from_struct_array(_rows(_reader(given), split, values, rows.column("problem")))
+    return pa.RecordBatch.from_struct_array(_rows(reader, split, values, rows.column("problem")))
 
 
 def _rows(reader: RowReader, split: str | None, records: Any, problems: Any) -> pa.StructArray:

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from qvl_pipeline.engine.model.adapters import FOLDER
 from qvl_pipeline.engine.model.adapters.export import export_adapter
+from qvl_pipeline.engine.model.adapters.linear import base_sizes
 from qvl_pipeline.engine.model.export.base_files import OF_WEIGHTS, find_base_files, with_dtype
 from qvl_pipeline.engine.model.export.processor_files import PROCESSOR_FILES, processor_files
 from qvl_pipeline.engine.model.export.whole_weights import WholeWeights
@@ -24,7 +25,7 @@ from qvl_pipeline.storage.digests import write_digests
 from qvl_pipeline.storage.room import room_for
 
 
-def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
+def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec, target: Path | None = None) -> None:
     """Write the base model's folder with other weights, or a folder with an adapter; called by all ranks.
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
@@ -34,18 +35,19 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
         model: The trained model.
         files: Content of all other files, by name; the first rank's count.
         spec: The run.
+        target: The folder, where it is not that of the spec.
 
     Raises:
         NoRoomError: The disk is full.
     """
-    target = Path(spec.export.output_dir)
+    target = target or Path(spec.export.output_dir)
     partial = target.with_name(f".{target.name}.partial")
     leads, dtype = dist.get_rank() == 0, getattr(torch, spec.export.dtype)
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     whole = not spec.adapter.used or spec.adapter.export != "adapter"
-    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize if whole else None
+    needed = sum(base_sizes(model.hf).values()) * dtype.itemsize if whole else None
     with room_for(target, needed, partial):
         if spec.adapter.used and spec.adapter.export != "merged":
             export_adapter(model, spec, partial / FOLDER if leads else None)
