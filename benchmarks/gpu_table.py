@@ -37,8 +37,10 @@ from benchmarks import report as reports
 from benchmarks.gpu import MEAN_AND_STD, OPTIM, PARALLEL, RECOMPUTED, one_rank
 from benchmarks.gpu_models import IDS, TINY, make_batch, make_clip, make_samples
 from qvl_pipeline.engine.feed.batch import Batch
-from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
+from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.adapters.linear import adapted_layers
+from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.flops import ModelFlops, flops_of, peak_flops
 from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
@@ -54,7 +56,7 @@ from qvl_pipeline.engine.spec import AdapterSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS
 
-FORMS = ("full", "frozen vision", "lora")
+FORMS = ("full", "frozen vision", "lora", "qlora")
 MEDIA = ("images", "video")
 PUBLISHED = tuple(f"Qwen/{name}-Instruct" for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-8B"))
 WARMUP_STEPS = 2
@@ -68,8 +70,12 @@ _LORA = AdapterSpec(
     targets={"llm": "all"},
     train_fully=(),
     start_from="",
+    quantize_base="none",
+    double_quant=True,
+    quantize_parts=("llm",),
     export="adapter",
 )
+_ADAPTERS = {"lora": _LORA, "qlora": dataclasses.replace(_LORA, quantize_base="nf4")}
 _MEASURED = ("tokens_per_second", "mfu", "mfu_language_model", "step_s", "memory_gib", "watts", "kept_less")
 
 
@@ -173,13 +179,16 @@ def _build(
     hf.train()
     use_linear_patch_embedding(hf)
     kernels = use_packed_attention(hf, "auto", "auto", device, half=True)
-    if form == "lora":
-        inject(hf, family, _LORA)
+    adapter = _ADAPTERS.get(form)
+    if adapter:
+        inject(hf, family, adapter)
     else:
         freeze(hf, family, ("vit", "merger") if form == "frozen vision" else ())
     if cuda:
         use_liger_kernels(hf, family, device)
     hold_frozen_in(hf, torch.bfloat16)
+    if adapter and adapter.quantizes:
+        quantize_base(hf, family, adapter)
     recompute_activations(hf, recomputed)
     model = PackedVLM(hf, family, MEAN_AND_STD, MEAN_AND_STD)
     flops, normalization = flops_of(model), (model.image_mean, model.image_std)
@@ -197,7 +206,10 @@ def _fill(model: PackedVLM) -> None:
     torch.manual_seed(0)
     for parameter in model.parameters():
         local = parameter.to_local()
-        local.fill_(1.0) if local.ndim == 1 else local.normal_(std=0.02)
+        if local.is_floating_point():
+            local.fill_(1.0) if local.ndim == 1 else local.normal_(std=0.02)
+    for _, layer in quantized_layers(model.hf):
+        fill_quantized(layer, 0.02 * torch.randn(layer.quantized.shape, device=layer.quantized.codes.device))
     for _, layer in adapted_layers(model.hf):
         layer.lora_B.to_local().zero_()
 
