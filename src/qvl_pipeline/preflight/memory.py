@@ -104,6 +104,7 @@ class _Course:
         self.highest = Peak(0, {}, "")
         self._flat = self._summed = 0  # of the last unit: gathered in one piece, and gradients on their way
         self._open: set[Place] = set()
+        self._tower = ""
 
     def run(self) -> None:
         step, spec = self._step, self._spec
@@ -228,8 +229,9 @@ class _Course:
 
     def _pass(self, moment: str, place: Place, span: Span) -> None:
         self._see(moment, span.peak)
-        # What lies between blocks is mostly what embeds, merges and scores.
-        self.held[_ACTIVATIONS[place[0]]] += span.kept
+        # What is kept between blocks embeds, merges and scores; what is let go there, a block has put out.
+        self._tower = place[0] or self._tower
+        self.held[_ACTIVATIONS[place[0] or (self._tower if span.kept < 0 else "")]] += span.kept
 
     def _see(self, moment: str, extra: int) -> None:
         total = sum(self.held.values()) + extra
