@@ -151,10 +151,11 @@ class _Course:
             index += len(row)
 
     def _forward(self, moment: str, place: Place, span: Span) -> None:
-        first = place == ROOT and not self._open
-        if first:
+        if place == ROOT and not self._open:
             for outer in (ROOT, *([TOWER] if self._calls_tower() else [])):
                 self._gather(outer, moment)
+        if place[0] == "llm" and TOWER in self._open and self._reshards:
+            self._free(TOWER)
         if place[0]:
             self._gather(place, moment)
         self._pass(moment, place, span)
@@ -185,30 +186,28 @@ class _Course:
         self._open.discard(place)
 
     def _backward(self, moment: str, place: Place, span: Span) -> None:
-        if self._flat and not self._turned():
-            self.held["exchange buffers"] -= self._flat
-            self._flat = 0
-        if place[0]:
-            unit = self._step.units[place]
-            if self._reshards:
-                self.held["gathered weights"] += unit.gathered
-                if unit.shards > 1:  # and the next one on its way, of the same size
-                    ahead = max(1, self._spec.parallel.backward_prefetch) * unit.gathered
-                    self.held["exchange buffers"] += ahead
-                    self._see(moment, self._sent(unit))
-                    self._pass(moment, place, span)
-                    self._free(place)
-                    self._reduce(place, moment, in_ledger=False)
-                    self.held["exchange buffers"] -= ahead
-                    return
+        self.held["exchange buffers"] -= self._flat
+        self._flat = 0
+        if place == ("", 0) and self._tower == "llm" and self._calls_tower() and TOWER not in self._open:
+            self._regather(TOWER)
+        if not place[0]:
             self._pass(moment, place, span)
-            self._free(place)
-            self._reduce(place, moment, in_ledger=False)
-        else:
-            self._pass(moment, place, span)
+            return
+        unit, ahead = self._step.units[place], 0
+        if place not in self._open:
+            self._regather(place)
+            if unit.shards > 1:  # and the next one is on its way, of the same size
+                ahead = max(1, self._spec.parallel.backward_prefetch) * unit.gathered
+                self.held["exchange buffers"] += ahead
+                self._see(moment, self._sent(unit))
+        self._pass(moment, place, span)
+        self._free(place)
+        self._reduce(place, moment, in_ledger=False)
+        self.held["exchange buffers"] -= ahead
 
-    def _turned(self) -> bool:
-        return not self._flat
+    def _regather(self, place: Place) -> None:
+        self.held["gathered weights"] += self._step.units[place].gathered
+        self._open.add(place)
 
     def _reduce(self, place: Place, moment: str, *, in_ledger: bool) -> None:
         """Exchange the gradients of a unit; the ones before it are let go now."""
