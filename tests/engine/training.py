@@ -154,6 +154,7 @@ def make_training(
             backward_prefetch=0,
             accumulate_sharded=False,
             cpu_offload=False,
+            frozen_sharding="sharded",
             bf16=False,
             fp16=False,
             sp_ulysses_degree=1,

@@ -85,6 +85,7 @@ FSDP = {
     "backward_prefetch": 2,
     "accumulate_sharded": True,
     "cpu_offload": True,
+    "frozen_sharding": "replicated",
 }
 RECOMPUTED = {"llm": "selective", "vit": "selective", "every": 2, "offload": True}
 LAUNCH = {"ddp_timeout": 99, "step_timeout_s": 77}

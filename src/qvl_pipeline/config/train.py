@@ -12,7 +12,7 @@ from qvl_pipeline.config.recomputation import ALL_RECOMPUTED, NOTHING_RECOMPUTED
 from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bf16", "muon"]
 Kept = Literal["best", "last"] | dict[Literal["every"], PositiveInt]
 Part = Literal["vit", "merger", "deepstack", "visual", "llm", "embed", "head"]
 
@@ -34,6 +34,8 @@ class FSDPConfig(Block):
             accumulates. The gradients are the same.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory, and step there: much slower,
             for models that fit no other way. Without a GPU it changes nothing, and `result.json` says so.
+        frozen_sharding: Frozen weights are `sharded` like the others, or `replicated`: every rank holds them whole and
+            nothing of them is gathered, for frozen parts that fit beside all else. The results are the same.
     """
 
     transformer_layer_cls_to_wrap: list[str] = Field(default_factory=list)
@@ -43,6 +45,16 @@ class FSDPConfig(Block):
     backward_prefetch: int = Field(default=0, ge=0)
     accumulate_sharded: bool = False
     cpu_offload: bool = False
+    frozen_sharding: Literal["sharded", "replicated"] = "sharded"
+
+    @model_validator(mode="after")
+    def _replicas_are_where_they_are_used(self) -> FSDPConfig:
+        if self.frozen_sharding == "replicated" and self.cpu_offload:
+            raise ValueError(
+                "frozen_sharding 'replicated' keeps frozen weights on the GPU, and cpu_offload moves all of them off "
+                "it: choose one"
+            )
+        return self
 
 
 class TrainConfig(Block):
@@ -50,7 +62,9 @@ class TrainConfig(Block):
 
     Attributes:
         optim: `adamw_torch_fused`; `adamw_torch`, the same unfused; `adamw_8bit`, with 8-bit state (needs
-            torchao); or `muon`, Muon for the matrices of hidden layers and AdamW for embeddings, head and vectors.
+            torchao); `adamw_bf16`, with weights and state in bfloat16, half the memory: steps are rounded up or down
+            by chance, so that small ones count on average (needs torchao, and `bf16`); or `muon`, Muon for the
+            matrices of hidden layers and AdamW for embeddings, head and vectors.
         learning_rate: Peak learning rate.
         learning_rates: Peak learning rate of single parts: `vit`, `merger`, `deepstack`, `visual` (these three), `llm`,
             `embed`, `head`; the others have `learning_rate`. A part that is not there or not trained is an error.
@@ -94,8 +108,8 @@ class TrainConfig(Block):
         save_total_limit: Checkpoints kept. While training goes on two are, whatever it says: the newest may be damaged.
         save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
             `adamw_8bit` it waits until they are written, and says so.
-        keep_checkpoints: Steps whose models are kept, exported like the trained one, in `data/06_models/<profile>/
-            checkpoints/step-<n>`: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as `[best, every: 500]`.
+        keep_checkpoints: Steps whose models are kept, each exported like the trained one to `checkpoints/step-<n>`
+            beside it: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as in `[best, every: 500]`.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.
@@ -210,6 +224,12 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _weights_in_bfloat16_compute_in_it(self) -> TrainConfig:
+        if self.optim == "adamw_bf16" and not self.bf16:
+            raise ValueError("optim 'adamw_bf16' holds weights in bfloat16, so set bf16 to true to compute in it too")
+        return self
+
+    @model_validator(mode="after")
     def _only_packs_are_shared(self) -> TrainConfig:
         if self.sp_ulysses_degree > 1 and not self.use_rmpad:
             raise ValueError(
@@ -250,13 +270,6 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
-    def _compilation_is_asked_for(self) -> TrainConfig:
-        for key in ("torch_compile_backend", "torch_compile_mode"):
-            if key in self.model_fields_set and not self.torch_compile:
-                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
-        return self
-
-    @model_validator(mode="after")
     def _what_is_kept_can_be_told(self) -> TrainConfig:
         if "best" in self.keep_checkpoints and self.eval_strategy == "no":
             raise ValueError(
@@ -274,6 +287,13 @@ class TrainConfig(Block):
     def kept(self) -> tuple[str, ...]:
         """`keep_checkpoints` as the engine has it: `best`, `last`, `every:<steps>`."""
         return tuple(kind if isinstance(kind, str) else f"every:{kind['every']}" for kind in self.keep_checkpoints)
+
+    @model_validator(mode="after")
+    def _compilation_is_asked_for(self) -> TrainConfig:
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if key in self.model_fields_set and not self.torch_compile:
+                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
+        return self
 
     @property
     def max_shard_bytes(self) -> int:

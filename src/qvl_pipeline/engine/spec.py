@@ -166,7 +166,7 @@ class OptimSpec:
     """The optimizer and its schedule; names as in transformers' `TrainingArguments`.
 
     Attributes:
-        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit` or `muon`.
+        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit`, `adamw_bf16` or `muon`.
         learning_rate: Peak rate of what `learning_rates` does not name.
         learning_rates: Peak rate by part of the model (`vit`, `merger`, …, or `visual`).
         weight_decay: Decay of matrices.
@@ -193,6 +193,11 @@ class OptimSpec:
     warmup_steps: int
     ema_decay: float
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether trained weights and their state are held in bfloat16 too, and not in float32."""
+        return self.optim == "adamw_bf16"
+
 
 @dataclass(frozen=True)
 class ParallelSpec:
@@ -206,6 +211,7 @@ class ParallelSpec:
         backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
         accumulate_sharded: Exchange gradients after every micro-batch instead of once a step.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
+        frozen_sharding: Frozen weights are `sharded`, or `replicated` on every rank.
         bf16: Compute in bfloat16.
         fp16: Compute in float16 with a dynamic loss scale.
         sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
@@ -218,6 +224,7 @@ class ParallelSpec:
     backward_prefetch: int
     accumulate_sharded: bool
     cpu_offload: bool
+    frozen_sharding: str
     bf16: bool
     fp16: bool
     sp_ulysses_degree: int

@@ -86,7 +86,9 @@ def test_selective_recomputation_repeats_no_large_product(
     low_rank = 0
     if adapted:
         inject(
-            packed.hf, packed.family, AdapterSpec("lora", 4, 8.0, False, 0.0, "zeros_b", {"llm": "all"}, (), "", "both")
+            packed.hf,
+            packed.family,
+            AdapterSpec("lora", 4, 8.0, False, 0.0, "zeros_b", {"llm": "all"}, (), "", "none", True, (), "both"),
         )
         layers = [layer for _, layer in adapted_layers(packed.hf)]
         for parameter in [p for layer in layers for p in (layer.lora_A, layer.lora_B)]:

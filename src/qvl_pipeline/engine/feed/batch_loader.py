@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qvl_pipeline.engine.feed.batch import BadSample, Batch, BatchBuilder
@@ -96,6 +97,9 @@ def load_batches(
             prefetch_factor=options.prefetch_factor if options.num_workers else None,
             worker_init_fn=start_loader,
             pin_memory=options.pin_memory,
+            # A loader draws a seed for its processes when it starts: from the generator that a checkpoint holds, a run
+            # would go on with other random numbers than without having been cut off.
+            generator=torch.Generator(),
         )
     )
     for micro_batch in awaited:

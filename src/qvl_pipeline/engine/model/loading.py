@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
@@ -74,7 +74,8 @@ def build_model(
     }
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
-    hold_frozen_in(hf, compute_dtype(spec.parallel))
+    trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
+    hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
     if spec.adapter.quantizes:
         facts["quantized"] = quantize_base(hf, family, spec.adapter)
     facts["recomputed"] = recompute_activations(hf, spec.recompute)

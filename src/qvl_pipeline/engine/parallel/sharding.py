@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -56,6 +56,7 @@ def shard(
     tower: nn.Module,
     layers: Sequence[str],
     skips_tower: Callable[[Any], bool],
+    replicated: Collection[nn.Parameter],
     device: torch.device,
     spec: ParallelSpec,
 ) -> dict[str, Any]:
@@ -66,11 +67,13 @@ def shard(
         tower: The module in it that only some micro-batches call.
         layers: Class names of the layers that are sharded one by one.
         skips_tower: Whether the forward pass of the model does not call the tower for this input.
+        replicated: Parameters that every rank holds whole; they must be frozen, and of the type of the computation.
         device: Where it runs.
         spec: Over how many ranks, and in which precision to compute.
 
     Returns:
-        Facts for `result.json`: the classes wrapped, over how many ranks, and whether the CPU's memory is used.
+        Facts for `result.json`: the classes wrapped, over how many ranks, whether the CPU's memory is used, and how
+        much is replicated.
 
     Raises:
         ValueError: The ranks cannot be divided as asked.
@@ -82,6 +85,7 @@ def shard(
         # What is trained, its optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 barely moves.
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(spec), reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offloads(spec, device) else OffloadPolicy(),
+        "ignored_params": set(replicated),
     }
     stacks = [[module for module in model.modules() if type(module).__name__ == name] for name in layers]
     # What else the tower has is no part of the root, for a group is exchanged in one piece: where only the last of
@@ -99,6 +103,7 @@ def shard(
         "wrapped": list(layers),
         "shard_size": mesh["shard"].size(),
         "cpu_offload": _describe_offload(spec, device),
+        "replicated_bytes": sum(parameter.numel() * parameter.itemsize for parameter in replicated),
     }
 
 
