@@ -94,7 +94,8 @@ def test_shards_are_those_of_fsdp() -> None:
     from qvl_pipeline.families import FAMILIES
 
     model = PackedVLM(skeleton_of(CONFIGS["qwen3_vl"]), FAMILIES["qwen3_vl"], [0.5] * 3, [0.5] * 3)
-    whole, shared = units_of(model, 1, torch.float32), units_of(model, 3, torch.float32)
+    spec = Setting("").spec()
+    whole, shared = units_of(model, 1, spec), units_of(model, 3, spec)
     assert sum(unit.trained for unit in whole.values()) == sum(p.numel() for p in model.parameters())
     layer = model.hf.model.language_model.layers[0]
     # Rows are padded to a multiple of the ranks.

@@ -16,7 +16,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.optim.optimization import make_optimizers
@@ -54,9 +54,9 @@ def test_states_of_a_rank_are_exact(name: str, frozen: tuple[str, ...], ranks: N
     with FakeTensorMode():
         hf = AutoModelForImageTextToText.from_config(cut(name), dtype=torch.float32)
         freeze(hf, family, frozen)
-        hold_frozen_in(hf, torch.bfloat16)
+        hold_parameters(hf, trained=torch.float32, frozen=torch.bfloat16)
         model = PackedVLM(hf, family, [0.5] * 3, [0.5] * 3)
-        step = Step(units_of(model, RANKS, torch.bfloat16), {}, [], 1)
+        step = Step(units_of(model, RANKS, spec), {}, [], 1)
         shard_model(model, torch.device("cpu"), spec.parallel)
         (optimizer,) = make_optimizers(model, spec.optim)
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.preflight.rehearsal import Span
-from qvl_pipeline.preflight.units import FLOAT32, Unit
+from qvl_pipeline.preflight.units import BFLOAT16, FLOAT32, Unit
 
 Place = tuple[str, int]
 ROOT: Place = ("", -1)
@@ -90,7 +90,7 @@ def optimizer_bytes(step: Step, spec: TrainSpec) -> int:
     if spec.optim.optim == "muon":
         hidden = matrices - step.units[ROOT].matrices
         return FLOAT32 * hidden + 2 * FLOAT32 * (trained - hidden)
-    return 2 * FLOAT32 * trained
+    return 2 * (BFLOAT16 if spec.optim.in_bfloat16 else FLOAT32) * trained
 
 
 class _Course:
@@ -172,14 +172,14 @@ class _Course:
             self.held["exchange buffers"] += unit.gathered * (1 + self._spec.parallel.forward_prefetch) - self._flat
             self._flat = unit.gathered * (1 + self._spec.parallel.forward_prefetch)
         else:
-            self._see(moment, unit.gathered + (unit.width * unit.largest if unit.width < FLOAT32 else 0))
+            self._see(moment, unit.gathered + (unit.width * unit.largest if unit.width < unit.held else 0))
         self.held["gathered weights"] += unit.gathered
         self._open.add(place)
         self._see(moment, 0)
 
     def _sent(self, unit: Unit) -> int:
         """Bytes of a rank's part that is cast before it is sent; of offloaded weights, all of it is copied."""
-        return unit.sliced if self._offloaded else unit.width * unit.trained if unit.width < FLOAT32 else 0
+        return unit.sliced if self._offloaded else unit.width * unit.trained if unit.width < unit.held else 0
 
     def _free(self, place: Place) -> None:
         self.held["gathered weights"] -= self._step.units[place].gathered
