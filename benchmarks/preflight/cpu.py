@@ -22,7 +22,7 @@ from benchmarks.preflight.settings import CONFIGS, Setting
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.adapters.injection import inject
 from qvl_pipeline.engine.model.attention import use_packed_attention
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
@@ -118,7 +118,8 @@ def _model(setting: Setting, device: torch.device, group: Any) -> PackedVLM:
     freeze(hf, family, setting.freeze)
     if spec.adapter.used:
         inject(hf, family, spec.adapter)
-    hold_frozen_in(hf, compute_dtype(spec.parallel))
+    trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
+    hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
     recompute_activations(hf, spec.recompute)
     return PackedVLM(hf, family, [0.5] * 3, [0.5] * 3, group)
 
