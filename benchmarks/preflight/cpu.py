@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -126,6 +127,15 @@ def _model(setting: Setting, device: torch.device, group: Any) -> PackedVLM:
 
 def _pack(config: Any, setting: Setting, share: SequenceShare) -> Batch:
     values = 3 * 2 * config.vision_config.patch_size**2
-    speed = FAMILIES[setting.family].tokens_per_second(config)
-    builder = BatchBuilder(RandomPatches(values), values, (1, 2), speed, ("benchmark",), share=share)
+    family = FAMILIES[setting.family]
+    speed = family.tokens_per_second(config)
+    builder = BatchBuilder(
+        RandomPatches(values),
+        values,
+        (1, 2),
+        speed,
+        partial(family.vision_inputs, config.vision_config),
+        ("benchmark",),
+        share=share,
+    )
     return builder.build(make_samples(config, setting.tokens), vision=True)
