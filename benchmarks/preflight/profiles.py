@@ -1,4 +1,4 @@
-"""What the preflight says of every profile of a published model, on the hardware that it names, and how long it takes."""
+"""What the preflight says of every profile on the hardware that it names, and how long it takes to say it."""
 
 from __future__ import annotations
 
