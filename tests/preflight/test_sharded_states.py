@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.gpu import _OPTIM, _PARALLEL
+from benchmarks.gpu import OPTIM, PARALLEL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -50,7 +50,7 @@ def ranks() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct"])
 def test_states_of_a_rank_are_exact(name: str, frozen: tuple[str, ...], ranks: None) -> None:
     family = FAMILIES[MODELS[name].family]
-    spec = SimpleNamespace(optim=_OPTIM, parallel=replace(_PARALLEL, bf16=True))
+    spec = SimpleNamespace(optim=OPTIM, parallel=replace(PARALLEL, bf16=True))
     with FakeTensorMode():
         hf = AutoModelForImageTextToText.from_config(cut(name), dtype=torch.float32)
         freeze(hf, family, frozen)

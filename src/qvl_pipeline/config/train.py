@@ -121,7 +121,7 @@ class TrainConfig(Block):
             every evaluation that is the best so far, and kept beyond `save_total_limit`.
         metric_for_best_model: What is best: the lowest `eval_loss`.
         dataloader_num_workers: Loader processes of each rank, which live as long as the run; 0 loads in the training
-            process.
+            process; `auto` measures on some batches of the plan how many keep the device busy, and says so.
         dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
         dataloader_pin_memory: On CUDA, load into pinned memory, from which copies overlap with computation.
         on_bad_sample: What happens when media that passed validation cannot be loaded: `raise` ends the run and names
@@ -180,7 +180,7 @@ class TrainConfig(Block):
     eval_steps: int = Field(default=0, ge=0)
     load_best_model_at_end: bool = False
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
-    dataloader_num_workers: Annotated[int, Indifferent()] = Field(default=0, ge=0)
+    dataloader_num_workers: Annotated[int | Literal["auto"], Indifferent()] = 0
     dataloader_prefetch_factor: Annotated[int, Indifferent()] = Field(default=2, ge=1)
     dataloader_pin_memory: Annotated[bool, Indifferent()] = True
     on_bad_sample: Annotated[Literal["raise", "skip"], Indifferent()] = "raise"
@@ -208,6 +208,13 @@ class TrainConfig(Block):
     def _at_least_one_process(cls, value: int | str) -> int | str:
         if value != "auto" and int(value) < 1:
             raise ValueError("nproc_per_node must be 'auto' or at least 1")
+        return value
+
+    @field_validator("dataloader_num_workers")
+    @classmethod
+    def _no_fewer_than_none(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 0:
+            raise ValueError("dataloader_num_workers must be 'auto' or at least 0")
         return value
 
     @field_validator("profile_steps")

@@ -109,7 +109,7 @@ class DataSpec:
         per_device_train_batch_size: Packs of one forward pass of one rank.
         use_rmpad: Micro-batches are packs; otherwise a padded row for each sample.
         epochs: Passes over the data that the plan makes.
-        dataloader_num_workers: Loader processes of each rank.
+        dataloader_num_workers: Loader processes of each rank, or `auto`.
         dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
         dataloader_pin_memory: Pin batches for copies to a GPU.
         on_bad_sample: `raise` or `skip` a sample whose media cannot be loaded.
@@ -122,7 +122,7 @@ class DataSpec:
     per_device_train_batch_size: int
     use_rmpad: bool
     epochs: float
-    dataloader_num_workers: int
+    dataloader_num_workers: int | str
     dataloader_prefetch_factor: int
     dataloader_pin_memory: bool
     on_bad_sample: str
