@@ -1,4 +1,4 @@
-"""Tiny models of both families and samples with random pixels, as the engine gets them."""
+"""Tiny models of all families and samples with random pixels, as the engine gets them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from tests.engine.packs import load_packed, make_builder, make_samples
 
-# Few blocks, but of every kind: with and without DeepStack, of windows and of whole images. What a step of a tiny model
-# costs depends on the number of its parameters, not on their sizes.
-VISION_BLOCKS = {
-    "qwen3_vl": (tiny_model.QWEN3_VL, {"depth": 2, "deepstack_visual_indexes": [0, 1]}),
-    "qwen2_5_vl": (tiny_model.QWEN2_5_VL, {"depth": 2, "fullatt_block_indexes": [1]}),
+# Few blocks, but of every kind: with and without DeepStack, of windows and of whole images, of softmax and of linear
+# attention. What a step of a tiny model costs depends on the number of its parameters, not on their sizes.
+FEW_BLOCKS = {
+    "qwen3_vl": ({}, {"depth": 2, "deepstack_visual_indexes": [0, 1]}),
+    "qwen2_5_vl": ({}, {"depth": 2, "fullatt_block_indexes": [1]}),
+    "qwen3_5": (
+        # What a head reads from a state that is still empty is next to nothing, and the norm behind it would make of
+        # the rounding of that a difference of more than 1e-5.
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "rms_norm_eps": 1e-3},
+        {"depth": 2},
+    ),
 }
 
 
@@ -31,9 +37,9 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     def folder(family: str) -> Path:
         if family not in folders:
             folders[family] = tmp_path_factory.mktemp(family)
-            config, vision = VISION_BLOCKS[family]
+            config, (text, vision) = tiny_model.CONFIGS[family], FEW_BLOCKS[family]
             with (
-                mock.patch.dict(config["text_config"], num_hidden_layers=3),
+                mock.patch.dict(config["text_config"], num_hidden_layers=3, **text),
                 mock.patch.dict(config["vision_config"], vision),
             ):
                 corpus = ["which digit is this?", "seven"]
@@ -43,7 +49,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return folder
 
 
-@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+@pytest.fixture(params=list(FEW_BLOCKS))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -92,6 +92,7 @@ def make_training(
             family=family,
             attn_implementation="auto",
             vit_attn_implementation="auto",
+            linear_attn_implementation="auto",
             freeze_modules=(),
             checkpointed_towers=(),
             use_liger_kernel=False,

@@ -31,6 +31,9 @@ class ModelConfig(Block):
         tiny_seed: Seed of the tiny model's weights; only read when `load_from_pretrained_path` is `None`.
         attn_implementation: Attention kernel; `auto` takes the fastest that runs here and says which.
         vit_attn_implementation: Attention kernel of the vision tower in training; `None` is the same.
+        linear_attn_implementation: Kernels of linear attention, of families that have it (Qwen3.5): `fla` is the packages
+            flash-linear-attention and causal-conv1d on a GPU; `torch` needs neither, and trains 1.5 to 2.5 times slower
+            there. `auto` takes `fla` on a GPU, and refuses to start where a package is missing.
         image_min_pixels: Fewest pixels an image is scaled up to.
         image_max_pixels: Most pixels an image is scaled down to; by default those of 1,280 tokens, 1,003,520 for
             Qwen2.5-VL (28 x 28 each) and 1,310,720 for Qwen3-VL (32 x 32).
@@ -42,6 +45,9 @@ class ModelConfig(Block):
     tiny_seed: Annotated[int, Indifferent("frames")] = 0
     attn_implementation: Annotated[Attention, Indifferent("frames"), Indifferent("tokens")] = "auto"
     vit_attn_implementation: Annotated[Attention | None, Indifferent("frames"), Indifferent("tokens")] = None
+    linear_attn_implementation: Annotated[
+        Literal["auto", "fla", "torch"], Indifferent("frames"), Indifferent("tokens")
+    ] = "auto"
     image_min_pixels: Annotated[int, Indifferent("frames")] = Field(default=56 * 56, ge=1)
     image_max_pixels: Annotated[int, Indifferent("frames")] = Field(default_factory=_default_max_pixels, ge=1)
 

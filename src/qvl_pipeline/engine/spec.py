@@ -53,6 +53,7 @@ class ModelSpec:
         family: Name of a module in `engine.families`.
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
+        linear_attn_implementation: Kernels of linear attention, or `auto`; only read where a family has any.
         freeze_modules: Short names or globs of parts that stay as they are.
         checkpointed_towers: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
@@ -68,6 +69,7 @@ class ModelSpec:
     family: str
     attn_implementation: str
     vit_attn_implementation: str
+    linear_attn_implementation: str
     freeze_modules: tuple[str, ...]
     checkpointed_towers: tuple[str, ...]
     use_liger_kernel: bool

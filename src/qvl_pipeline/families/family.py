@@ -35,8 +35,13 @@ class ModelFamily:
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
-        liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
+        liger_kernels: Kernel (`rms_norm`, `rms_norm_zero_centred` or `swiglu`) of liger-kernel for each module class
+            that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
+        linear_attention: Class name of a layer whose state runs on from token to token, which packs must cut; `None`
+            where all attention is softmax attention.
+        kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
+            exported as they were.
     """
 
     name: str
@@ -52,6 +57,8 @@ class ModelFamily:
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+    linear_attention: str | None = None
+    kept_prefixes: tuple[str, ...] = ()
 
     @property
     def token_pixels(self) -> int:
@@ -68,6 +75,10 @@ class ModelFamily:
             if parameter_name.startswith(prefix):
                 return group
         raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")
+
+    def keeps(self, stored: str) -> bool:
+        """Whether a tensor of a checkpoint is no part of the module, and goes into an export as it was."""
+        return stored.startswith(self.kept_prefixes)
 
     def module_name(self, stored: str, known: Collection[str]) -> str:
         """Name in the module of a tensor in a checkpoint, which may be stored under either name."""

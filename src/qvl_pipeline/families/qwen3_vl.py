@@ -19,7 +19,7 @@ def _vision_forward(
     return output.pooler_output, list(output.deepstack_features)
 
 
-def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+def vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
     """Every block attends within each frame."""
     return [sum(t * (h * w) ** 2 for t, h, w in grids)] * config.depth
 
@@ -42,7 +42,7 @@ FAMILY = ModelFamily(
     vision_forward=_vision_forward,
     decoder_kwargs=lambda mask, deepstack: {"visual_pos_masks": mask, "deepstack_visual_embeds": deepstack},
     tokens_per_second=lambda config: None,
-    vision_pairs=_vision_pairs,
+    vision_pairs=vision_pairs,
     # The vision tower has LayerNorms and plain MLPs.
     liger_kernels={"Qwen3VLTextRMSNorm": "rms_norm", "Qwen3VLTextMLP": "swiglu"},
 )

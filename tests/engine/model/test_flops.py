@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.adapters.injection import inject
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM

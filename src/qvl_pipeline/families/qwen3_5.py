@@ -1,0 +1,44 @@
+"""Qwen3.5 (and 3.6, 3.8 dense): Qwen3-VL's tower without DeepStack, three linear-attention layers to each full one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.qwen3_vl import vision_pairs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def _vision_forward(
+    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return model.visual(pixels, grid_thw=grid_thw, return_dict=True).pooler_output, []
+
+
+FAMILY = ModelFamily(
+    name="qwen3_5",
+    title="Qwen3.5",
+    patch_size=16,
+    limits_are_per_clip=True,
+    decoder_layer="Qwen3_5DecoderLayer",
+    vision_block="Qwen3_5VisionBlock",
+    groups=(
+        ("merger", "model.visual.merger."),
+        ("vit", "model.visual."),
+        ("embed", "model.language_model.embed_tokens."),
+        ("llm", "model.language_model."),
+        ("head", "lm_head."),
+    ),
+    vision_forward=_vision_forward,
+    decoder_kwargs=lambda mask, deepstack: {},
+    tokens_per_second=lambda config: None,
+    vision_pairs=vision_pairs,
+    # The norm within linear attention is gated, and another one.
+    liger_kernels={"Qwen3_5RMSNorm": "rms_norm_zero_centred", "Qwen3_5MLP": "swiglu"},
+    linear_attention="Qwen3_5GatedDeltaNet",
+    # Multi-token prediction, which serving engines use to guess ahead; transformers has no module for it.
+    kept_prefixes=("mtp.",),
+)
