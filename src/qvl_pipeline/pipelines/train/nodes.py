@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
+from qvl_pipeline.storage.tables import write_table
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
@@ -85,9 +87,9 @@ def train(
     if processes.nodes.node_rank > 0:
         join(folder, processes, resume=resume)
     with held(folder, resume=resume):
-        pack_plan.to_parquet(folder / PACK_PLAN, index=False, write_page_checksum=True)
+        write_table(pa.Table.from_pandas(pack_plan, preserve_index=False), folder / PACK_PLAN)
         if eval_plan is not None:
-            eval_plan.to_parquet(folder / EVAL_PLAN, index=False, write_page_checksum=True)
+            write_table(pa.Table.from_pandas(eval_plan, preserve_index=False), folder / EVAL_PLAN)
         spec.save(folder / SPEC)
         run_engine(folder, processes, plan_summary["steps"], train.report_to)
 
