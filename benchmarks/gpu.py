@@ -35,8 +35,8 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
 from benchmarks.report import report
 from qvl_pipeline.engine.feed.batch import Batch
-from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.attention.kernels import why_not
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.kernels import use_liger_kernels

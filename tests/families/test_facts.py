@@ -12,7 +12,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS, ModelFacts
 
-SIZES = {"qwen2_5_vl": {"3B", "7B", "32B", "72B"}, "qwen3_vl": {"2B", "4B", "8B", "32B"}, "qwen3_5": {"0.8B", "2B", "4B", "9B", "27B"}}
+SIZES = {
+    "qwen2_5_vl": {"3B", "7B", "32B", "72B"},
+    "qwen3_vl": {"2B", "4B", "8B", "32B"},
+    "qwen3_5": {"0.8B", "2B", "4B", "9B", "27B"},
+}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())

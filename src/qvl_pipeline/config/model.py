@@ -31,7 +31,7 @@ class ModelConfig(Block):
         tiny_seed: Seed of the tiny model's weights; only read when `load_from_pretrained_path` is `None`.
         attn_implementation: Attention kernel; `auto` takes the fastest that runs here and says which.
         vit_attn_implementation: Attention kernel of the vision tower in training; `None` is the same.
-        linear_attn_implementation: Kernels of linear attention, of families that have it (Qwen3.5): `fla` is the packages
+        linear_attn_implementation: Kernels of linear attention, where a family has it (Qwen3.5): `fla` is the packages
             flash-linear-attention and causal-conv1d on a GPU; `torch` needs neither, and trains 1.5 to 2.5 times slower
             there. `auto` takes `fla` on a GPU, and refuses to start where a package is missing.
         image_min_pixels: Fewest pixels an image is scaled up to.

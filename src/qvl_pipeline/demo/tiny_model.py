@@ -83,7 +83,7 @@ QWEN2_5_VL = {
         "tokens_per_second": 2,
     },
 }
-# Linear attention in three layers of four, then a layer of gated softmax attention with half-rotated heads; no DeepStack.
+# Three layers of linear attention, then one of gated softmax attention with half-rotated heads; no DeepStack.
 QWEN3_5 = {
     "text_config": TEXT
     | {

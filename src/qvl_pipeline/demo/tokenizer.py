@@ -39,7 +39,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Train the tokenizer of the tiny models.
 
-    Normaliser and splitting expression (each digit stands alone) are those of the class of the real models. The result depends only on how often each word occurs in `corpus`, not on the order of texts.
+    Normaliser and splitting expression (each digit stands alone) are those of the class of the real models. The result
+    depends only on how often each word occurs in `corpus`, not on the order of texts.
 
     Args:
         corpus: Texts the model will meet.

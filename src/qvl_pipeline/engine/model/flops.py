@@ -2,7 +2,8 @@
 
 Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products of the forward and backward pass; what gradient
 checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the
-query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2. Frozen matrices have no weight
+query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2; linear attention by what its state
+costs a token, not by what a kernel computes to work on many tokens at once. Frozen matrices have no weight
 gradient, and below the lowest trained parameter there is no activation gradient either.
 """
 
@@ -48,7 +49,11 @@ _PEAK_FLOPS = {
     "MI300X": 1.3074e15,
 }
 # Matrices that read the same input: none of them stands between another one and the loss.
-_SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_SIDE_BY_SIDE = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"gate_proj", "up_proj"},
+    {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -155,6 +160,8 @@ class _Cost:
 def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
     """Add up the matrices of a module in the order of the forward pass, and its attention behind the first of them."""
     parts = [(name.split(".")[-1], part) for name, part in module.named_modules() if not list(part.children())]
+    # transformers declares the inputs of linear attention after what comes behind them.
+    parts.sort(key=lambda named: not named[0].startswith("in_proj_"))
     # Norms are taken to lie at the entrance.
     reaches_trained |= any(_trains(part) for _, part in parts if not _is_matrix(part))
     matrices = [(name, part) for name, part in parts if _is_matrix(part)]
@@ -169,10 +176,17 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
         reaches_trained |= any(_trains(part) for _, part in step)
         name, part = step[0]
         if name in ("q_proj", "qkv"):
-            width = part.weight.shape[0] // (3 if name == "qkv" else 1)
+            width = part.weight.shape[0] // 3 if name == "qkv" else dict(parts)["o_proj"].weight.shape[1]
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
+        if name == "conv1d":
+            per_row += _state_cost(module.linear_attn) * (3 if reaches_trained else 1)
     return _Cost(per_row, per_pair, reaches_trained)
+
+
+def _state_cost(layer: nn.Module) -> int:
+    """FLOPs a token of a gated delta rule: a head's state is read by the key, written to, and read by the query."""
+    return 3 * 2 * layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
 
 
 def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:

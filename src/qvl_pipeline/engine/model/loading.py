@@ -75,7 +75,9 @@ def build_model(
     }
     if family.linear_attention:
         chosen, half = spec.model.linear_attn_implementation, spec.parallel.half
-        facts["linear_attention"] = use_packed_linear_attention(hf, family, chosen, device, half=half, sp_group=sp_group)
+        facts["linear_attention"] = use_packed_linear_attention(
+            hf, family, chosen, device, half=half, sp_group=sp_group
+        )
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
     hold_frozen_in(hf, compute_dtype(spec.parallel))

@@ -1,7 +1,7 @@
 """Linear attention over packs: Gated DeltaNet layers whose convolution and state end with each sample.
 
-Such a layer reads a row from left to right with a state (Yang et al., "Gated Delta Networks", arXiv:2412.06464), behind a
-short convolution. Given a pack as one row, both would run on from a sample into the next. transformers' own forward can
+Such a layer reads a row from left to right with a state (Yang et al., "Gated Delta Networks", arXiv:2412.06464), behind
+a short convolution. Given a pack as one row, both would run on from a sample into the next. transformers' own forward can
 cut them only with two packages for GPUs, so this one composes the same submodules, and cuts wherever it runs.
 """
 
@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def use_packed_linear_attention(
     kernel = choose_linear_kernel(linear_attn_implementation, device, half=half)
     for module in model.modules():
         if type(module).__name__ == family.linear_attention:
-            module.forward = partial(_forward, module, module.forward, KERNELS[kernel], sp_group)
+            unpacked = MethodType(type(module).forward, module)
+            module.forward = partial(_forward, module, unpacked, KERNELS[kernel], sp_group)
     return kernel
 
 

@@ -12,7 +12,7 @@ from qvl_pipeline.engine.model.weight_files import StoredWeights
 
 
 class WholeWeights:
-    """Weights under the names of the plain model, adapters merged.
+    """Weights under the names of the plain model, adapters merged; and those beside it, which are kept as they are.
 
     Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
     computation. An adapter is merged into the stored weight for the same reason.
@@ -35,12 +35,25 @@ class WholeWeights:
         self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
         self._stored = StoredWeights(base, model.family, set(self._parameters)) if leads else None
 
-    def sizes(self) -> dict[str, int]:
-        """Return the number of elements of each weight, in the order of the model."""
-        return {name: parameter.numel() for name, parameter in self._parameters.items()}
+    def sizes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return the bytes of each weight in some type, in the order of the model; what is kept has its own type.
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """Return a weight on the CPU; nothing on ranks that only take part. Called by all ranks in the same order."""
+        Ranks that only take part have no part in what is kept.
+        """
+        sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in self._parameters.items()}
+        return sizes | (self._stored.kept if self._stored else {})
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a weight on the CPU, converted unless it is kept.
+
+        Nothing on ranks that only take part; called by all ranks in the same order.
+        """
+        if name not in self._parameters:
+            return self._stored.read(name)
+        weight = self._read(name)
+        return None if weight is None else weight.to(dtype)
+
+    def _read(self, name: str) -> torch.Tensor | None:
         parameter = self._parameters[name]
         if name in self._adapted:
             layer = self._adapted[name]
