@@ -39,7 +39,7 @@ def test_modules_that_compute_with_liger_are_counted(hf_model: PreTrainedModel, 
 
 
 def test_liger_is_told_what_the_norms_of_the_model_do(hf_model: PreTrainedModel, family: str) -> None:
-    """By its formula with what each norm was told: `casting_mode` says what is float32, the offset what the weight is."""
+    """By Liger's formula, with what the norm was told."""
     hidden = torch.randn(5, 128)
     norm = hf_model.model.language_model.norm
     torch.nn.init.normal_(norm.weight)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -138,8 +137,3 @@ def test_key_heads_of_linear_attention_are_divided_evenly_or_not_at_all(model: P
         check_degree(16, 16, {"attention heads": 24, "key heads of linear attention": 16})
     with pytest.raises(ValueError, match="6 does not divide the model's 16 key heads of linear attention"):
         check_degree(6, 6, {"attention heads": 24, "key heads of linear attention": 16})
-
-
-def test_model_of_another_family_has_nothing_to_cut(tiny_folders: Any, tmp_path: Path) -> None:
-    other = load_packed(tiny_folders("qwen3_vl"), "qwen3_vl")
-    assert divided_heads(other.hf.config.text_config) == {"attention heads": 4}

@@ -1,8 +1,8 @@
 """Linear attention over packs: Gated DeltaNet layers whose convolution and state end with each sample.
 
 Such a layer reads a row from left to right with a state (Yang et al., "Gated Delta Networks", arXiv:2412.06464), behind
-a short convolution. Given a pack as one row, both would run on from a sample into the next. transformers' own forward can
-cut them only with two packages for GPUs, so this one composes the same submodules, and cuts wherever it runs.
+a short convolution. Given a pack as one row, both would run on from a sample into the next. transformers' own forward
+can cut them only with two packages for GPUs, so this one composes the same submodules, and cuts wherever it runs.
 """
 
 from __future__ import annotations
