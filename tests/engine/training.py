@@ -93,6 +93,7 @@ def make_training(
             attn_implementation="auto",
             vit_attn_implementation="auto",
             linear_attn_implementation="auto",
+            ignore_empty_think=True,
             freeze_modules=(),
             checkpointed_towers=(),
             use_liger_kernel=False,

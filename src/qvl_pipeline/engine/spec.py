@@ -54,6 +54,7 @@ class ModelSpec:
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
         linear_attn_implementation: Kernels of linear attention, or `auto`; only read where a family has any.
+        ignore_empty_think: Empty thoughts before answers are not trained on; of a stream, which is tokenised here.
         freeze_modules: Short names or globs of parts that stay as they are.
         checkpointed_towers: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
@@ -70,6 +71,7 @@ class ModelSpec:
     attn_implementation: str
     vit_attn_implementation: str
     linear_attn_implementation: str
+    ignore_empty_think: bool
     freeze_modules: tuple[str, ...]
     checkpointed_towers: tuple[str, ...]
     use_liger_kernel: bool

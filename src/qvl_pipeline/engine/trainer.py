@@ -96,7 +96,13 @@ class Trainer:
         always_vision = _trains_vision_only(self.model)
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
-            samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
+            samples = RawSamples(
+                Path(stream.samples),
+                self.processor,
+                Path(data.video_frames),
+                skip_bad_samples=skips,
+                ignore_empty_think=self.spec.model.ignore_empty_think,
+            )
             sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers > 0
 
             def exchange(values: Sequence[int]) -> list[int]:
