@@ -6,11 +6,12 @@ launch (`training/checks.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qvl_pipeline.config.base import Block
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.families.facts import MODELS, ModelFacts
 from qvl_pipeline.families.family import MERGE_SIZE
 
@@ -157,14 +158,16 @@ def _context(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _heads(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
-    degree, heads = blocks["train"].sp_ulysses_degree, facts.text.num_attention_heads
-    if heads % degree:
-        fitting = [str(number) for number in (2, 4, 8) if heads % number == 0]
-        yield (
-            ("train", "sp_ulysses_degree"),
-            f"{degree} does not divide the {heads} attention heads of {facts.name}, which so many processes would "
-            f"share: choose {' or '.join(fitting)}",
-        )
+    degree, heads = blocks["train"].sp_ulysses_degree, divided_heads(facts.text)
+    fitting = [str(number) for number in (2, 4, 8) if math.gcd(*heads.values()) % number == 0]
+    for kind, number in heads.items():
+        if number % degree:
+            yield (
+                ("train", "sp_ulysses_degree"),
+                f"{degree} does not divide the {number} {kind} of {facts.name}, which so many processes would share: "
+                f"choose {' or '.join(fitting)}",
+            )
+            return
 
 
 def _memory(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
@@ -175,7 +178,7 @@ def _memory(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
     if not whole or "auto" in (processes, nodes):
         return
     share = shard or processes * nodes
-    each = facts.parameters * _STATE_BYTES[train.optim] / share / 1e9
+    each = (facts.parameters - facts.kept_parameters) * _STATE_BYTES[train.optim] / share / 1e9
     if each > _LARGEST_GPU:
         yield (
             ("train", "nproc_per_node"),

@@ -94,3 +94,17 @@ class ModelFamily:
             if name.startswith(prefix):
                 return published + name.removeprefix(prefix)
         return name
+
+
+def divided_heads(text: Any) -> dict[str, int]:
+    """Numbers of the heads that ranks of sequence parallelism divide among them, by what they are called.
+
+    Key and value heads of softmax attention may be fewer than the degree: they are repeated. A key head of linear
+    attention has a state of its own for each of its value heads, which would be computed and trained twice.
+
+    Args:
+        text: `text_config` of a model, or what is known of its language model.
+    """
+    linear = getattr(text, "linear_num_key_heads", None)
+    heads = {"attention heads": text.num_attention_heads}
+    return heads | ({"key heads of linear attention": linear} if linear else {})

@@ -44,9 +44,9 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     from qvl_pipeline.engine.model.sharded import layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
     from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
-    from qvl_pipeline.engine.parallel.sequence_parallel import check_degree, divided_heads
+    from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
     from qvl_pipeline.engine.parallel.sharding import check_shard_size
-    from qvl_pipeline.families import FAMILIES
+    from qvl_pipeline.families import FAMILIES, divided_heads
 
     _check_settings(spec, steps)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")

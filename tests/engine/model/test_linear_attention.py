@@ -16,8 +16,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from qvl_pipeline.engine.model.attention import linear
 from qvl_pipeline.engine.model.attention.linear import KERNELS, choose_linear_kernel, use_packed_linear_attention
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.parallel.sequence_parallel import check_degree, divided_heads
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
+from qvl_pipeline.families import FAMILIES, divided_heads
 from tests.engine.model.test_packed_vlm import hidden_states
 from tests.engine.packs import load_packed, make_builder, make_samples
 

@@ -19,10 +19,10 @@ from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.weights import build_skeleton
-from qvl_pipeline.engine.parallel.sequence_parallel import check_degree, divided_heads
+from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.media.pixels import normalization
 
 logger = logging.getLogger(__name__)

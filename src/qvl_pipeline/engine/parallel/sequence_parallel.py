@@ -25,27 +25,13 @@ from torch import Tensor
 PATCHES_PER_TOKEN = 4
 
 
-def divided_heads(config: Any) -> dict[str, int]:
-    """Numbers of the heads that ranks divide among them.
-
-    Key and value heads of softmax attention may be fewer than the degree: they are repeated. A key head of linear
-    attention has a state of its own for each of its value heads, which would be computed and trained twice.
-
-    Args:
-        config: `text_config` of the model.
-    """
-    linear = getattr(config, "linear_num_key_heads", None)
-    heads = {"attention heads": config.num_attention_heads}
-    return heads | ({"key heads of linear attention": linear} if linear else {})
-
-
 def check_degree(degree: int, world_size: int, heads: Mapping[str, int]) -> None:
     """Refuse a degree of sequence parallelism that cannot work.
 
     Args:
         degree: `sp_ulysses_degree`.
         world_size: Ranks of the whole job.
-        heads: What `divided_heads` says of the model.
+        heads: What `families.divided_heads` says of the model.
 
     Raises:
         ValueError: The degree divides the ranks or the heads not evenly.
