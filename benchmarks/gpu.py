@@ -82,6 +82,7 @@ _OPTIM = OptimSpec(
     lr_scheduler_kwargs={},
     warmup_steps=0,
     ema_decay=0.0,
+    router_aux_loss_coef=None,
 )
 _PARALLEL = ParallelSpec(
     transformer_layer_cls_to_wrap=(),

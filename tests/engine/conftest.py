@@ -22,6 +22,8 @@ from tests.engine.packs import load_packed, make_builder, make_samples
 # attention. What a step of a tiny model costs depends on the number of its parameters, not on their sizes.
 FEW_BLOCKS = {
     "qwen3_vl": ({}, {"depth": 2, "deepstack_visual_indexes": [0, 1]}),
+    # A weight of the balance loss with which it is no small part of every gradient.
+    "qwen3_vl_moe": ({"router_aux_loss_coef": 0.2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]}),
     "qwen2_5_vl": ({}, {"depth": 2, "fullatt_block_indexes": [1]}),
     "qwen3_5": (
         # What a head reads from a state that is still empty is next to nothing, and the norm behind it would make of

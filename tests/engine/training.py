@@ -93,6 +93,7 @@ def make_training(
             attn_implementation="auto",
             vit_attn_implementation="auto",
             linear_attn_implementation="auto",
+            experts_implementation="auto",
             ignore_empty_think=True,
             freeze_modules=(),
             checkpointed_towers=(),
@@ -145,6 +146,7 @@ def make_training(
             lr_scheduler_kwargs={},
             warmup_steps=1,
             ema_decay=0.0,
+            router_aux_loss_coef=None,
         ),
         parallel=spec.ParallelSpec(
             transformer_layer_cls_to_wrap=(),

@@ -12,6 +12,7 @@ from typing import Any
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.families import FAMILIES, divided_heads
+from qvl_pipeline.families.capabilities import CAPABILITIES
 from qvl_pipeline.families.facts import MODELS, ModelFacts
 from qvl_pipeline.families.family import MERGE_SIZE
 
@@ -36,7 +37,7 @@ def find_conflicts(blocks: Mapping[str, Block]) -> Iterator[Problem]:
         `((block, key), sentence)`.
     """
     facts = MODELS.get(blocks["model"].load_from_pretrained_path or "")
-    for check in (_names, _kernels, _sizes, _ranks, _parts, _sources):
+    for check in (_names, _kernels, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
         yield from check(blocks)
     if facts is not None:
         for check_facts in (_context, _heads, _memory, _rank_of_update):
@@ -62,6 +63,32 @@ def _kernels(blocks: Mapping[str, Any]) -> Iterator[Problem]:
                 f"'{kernel}' computes in bfloat16 or float16 only, and train.bf16 and train.fp16 are both false: set "
                 "one of them, or choose sdpa",
             )
+
+
+def _capabilities(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is asked for works with the family."""
+    family = blocks["model"].family
+    for name, reason in family.unsupported.items():
+        (block, key), asked = CAPABILITIES[name].key, CAPABILITIES[name].asked
+        if key and asked(getattr(blocks[block], key)):
+            yield (block, key), f"{CAPABILITIES[name].title} does not work with {family.title}: {reason}"
+
+
+def _experts(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is said of experts, or of linear attention, is said of a family that has them."""
+    model, train = blocks["model"], blocks["train"]
+    said = {
+        ("train", "router_aux_loss_coef"): (train.router_aux_loss_coef, model.family.experts, "experts"),
+        ("model", "experts_implementation"): (model.experts_implementation != "auto", model.family.experts, "experts"),
+        ("model", "linear_attn_implementation"): (
+            model.linear_attn_implementation != "auto",
+            model.family.linear_attention,
+            "linear attention",
+        ),
+    }
+    for key, (value, there, what) in said.items():
+        if value and not there:
+            yield key, f"{model.family.title} has no {what}: leave it out"
 
 
 def _sizes(blocks: Mapping[str, Any]) -> Iterator[Problem]:

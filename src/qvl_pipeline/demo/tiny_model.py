@@ -105,7 +105,16 @@ QWEN3_5 = {
 }
 
 
-CONFIGS: dict[str, dict[str, Any]] = {"qwen3_vl": QWEN3_VL, "qwen2_5_vl": QWEN2_5_VL, "qwen3_5": QWEN3_5}
+# Qwen3-VL with eight experts in each layer, two for each token.
+QWEN3_VL_MOE = QWEN3_VL | {
+    "text_config": QWEN3_VL["text_config"] | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": QWEN3_VL,
+    "qwen2_5_vl": QWEN2_5_VL,
+    "qwen3_5": QWEN3_5,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
+}
 
 
 def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[str]) -> None:

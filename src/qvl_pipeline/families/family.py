@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
 
 
+# Why a family of dense models has no use for a capability.
+NO_EXPERTS = {"ep": "it has no experts"}
 # Side of the square of patches that becomes one token, in all families so far.
 MERGE_SIZE = 2
 
@@ -40,6 +42,13 @@ class ModelFamily:
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
         linear_attention: Class name of a layer whose state runs on from token to token, which packs must cut; `None`
             where all attention is softmax attention.
+        unsupported: Why a capability (`families.capabilities`) does not work with the family, by its name. Those that
+            are not named do.
+        notes: What to know of one that does.
+        experts: Class name of a layer's experts, whose weights are fused tensors `[experts, out, in]`; FSDP2 shards
+            each by itself. `None` where there are none.
+        router: Class name of what chooses experts for a token; its output begins with logits `[tokens, experts]`.
+        transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
         kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
             exported as they were.
     """
@@ -58,6 +67,11 @@ class ModelFamily:
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
     linear_attention: str | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    experts: str | None = None
+    router: str | None = None
+    transposed_in_hub: tuple[str, ...] = ()
     kept_prefixes: tuple[str, ...] = ()
 
     @property
@@ -87,6 +101,10 @@ class ModelFamily:
                 if stored.startswith(published):
                     return prefix + stored.removeprefix(published)
         return stored
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether published checkpoints hold a tensor of the module with its last two dimensions exchanged."""
+        return name.endswith(self.transposed_in_hub)
 
     def hub_name(self, name: str) -> str:
         """Name in published checkpoints of a tensor of the module."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
 from qvl_pipeline.families.qwen3_vl import vision_pairs
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ FAMILY = ModelFamily(
     # The norm within linear attention is gated, and another one.
     liger_kernels={"Qwen3_5RMSNorm": "rms_norm_zero_centred", "Qwen3_5MLP": "swiglu"},
     linear_attention="Qwen3_5GatedDeltaNet",
+    unsupported=NO_EXPERTS,
+    notes={
+        "packing": "with two packages on a GPU (model.linear_attn_implementation)",
+        "sp": "degrees that divide the key heads of linear attention too",
+        "liger": "but for the gated norm of linear attention",
+    },
     # Multi-token prediction, which serving engines use to guess ahead; transformers has no module for it.
     kept_prefixes=("mtp.",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ FAMILY = ModelFamily(
     decoder_kwargs=lambda mask, deepstack: {"visual_pos_masks": mask, "deepstack_visual_embeds": deepstack},
     tokens_per_second=lambda config: None,
     vision_pairs=vision_pairs,
+    unsupported=NO_EXPERTS,
     # The vision tower has LayerNorms and plain MLPs.
     liger_kernels={"Qwen3VLTextRMSNorm": "rms_norm", "Qwen3VLTextMLP": "swiglu"},
 )

@@ -41,6 +41,7 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     from qvl_pipeline.engine.model.attention.linear import choose_linear_kernel
     from qvl_pipeline.engine.model.freezing import freeze
     from qvl_pipeline.engine.model.kernels import use_liger_kernels
+    from qvl_pipeline.engine.model.routing import choose_experts_kernel
     from qvl_pipeline.engine.model.sharded import layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
     from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
@@ -54,6 +55,8 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
         kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.use_rmpad)
+        if family.experts:
+            choose_experts_kernel(spec.model.experts_implementation, device)
         if family.linear_attention:
             choose_linear_kernel(spec.model.linear_attn_implementation, device, half=spec.parallel.half)
         check_shard_size(spec.parallel.hsdp_shard_size, ranks)

@@ -22,6 +22,7 @@ CUDA = torch.device("cuda")  # only named: nothing is computed
 # of Qwen2.5-VL have two norms each, and the merger one.
 EXPECTED = {
     "qwen3_vl": {"Qwen3VLTextMLP": 3, "Qwen3VLTextRMSNorm": 13},
+    "qwen3_vl_moe": {"Qwen3VLMoeTextRMSNorm": 13},
     "qwen2_5_vl": {"Qwen2MLP": 3, "Qwen2_5_VLMLP": 2, "Qwen2_5_VLRMSNorm": 12},
     # Of its three layers one has softmax attention, with norms of queries and keys.
     "qwen3_5": {"Qwen3_5MLP": 3, "Qwen3_5RMSNorm": 9},

@@ -95,6 +95,8 @@ def hidden_states(model: PackedVLM, batch: Batch) -> torch.Tensor:
 def test_no_sample_of_a_pack_moves_another_by_one_bit(
     changed: int, packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]]
 ) -> None:
+    if packed.family.experts:  # products of many tokens round by how many they are, not by what is in the others
+        packed.hf.config.text_config._experts_implementation_internal = "batched_mm"
     chosen = [samples[kind] for kind in ("image", "image_and_video", "two_images")]
     before = hidden_states(packed, builder.build(chosen, vision=True))
     ids = chosen[changed]["input_ids"].copy()

@@ -3,8 +3,8 @@
 Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products of the forward and backward pass; what gradient
 checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the
 query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2; linear attention by what its state
-costs a token, not by what a kernel computes to work on many tokens at once. Frozen matrices have no weight
-gradient, and below the lowest trained parameter there is no activation gradient either.
+costs a token, not by what a kernel computes to work on many tokens at once; experts by those that a token goes to.
+Frozen matrices have no weight gradient, and below the lowest trained parameter there is no activation gradient either.
 """
 
 from __future__ import annotations
@@ -179,6 +179,12 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
             width = part.weight.shape[0] // 3 if name == "qkv" else dict(parts)["o_proj"].weight.shape[1]
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
+        if name == "gate" and hasattr(module.mlp, "experts"):
+            experts, active = module.mlp.experts, module.mlp.gate.top_k
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                share = weight.numel() * active // experts.num_experts
+                per_row += 2 * share * (1 + reaches_trained + weight.requires_grad)
+                reaches_trained |= weight.requires_grad
         if name == "conv1d":
             per_row += _state_cost(module.linear_attn) * (3 if reaches_trained else 1)
     return _Cost(per_row, per_pair, reaches_trained)

@@ -18,6 +18,7 @@ from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.routing import use_experts_kernel
 from qvl_pipeline.engine.model.weights import build_skeleton
 from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
@@ -73,6 +74,8 @@ def build_model(
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
         "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
     }
+    if family.experts:
+        facts["experts"] = use_experts_kernel(hf, spec.model.experts_implementation, device)
     if family.linear_attention:
         chosen, half = spec.model.linear_attn_implementation, spec.parallel.half
         facts["linear_attention"] = use_packed_linear_attention(

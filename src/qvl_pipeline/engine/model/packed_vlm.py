@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qvl_pipeline.engine.model.loss import token_losses
+from qvl_pipeline.engine.model.routing import Routing
 from qvl_pipeline.engine.parallel.sequence_parallel import exchange_features
 from qvl_pipeline.media.pixels import normalize_patches
 
@@ -50,6 +52,7 @@ class PackedVLM(nn.Module):
         self.image_mean = image_mean
         self.image_std = image_std
         self.sp_group = sp_group
+        self.routing = Routing(hf, family) if family.router else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy of each supervised token of the batch: `[S]`, float32."""
@@ -65,12 +68,13 @@ class PackedVLM(nn.Module):
                 [features, *levels], batch.features_to, batch.features_from, self.sp_group
             )
             embeds = embeds.masked_scatter(batch.visual_mask[..., None], features.to(embeds.dtype))
-        hidden = model.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **batch.attention_inputs(),
-            **(self.family.decoder_kwargs(batch.visual_mask, deepstack) if deepstack else {}),
-        ).last_hidden_state
+        with self.routing.recorded(batch.real_tokens) if self.routing else nullcontext():
+            hidden = model.language_model(
+                inputs_embeds=embeds,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **batch.attention_inputs(),
+                **(self.family.decoder_kwargs(batch.visual_mask, deepstack) if deepstack else {}),
+            ).last_hidden_state
         hidden = hidden.flatten(0, 1)
         return token_losses(hidden.index_select(0, batch.target_index), self.hf.lm_head.weight, batch.targets)

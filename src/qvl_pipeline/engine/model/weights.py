@@ -62,7 +62,12 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     names = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
     stored = {family.module_name(name, known): name for name in names}
     _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)
-    dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
+    published = {
+        # Read into a view of the parameter, of which each rank holds the same experts.
+        stored[name]: parameter.transpose(-1, -2) if family.is_transposed(name) else parameter
+        for name, parameter in parameters.items()
+    }
+    dcp.load(published, storage_reader=reader)
 
 
 def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.steps import Step
 from qvl_pipeline.engine.model.flops import ModelFlops, peak_flops
+from qvl_pipeline.engine.model.routing import expert_load
 from qvl_pipeline.storage.whole import write_whole
 
 
@@ -43,7 +44,12 @@ class SourceLosses:
 
 
 class MetricsWindow:
-    """What happened since the last row; each rank counts its own, and a row gathers them in one exchange."""
+    """What happened since the last row; each rank counts its own, and a row gathers them in one exchange.
+
+    Attributes:
+        losses: Sums of token losses.
+        choices: Of each step, how often all ranks chose each expert, `[layers, experts]`; none without experts.
+    """
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self.losses = SourceLosses(self._sources, self._device)
+        self.choices: list[torch.Tensor] = []
         self._tokens = self._packs = self._steps = 0
         self._work = self._waited_s = 0.0
         self._started = time.perf_counter()
@@ -127,6 +134,7 @@ class MetricsWindow:
             "work_imbalance": max(work) * world_size / sum(work) if sum(work) else None,
             "peak_memory_gib": max(memory),
             "loss_by_source": by_source,
+            **(expert_load(torch.stack(self.choices).sum(0).cpu()) if self.choices else {}),
         }
         self._reset()
         return row

@@ -12,7 +12,9 @@ from qvl_pipeline.engine.model.weight_files import StoredWeights
 
 
 class WholeWeights:
-    """Weights under the names of the plain model, adapters merged; and those beside it, which are kept as they are.
+    """Weights as published checkpoints have them, under the names of the module, adapters merged.
+
+    Those that published checkpoints have beside the model are among them, and kept as they are.
 
     Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
     computation. An adapter is merged into the stored weight for the same reason.
@@ -34,6 +36,7 @@ class WholeWeights:
             self._parameters.pop(name)
         self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
         self._stored = StoredWeights(base, model.family, set(self._parameters)) if leads else None
+        self._family = model.family
 
     def sizes(self, dtype: torch.dtype) -> dict[str, int]:
         """Return the bytes of each weight in some type, in the order of the model; what is kept has its own type.
@@ -61,5 +64,5 @@ class WholeWeights:
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
         if parameter.requires_grad:
             whole = gathered(parameter)
-            return whole if self._leads else None
+            return (whole.transpose(-1, -2) if self._family.is_transposed(name) else whole) if self._leads else None
         return self._stored.read(name) if self._stored else None
