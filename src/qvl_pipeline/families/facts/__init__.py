@@ -38,6 +38,9 @@ class TextFacts:
         linear_num_value_heads: Value heads of linear attention.
         linear_key_head_dim: Width of its key heads.
         linear_value_head_dim: Width of its value heads.
+        num_experts: Experts of each layer; `None` is an MLP instead.
+        num_experts_per_tok: Experts that a token goes to.
+        moe_intermediate_size: Width inside of an expert.
     """
 
     hidden_size: int
@@ -58,6 +61,9 @@ class TextFacts:
     linear_num_value_heads: int | None = None
     linear_key_head_dim: int | None = None
     linear_value_head_dim: int | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
 
 
 @dataclass(frozen=True)
