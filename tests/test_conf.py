@@ -21,7 +21,7 @@ from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import ProfileLoader, profile_names
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
-from tests.kedro_project import REAL, SHIPPED, TINY
+from tests.kedro_project import ADAPTED, REAL, SHIPPED, TINY
 
 CONF = Path(__file__).parents[1] / "conf"
 # Lines that fit on one screen.
@@ -68,7 +68,10 @@ def test_a_profile_is_two_files_that_fit_on_one_screen(profile: str) -> None:
 @pytest.mark.parametrize("profile", SHIPPED)
 def test_a_profile_has_every_key_that_dvc_needs(profile: str) -> None:
     stages = {name for stage in STAGES for name in register_pipelines()[stage].inputs()}
-    needed = {name.removeprefix("params:") for name in stages if name.startswith("params:")} - {"data_engine"}
+    needed = {name.removeprefix("params:") for name in stages if name.startswith("params:")} - {
+        "data_engine",
+        "preflight",
+    }
     assert needed <= own(profile).keys()
 
 
@@ -85,7 +88,7 @@ def test_no_value_for_real_models_shows_through_in_a_tiny_one(profile: str) -> N
 
 
 def test_the_tiny_profiles_prepare_their_dataset_alike() -> None:
-    for profile in set(TINY) - {"tiny_qwen3_vl"}:
+    for profile in ("tiny_qwen2_5_vl", "tiny_qwen3_5"):
         one, other = own("tiny_qwen3_vl"), own(profile)
         assert (one["ingest"], one["validate"]) == (other["ingest"], other["validate"])
         differing = {f"{name}.{key}" for name in one for key in one[name] if one[name][key] != other[name][key]}
@@ -165,7 +168,7 @@ def test_the_real_profiles_have_the_values_of_the_guide(profile: str) -> None:
     assert blocks["train"].report_to == ["mlflow"]  # the guide's wandb is not installed by default
 
 
-@pytest.mark.parametrize("profile", REAL)
+@pytest.mark.parametrize("profile", REAL + ADAPTED)
 def test_a_real_profile_is_of_a_known_model_and_says_for_which_hardware(profile: str) -> None:
     blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
     facts = MODELS[blocks["model"].load_from_pretrained_path]
@@ -192,6 +195,17 @@ def test_long_video_has_room_for_an_hour_of_frames() -> None:
     pairs, pixels = sample.video_max_frames // facts.vision.temporal_patch_size, FAMILIES["qwen3_vl"].token_pixels
     # Of each pair of frames the features, its second in text (about nine tokens), and two that enclose them.
     assert pairs * (sample.video_max_pixels // pixels + 11) < 0.9 * batching.packing_length
+
+
+@pytest.mark.parametrize(
+    ("profile", "quantised"), [("qwen2_5_vl_7b_lora", False), ("qwen3_vl_8b_lora", False), ("qwen3_vl_8b_qlora", True)]
+)
+def test_a_profile_of_adapters_has_the_model_and_data_of_the_full_one(profile: str, quantised: bool) -> None:
+    blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
+    assert (blocks["adapter"].type, blocks["adapter"].quantizes) == ("lora", quantised)
+    full = profile.rpartition("_")[0]
+    assert all(own(profile)[block] == own(full)[block] for block in ("ingest", "validate", "data_engine"))
+    assert own(profile)["model"].items() <= own(full)["model"].items()
 
 
 def test_every_catalog_entry_is_used_and_described() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def make_builder(config: Any, family: str, *, rmpad: bool = True, share: Sequenc
         patch_values=3 * 2 * config.vision_config.patch_size**2,
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=FAMILIES[family].tokens_per_second(config),
+        vision_inputs=partial(FAMILIES[family].vision_inputs, config.vision_config),
         sources=("a", "b"),
         rmpad=rmpad,
         share=share or SequenceShare(),

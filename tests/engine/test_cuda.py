@@ -29,15 +29,19 @@ def _attention(kernel: str) -> dict[str, Any]:
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "inductor"}
-RECOMPUTED = {"checkpointed_towers": ("llm", "vit")}
+RECOMPUTED = {"llm": "full", "vit": "full"}
+SELECTIVE = {"llm": "selective", "vit": "selective"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": BF16,
     "fp16": {"parallel": {"fp16": True}},
     **{kernel: _attention(kernel) for kernel in ("torch_varlen", "sdpa", "eager")},
     "liger": BF16 | {"model": {"use_liger_kernel": True}},
-    "recomputed": BF16 | {"model": RECOMPUTED},
+    "recomputed": BF16 | {"recompute": RECOMPUTED},
+    "recomputed, selective": BF16 | {"recompute": SELECTIVE},
+    "recomputed, offloaded": BF16 | {"recompute": RECOMPUTED | {"offload": True}},
     "compiled": BF16 | {"model": COMPILED},
-    "compiled, recomputed": BF16 | {"model": COMPILED | RECOMPUTED},
+    "compiled, recomputed": BF16 | {"model": COMPILED, "recompute": RECOMPUTED},
+    "compiled, selective": BF16 | {"model": COMPILED, "recompute": SELECTIVE},
     "cpu_offload": {"parallel": {"bf16": True, "cpu_offload": True}},
     "padded": BF16 | {"data": {"use_rmpad": False}},
     "loader processes": BF16 | {"data": {"dataloader_num_workers": 2}},
@@ -94,6 +98,23 @@ def test_whatever_is_switched_on_trains_the_same(
     rows = trained(changed(training, tmp_path / "gpu", **VARIANTS[variant]), 1, timeout_s=240)
     # What 8 bits of mantissa leave of three steps.
     assert losses(rows) == pytest.approx(losses(on_a_cpu), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"parallel": {"bf16": True}},
+        {"parallel": {"bf16": True, "cpu_offload": True}, "model": RECOMPUTED},
+        {"parallel": {"fp16": True}},
+        {"parallel": {"bf16": True}, "model": COMPILED},
+    ],
+    ids=["bf16", "cpu_offload", "fp16", "compiled"],
+)
+def test_a_quantised_base_trains_the_same(groups: dict[str, Any], training: TrainSpec, tmp_path: Path) -> None:
+    quantized = changed(training, tmp_path / "cpu", adapter={"type": "dora", "quantize_base": "nf4"})
+    expected = trained_on_a_cpu(quantized)
+    rows = trained(changed(quantized, tmp_path / "gpu", **groups), 1, timeout_s=240)
+    assert losses(rows) == pytest.approx(losses(expected), rel=0.02)
 
 
 def test_resuming_continues_the_same_curve(training: TrainSpec, tmp_path: Path) -> None:

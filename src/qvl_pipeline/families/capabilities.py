@@ -33,6 +33,9 @@ CAPABILITIES: Mapping[str, Capability] = {
     "compile": Capability("torch.compile", ("train", "torch_compile"), bool),
     "liger": Capability("Liger's kernels", ("train", "use_liger_kernel"), bool),
     "recompute": Capability("gradient checkpointing", ("train", "gradient_checkpointing"), bool),
+    "preflight": Capability(
+        "memory and time foretold", ("train", "gradient_checkpointing"), lambda value: value == "auto"
+    ),
     "fp16": Capability("float16", ("train", "fp16"), bool),
     "muon": Capability("Muon", ("train", "optim"), lambda value: value == "muon"),
 }

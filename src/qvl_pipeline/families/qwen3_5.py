@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
-from qvl_pipeline.families.qwen3_vl import vision_pairs
+from qvl_pipeline.families.qwen3_vl import vision_inputs, vision_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def _vision_forward(
-    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor, inputs: dict[str, Any]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return model.visual(pixels, grid_thw=grid_thw, return_dict=True).pooler_output, []
+    return model.visual(pixels, grid_thw=grid_thw, return_dict=True, **inputs).pooler_output, []
 
 
 FAMILY = ModelFamily(
@@ -32,14 +32,15 @@ FAMILY = ModelFamily(
         ("llm", "model.language_model."),
         ("head", "lm_head."),
     ),
+    vision_inputs=vision_inputs,
     vision_forward=_vision_forward,
-    decoder_kwargs=lambda mask, deepstack: {},
+    decoder_kwargs=lambda deepstack: {},
     tokens_per_second=lambda config: None,
     vision_pairs=vision_pairs,
     # The norm within linear attention is gated, and another one.
     liger_kernels={"Qwen3_5RMSNorm": "rms_norm_zero_centred", "Qwen3_5MLP": "swiglu"},
     linear_attention="Qwen3_5GatedDeltaNet",
-    unsupported=NO_EXPERTS,
+    unsupported=NO_EXPERTS | {"preflight": "the memory of linear attention has not been measured"},
     notes={
         "packing": "with two packages on a GPU (model.linear_attn_implementation)",
         "sp": "degrees that divide the key heads of linear attention too",

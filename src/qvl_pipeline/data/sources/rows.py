@@ -119,8 +119,8 @@ def assign_split(key: str, config: IngestConfig) -> str:
 
 def derive_kind(media: Sequence[Media]) -> str:
     """Name the kind of a sample by its media, when its row does not."""
-    count = Counter(use.type for use in media)
-    images, videos = count["image"], count["video"]
+    images = sum(use.type == "image" for use in media)
+    videos = len(media) - images
     if images and videos:
         return "image_and_video"
     return _KINDS.get((images, videos)) or ("multi_image" if images else "multi_video")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
+from qvl_pipeline.engine.model.adapters.linear import base_sizes
+from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.model.weight_files import weights_folder
+from qvl_pipeline.engine.model.weight_files import StoredWeights, weights_folder
 
 # A checkpoint names a handful of these before the message stops being readable.
 _NAMES_SHOWN = 3
@@ -29,6 +31,11 @@ def build_skeleton(path: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
+    return skeleton_of(config)
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
@@ -37,7 +44,8 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     """Give a skeleton its storage and read the weights of a checkpoint into it; called by all ranks.
 
     Parameters may be sharded already: a rank then allocates its shards and reads only the rows of them. The stored
-    type is converted to the parameters' own. What adapters add is left without values.
+    type is converted to the parameters' own. What is to be quantised is read matrix by matrix, each whole, so that no
+    number of ranks tells. What adapters add is left without values.
 
     Args:
         model: The model, on the meta device.
@@ -49,28 +57,30 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
         ValueError: The checkpoint lacks a parameter, or has one that the model does not know.
     """
     hf, family = model.hf, model.family
+    normalization = model.image_mean, model.image_std
     model.to_empty(device="cpu" if offload else device)
+    model.image_mean, model.image_std = (values.to(device) for values in normalization)
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
-    _compute_buffers(hf, device)
-    added = adapter_parameters(hf)
-    parameters = {name: tensor for name, tensor in hf.state_dict().items() if name not in added}
-    for tied in hf.all_tied_weights_keys:
-        parameters.pop(tied)
-    known = set(parameters) | set(hf.all_tied_weights_keys)
+    compute_buffers(hf, device)
+    names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    names = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
-    stored = {family.module_name(name, known): name for name in names}
-    _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)
+    names_stored = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
+    stored = {family.module_name(name, names): name for name in names_stored}
+    _compare(path, [name for name in names if name not in tied], stored, tied)
+    parameters = {name: tensor for name, tensor in hf.state_dict().items() if name in names - tied}
     published = {
         # Read into a view of the parameter, of which each rank holds the same experts.
         stored[name]: parameter.transpose(-1, -2) if family.is_transposed(name) else parameter
         for name, parameter in parameters.items()
     }
     dcp.load(published, storage_reader=reader)
+    weights = StoredWeights(path, family, names)
+    for name, layer in quantized_layers(hf):
+        fill_quantized(layer, weights.read(f"{name}.weight").to(device))
 
 
-def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
+def compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies), by transformers' own initialisation."""
     computed = {name for name, _ in hf.named_buffers()} - set(hf.state_dict())
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in computed):
@@ -84,7 +94,7 @@ def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
             raise ValueError(f"this version of transformers does not say how to compute the buffer '{name}'")
 
 
-def _compare(path: str, parameters: Mapping[str, object], stored: Mapping[str, str], tied: Mapping[str, str]) -> None:
+def _compare(path: str, parameters: Collection[str], stored: Mapping[str, str], tied: Collection[str]) -> None:
     missing = [name for name in parameters if name not in stored]
     unknown = [stored[name] for name in stored if name not in parameters and name not in tied]
     if missing or unknown:

@@ -29,6 +29,7 @@ _TURN_KEYS = {
     _OPENAI: {*_OPENAI, _THOUGHT, "name", "tool_calls", "tool_call_id", "function_call", *_TRAINED_KEYS},
     _SHAREGPT: {*_SHAREGPT, *_TRAINED_KEYS},
 }
+_PLAIN_KEYS = {keys: frozenset(keys) for keys in _TURN_KEYS}
 _ROLES = {
     _OPENAI: {"function": "tool"},
     _SHAREGPT: {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"},
@@ -67,7 +68,7 @@ def to_conversation(row: Row, form: str = "auto") -> Conversation:
             (`audio_not_supported`), or compares or judges answers (`preference_data`).
     """
     refuse_preferences(row)
-    if any(is_given(row.get(column)) for column in AUDIO_COLUMNS):
+    if any(is_given(row[column]) for column in AUDIO_COLUMNS if column in row):
         raise refuse_audio("the row")
     if form == "text":
         return text(row)
@@ -217,7 +218,9 @@ def _turns(row: Row) -> Iterator[tuple[str, Row]]:
 def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, Any]:
     """Return a turn with all but its content, and the content as it is given."""
     role_key, content_key = keys
-    refuse_unknown(turn, _TURN_KEYS[keys], where)
+    plain = turn.keys() == _PLAIN_KEYS[keys]  # most turns: there is nothing else to look for
+    if not plain:
+        refuse_unknown(turn, _TURN_KEYS[keys], where)
     given = expect(str, turn.get(role_key), f"{where}.{role_key}")
     role, content = _ROLES[keys].get(given, given), turn.get(content_key)
     message: Message = {"role": role, "content": []}
@@ -227,21 +230,32 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
         calls = [item for item in content if is_call(item)]
         message["tool_calls"] = read_calls([item.get("value") for item in calls], f"{where}.{content_key}")
         content = [item for item in content if not is_call(item)]
-    elif call := next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None):
+    elif not plain and (call := _call_key(turn)):
         message["tool_calls"] = read_calls(turn[call], f"{where}.{call}")
         content = "" if content is None else content
     if "tool_calls" in message and role != "assistant":
         raise unknown(f"{where} has a call of a tool, and the role '{role}': only the assistant calls tools")
-    if is_given(turn.get(_THOUGHT)):
-        if role != "assistant":
-            raise unknown(f"{where} has '{_THOUGHT}', and the role '{role}': only the assistant thinks")
-        text = thought(expect(str, turn[_THOUGHT], f"{where}.{_THOUGHT}"))
-        message["content"].append({"type": "text", "text": text})
-        content = "" if content is None else content
-    message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
-    if not _is_trained(turn, role, where):
-        message["trained"] = False
+    if not plain:
+        message["content"] += _thought_of(turn, role, where)
+        if message["content"] and content is None:
+            content = ""
+        message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
+        if not _is_trained(turn, role, where):
+            message["trained"] = False
     return message, content
+
+
+def _call_key(turn: Row) -> str | None:
+    return next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None)
+
+
+def _thought_of(turn: Row, role: str, where: str) -> list[Row]:
+    """Return the text item of what the assistant thought before this turn, if it says so."""
+    if not is_given(turn.get(_THOUGHT)):
+        return []
+    if role != "assistant":
+        raise unknown(f"{where} has '{_THOUGHT}', and the role '{role}': only the assistant thinks")
+    return [{"type": "text", "text": thought(expect(str, turn[_THOUGHT], f"{where}.{_THOUGHT}"))}]
 
 
 def _is_trained(turn: Row, role: str, where: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qvl_pipeline.engine.model.adapters.linear import adapted_layers, adapter_parameters
+from qvl_pipeline.engine.model.adapters.linear import adapted_layers, base_sizes
 from qvl_pipeline.engine.model.adapters.merging import merged
 from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -17,7 +17,7 @@ class WholeWeights:
     Those that published checkpoints have beside the model are among them, and kept as they are.
 
     Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
-    computation. An adapter is merged into the stored weight for the same reason.
+    computation, or quantised. An adapter is merged into the stored weight for the same reason.
     """
 
     def __init__(self, model: PackedVLM, base: str, *, leads: bool) -> None:
@@ -29,13 +29,13 @@ class WholeWeights:
             leads: This rank wants the weights; the others only take part.
         """
         self._leads = leads
-        added = adapter_parameters(model.hf)
-        self._parameters = {name: tensor for name, tensor in model.hf.state_dict(keep_vars=True).items()}
-        for name in (*added, *model.hf.all_tied_weights_keys):
-            # Of tied ones: one parameter under two names would be larger on disk, and could come apart when edited.
-            self._parameters.pop(name)
+        self._sizes = base_sizes(model.hf)
+        for name in model.hf.all_tied_weights_keys:
+            # One parameter under two names would be larger on disk, and could come apart when edited.
+            self._sizes.pop(name)
+        self._trained = {name: p for name, p in model.hf.state_dict(keep_vars=True).items() if p.requires_grad}
         self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
-        self._stored = StoredWeights(base, model.family, set(self._parameters)) if leads else None
+        self._stored = StoredWeights(base, model.family, self._sizes) if leads else None
         self._family = model.family
 
     def sizes(self, dtype: torch.dtype) -> dict[str, int]:
@@ -43,7 +43,7 @@ class WholeWeights:
 
         Ranks that only take part have no part in what is kept.
         """
-        sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in self._parameters.items()}
+        sizes = {name: elements * dtype.itemsize for name, elements in self._sizes.items()}
         return sizes | (self._stored.kept if self._stored else {})
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
@@ -51,18 +51,17 @@ class WholeWeights:
 
         Nothing on ranks that only take part; called by all ranks in the same order.
         """
-        if name not in self._parameters:
+        if name not in self._sizes:
             return self._stored.read(name)
         weight = self._read(name)
         return None if weight is None else weight.to(dtype)
 
     def _read(self, name: str) -> torch.Tensor | None:
-        parameter = self._parameters[name]
         if name in self._adapted:
             layer = self._adapted[name]
             adapter = gathered_adapter(layer)
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
-        if parameter.requires_grad:
-            whole = gathered(parameter)
+        if name in self._trained:
+            whole = gathered(self._trained[name])
             return (whole.transpose(-1, -2) if self._family.is_transposed(name) else whole) if self._leads else None
         return self._stored.read(name) if self._stored else None
