@@ -41,7 +41,7 @@ from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.adapters.linear import adapted_layers
 from qvl_pipeline.engine.model.adapters.values import fill_quantized
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import ModelFlops, flops_of, peak_flops
 from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
 from qvl_pipeline.engine.model.kernels import use_liger_kernels

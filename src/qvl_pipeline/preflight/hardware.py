@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from qvl_pipeline.config.preflight import HARDWARE
-from qvl_pipeline.engine.model.attention_kernels import choose_kernels, installed
+from qvl_pipeline.engine.model.attention.kernels import choose_kernels, installed
 from qvl_pipeline.engine.model.flops import peak_flops_by_name
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
