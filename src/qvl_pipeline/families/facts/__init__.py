@@ -118,6 +118,8 @@ class ModelFacts:
         text = asdict(self.text)
         rope = {name: text.pop(name) for name in ("rope_theta", "mrope_section", "mrope_interleaved")}
         rope["mrope_section"] = list(rope["mrope_section"])
+        if not rope["mrope_interleaved"]:  # a family that does not know the word
+            del rope["mrope_interleaved"]
         vision = {name: value for name, value in asdict(self.vision).items() if value is not None}
         return {
             "model_type": self.family,
