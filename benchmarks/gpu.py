@@ -35,8 +35,8 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
 from benchmarks.report import report
 from qvl_pipeline.engine.feed.batch import Batch
-from qvl_pipeline.engine.model.attention import use_packed_attention
-from qvl_pipeline.engine.model.attention_kernels import why_not
+from qvl_pipeline.engine.model.attention.kernels import why_not
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
@@ -70,7 +70,7 @@ ROWS_AT_ONCE = ((8, False), (4, False), (2, False), (1, False), (8, True), (2, T
 MEAN_AND_STD = [0.5] * 3
 # Whatever a kernel or model raises that is not there or does not run here.
 _CANNOT = (ValueError, ImportError, RuntimeError, TypeError)
-_OPTIM = OptimSpec(
+OPTIM = OptimSpec(
     optim="adamw_torch_fused",
     learning_rate=1e-5,
     learning_rates={},
@@ -83,8 +83,9 @@ _OPTIM = OptimSpec(
     lr_scheduler_kwargs={},
     warmup_steps=0,
     ema_decay=0.0,
+    router_aux_loss_coef=None,
 )
-_PARALLEL = ParallelSpec(
+PARALLEL = ParallelSpec(
     transformer_layer_cls_to_wrap=(),
     reshard_after_forward=False,
     hsdp_shard_size=0,
@@ -114,7 +115,7 @@ def main() -> None:
     for name, config in configs.items():
         if name != "qwen2_5_vl_7b":  # the 3B has the same kernels
             report(f"gpu_numerics_{name}", numerics(shallow(config), device), ratios={}, targets={})
-    with _one_rank():
+    with one_rank():
         for name, config in configs.items():
             rows: list[dict[str, Any]] = []
             for row in compare(config, device, tokens, steps):
@@ -162,7 +163,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """The engine's process group, of this process alone."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     before = {key: os.environ.get(key) for key in alone}
@@ -200,8 +201,8 @@ class _Bench:
             recompute_activations(model.hf, dataclasses.replace(_NOTHING_RECOMPUTED, **recomputed))
             if blocks == "compiled":
                 compile_blocks(model.hf, model.family, backend="inductor", mode="default")
-            shard_model(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=reshard))
-            (optimizer,) = make_optimizers(model, _OPTIM)
+            shard_model(model, self._device, dataclasses.replace(PARALLEL, reshard_after_forward=reshard))
+            (optimizer,) = make_optimizers(model, OPTIM)
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])
 
@@ -221,7 +222,7 @@ class _Bench:
                 use_linear_patch_embedding(hf)
             if recompute:
                 hf.gradient_checkpointing_enable()
-            optimizer = torch.optim.AdamW(hf.parameters(), lr=_OPTIM.learning_rate, weight_decay=0.0, fused=True)
+            optimizer = torch.optim.AdamW(hf.parameters(), lr=OPTIM.learning_rate, weight_decay=0.0, fused=True)
             parts = [self._samples[start : start + rows] for start in range(0, len(self._samples), rows)]
             inputs = [padded_inputs(make_batch(self._config, part, rmpad=False)) for part in parts]
             items = torch.tensor(len(self._pack.targets), device=self._device)
@@ -278,7 +279,7 @@ class _Bench:
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
     for loss in losses:
         loss().backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), _OPTIM.max_grad_norm, foreach=True)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -290,7 +291,8 @@ def padded_inputs(batch: Batch) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "labels": labels}
     if batch.patches is not None:
         # Which tokens are images.
-        inputs["mm_token_type_ids"] = batch.visual_mask.int()
+        inputs["mm_token_type_ids"] = torch.zeros_like(batch.input_ids, dtype=torch.int32)
+        inputs["mm_token_type_ids"].view(-1)[batch.visual_index] = 1
         inputs["pixel_values"] = normalize_patches(batch.patches, MEAN_AND_STD, MEAN_AND_STD)
         inputs["image_grid_thw"] = batch.grid_thw
     return inputs

@@ -80,6 +80,9 @@ class TrainConfig(Block):
         bf16: Compute in bfloat16; weights and optimizer state stay float32.
         fp16: Compute in float16, for GPUs without bfloat16: the loss is scaled so that small gradients do not vanish,
             and a step whose gradients overflow is skipped and counted. Weights and optimizer state stay float32.
+        router_aux_loss_coef: Weight of the loss that keeps experts evenly used, over all tokens of a step and all
+            layers at once; `None` takes the checkpoint's, 0 leaves it out. With several micro-batches a step it takes a
+            forward pass more of each.
         ema_decay: Decay of a float32 moving average of the weights, such as 0.999; 0 keeps none.
         export_ema: Export that average instead of the last weights.
         export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
@@ -121,7 +124,7 @@ class TrainConfig(Block):
             every evaluation that is the best so far, and kept beyond `save_total_limit`.
         metric_for_best_model: What is best: the lowest `eval_loss`.
         dataloader_num_workers: Loader processes of each rank, which live as long as the run; 0 loads in the training
-            process.
+            process; `auto` measures on some batches of the plan how many keep the device busy, and says so.
         dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
         dataloader_pin_memory: On CUDA, load into pinned memory, from which copies overlap with computation.
         on_bad_sample: What happens when media that passed validation cannot be loaded: `raise` ends the run and names
@@ -153,6 +156,7 @@ class TrainConfig(Block):
     warmup_steps: int = Field(default=0, ge=0)
     bf16: bool = False
     fp16: bool = False
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     export_ema: bool = False
     export_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -180,7 +184,7 @@ class TrainConfig(Block):
     eval_steps: int = Field(default=0, ge=0)
     load_best_model_at_end: bool = False
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
-    dataloader_num_workers: Annotated[int, Indifferent()] = Field(default=0, ge=0)
+    dataloader_num_workers: Annotated[int | Literal["auto"], Indifferent()] = 0
     dataloader_prefetch_factor: Annotated[int, Indifferent()] = Field(default=2, ge=1)
     dataloader_pin_memory: Annotated[bool, Indifferent()] = True
     on_bad_sample: Annotated[Literal["raise", "skip"], Indifferent()] = "raise"
@@ -208,6 +212,13 @@ class TrainConfig(Block):
     def _at_least_one_process(cls, value: int | str) -> int | str:
         if value != "auto" and int(value) < 1:
             raise ValueError("nproc_per_node must be 'auto' or at least 1")
+        return value
+
+    @field_validator("dataloader_num_workers")
+    @classmethod
+    def _no_fewer_than_none(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 0:
+            raise ValueError("dataloader_num_workers must be 'auto' or at least 0")
         return value
 
     @field_validator("profile_steps")

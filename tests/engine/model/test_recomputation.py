@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed.steps import read_plan, share_out
+from qvl_pipeline.engine.feed.steps import SharedSteps, read_plan
 from qvl_pipeline.engine.model.adapters.injection import inject
 from qvl_pipeline.engine.model.adapters.linear import adapted_layers
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -133,7 +133,7 @@ def test_offloaded_inputs_are_not_held_beside_their_copies(
 def same_calls_on_all_ranks(spec: TrainSpec) -> None:
     """Run one step on two ranks, of which the first has text only, and compare the blocks' forward passes."""
     trainer = Trainer(spec, StopRequest(), Watchdog(60.0, lambda error, where: None))
-    (step,) = share_out(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
+    (step,) = SharedSteps(read_plan(Path(spec.data.pack_plan)), dist.get_rank(), 2, packs_per_micro_batch=1)
     calls = count_blocks(trainer.model)
     options = LoaderOptions(num_workers=0, prefetch_factor=1, pin_memory=False, skip_bad_samples=False)
     for batch in load_batches(step.micro_batches, Path(spec.data.tokenized), trainer.builder, options):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvl_pipeline.engine.feed.steps import Pack, heaviest_micro_batches
+from qvl_pipeline.engine.feed.steps import PackPlan, SharedSteps
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.training import changed, make_training, trained
 
@@ -37,12 +40,22 @@ def test_losses_and_weights_are_those_of_a_run_without_it(tmp_path: Path, tiny_f
     assert "worst_case" not in result(plain)
 
 
-def test_the_heaviest_are_found_over_all_ranks() -> None:
-    def pack(tokens: int, patches: int) -> Pack:
-        return Pack((0,), tokens, patches, 1)
+@pytest.mark.parametrize(
+    ("world_size", "packs_per_micro_batch", "heaviest"),
+    [(1, 1, [(0, 0), (0, 3)]), (2, 1, [(0, 0), (0, 1)]), (1, 2, [(0, 0), (0, 1)])],
+)
+def test_the_heaviest_are_found_over_all_ranks(
+    world_size: int, packs_per_micro_batch: int, heaviest: list[tuple[int, int]]
+) -> None:
+    tokens, patches = np.array([9, 5, 4, 3, 6, 7]), np.array([0, 0, 0, 8, 0, 0])
+    plan = PackPlan(np.array([0, 4, 6]), np.arange(7), np.arange(6), tokens, patches, np.ones(6))
+    steps = SharedSteps(plan, 0, world_size, packs_per_micro_batch)
+    assert steps.heaviest() == heaviest
+    assert (
+        SharedSteps(replace(plan, vit_patches=tokens), 0, world_size, packs_per_micro_batch).heaviest() == heaviest[:1]
+    )
 
-    plan = [[pack(9, 0), pack(5, 0), pack(4, 0), pack(3, 8)], [pack(6, 0), pack(7, 0)]]
-    assert heaviest_micro_batches(plan, world_size=1, packs_per_micro_batch=1) == [(0, 0), (0, 3)]
-    assert heaviest_micro_batches(plan, world_size=2, packs_per_micro_batch=1) == [(0, 0), (0, 1)]
-    assert heaviest_micro_batches(plan, world_size=1, packs_per_micro_batch=2) == [(0, 0), (0, 1)]
-    assert heaviest_micro_batches([[pack(9, 9)]], world_size=1, packs_per_micro_batch=1) == [(0, 0)]
+
+def test_the_heaviest_of_a_later_step() -> None:
+    plan = PackPlan(np.array([0, 1, 4]), np.arange(5), np.arange(4), np.array([1, 1, 1, 5]), np.zeros(4), np.ones(4))
+    assert SharedSteps(plan, 0, 2, 1).heaviest() == [(1, 1), (0, 0)]

@@ -59,9 +59,9 @@ class LoaderOptions:
 
     @classmethod
     def from_spec(cls, data: DataSpec, *, cuda: bool) -> LoaderOptions:
-        """Take the options of a run."""
+        """Take the options of a run, whose number of processes is known."""
         return cls(
-            num_workers=data.dataloader_num_workers,
+            num_workers=int(data.dataloader_num_workers),
             prefetch_factor=data.dataloader_prefetch_factor,
             pin_memory=data.dataloader_pin_memory and cuda,
             skip_bad_samples=data.on_bad_sample == "skip",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
@@ -91,9 +92,14 @@ def shard(
     # What else the tower has is no part of the root, for a group is exchanged in one piece: where only the last of
     # several micro-batches has media, its gradients are in bfloat16 when the root's were summed in float32.
     for module in reversed(list(model.modules())):  # what lies inside a wrapped layer before the layer itself
-        if module is tower or type(module).__name__ in layers:
+        if module is tower:
+            # It is given the float32 weights by which positions are interpolated, and casts pixels itself.
+            as_they_are = dataclasses.replace(options["mp_policy"], cast_forward_inputs=False)
+            fully_shard(module, **options | {"mp_policy": as_they_are})
+        elif type(module).__name__ in layers:
             fully_shard(module, **options)
-    fully_shard(model, **options)
+    # Embedding and head are needed last in the forward and first in the backward pass: they stay gathered in between.
+    fully_shard(model, **options | {"reshard_after_forward": False})
     for stack in stacks:
         _prefetch(stack, spec)
     if dist.get_world_size() > 1:
@@ -105,6 +111,11 @@ def shard(
         "cpu_offload": _describe_offload(spec, device),
         "replicated_bytes": sum(parameter.numel() * parameter.itemsize for parameter in replicated),
     }
+
+
+def sharding_mesh_of(model: nn.Module) -> DeviceMesh:
+    """The mesh over which a model is sharded: `shard`, or `replicate` and `shard`."""
+    return next(model.parameters()).device_mesh
 
 
 def compute_dtype(spec: ParallelSpec) -> torch.dtype:
