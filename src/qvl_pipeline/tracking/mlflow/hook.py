@@ -151,9 +151,11 @@ class MlflowHook:
     @hook_impl
     def after_catalog_created(self, conf_catalog: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Remember where entries are, what to record of them, and the parameters."""
-        self._paths = {name: Path(entry["filepath"]) for name, entry in conf_catalog.items() if "filepath" in entry}
+        entries = {name: entry for name, entry in conf_catalog.items() if not entry["type"].endswith("PlaceDataset")}
+        self._paths = {name: Path(entry["filepath"]) for name, entry in entries.items() if "filepath" in entry}
         self._wanted = {name: (entry.get("metadata") or {}).get("mlflow", {}) for name, entry in conf_catalog.items()}
-        given = {name: parameters["parameters"].get(name) or {} for name in self._blocks}
+        merged = parameters["parameters"]
+        given = {name: {} if merged.get(name) is None else merged[name] for name in self._blocks}
         models = {name: block.model_validate(given[name]) for name, block in self._blocks.items()}
         self._parameters = {name: model.model_dump(mode="json") for name, model in models.items()}
 
