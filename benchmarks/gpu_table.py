@@ -43,7 +43,7 @@ from qvl_pipeline.engine.model.adapters.linear import adapted_layers
 from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import ModelFlops, flops_of, peak_flops
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
@@ -186,7 +186,7 @@ def _build(
         freeze(hf, family, ("vit", "merger") if form == "frozen vision" else ())
     if cuda:
         use_liger_kernels(hf, family, device)
-    hold_frozen_in(hf, torch.bfloat16)
+    hold_parameters(hf, trained=torch.float32, frozen=torch.bfloat16)
     if adapter and adapter.quantizes:
         quantize_base(hf, family, adapter)
     recompute_activations(hf, recomputed)
