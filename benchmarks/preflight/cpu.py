@@ -22,13 +22,8 @@ from benchmarks.gpu_models import RandomPatches, make_samples
 from benchmarks.preflight.settings import CONFIGS, Setting
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.adapters.injection import inject
-<<<<<<< HEAD
 from qvl_pipeline.engine.model.attention.packed import use_packed_attention
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
-=======
-from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
->>>>>>> main
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
