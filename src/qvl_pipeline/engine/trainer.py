@@ -356,7 +356,9 @@ class Trainer:
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
         """Take one optimizer step; return the gradient norm."""
-        balance = StepBalance(self.model.routing) if self.router_aux_loss_coef else None
+        balance = None
+        if self.router_aux_loss_coef:
+            balance = StepBalance(self.model.routing, lambda: self.skipped.tokens / step.supervised_tokens)
         loaded = (self._load(micro_batch, step, batches, window) for micro_batch in step.micro_batches)
         if balance and len(step.micro_batches) > 1:
             loaded = list(loaded)

@@ -85,6 +85,14 @@ def test_padding_is_no_token(model: PackedVLM, tiny_folders: Callable[[str], Pat
     assert_same_gradients(grads, whole)
 
 
+def test_samples_that_are_left_out_do_not_raise_its_weight(model: PackedVLM) -> None:
+    """Gradients of a step are divided again by what is left of its tokens."""
+    builder, samples = make_builder(model.hf.config, MOE), make_samples(model.hf.config, MOE)
+    model(builder.build([samples["text"]], vision=False))
+    whole, some = StepBalance(model.routing).loss(), StepBalance(model.routing, lambda: 0.25).loss()
+    assert some.item() == pytest.approx(0.75 * whole.item())
+
+
 def test_load_of_experts_is_told_by_layer() -> None:
     load: dict[str, Any] = expert_load(torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
     assert load["expert_max_over_mean"] == {"layer_0": 4.0, "layer_1": 1.0}
