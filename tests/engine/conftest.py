@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from qvl_pipeline.demo import tiny_model
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, ModelFamily
 from tests.engine.packs import load_packed, make_builder, make_samples
 
 # Few blocks, but of every kind: with and without DeepStack, of windows and of whole images, of softmax and of linear
@@ -34,14 +34,16 @@ FEW_BLOCKS = {
 }
 
 
-def add_kept_weights(folder: Path, prefixes: Sequence[str]) -> None:
-    """Put weights into a checkpoint that transformers has no module for, as published ones have them."""
-    if prefixes:
-        weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
-        for prefix in prefixes:
-            weights[f"{prefix}fc.weight"] = torch.randn(6, 4, generator=generator).bfloat16()
-            weights[f"{prefix}norm.weight"] = torch.randn(4, generator=generator)
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def publish(folder: Path, family: ModelFamily) -> None:
+    """Give a checkpoint the form of published ones: weights that transformers has no module for, experts transposed."""
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for prefix in family.kept_prefixes:
+        weights[f"{prefix}fc.weight"] = torch.randn(6, 4, generator=generator).bfloat16()
+        weights[f"{prefix}norm.weight"] = torch.randn(4, generator=generator)
+    for name, weight in weights.items():
+        if name.endswith(family.transposed_in_hub):
+            weights[name] = weight.transpose(-1, -2).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +60,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             ):
                 corpus = ["which digit is this?", "seven"]
                 tiny_model.build_tiny_model(folders[family], family=family, seed=0, corpus=corpus)
-            add_kept_weights(folders[family], FAMILIES[family].kept_prefixes)
+            publish(folders[family], FAMILIES[family])
         return folders[family]
 
     return folder

@@ -110,9 +110,18 @@ class ModelFamily:
                     return prefix + stored.removeprefix(published)
         return stored
 
-    def is_transposed(self, name: str) -> bool:
-        """Whether published checkpoints hold a tensor of the module with its last two dimensions exchanged."""
-        return name.endswith(self.transposed_in_hub)
+    def is_transposed(self, name: str, stored: Sequence[int], shape: Sequence[int]) -> bool:
+        """Whether a checkpoint holds a tensor of the module with its last two dimensions exchanged.
+
+        Published ones do so with some; what transformers has written since may or may not, which its shape tells.
+
+        Args:
+            name: Name in the module.
+            stored: Shape in the checkpoint.
+            shape: Shape in the module.
+        """
+        turned = [*shape[:-2], *shape[:-3:-1]]
+        return name.endswith(self.transposed_in_hub) and list(stored) == turned
 
     def hub_name(self, name: str) -> str:
         """Name in published checkpoints of a tensor of the module."""

@@ -24,6 +24,7 @@ from qvl_pipeline.engine.parallel.sequence_parallel import (
     split_media,
     temporal_patches,
 )
+from qvl_pipeline.engine.spec import RecomputeSpec
 from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
 from tests.engine.packs import load_packed, make_builder, make_samples
 from tests.engine.ranks import run_ranks
@@ -72,7 +73,7 @@ def train(
     calls: list[None] = []
     hook = model.hf.model.visual.blocks[0].norm1.register_forward_pre_hook(lambda *_: calls.append(None))
     model.train()
-    recompute_activations(model.hf, ("llm", "vit"))
+    recompute_activations(model.hf, RecomputeSpec("full", "full", 1, False))
     model.zero_grad()
     losses = model(make_builder(model.hf.config, family, share=share).build(samples, vision=vision))
     losses.sum().backward()

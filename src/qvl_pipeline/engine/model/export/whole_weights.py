@@ -63,5 +63,8 @@ class WholeWeights:
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
         if name in self._trained:
             whole = gathered(self._trained[name])
-            return (whole.transpose(-1, -2) if self._family.is_transposed(name) else whole) if self._leads else None
+            if not self._leads:
+                return None
+            turned = self._family.is_transposed(name, self._stored.shape(name), whole.shape)
+            return whole.transpose(-1, -2) if turned else whole
         return self._stored.read(name) if self._stored else None
