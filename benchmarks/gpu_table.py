@@ -171,12 +171,8 @@ def measure(config: Any, form: str, media: str, device: torch.device, tokens: in
         except (ValueError, ImportError, RuntimeError, TypeError) as error:  # what does not run here
             note = str(error).splitlines()[0][:80]
             break
-        less = ", ".join(
-            [
-                *(f"activations of {part} ({kind})" for part, kind in recomputed.items()),
-                *(["weights"] if reshard else []),
-            ]
-        )
+        kept_less = [f"activations of {part} ({kind})" for part, kind in recomputed.items()]
+        less = ", ".join([*kept_less, *(["weights"] if reshard else [])])
         return row | fixed | found | {"kept_less": less or "nothing", "kernels": kernels, "note": ""}
     return row | fixed | {"kernels": "", "note": note}
 
