@@ -88,13 +88,22 @@ def test_twenty_steps_are_the_same_on_any_number_of_ranks(nproc: int, training: 
         assert error <= 1e-5, f"{name}: differs by {error:.1e}"
 
 
-def test_losses_are_within_two_percent_of_those_over_the_unquantised_base(training: TrainSpec, tmp_path: Path) -> None:
-    plain = changed(training, tmp_path, run={"save_steps": 0}, adapter={"quantize_base": "none"})
-    trained(plain, nproc=2)
-    assert losses(training) == pytest.approx(losses(plain), rel=0.02)
-    assert losses(training) != pytest.approx(losses(plain), rel=1e-5)
+def test_the_curve_is_within_two_percent_of_that_over_the_unquantised_base(
+    tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of steps of a hundred tokens or more: the loss of a few is as much chance as curve."""
+    kinds, packs = ("text",) * 32 * STEPS, {"packs_per_step": 32}
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds, **packs)
+    together = {"data": {"per_device_train_batch_size": 32}}
+    plain, quantized = (
+        changed(base, tmp_path / name, adapter={**QLORA, "quantize_base": name}, **together) for name in ("none", "nf4")
+    )
+    for training in (plain, quantized):
+        trained(training, nproc=1)
+    assert losses(quantized) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(quantized) != pytest.approx(losses(plain), rel=1e-5)
     # The curves are not two flat lines.
-    assert losses(plain)[-1] < 0.98 * losses(plain)[0]
+    assert losses(plain)[-1] < 0.9 * losses(plain)[0]
 
 
 def with_dequantized_base(training: TrainSpec, folder: Path) -> TrainSpec:
