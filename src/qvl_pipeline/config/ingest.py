@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from qvl_pipeline.config.base import Block, Indifferent
+from qvl_pipeline.secrets import url_holds_secret
 
 # What fsspec's file systems call their credentials. Parameters are written to MLflow, DVC and logs.
 _SECRET = re.compile(r"secret|password|passwd|token|credential|(^|_)(key|sas)$|connection_string", re.IGNORECASE)
-_URL_WITH_PASSWORD = re.compile(r"^[a-z0-9+.-]+://[^/@]*:[^/@]*@", re.IGNORECASE)
 
 
 class DatasetSource(Block):
@@ -69,8 +69,19 @@ class DatasetSource(Block):
                 "of the file system in the environment (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, …)"
             )
         for name in ("path", "data_folder"):
-            if _URL_WITH_PASSWORD.match(getattr(self, name)):
-                raise ValueError(f"{name} holds a password, and parameters are recorded: give it in the environment")
+            if secret := url_holds_secret(getattr(self, name)):
+                raise ValueError(
+                    f"{name} holds {secret}, and parameters are recorded: give the credentials in the environment"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _given_values_are_used(self) -> DatasetSource:
+        if self.storage_options and "://" not in self.path + self.data_folder:
+            raise ValueError(f"storage_options are for URLs, and '{self.path}' is a local path: drop them")
+        for key in ("weight", "repeat"):
+            if self.split == "eval" and getattr(self, key) != 1:
+                raise ValueError(f"{key} is for samples that are trained on, and split is 'eval': drop one of them")
         return self
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:
@@ -78,6 +89,11 @@ class DatasetSource(Block):
         kept = super().decisive(of)
         places = {key: kept[key] for key in ("path", "data_folder") if "://" not in kept[key]}
         return kept | {key: _from_project(place) for key, place in places.items()}
+
+
+DemoKind = Literal[
+    "single_image", "two_images", "video", "image_and_video", "two_videos", "text", "multi_turn", "next_digit"
+]
 
 
 class DigitsDemoConfig(Block):
@@ -88,12 +104,15 @@ class DigitsDemoConfig(Block):
         seed: Seed of every choice made while drawing.
         train_samples: Number of good training samples, all kinds together.
         eval_samples: Number of good evaluation samples, all kinds together.
+        kinds: Kinds of questions and their weights in training; in the evaluation all weigh the same. Empty takes the
+            mix of the embedded example: all but `next_digit`, which is for an adapter to learn.
     """
 
     folder: str = "data/01_raw/digits"
     seed: int = Field(default=0, ge=0)
     train_samples: int = Field(default=4000, ge=1)
     eval_samples: int = Field(default=280, ge=1)
+    kinds: dict[DemoKind, PositiveInt] = Field(default_factory=dict)
 
 
 class IngestConfig(Block):
@@ -147,6 +166,14 @@ class IngestConfig(Block):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"datasets: the name '{doubled[0]}' is used twice; give each source its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_are_possible(self) -> IngestConfig:
+        if all(source.split == "eval" for source in self.datasets):
+            raise ValueError("datasets: every source has 'split: eval', so there is nothing to train on")
+        if self.eval_fraction and all(source.split for source in self.datasets):
+            raise ValueError("eval_fraction is for sources without a split, and every one has one: drop it")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from itertools import count, cycle
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qvl_pipeline.demo.sources import SOURCES, write_sources
 
 # Of every 20 samples, 14 go to Parquet, 3 to JSONL and 3 to ShareGPT.
 SOURCE_CYCLE = ("digits_parquet",) * 14 + ("digits_jsonl",) * 3 + ("digits_sharegpt",) * 3
-# Weights of the kinds in the training split; in the eval split all kinds weigh the same.
+# What is asked, where nothing else is asked for: kinds of questions and their weights.
 TRAIN_WEIGHTS = {
     "single_image": 4,
     "two_images": 3,
@@ -31,7 +32,9 @@ EVAL_SHARE = 0.2  # of scikit-learn's 1797 digit images, and of the numbers aske
 PLANTED_FILE = "planted.json"
 
 
-def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: int) -> None:
+def build_digits(
+    folder: Path, *, seed: int, train_samples: int, eval_samples: int, kinds: Mapping[str, int] = TRAIN_WEIGHTS
+) -> None:
     """Draw the dataset and write it: three sources, their media, and the list of planted bad rows.
 
     `folder` receives `messages.parquet` and `messages.jsonl` (OpenAI messages), `sharegpt.json`, `images/`, `videos/`
@@ -43,6 +46,7 @@ def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: i
         seed: Seed of every choice.
         train_samples: Good training samples, all kinds together.
         eval_samples: Good evaluation samples; no digit image of theirs occurs in a training sample.
+        kinds: Kinds of samples, and their weights in the training split; in the eval split all weigh the same.
 
     Raises:
         FileExistsError: `folder` holds something other than an earlier build.
@@ -54,8 +58,8 @@ def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: i
     for media in ("images", "videos"):
         (building / media).mkdir(parents=True)
 
-    train = _draw(building, "train", "train", seed, _kinds(seed, train_samples, TRAIN_WEIGHTS))
-    evaluation = _draw(building, "eval", "eval", seed, _kinds(seed, eval_samples, dict.fromkeys(KINDS, 1)))
+    train = _draw(building, "train", "train", seed, _kinds(seed, train_samples, kinds))
+    evaluation = _draw(building, "eval", "eval", seed, _kinds(seed, eval_samples, dict.fromkeys(kinds, 1)))
     spoilt = _draw(building, "planted", "train", seed, [bad.kind for bad in PLANTED])
     rows = {source: [] for source in SOURCES}
     for sample, source in zip(train + evaluation, cycle(SOURCE_CYCLE), strict=False):
@@ -67,7 +71,7 @@ def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: i
     building.replace(folder)
 
 
-def _kinds(seed: int, samples: int, weights: dict[str, int]) -> list[str]:
+def _kinds(seed: int, samples: int, weights: Mapping[str, int]) -> list[str]:
     """One kind per sample in random order, in the proportions of `weights` to within one sample each."""
     bounds = [round(samples * total / sum(weights.values())) for total in np.cumsum([0, *weights.values()])]
     kinds = np.repeat(list(weights), np.diff(bounds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
@@ -11,9 +11,14 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     from torch import nn
 
     VisionPairs = Callable[[Any, Sequence[Sequence[int]]], list[int]]
-    VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
+    VisionInputs = Callable[[Any, torch.Tensor], dict[str, Any]]
+    VisionForward = Callable[
+        [nn.Module, torch.Tensor, torch.Tensor, dict[str, Any]], tuple[torch.Tensor, list[torch.Tensor]]
+    ]
 
 
+# Why a family of dense models has no use for a capability.
+NO_EXPERTS = {"ep": "it has no experts"}
 # Side of the square of patches that becomes one token, in all families so far.
 MERGE_SIZE = 2
 
@@ -30,13 +35,29 @@ class ModelFamily:
         decoder_layer: Class name of a decoder layer; FSDP2 shards each.
         vision_block: Class name of a vision block; FSDP2 shards each.
         groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
-        vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
-        decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
+        vision_inputs: `(vision config, grid_thw [M, 3])` to the arguments of the tower that it would otherwise compute
+            from the grid, for which it waits for the device.
+        vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3], vision inputs)` to `(features [N/4, H], DeepStack
+            features)`. The grid stays in host memory.
+        decoder_kwargs: Extra arguments of the language model, from DeepStack features `[B, T, H]`, zero where there is
+            no medium.
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
-        liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
+        liger_kernels: Kernel (`rms_norm`, `rms_norm_zero_centred` or `swiglu`) of liger-kernel for each module class
+            that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
+        linear_attention: Class name of a layer whose state runs on from token to token, which packs must cut; `None`
+            where all attention is softmax attention.
+        unsupported: Why a capability (`families.capabilities`) does not work with the family, by its name. Those that
+            are not named do.
+        notes: What to know of one that does.
+        experts: Class name of a layer's experts, whose weights are fused tensors `[experts, out, in]`; FSDP2 shards
+            each by itself. `None` where there are none.
+        router: Class name of what chooses experts for a token; its output begins with logits `[tokens, experts]`.
+        transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
+        kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
+            exported as they were.
     """
 
     name: str
@@ -46,12 +67,20 @@ class ModelFamily:
     decoder_layer: str
     vision_block: str
     groups: tuple[tuple[str, str], ...]
+    vision_inputs: VisionInputs
     vision_forward: VisionForward
-    decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
+    decoder_kwargs: Callable[[list[torch.Tensor]], dict[str, Any]]
     tokens_per_second: Callable[[Any], float | None]
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+    linear_attention: str | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    experts: str | None = None
+    router: str | None = None
+    transposed_in_hub: tuple[str, ...] = ()
+    kept_prefixes: tuple[str, ...] = ()
 
     @property
     def token_pixels(self) -> int:
@@ -69,6 +98,10 @@ class ModelFamily:
                 return group
         raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")
 
+    def keeps(self, stored: str) -> bool:
+        """Whether a tensor of a checkpoint is no part of the module, and goes into an export as it was."""
+        return stored.startswith(self.kept_prefixes)
+
     def module_name(self, stored: str, known: Collection[str]) -> str:
         """Name in the module of a tensor in a checkpoint, which may be stored under either name."""
         if stored not in known:
@@ -77,9 +110,27 @@ class ModelFamily:
                     return prefix + stored.removeprefix(published)
         return stored
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether published checkpoints hold a tensor of the module with its last two dimensions exchanged."""
+        return name.endswith(self.transposed_in_hub)
+
     def hub_name(self, name: str) -> str:
         """Name in published checkpoints of a tensor of the module."""
         for published, prefix in self.hub_prefixes:
             if name.startswith(prefix):
                 return published + name.removeprefix(prefix)
         return name
+
+
+def divided_heads(text: Any) -> dict[str, int]:
+    """Numbers of the heads that ranks of sequence parallelism divide among them, by what they are called.
+
+    Key and value heads of softmax attention may be fewer than the degree: they are repeated. A key head of linear
+    attention has a state of its own for each of its value heads, which would be computed and trained twice.
+
+    Args:
+        text: `text_config` of a model, or what is known of its language model.
+    """
+    linear = getattr(text, "linear_num_key_heads", None)
+    heads = {"attention heads": text.num_attention_heads}
+    return heads | ({"key heads of linear attention": linear} if linear else {})

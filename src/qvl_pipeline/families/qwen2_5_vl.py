@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
+def _vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
+    from transformers import vision_utils
+
+    merge = config.spatial_merge_size
+    bounds = vision_utils.get_vision_cu_seqlens(grid_thw)
+    window_index, windows = vision_utils.get_vision_window_index(
+        grid_thw, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
+    )
+    return {
+        "position_ids": vision_utils.get_vision_position_ids(grid_thw, merge),
+        "cu_seqlens": bounds,
+        "max_seqlen": int(bounds.diff().max()),
+        "window_index": window_index,
+        "cu_window_seqlens": windows,
+        "max_window_seqlen": int(windows.diff().max()),
+    }
+
+
 def _vision_forward(
-    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor, inputs: dict[str, Any]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return model.visual(pixels, grid_thw=grid_thw, return_dict=True).pooler_output, []
+    return model.visual(pixels, grid_thw=grid_thw, return_dict=True, **inputs).pooler_output, []
 
 
 def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
@@ -46,12 +64,14 @@ FAMILY = ModelFamily(
         ("llm", "model.language_model."),
         ("head", "lm_head."),
     ),
+    vision_inputs=_vision_inputs,
     vision_forward=_vision_forward,
-    decoder_kwargs=lambda mask, deepstack: {},
+    decoder_kwargs=lambda deepstack: {},
     tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
     vision_pairs=_vision_pairs,
     # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.
     liger_kernels={"Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
     # Published before transformers moved the decoder to `language_model`.
+    unsupported=NO_EXPERTS,
     hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
 )

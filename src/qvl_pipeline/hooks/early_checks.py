@@ -20,6 +20,7 @@ from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import LOCAL, ProfileLoader, profile_names
+from qvl_pipeline.tracking.lineage.locked import installed_otherwise
 from qvl_pipeline.training.in_use import READ_WHILE_TRAINING
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class EarlyChecks:
         """Remember where every entry is, for messages."""
         self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
         self._schemas = {name: entry.get("schema") for name, entry in conf_catalog.items()}
+        # Where something is if it is there: whoever looks there checks what he finds.
+        self._places = {name for name, entry in conf_catalog.items() if entry["type"].endswith("PlaceDataset")}
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -118,15 +121,22 @@ class EarlyChecks:
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
         inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
+        inputs -= self._places
         there = [name for name in sorted(inputs) if catalog.exists(name)]
         problems = {name: self._damage(name) or self._made_otherwise(name) for name in there}
         missing = dict.fromkeys(sorted(inputs - problems.keys()))
         return missing | {name: problem for name, problem in problems.items() if problem}
 
     def _warn_of_what_dvc_does_not_see(self, pipeline: Pipeline) -> None:
-        """Under DVC, name values of `conf/local` that decide what is written: no dependency of a stage."""
+        """Under DVC, name what decides what is written and is no dependency: values of `conf/local`, other packages."""
         if "DVC_STAGE" not in os.environ:
             return
+        for package, (locked, installed) in installed_otherwise().items():
+            logger.warning(
+                "%s %s is installed, and requirements.lock, by which DVC goes, has %s: results of both versions pass "
+                "for the same; install the locked one, or lock that",
+                *(package, installed, locked),
+            )
         read = {name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:")}
         keys = [(name, key) for name in self._blocks if name in read for key in self._blocks[name].decisive()]
         if own := [".".join(key) for key in keys if self._origins.of(key).startswith(f"conf/{LOCAL}/")]:
@@ -233,7 +243,7 @@ def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
     if "params:train" not in pipeline.inputs():
         return
     nodes = catalog.load("params:train").launch.nodes()
-    if nodes.node_rank > 0 and {node.name for node in pipeline.nodes} != {"train"}:
+    if nodes.node_rank > 0 and not {node.name for node in pipeline.nodes} <= {"preflight", "train"}:
         raise UserError(
             f"node {nodes.node_rank} of {nodes.nnodes} can only join the training: run `kedro run --pipelines train` "
             "on every node, and the other pipelines on one"

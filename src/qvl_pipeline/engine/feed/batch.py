@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +35,19 @@ class Batch:
 
     Attributes:
         input_ids: `[B, T]`.
-        position_ids: `[4, B, T]`: text position within the sample, then M-RoPE's t, h, w.
+        position_ids: M-RoPE's t, h, w of each token, `[3, B, T]`. Text positions are left out: they would only make the
+            language model look for the bounds of the samples, which it is given.
         attention_mask: True where there is a token, `[B, T]`; `None` for packs, which have no padding.
+        real_tokens: True where there is a token of a sample, of the whole rows or of this rank's share, `[B, T]`.
         cu_seqlens: Bounds of the samples in the whole pack, `[samples + 1]`, int32; `None` for padded rows.
         lengths: Tokens of each sample.
         max_length: Tokens of the longest sample, or of the padding behind the last.
-        visual_mask: True at media placeholders, `[B, T]`.
+        visual_index: Positions of the media placeholders in the flattened rows, `[V]`.
         features_to: Features that this rank's media make for each rank of its sequence-parallel group.
         features_from: Features that this rank's placeholders take from each.
         patches: Pixels of this rank's media, uint8 `[N, C*T*P*P]`; `None` when no rank has media in this micro-batch.
-        grid_thw: Patches of each medium over time, height and width, `[M, 3]`.
+        grid_thw: Patches of each medium over time, height and width, `[M, 3]`; always in host memory.
+        vision_inputs: What the vision tower would compute from the grid, and wait for the device to know.
         target_index: Positions in the flattened rows whose next token is trained on, `[S]`.
         targets: Those next tokens, `[S]`.
         target_source: Number of the source each target comes from, `[S]`.
@@ -55,14 +58,16 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    real_tokens: torch.Tensor
     cu_seqlens: torch.Tensor | None
     lengths: list[int]
     max_length: int
-    visual_mask: torch.Tensor
+    visual_index: torch.Tensor
     features_to: list[int]
     features_from: list[int]
     patches: torch.Tensor | None
     grid_thw: torch.Tensor | None
+    vision_inputs: dict[str, Any]
     target_index: torch.Tensor
     targets: torch.Tensor
     target_source: torch.Tensor
@@ -71,8 +76,12 @@ class Batch:
 
     def map_tensors(self, function: Any) -> Batch:
         """Return a batch with `function` applied to each tensor."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+
+        def mapped(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+
+        values = mapped({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return Batch(**values | {"vision_inputs": mapped(self.vision_inputs)})
 
     def attention_inputs(self) -> dict[str, Any]:
         """Arguments of the language model that say which tokens attend to which."""
@@ -86,8 +95,9 @@ class Batch:
         return self.map_tensors(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device, without waiting for it."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy the tensors to a device, without waiting for it; but for the grid, which only the host reads."""
+        batch = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return dataclasses.replace(batch, grid_thw=self.grid_thw)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class BatchBuilder:
         patch_values: Values of one patch, `C * T * P * P`.
         placeholder_ids: Ids of `<|image_pad|>` and `<|video_pad|>`.
         tokens_per_second: Temporal M-RoPE positions per second, where the family has them.
+        vision_inputs: From a grid `[M, 3]` to `Batch.vision_inputs`.
         sources: Names of the sources, in the order of `target_source`.
         rmpad: Build packs; otherwise a padded row for each sample.
         share: What of a pack is this rank's; only packs can be shared.
@@ -108,6 +119,7 @@ class BatchBuilder:
     patch_values: int
     placeholder_ids: tuple[int, int]
     tokens_per_second: float | None
+    vision_inputs: Callable[[torch.Tensor], dict[str, Any]]
     sources: tuple[str, ...]
     rmpad: bool = True
     share: SequenceShare = field(default_factory=SequenceShare)
@@ -126,7 +138,7 @@ class BatchBuilder:
         samples = samples or [_NOTHING]
         lengths = [len(sample["input_ids"]) for sample in samples]
         tokens = self._lay_out([self._token_columns(sample) for sample in samples])
-        attention_mask = torch.from_numpy(tokens.pop("attention_mask"))
+        attention_mask, real = torch.from_numpy(tokens.pop("attention_mask")), tokens.pop("real")
         input_ids = tokens["input_ids"]
         starts = np.cumsum([0, *lengths[:-1]]) if self.rmpad else np.arange(len(samples)) * input_ids.shape[1]
         target_index = [_target_index(s["label_spans"]) + start for s, start in zip(samples, starts, strict=True)]
@@ -134,7 +146,8 @@ class BatchBuilder:
         target_source = np.repeat(numbers, [len(index) for index in target_index])
         target_index = np.concatenate(target_index)
         shares = split_media([item for sample in samples for item in sample["media"]], self.share.degree)
-        routes = feature_routes(tokens["visual_mask"].ravel(), shares)
+        visual_mask = tokens.pop("visual_mask")
+        routes = feature_routes(visual_mask.ravel(), shares)
         patches, grid = self._pixels(shares[self.share.rank], vision or any(shares))
         mine = self.share.of(input_ids.shape[1])
         trained = np.ones(len(target_index), dtype=bool)
@@ -144,13 +157,16 @@ class BatchBuilder:
         return Batch(
             **{name: torch.from_numpy(values[..., mine]) for name, values in tokens.items()},
             attention_mask=None if self.rmpad else attention_mask,
+            real_tokens=torch.from_numpy(real[..., mine]),
             cu_seqlens=_bounds(lengths, padding) if self.rmpad else None,
             lengths=lengths,
             max_length=max(*lengths, padding),
+            visual_index=torch.from_numpy(np.flatnonzero(visual_mask[..., mine])),
             features_to=routes[self.share.rank].tolist(),
             features_from=routes[:, self.share.rank].tolist(),
             patches=patches,
             grid_thw=grid,
+            vision_inputs={} if grid is None else self.vision_inputs(grid),
             target_index=torch.from_numpy(target_index[trained] - mine.start),
             targets=torch.from_numpy(input_ids.ravel()[target_index[trained] + 1]),
             target_source=torch.from_numpy(target_source[trained]),
@@ -165,6 +181,7 @@ class BatchBuilder:
             "position_ids": self._positions(sample),
             "visual_mask": np.isin(ids, self.placeholder_ids),
             "attention_mask": np.ones(len(ids), dtype=bool),
+            "real": np.full(len(ids), sample is not _NOTHING),
         }
 
     def _lay_out(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -183,12 +200,13 @@ class BatchBuilder:
 
     def _positions(self, sample: dict[str, Any]) -> np.ndarray:
         try:
-            return mrope_positions(
+            _text, *positions = mrope_positions(
                 sample["input_ids"],
                 sample["media"],
                 placeholder_ids=self.placeholder_ids,
                 tokens_per_second=self.tokens_per_second,
             )
+            return np.stack(positions)
         except ValueError as error:
             raise ValueError(f"sample '{sample['sample_id']}': {error}") from error
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.linear import base_sizes
@@ -31,6 +31,11 @@ def build_skeleton(path: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
+    return skeleton_of(config)
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
@@ -52,22 +57,30 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
         ValueError: The checkpoint lacks a parameter, or has one that the model does not know.
     """
     hf, family = model.hf, model.family
+    normalization = model.image_mean, model.image_std
     model.to_empty(device="cpu" if offload else device)
+    model.image_mean, model.image_std = (values.to(device) for values in normalization)
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
-    _compute_buffers(hf, device)
+    compute_buffers(hf, device)
     names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    stored = {family.module_name(name, names): name for name in reader.read_metadata().state_dict_metadata}
+    names_stored = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
+    stored = {family.module_name(name, names): name for name in names_stored}
     _compare(path, [name for name in names if name not in tied], stored, tied)
     parameters = {name: tensor for name, tensor in hf.state_dict().items() if name in names - tied}
-    dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
+    published = {
+        # Read into a view of the parameter, of which each rank holds the same experts.
+        stored[name]: parameter.transpose(-1, -2) if family.is_transposed(name) else parameter
+        for name, parameter in parameters.items()
+    }
+    dcp.load(published, storage_reader=reader)
     weights = StoredWeights(path, family, names)
     for name, layer in quantized_layers(hf):
         fill_quantized(layer, weights.read(f"{name}.weight").to(device))
 
 
-def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
+def compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies), by transformers' own initialisation."""
     computed = {name for name, _ in hf.named_buffers()} - set(hf.state_dict())
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in computed):

@@ -1,4 +1,4 @@
-"""The node of the `train` stage: check the inputs, make the spec, run it, collect the result."""
+"""The nodes of the `train` stage: look ahead; check the inputs, make the spec, run it, collect the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import (
+    AdapterConfig,
+    BatchingConfig,
+    IngestConfig,
+    ModelConfig,
+    PreflightConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
 from qvl_pipeline.storage.tables import write_table
@@ -22,8 +30,46 @@ from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.running import collect, join, run_engine
-from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish
+from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish, publish_kept
 from qvl_pipeline.training.spec import Inputs, make_spec
+
+
+def preflight(
+    base_model: Path,
+    tokenized_samples: Path,
+    pack_plan: pd.DataFrame,
+    video_frames: Path,
+    sample: SampleConfig,
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    adapter: AdapterConfig,
+    preflight: PreflightConfig,
+) -> tuple[str, dict[str, Any]]:
+    """Say what the training needs, and refuse one that cannot fit; node 0 of a job saves the answer.
+
+    Returns:
+        The page, and the report.
+
+    Raises:
+        UserError: It does not fit, or names parts that the model has not.
+    """
+    from qvl_pipeline.datasets.another import AnswerOfAnotherNode, PageOfAnotherNode
+    from qvl_pipeline.preflight.asking import ask, recorded_trainings, refuse_what_cannot_fit
+    from qvl_pipeline.preflight.verdict import Plan
+    from qvl_pipeline.reports.preflight_page import render_preflight
+
+    profile, data = base_model.parent.name, base_model.parent.parent.parent
+    recorded = recorded_trainings(data / "08_reporting", profile)
+    plan = Plan(pack_plan, tokenized_samples, video_frames)
+    blocks = sample, model, batching, train, adapter, preflight
+    report = ask(plan, *blocks, base_model, recorded)
+    page = render_preflight(profile, report)
+    print(f"preflight: {report['sentence']}", flush=True)
+    refuse_what_cannot_fit(report, preflight)
+    if train.launch.nodes().node_rank > 0:
+        return PageOfAnotherNode(page), AnswerOfAnotherNode(report)
+    return page, report
 
 
 def train(
@@ -33,20 +79,21 @@ def train(
     pack_plan: pd.DataFrame,
     plan_summary: dict[str, Any],
     video_frames: Path,
+    preflight_report: dict[str, Any],
     sample: SampleConfig,
     model: ModelConfig,
     batching: BatchingConfig,
     train: TrainConfig,
     adapter: AdapterConfig,
     ingest: IngestConfig,
-) -> tuple[Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
+) -> tuple[Callable[[Path], None], Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
     """Execute the pack plan on this machine's GPUs, or on its CPU when there are none.
 
     The engine works in `<model folder>/scratch/<fingerprint>`; a run of the very same model, plan and parameters that
     was cut off continues there from its newest checkpoint.
 
     Returns:
-        A writer of the trained model's folder, the logged steps, and the result.
+        A writer of the trained model's folder, one of the folder of kept checkpoints, the logged steps, and the result.
 
     Raises:
         UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; frames
@@ -55,7 +102,9 @@ def train(
         StoppedOnRequest: A signal asked to stop.
     """
     from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.preflight.asking import expected_peak_bytes, with_chosen_recomputation
 
+    train = with_chosen_recomputation(train, preflight_report)
     weights = source_weights(ingest)
     check_prepared(base_model, model)
     check_plan(plan_summary, tokenized_samples, stream_samples, batching, weights)
@@ -79,6 +128,7 @@ def train(
         output_dir=folder,
         identity=identity,
         resume_from=resume_from,
+        expected_peak_bytes=expected_peak_bytes(preflight_report),
     )
     processes = training_processes(train, batching)
     text, vision = check_before_launch(spec, plan_summary["steps"], processes.per_node * processes.nodes.nnodes)
@@ -108,4 +158,5 @@ def train(
         "git_commit": code.get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
-    return partial(publish, folder, card), rows, result | provenance
+    kept = partial(publish_kept, folder, card, result.get("kept_checkpoints", {}))
+    return partial(publish, folder, card), kept, rows, result | provenance

@@ -21,6 +21,7 @@ _LOCATIONS = {
     "video": ("video_url", "video", "url", "path", "value"),
 }
 _WINDOW = ("video_start", "video_end")
+_ALL = [None, None]
 # `detail` is OpenAI's wish for a resolution; sizes are parameters here.
 _ITEM_KEYS = {
     "text": {"type", "text", "value"},
@@ -43,7 +44,7 @@ def read_items(content: Any, where: str, *, marked: bool) -> Iterator[tuple[Row,
         RejectedRowError: It is something else (`unknown_format`), or holds audio (`audio_not_supported`).
     """
     if isinstance(content, str):
-        pieces = _MARKER.split(content) if marked else [content]
+        pieces = _MARKER.split(content) if marked and "<" in content else [content]
         # Texts and markers take turns in what `split` returns.
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -64,11 +65,13 @@ def listed_media(row: Row, kind: str, columns: Sequence[str]) -> list[Media]:
     """
     files = []
     for column in MEDIA_COLUMNS[kind]:
-        value = row.get(column)
+        if column not in row:
+            continue
+        value = row[column]
         values = value if isinstance(value, list) else [value] if is_given(value) else []
         if values and column not in columns:
             raise unknown(f"it has '{column}', which its form does not know; known are {' and '.join(columns)}")
-        files += [_media(kind, file, f"{column}[{number}]", [None, None]) for number, file in enumerate(values)]
+        files += [_media(kind, file, f"{column}[{number}]", _ALL) for number, file in enumerate(values)]
     return files
 
 
@@ -87,10 +90,10 @@ def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     if kind == "text":
         text = item.get("value") if item.get("text") is None else item["text"]
         return {"type": "text", "text": expect(str, text, f"{where}.text")}, None
-    files = [item[key] for key in _LOCATIONS[kind] if is_given(item.get(key))]
+    files = [item[key] for key in _LOCATIONS[kind] if key in item and is_given(item[key])]
     if len(files) > 1:
         raise unknown(f"{where} names {len(files)} files; an item has one")
-    window = [item.get(key) for key in _WINDOW]
+    window = [item.get(key) for key in _WINDOW] if kind == "video" else _ALL
     return {"type": kind}, _media(kind, files[0], where, window) if files else None
 
 
@@ -98,9 +101,12 @@ def _media(kind: str, file: Any, where: str, window: list[Any]) -> Media:
     """Read what names a file: its path or content, or an object with these and, for a clip, the seconds to use."""
     if isinstance(file, dict):
         refuse_unknown(file, _FILE_KEYS[kind], where)
-        window = [value if is_given(value) else file.get(key) for value, key in zip(window, _WINDOW, strict=True)]
+        if kind == "video":
+            window = [value if is_given(value) else file.get(key) for value, key in zip(window, _WINDOW, strict=True)]
         file = _location(file, where)
-    start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOW, strict=True))
+    start = end = None
+    if window != _ALL:
+        start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOW, strict=True))
     if end is not None and end <= (start or 0.0):
         raise unknown(f"{where} ends at second {end}, not after its start at {start or 0.0}")
     if not isinstance(file, bytes) and not expect(str, file, f"the path of {where}"):

@@ -15,7 +15,6 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from qvl_pipeline.engine.model.adapters import FOLDER
 from qvl_pipeline.engine.model.adapters.export import export_adapter
-from qvl_pipeline.engine.model.adapters.linear import base_sizes
 from qvl_pipeline.engine.model.export.base_files import OF_WEIGHTS, find_base_files, with_dtype
 from qvl_pipeline.engine.model.export.processor_files import PROCESSOR_FILES, processor_files
 from qvl_pipeline.engine.model.export.whole_weights import WholeWeights
@@ -25,7 +24,7 @@ from qvl_pipeline.storage.digests import write_digests
 from qvl_pipeline.storage.room import room_for
 
 
-def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
+def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec, target: Path | None = None) -> None:
     """Write the base model's folder with other weights, or a folder with an adapter; called by all ranks.
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
@@ -35,23 +34,24 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
         model: The trained model.
         files: Content of all other files, by name; the first rank's count.
         spec: The run.
+        target: The folder, where it is not that of the spec.
 
     Raises:
         NoRoomError: The disk is full.
     """
-    target = Path(spec.export.output_dir)
+    target = target or Path(spec.export.output_dir)
     partial = target.with_name(f".{target.name}.partial")
     leads, dtype = dist.get_rank() == 0, getattr(torch, spec.export.dtype)
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     whole = not spec.adapter.used or spec.adapter.export != "adapter"
-    needed = sum(base_sizes(model.hf).values()) * dtype.itemsize if whole else None
+    weights = WholeWeights(model, spec.model.path, leads=leads) if whole else None
+    needed = sum(weights.sizes(dtype).values()) if weights else None
     with room_for(target, needed, partial):
         if spec.adapter.used and spec.adapter.export != "merged":
             export_adapter(model, spec, partial / FOLDER if leads else None)
-        if whole:
-            weights = WholeWeights(model, spec.model.path, leads=leads)
+        if weights:
             _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
         if not leads:
             return
@@ -90,14 +90,14 @@ def _write_weights(
     model: PackedVLM, weights: WholeWeights, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
-    sizes = {name: number * dtype.itemsize for name, number in weights.sizes().items()}
+    sizes = weights.sizes(dtype)
     files = split_into_files(sizes, max_shard_bytes)
     for file, names in files.items():
         tensors = {}
         for name in names:
-            tensor = weights.read(name)
+            tensor = weights.read(name, dtype)
             if tensor is not None:
-                tensors[model.family.hub_name(name)] = tensor.to(dtype).contiguous()
+                tensors[model.family.hub_name(name)] = tensor.contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:
