@@ -103,7 +103,8 @@ def test_the_curve_is_within_two_percent_of_that_over_the_unquantised_base(
     assert losses(quantized) == pytest.approx(losses(plain), rel=0.02)
     assert losses(quantized) != pytest.approx(losses(plain), rel=1e-5)
     # The curves are not two flat lines.
-    assert losses(plain)[-1] < 0.9 * losses(plain)[0]
+    for training in (plain, quantized):
+        assert sum(losses(training)[-5:]) < 0.985 * sum(losses(training)[:5])
 
 
 def with_dequantized_base(training: TrainSpec, folder: Path) -> TrainSpec:
@@ -156,8 +157,9 @@ def test_every_kind_starts_at_the_quantised_base_and_is_the_same_on_one_rank(
         ("lora", 2, {"parallel": {"sp_ulysses_degree": 2, "accumulate_sharded": True}}),
         ("lora", 1, {"model": {"torch_compile": True}, "data": {"per_device_train_batch_size": 3}}),
         ("lora", 2, {"data": {"use_rmpad": False}}),
+        ("lora", 2, {"parallel": {"frozen_sharding": "replicated"}}),
     ],
-    ids=["hsdp and recomputation", "sequence parallel", "compiled, packs together", "unpacked"],
+    ids=["hsdp and recomputation", "sequence parallel", "compiled, packs together", "unpacked", "replicated"],
 )
 def test_ways_to_run_train_the_same(
     kind: str, nproc: int, groups: dict[str, Any], short: Callable[[str, str], TrainSpec], tmp_path: Path
