@@ -98,6 +98,20 @@ def test_shards_are_those_of_fsdp() -> None:
     assert shared["llm", 0].gathered == 3 * 4 * rows
 
 
+def test_what_is_replicated_is_held_whole_and_gathered_nowhere() -> None:
+    from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+    from qvl_pipeline.engine.model.weights import skeleton_of
+    from qvl_pipeline.families import FAMILIES
+
+    model = PackedVLM(skeleton_of(CONFIGS["qwen3_vl"]), FAMILIES["qwen3_vl"], [0.5] * 3, [0.5] * 3)
+    model.hf.model.visual.requires_grad_(False)
+    block = units_of(model, 2, torch.bfloat16, held=2, replicated=True)["vit", 0]
+    frozen = sum(p.numel() * p.element_size() for p in model.hf.model.visual.blocks[0].parameters())
+    assert (block.weights, block.gathered, block.gradients) == (frozen, 0, 0)
+    layer = units_of(model, 2, torch.bfloat16, held=2, replicated=True)["llm", 0]
+    assert (layer.weights, layer.gradients, layer.replicated) == (2 * layer.trained, 2 * layer.trained, 0)
+
+
 def test_less_memory_is_foretold_where_less_is_kept() -> None:
     plain = expected(Setting("", tokens=1024))
     selective = expected(Setting("", tokens=1024, llm="selective", vit="selective"))

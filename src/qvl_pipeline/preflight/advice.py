@@ -64,6 +64,14 @@ def changes(
 def _ladder(
     spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware
 ) -> Iterator[tuple[str, str, str, Callable[[TrainSpec], TrainSpec], list[Heavy] | None]]:
+    if spec.parallel.frozen_sharding == "replicated":
+        yield (
+            "frozen weights shared out over the ranks",
+            "train.fsdp_config.frozen_sharding=sharded",
+            "frozen weights are gathered for every layer",
+            _parallel(frozen_sharding="sharded"),
+            None,
+        )
     recompute = {spec.recompute.llm, spec.recompute.vit}
     rungs = [("selective", "norms and activation functions are computed twice, a few percent of time")]
     rungs += [("full", "a second forward pass, about a third more time")]
@@ -87,7 +95,8 @@ def _ladder(
                 _parallel(sp_ulysses_degree=degree),
                 None,
             )
-    if spec.optim.optim != "adamw_8bit":
+    in_bfloat16 = spec.optim.optim == "adamw_bf16"  # less than 8 bits of state save, and nothing for an adapter
+    if spec.optim.optim != "adamw_8bit" and not in_bfloat16:
         yield (
             "optimizer state of 8 bits",
             "train.optim=adamw_8bit",
@@ -95,7 +104,7 @@ def _ladder(
             lambda old: replace(old, optim=replace(old.optim, optim="adamw_8bit")),
             None,
         )
-    if not spec.adapter.used:
+    if not spec.adapter.used and not in_bfloat16:
         yield (
             "an adapter in place of the model (LoRA)",
             "adapter.type=lora",

@@ -85,12 +85,19 @@ def peak_of(step: Step, spec: TrainSpec, *, offloaded: bool) -> Peak:
 def optimizer_bytes(step: Step, spec: TrainSpec) -> int:
     """Bytes of the optimizer's state on one rank."""
     trained, matrices = step.total("trained"), step.total("matrices")
+    if spec.optim.optim == "adamw_bf16":
+        return 2 * held_bytes(spec) * trained
     if spec.optim.optim == "adamw_8bit":  # one byte a number and a float32 scale for 256 of them, twice
         return round(2 * (1 + FLOAT32 / 256) * matrices) + 2 * FLOAT32 * (trained - matrices)
     if spec.optim.optim == "muon":
         hidden = matrices - step.units[ROOT].matrices
         return FLOAT32 * hidden + 2 * FLOAT32 * (trained - hidden)
     return 2 * FLOAT32 * trained
+
+
+def held_bytes(spec: TrainSpec) -> int:
+    """Bytes of a trained number as it is held between steps; its gradient and moments have as many, or less."""
+    return 2 if spec.optim.optim == "adamw_bf16" else FLOAT32
 
 
 class _Course:

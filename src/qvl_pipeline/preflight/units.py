@@ -19,18 +19,22 @@ class Unit:
 
     Attributes:
         trained: Numbers of the trained parameters on one rank.
-        frozen: Bytes of the frozen ones on one rank.
+        frozen: Bytes of the frozen ones on one rank, as far as they are sharded.
+        replicated: Bytes of those that every rank holds whole.
         matrices: Those of `trained` that are in matrices.
         shards: Ranks that they are sharded over.
         width: Bytes of a number in the type of the computation.
-        largest: Numbers of the largest parameter.
+        held: Bytes of a trained number, and of its gradient, as they are held.
+        largest: Numbers of the largest parameter that is sharded.
     """
 
     trained: int
     frozen: int
+    replicated: int
     matrices: int
     shards: int
     width: int
+    held: int
     largest: int
 
     @property
@@ -51,21 +55,25 @@ class Unit:
     @property
     def weights(self) -> int:
         """Bytes of its weights on one rank, between steps."""
-        return FLOAT32 * self.trained + self.frozen
+        return self.held * self.trained + self.frozen + self.replicated
 
     @property
     def gradients(self) -> int:
         """Bytes of its gradients on one rank, between micro-batches."""
-        return FLOAT32 * self.trained
+        return self.held * self.trained
 
 
-def units_of(model: PackedVLM, shards: int, dtype: torch.dtype) -> dict[tuple[str, int], Unit]:
+def units_of(
+    model: PackedVLM, shards: int, dtype: torch.dtype, *, held: int = FLOAT32, replicated: bool = False
+) -> dict[tuple[str, int], Unit]:
     """Return the units by tower and number of block; `("vit", -1)` is the rest of the tower, `("", -1)` all else.
 
     Args:
         model: The model on the meta device, frozen and adapted as in the run.
         shards: Ranks that share one copy of it.
         dtype: Type of the computation.
+        held: Bytes of a trained number as it is held.
+        replicated: Frozen parameters are not sharded.
     """
     visual, text = model.hf.model.visual, model.hf.model.language_model
     blocks = {("vit", number): list(block.parameters()) for number, block in enumerate(visual.blocks)}
@@ -75,12 +83,15 @@ def units_of(model: PackedVLM, shards: int, dtype: torch.dtype) -> dict[tuple[st
     rest = [parameter for parameter in model.parameters() if parameter not in in_blocks.union(tower)]
     parts = {**blocks, ("vit", -1): tower, ("", -1): rest}
     width = torch.empty(0, dtype=dtype).element_size()
-    return {place: _unit(parameters, shards, width) for place, parameters in parts.items()}
+    return {place: _unit(parameters, shards, width, held, replicated) for place, parameters in parts.items()}
 
 
-def _unit(parameters: Iterable[nn.Parameter], shards: int, width: int) -> Unit:
-    trained = frozen = matrices = largest = 0
+def _unit(parameters: Iterable[nn.Parameter], shards: int, width: int, held: int, replicated: bool) -> Unit:
+    trained = frozen = whole = matrices = largest = 0
     for parameter in parameters:
+        if replicated and not parameter.requires_grad:
+            whole += parameter.numel() * parameter.element_size()
+            continue
         rows = parameter.shape[0] if parameter.ndim else 1
         own = -(-rows // shards) * (parameter.numel() // rows)
         if parameter.requires_grad:
@@ -89,4 +100,4 @@ def _unit(parameters: Iterable[nn.Parameter], shards: int, width: int) -> Unit:
         else:
             frozen += own * parameter.element_size()
         largest = max(largest, parameter.numel())
-    return Unit(trained, frozen, matrices, shards, width, largest)
+    return Unit(trained, frozen, whole, matrices, shards, width, held, largest)
