@@ -30,7 +30,21 @@ CONFIGS: dict[str, Any] = {
         **IDS,
     ),
 }
-_NO_ADAPTER = AdapterSpec("none", 8, 16.0, False, 0.0, "zeros_b", {"llm": "all"}, (), "", "none", True, (), "both")
+_NO_ADAPTER = AdapterSpec(
+    type="none",
+    r=8,
+    alpha=16.0,
+    rslora=False,
+    dropout=0.0,
+    init="zeros_b",
+    targets={"llm": "all"},
+    train_fully=(),
+    start_from="",
+    quantize_base="none",
+    double_quant=False,
+    quantize_parts=(),
+    export="both",
+)
 
 
 @dataclass(frozen=True)

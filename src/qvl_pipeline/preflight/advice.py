@@ -36,7 +36,7 @@ class Change:
 def changes(
     spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware, estimate: Estimator
 ) -> list[Change]:
-    """Make changes one after the other until the run fits, and leave out those that the last did not need.
+    """Make changes one after the other until the run fits.
 
     Args:
         spec: The run.
@@ -46,32 +46,28 @@ def changes(
         estimate: From a run and micro-batches to what it needs.
 
     Returns:
-        The changes that are needed, in order. If the last does not fit, nothing that is known does.
+        The changes, in order. If the last does not fit, nothing that is known does.
     """
-    made: list[tuple[Change, Callable[[TrainSpec], TrainSpec]]] = []
+    made: list[Change] = []
     for what, parameters, costs, apply, lighter in _ladder(spec, config, heaviest, hardware):
         spec, heaviest = apply(spec), lighter or heaviest
         needed = estimate(spec, heaviest)
         change = Change(what, parameters, costs, needed, needed.high <= hardware.memory)
-        kind = parameters.split("=")[0]
         # More of one thing takes the place of less of it.
-        made = [(old, how) for old, how in made if old.parameters.split("=")[0] != kind] + [(change, apply)]
+        made = [old for old in made if _kind(old) != _kind(change)] + [change]
         if change.fits:
             break
-    return [change for change, _ in made]
+    return made
+
+
+def _kind(change: Change) -> str:
+    """What a change is more or less of: the parameter that it sets, without keys of it."""
+    return ".".join(change.parameters.split("=")[0].split(".")[:2])
 
 
 def _ladder(
     spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware
 ) -> Iterator[tuple[str, str, str, Callable[[TrainSpec], TrainSpec], list[Heavy] | None]]:
-    if spec.parallel.frozen_sharding == "replicated":
-        yield (
-            "frozen weights shared out over the ranks",
-            "train.fsdp_config.frozen_sharding=sharded",
-            "frozen weights are gathered for every layer",
-            _parallel(frozen_sharding="sharded"),
-            None,
-        )
     recompute = {spec.recompute.llm, spec.recompute.vit}
     rungs = [("selective", "norms and activation functions are computed twice, a few percent of time")]
     rungs += [("full", "a second forward pass, about a third more time")]
@@ -81,7 +77,7 @@ def _ladder(
         parameters = (
             "train.gradient_checkpointing=true"
             if kind == "full"
-            else "train.gradient_checkpointing={llm: selective, vit: selective}"
+            else "train.gradient_checkpointing.llm=selective,train.gradient_checkpointing.vit=selective"
         )
         yield f"{kind} recomputation of both towers", parameters, costs, _recomputing(kind), None
     heads = config.text_config.num_attention_heads
@@ -95,8 +91,7 @@ def _ladder(
                 _parallel(sp_ulysses_degree=degree),
                 None,
             )
-    in_bfloat16 = spec.optim.optim == "adamw_bf16"  # less than 8 bits of state save, and nothing for an adapter
-    if spec.optim.optim != "adamw_8bit" and not in_bfloat16:
+    if spec.optim.optim != "adamw_8bit":
         yield (
             "optimizer state of 8 bits",
             "train.optim=adamw_8bit",
@@ -104,7 +99,7 @@ def _ladder(
             lambda old: replace(old, optim=replace(old.optim, optim="adamw_8bit")),
             None,
         )
-    if not spec.adapter.used and not in_bfloat16:
+    if not spec.adapter.used:
         yield (
             "an adapter in place of the model (LoRA)",
             "adapter.type=lora",

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvl_pipeline.engine.model.flops import ModelFlops, flops_of
-from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.preflight.hardware import GIB, Hardware, kernels_on
-from qvl_pipeline.preflight.memory import Peak, Step, held_bytes, optimizer_bytes, peak_of
+from qvl_pipeline.preflight.memory import Peak, Step, optimizer_bytes, peak_of
 from qvl_pipeline.preflight.model import cut, number_of, prepare
 from qvl_pipeline.preflight.packs import Heavy, make_batch
 from qvl_pipeline.preflight.rehearsal import rehearse
@@ -88,8 +87,7 @@ def estimate(
     flops, parameters, trained = flops_of(model), number_of(model), number_of(model, trained=True)
     stands_for = cut(model)
     shards = spec.parallel.hsdp_shard_size or hardware.ranks
-    held, replicated = held_bytes(spec), spec.parallel.frozen_sharding == "replicated"
-    units = units_of(model, shards, compute_dtype(spec.parallel), held=held, replicated=replicated)
+    units = units_of(model, shards, spec)
     data_ranks = max(1, hardware.ranks // degree)
     micro_batches = -(-packs_per_step // (data_ranks * spec.data.per_device_train_batch_size))
     offloaded = spec.parallel.cpu_offload and hardware.device == "cuda"
@@ -110,7 +108,7 @@ def estimate(
         heavy=heavy,
         parameters=parameters,
         trained=trained,
-        checkpoint=shards * (states + held * step.total("trained")),
+        checkpoint=shards * (states + step.total("gradients")),
         offloaded=kept if offloaded else 0,
         flops=flops,
         config=config,

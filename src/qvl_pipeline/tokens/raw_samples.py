@@ -22,7 +22,15 @@ from qvl_pipeline.tokens.unusable import Unusable
 class RawSamples:
     """The rows of a `stream_samples` file. No more than a few row groups of it are in memory."""
 
-    def __init__(self, path: Path, processor: ProcessorMixin, frame_store: Path, *, skip_bad_samples: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        processor: ProcessorMixin,
+        frame_store: Path,
+        *,
+        skip_bad_samples: bool,
+        ignore_empty_think: bool = True,
+    ) -> None:
         """Open the file.
 
         Args:
@@ -31,11 +39,12 @@ class RawSamples:
             frame_store: Folder of the sampled clips.
             skip_bad_samples: Return an `Unusable` for a sample whose media are not there, too; otherwise that is an
                 error.
+            ignore_empty_think: Empty thoughts before answers are not trained on.
         """
         self._opened = path, processor, frame_store
         self._file = open_table(path, memory_map=True)
         self._processor, self._store = processor, FrameStore(frame_store)
-        self._skips = skip_bad_samples
+        self._skips, self._ignores_empty_think = skip_bad_samples, ignore_empty_think
         groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
         self._starts = list(accumulate(groups, initial=0))
         self.num_shards = len(groups)
@@ -44,7 +53,8 @@ class RawSamples:
 
     def __reduce__(self) -> tuple[partial[RawSamples], tuple[Path, ProcessorMixin, Path]]:
         """Pickle as what it was opened with: the process aside opens the file anew."""
-        return partial(RawSamples, skip_bad_samples=self._skips), self._opened
+        options = {"skip_bad_samples": self._skips, "ignore_empty_think": self._ignores_empty_think}
+        return partial(RawSamples, **options), self._opened
 
     def _read(self, number: int) -> list[dict[str, Any]]:
         # Without Arrow's threads: this runs in a forked process.
@@ -80,7 +90,7 @@ class RawSamples:
 
     def _encode(self, raw: Sequence[dict[str, Any]], grids: MediaGrids) -> Iterator[dict[str, Any] | Unusable]:
         try:
-            encoded = encode_samples(raw, grids, self._processor)
+            encoded = encode_samples(raw, grids, self._processor, ignore_empty_think=self._ignores_empty_think)
         except UserError as error:
             if not self._skips:
                 raise
