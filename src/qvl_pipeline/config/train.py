@@ -235,6 +235,15 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _what_is_offloaded_is_not_compiled(self) -> TrainConfig:
+        if self.torch_compile and self.recomputed.offload:
+            raise ValueError(
+                "gradient_checkpointing.offload copies inputs from within a block, which torch_compile does not know how "
+                "to trace: set one of them to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_in_bfloat16_compute_in_it(self) -> TrainConfig:
         if self.optim == "adamw_bf16" and not self.bf16:
             raise ValueError("optim 'adamw_bf16' holds weights in bfloat16, so set bf16 to true to compute in it too")
