@@ -145,7 +145,7 @@ def test_misspelt_key_names_the_nearest() -> None:
         (
             config.TrainConfig,
             {"gradient_checkpointing": {"llm": "full", "offload": True}, "torch_compile": True},
-            "offload copies inputs .* set one of them to false",
+            "offload copies from within blocks.*, or torch_compile, to false",
         ),
         (config.TrainConfig, {"optim": "adamw_bf16"}, "holds weights in bfloat16, so set bf16 to true"),
         (config.FSDPConfig, {"frozen_sharding": "replicated", "cpu_offload": True}, "cpu_offload .*: choose one"),

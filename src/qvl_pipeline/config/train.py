@@ -238,8 +238,8 @@ class TrainConfig(Block):
     def _what_is_offloaded_is_not_compiled(self) -> TrainConfig:
         if self.torch_compile and self.recomputed.offload:
             raise ValueError(
-                "gradient_checkpointing.offload copies inputs from within a block, which torch_compile does not know how "
-                "to trace: set one of them to false"
+                "gradient_checkpointing.offload copies from within blocks, and nobody has tried to compile that: set "
+                "it, or torch_compile, to false"
             )
         return self
 
