@@ -21,6 +21,7 @@ from tests.engine.packs import load_packed, make_builder, make_samples
 VISION_BLOCKS = {
     "qwen3_vl": (tiny_model.QWEN3_VL, {"depth": 2, "deepstack_visual_indexes": [0, 1]}),
     "qwen2_5_vl": (tiny_model.QWEN2_5_VL, {"depth": 2, "fullatt_block_indexes": [1]}),
+    "qwen2_5_omni": (tiny_model.QWEN2_5_OMNI, {"depth": 2, "fullatt_block_indexes": [1]}),
 }
 
 

@@ -9,8 +9,7 @@ REJECT_RULES = {
     "duplicated_key": "An object of the row has a key twice, and one of the values would be lost.",
     "unknown_format": "The row holds no conversation in a form that is known, or one of its values has the wrong type.",
     "preference_data": "The row compares answers or judges one; its bad answers would be trained on as well.",
-    "audio_not_supported": "The row holds audio; no supported model hears.",
-    "embedded_media_invalid": "A medium is embedded in the row, but not as base64 of an image or a video.",
+    "embedded_media_invalid": "A medium is embedded in the row, but not as base64 of an image, a video or a sound.",
     "path_outside_data_folder": "A media path leaves the folder of its source, also by way of a symbolic link.",
     "url_not_allowed": "A medium is a URL, and `data_folder` is not. Only files of a remote folder are fetched.",
 }

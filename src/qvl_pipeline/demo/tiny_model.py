@@ -14,6 +14,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -21,6 +24,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    WhisperFeatureExtractor,
 )
 
 from qvl_pipeline.demo.tokenizer import VOCAB_SIZE, train_tokenizer
@@ -83,6 +87,23 @@ QWEN2_5_VL = {
         "tokens_per_second": 2,
     },
 }
+# The thinker alone. Chunks of 40 spectra (0.4 s) in the audio tower, where the published model has 200.
+QWEN2_5_OMNI = {
+    "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
+    "vision_config": VISION
+    | {"patch_size": FAMILIES["qwen2_5_omni"].patch_size, "window_size": 28, "fullatt_block_indexes": [1, 3]},
+    "audio_config": {
+        "num_mel_bins": FAMILIES["qwen2_5_omni"].hearing.mel_bins,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 192,
+        "d_model": 96,
+        "n_window": 20,
+        "max_source_positions": 100,
+        "output_dim": HIDDEN_SIZE,
+        "initializer_range": 0.08,
+    },
+}
 
 
 def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[str]) -> None:
@@ -93,17 +114,17 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
 
     Args:
         folder: Folder to write into; made when missing.
-        family: `qwen3_vl` or `qwen2_5_vl`.
+        family: `qwen3_vl`, `qwen2_5_vl` or `qwen2_5_omni`.
         seed: Seed of the weights.
         corpus: Texts the tokenizer is trained on.
 
     Raises:
-        ValueError: `family` is not one of the two.
+        ValueError: `family` is none of these.
     """
-    builders = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
+    builders = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen2_5_omni": _qwen2_5_omni}
     if family not in builders:
-        raise ValueError(f"family '{family}': there are tiny models of {' and '.join(sorted(builders))} only")
-    tokenizer = train_tokenizer(corpus)
+        raise ValueError(f"family '{family}': there are tiny models of {', '.join(sorted(builders))} only")
+    tokenizer = train_tokenizer(corpus, omni=family == "qwen2_5_omni")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, processor = builders[family](tokenizer)
@@ -120,9 +141,13 @@ def write_tiny_config(folder: Path, family: str) -> None:
 
     Args:
         folder: Folder to write into.
-        family: `qwen3_vl` or `qwen2_5_vl`.
+        family: `qwen3_vl`, `qwen2_5_vl` or `qwen2_5_omni`.
     """
-    configs = {"qwen3_vl": (Qwen3VLConfig, QWEN3_VL), "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VL)}
+    configs = {
+        "qwen3_vl": (Qwen3VLConfig, QWEN3_VL),
+        "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VL),
+        "qwen2_5_omni": (Qwen2_5OmniThinkerConfig, QWEN2_5_OMNI),
+    }
     config, settings = configs[family]
     config(**settings, tie_word_embeddings=True).save_pretrained(folder)
 
@@ -149,9 +174,14 @@ def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixi
 
 
 def _qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    config = Qwen2_5_VLConfig(**QWEN2_5_VL, **_token_ids(tokenizer), tie_word_embeddings=True)
+    return Qwen2_5_VLForConditionalGeneration(config), _qwen2_5_vl_processor(tokenizer)
+
+
+def _qwen2_5_vl_processor(tokenizer: Qwen2Tokenizer) -> ProcessorMixin:
     patch_size = QWEN2_5_VL["vision_config"]["patch_size"]
     unit = MERGE * patch_size
-    processor = Qwen2_5_VLProcessor(
+    return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=patch_size, size=_pixel_limits(unit)),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(
@@ -164,8 +194,36 @@ def _qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMi
         ),
         chat_template=tokenizer.chat_template,
     )
-    config = Qwen2_5_VLConfig(**QWEN2_5_VL, **_token_ids(tokenizer), tie_word_embeddings=True)
-    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def _qwen2_5_omni(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    hearing = FAMILIES["qwen2_5_omni"].hearing
+    seeing = _qwen2_5_vl_processor(tokenizer)
+    processor = Qwen2_5OmniProcessor(
+        image_processor=seeing.image_processor,
+        video_processor=seeing.video_processor,
+        feature_extractor=WhisperFeatureExtractor(
+            feature_size=hearing.mel_bins,
+            sampling_rate=hearing.sampling_rate,
+            hop_length=hearing.hop_length,
+            n_fft=hearing.n_fft,
+            chunk_length=hearing.longest_s,
+            return_attention_mask=True,
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    ids = {
+        "image_token_index": tokenizer.image_token_id,
+        "video_token_index": tokenizer.video_token_id,
+        "audio_token_index": tokenizer.audio_token_id,
+        "audio_start_token_id": tokenizer.audio_bos_token_id,
+        "audio_end_token_id": tokenizer.audio_eos_token_id,
+        "vision_start_token_id": tokenizer.vision_bos_token_id,
+        "vision_end_token_id": tokenizer.vision_eos_token_id,
+    }
+    config = Qwen2_5OmniThinkerConfig(**QWEN2_5_OMNI, **ids, tie_word_embeddings=True)
+    return Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
 def _pixel_limits(unit: int, frames: int = 1) -> dict[str, int]:

@@ -21,6 +21,7 @@ from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of
+from qvl_pipeline.engine.model.freezing import OF_SOUND, OF_VISION
 from qvl_pipeline.engine.model.loading import build_model, load_processor
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.sharded import shard_model
@@ -46,7 +47,9 @@ from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.storage.whole import write_whole
+from qvl_pipeline.tokens.encoding import placeholder_ids
 from qvl_pipeline.tokens.raw_samples import RawSamples
 
 logger = logging.getLogger(__name__)
@@ -93,19 +96,20 @@ class Trainer:
         """Take this rank's share of the plan, or of the stream where there is none."""
         data, dp = self.spec.data, self.mesh["dp"]
         share = dp.get_local_rank(), dp.size(), data.per_device_train_batch_size
-        always_vision = _trains_vision_only(self.model)
+        always = _always_called(self.model)
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
-            samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
+            stores = Path(data.video_frames), self.model.family.hearing
+            samples = RawSamples(Path(stream.samples), self.processor, *stores, skip_bad_samples=skips)
             sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers > 0
 
             def exchange(values: Sequence[int]) -> list[int]:
                 with self.watchdog.wait_for_ranks():
                     return sums(values)
 
-            return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
+            return StreamedFeed(samples, stream, *share, exchange, **always, aside=aside)
         plan = read_plan(Path(data.pack_plan))
-        steps = share_out(plan, *share, always_vision=always_vision, epochs=data.epochs)
+        steps = share_out(plan, *share, **always, epochs=data.epochs)
         return PlannedFeed(steps)
 
     def _make_checkpoints(self) -> Checkpoints:
@@ -347,9 +351,14 @@ class Trainer:
         write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it
 
 
-def _trains_vision_only(model: PackedVLM) -> bool:
+def _always_called(model: PackedVLM) -> dict[str, bool]:
+    """Which towers are called in every micro-batch, because nothing but towers is trained, and they are."""
     trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
-    return trained <= {"vit", "merger", "deepstack"}
+    only_towers = trained <= OF_VISION | OF_SOUND
+    return {
+        "always_vision": only_towers and bool(trained & OF_VISION),
+        "always_sound": only_towers and bool(trained & OF_SOUND),
+    }
 
 
 def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: DeviceMesh) -> BatchBuilder:
@@ -366,9 +375,22 @@ def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Devic
             frame_store=Path(spec.data.video_frames),
         ),
         patch_values=3 * temporal_patch_size * patch_size**2,
-        placeholder_ids=(config.image_token_id, config.video_token_id),
+        placeholder_ids=placeholder_ids(config),
         tokens_per_second=model.family.tokens_per_second(config),
+        **_hearing(model, Path(spec.data.video_frames)),
         sources=tuple(sorted(set(sources))),
         rmpad=spec.data.use_rmpad,
         share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )
+
+
+def _hearing(model: PackedVLM, frame_store: Path) -> dict[str, Any]:
+    """What a builder of batches needs for sounds; nothing where the model does not hear."""
+    hearing = model.family.hearing
+    if hearing is None:
+        return {}
+    return {
+        "sounds": SoundStore(frame_store, hearing),
+        "mel_bins": hearing.mel_bins,
+        "sound_chunk": hearing.chunk_of(model.hf.config),
+    }

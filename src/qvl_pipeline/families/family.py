@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qvl_pipeline.families.hearing import Hearing
+
 if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     import torch
     from torch import nn
@@ -37,6 +39,10 @@ class ModelFamily:
             the part of the FLOPs that a family's attention pattern decides.
         liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
+        kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
+            exported as they were.
+        model_types: What `model_type` of a `config.json` may be; empty is the family's name.
+        hearing: What it does with sound; `None` does not hear.
     """
 
     name: str
@@ -52,6 +58,9 @@ class ModelFamily:
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+    kept_prefixes: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    hearing: Hearing | None = None
 
     @property
     def token_pixels(self) -> int:
@@ -68,6 +77,10 @@ class ModelFamily:
             if parameter_name.startswith(prefix):
                 return group
         raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")
+
+    def keeps(self, stored: str) -> bool:
+        """Whether a tensor of a checkpoint is no part of the module, and goes into an export as it was."""
+        return stored.startswith(self.kept_prefixes)
 
     def module_name(self, stored: str, known: Collection[str]) -> str:
         """Name in the module of a tensor in a checkpoint, which may be stored under either name."""

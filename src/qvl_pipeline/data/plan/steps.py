@@ -22,7 +22,7 @@ from qvl_pipeline.storage.tables import read_table
 from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 # Changed whenever the same inputs would give another plan.
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class _Samples:
     sources: np.ndarray
     tokens: np.ndarray
     patches: np.ndarray
+    spectra: np.ndarray
     supervised: np.ndarray
 
 
@@ -202,7 +203,7 @@ def _sha256(path: Path) -> str:
 
 def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
     """The samples of a split, and the ids of those that are too long for a pack."""
-    names = ["sample_id", "source", "split", "length", "vit_patches", "supervised_tokens"]
+    names = ["sample_id", "source", "split", "length", "vit_patches", "spectra", "supervised_tokens"]
     table = tokenized.columns(names).to_pandas()
     table = table[table["split"] == split]
     if table.empty:
@@ -223,7 +224,7 @@ def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) 
             f"all {len(table)} samples of the split '{split}' are longer than packing_length "
             f"({batching.packing_length}) or packing_vit_patches ({batching.packing_vit_patches}): raise the budget"
         )
-    columns = (kept[name].to_numpy() for name in ("source", "length", "vit_patches", "supervised_tokens"))
+    columns = (kept[name].to_numpy() for name in names[1:2] + names[3:])
     return _Samples(kept.index.to_numpy(), *columns), overlong
 
 
@@ -292,6 +293,7 @@ def _plan_table(packs: Packs, samples: _Samples, packs_per_step: int) -> tuple[p
             "sample_rows": list(Packs(rows, packs.bounds)),
             "tokens": packs.sums(samples.tokens),
             "vit_patches": packs.sums(samples.patches),
+            "spectra": packs.sums(samples.spectra),
             "supervised_tokens": packs.sums(samples.supervised),
         }
     )

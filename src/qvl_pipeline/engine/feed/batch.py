@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, feature_routes, split_media, temporal_patches
+from qvl_pipeline.engine.parallel.sequence_parallel import (
+    SequenceShare,
+    feature_routes,
+    heard_spectra,
+    heard_tokens,
+    split_media,
+    split_sounds,
+    temporal_patches,
+    visual_tokens,
+)
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.mrope import mrope_positions
 
 if TYPE_CHECKING:
     from qvl_pipeline.media.loading import PatchLoader
+    from qvl_pipeline.media.sound_store import SoundStore
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,17 @@ class Batch:
         cu_seqlens: Bounds of the samples in the whole pack, `[samples + 1]`, int32; `None` for padded rows.
         lengths: Tokens of each sample.
         max_length: Tokens of the longest sample, or of the padding behind the last.
-        visual_mask: True at media placeholders, `[B, T]`.
+        visual_mask: True at placeholders of images and clips, `[B, T]`.
         features_to: Features that this rank's media make for each rank of its sequence-parallel group.
         features_from: Features that this rank's placeholders take from each.
         patches: Pixels of this rank's media, uint8 `[N, C*T*P*P]`; `None` when no rank has media in this micro-batch.
         grid_thw: Patches of each medium over time, height and width, `[M, 3]`.
+        audio_mask: True at placeholders of sounds, `[B, T]`.
+        heard_to: Features that this rank's sounds make for each rank of its sequence-parallel group.
+        heard_from: Features that this rank's placeholders of sounds take from each.
+        log_mel: Spectrograms of this rank's sounds, one after the other, float32 `[bins, N]`; `None` when no rank has a
+            sound in this micro-batch.
+        spectra: Spectra of each sound, `[sounds]`.
         target_index: Positions in the flattened rows whose next token is trained on, `[S]`.
         targets: Those next tokens, `[S]`.
         target_source: Number of the source each target comes from, `[S]`.
@@ -63,6 +80,11 @@ class Batch:
     features_from: list[int]
     patches: torch.Tensor | None
     grid_thw: torch.Tensor | None
+    audio_mask: torch.Tensor
+    heard_to: list[int]
+    heard_from: list[int]
+    log_mel: torch.Tensor | None
+    spectra: torch.Tensor | None
     target_index: torch.Tensor
     targets: torch.Tensor
     target_source: torch.Tensor
@@ -97,27 +119,34 @@ class BatchBuilder:
     Attributes:
         loader: Reads the pixels.
         patch_values: Values of one patch, `C * T * P * P`.
-        placeholder_ids: Ids of `<|image_pad|>` and `<|video_pad|>`.
+        placeholder_ids: Ids of the tokens that stand for images and clips and, where the model hears, for sounds.
         tokens_per_second: Temporal M-RoPE positions per second, where the family has them.
         sources: Names of the sources, in the order of `target_source`.
+        sounds: Reads the spectrograms; `None` where the model does not hear.
+        mel_bins: Frequencies of a spectrogram.
+        sound_chunk: Spectra that see each other in the audio tower.
         rmpad: Build packs; otherwise a padded row for each sample.
         share: What of a pack is this rank's; only packs can be shared.
     """
 
     loader: PatchLoader
     patch_values: int
-    placeholder_ids: tuple[int, int]
+    placeholder_ids: tuple[int, ...]
     tokens_per_second: float | None
     sources: tuple[str, ...]
+    sounds: SoundStore | None = None
+    mel_bins: int = 0
+    sound_chunk: int = 1
     rmpad: bool = True
     share: SequenceShare = field(default_factory=SequenceShare)
 
-    def build(self, samples: Sequence[dict[str, Any]], *, vision: bool) -> Batch:
+    def build(self, samples: Sequence[dict[str, Any]], *, vision: bool, sound: bool = False) -> Batch:
         """Turn samples into one micro-batch.
 
         Args:
             samples: Rows of `tokenized_samples`; none at all makes a batch that trains on nothing.
-            vision: Some rank has media in this micro-batch, so this one must call its vision tower as well.
+            vision: Some rank has images or clips in this micro-batch, so this one must call its vision tower as well.
+            sound: Some rank has sounds in it; the same of the audio tower.
 
         Returns:
             The batch, or this rank's share of it. Targets are shifted within each sample, before anything is cut: no
@@ -133,9 +162,13 @@ class BatchBuilder:
         numbers = [self.sources.index(s["source"]) if len(s["label_spans"]) else 0 for s in samples]
         target_source = np.repeat(numbers, [len(index) for index in target_index])
         target_index = np.concatenate(target_index)
-        shares = split_media([item for sample in samples for item in sample["media"]], self.share.degree)
-        routes = feature_routes(tokens["visual_mask"].ravel(), shares)
-        patches, grid = self._pixels(shares[self.share.rank], vision or any(shares))
+        media = [item for sample in samples for item in sample["media"]]
+        seen = split_media([item for item in media if item["grid_t"]], self.share.degree)
+        routes = feature_routes(tokens["visual_mask"].ravel(), [visual_tokens(share) for share in seen])
+        patches, grid = self._pixels(seen[self.share.rank], vision or any(seen))
+        heard = split_sounds(media, self.share.degree, self.sound_chunk)
+        heard_routes = feature_routes(tokens["audio_mask"].ravel(), [heard_tokens(share) for share in heard])
+        log_mel, spectra = self._spectrograms(heard[self.share.rank], sound or any(heard))
         mine = self.share.of(input_ids.shape[1])
         trained = np.ones(len(target_index), dtype=bool)
         if self.share.degree > 1:
@@ -151,6 +184,10 @@ class BatchBuilder:
             features_from=routes[:, self.share.rank].tolist(),
             patches=patches,
             grid_thw=grid,
+            heard_to=heard_routes[self.share.rank].tolist(),
+            heard_from=heard_routes[:, self.share.rank].tolist(),
+            log_mel=log_mel,
+            spectra=spectra,
             target_index=torch.from_numpy(target_index[trained] - mine.start),
             targets=torch.from_numpy(input_ids.ravel()[target_index[trained] + 1]),
             target_source=torch.from_numpy(target_source[trained]),
@@ -163,7 +200,8 @@ class BatchBuilder:
         return {
             "input_ids": ids,
             "position_ids": self._positions(sample),
-            "visual_mask": np.isin(ids, self.placeholder_ids),
+            "visual_mask": np.isin(ids, self.placeholder_ids[:2]),
+            "audio_mask": np.isin(ids, self.placeholder_ids[2:]),
             "attention_mask": np.ones(len(ids), dtype=bool),
         }
 
@@ -200,6 +238,37 @@ class BatchBuilder:
             return None, None
         # The smallest image there is: patches are merged two by two.
         return torch.zeros(4, self.patch_values, dtype=torch.uint8), torch.tensor([[1, 2, 2]])
+
+    def _spectrograms(
+        self, sounds: list[dict[str, Any]], sound: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if sounds:
+            lengths = [heard_spectra(item) for item in sounds]
+            return torch.cat([self._log_mel(item) for item in sounds], dim=1), torch.tensor(lengths)
+        if not sound:
+            return None, None
+        # Four spectra make a token.
+        return torch.zeros(self.mel_bins, 4), torch.tensor([4])
+
+    def _log_mel(self, item: dict[str, Any]) -> torch.Tensor:
+        """Spectrogram `[bins, spectra]` of a sound, or of the part of it that is this rank's."""
+        if self.sounds is None:
+            raise UserError(f"'{item['key']}' is to be heard, and the model does not hear: run the pipeline 'sample'")
+        part = slice(*item.get("heard_part", (None,)))
+        log_mel = self.sounds.log_mel(item["type"], item["key"], part)
+        if len(log_mel) != heard_spectra(item):
+            raise UserError(
+                f"sound '{item['key']}' has a spectrogram of another length in the store than the {item['spectra']} "
+                "spectra that were planned: run the pipeline 'tokenize' again"
+            )
+        return torch.from_numpy(np.array(log_mel.T, order="C"))
+
+    def check_media(self, media: list[dict[str, Any]]) -> None:
+        """Load the media of a sample for nothing but the error that one of them raises."""
+        self._pixels([item for item in media if item["grid_t"]], vision=False)
+        for item in media:
+            if item.get("spectra"):
+                self._log_mel(item)
 
 
 _NOTHING: dict[str, Any] = {

@@ -19,6 +19,7 @@ class Pack:
     tokens: int
     vit_patches: int
     supervised_tokens: int
+    spectra: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class MicroBatch:
 
     Attributes:
         sample_rows: Rows of `tokenized_samples`, or of `stream_samples`.
-        vision: Some rank has media in it.
+        vision: Some rank has images or clips in it.
+        sound: Some rank has sounds in it.
         samples: The samples themselves, where they were tokenised as they were read.
     """
 
     sample_rows: tuple[int, ...]
     vision: bool
+    sound: bool = False
     samples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
 
 
@@ -75,7 +78,7 @@ def read_plan(path: Path) -> list[list[Pack]]:
             steps.append([])
         if row["step"] != len(steps) - 1:
             raise ValueError(f"{path}: step {row['step']} follows step {len(steps) - 1}")
-        columns = ("tokens", "vit_patches", "supervised_tokens")
+        columns = ("tokens", "vit_patches", "supervised_tokens", "spectra")
         steps[-1].append(Pack(tuple(row["sample_rows"]), *(row[name] for name in columns)))
     if not steps:
         raise ValueError(f"{path}: the plan has no packs")
@@ -89,20 +92,22 @@ def share_out(
     packs_per_micro_batch: int,
     *,
     always_vision: bool = False,
+    always_sound: bool = False,
     epochs: float = 1.0,
 ) -> list[Step]:
     """Take a rank's share of every step.
 
-    Rank `r` of `R` takes packs `r, r+R, …`. All ranks run equally many micro-batches, and call the vision tower in the
-    same ones, which each can tell from the plan: so no rank waits in a collective that another never enters.
+    Rank `r` of `R` takes packs `r, r+R, …`. All ranks run equally many micro-batches, and call the towers in the same
+    ones, which each can tell from the plan: so no rank waits in a collective that another never enters.
 
     Args:
         plan: The packs of each step.
         rank: Data-parallel rank.
         world_size: Data-parallel ranks.
         packs_per_micro_batch: Packs in one forward pass.
-        always_vision: Call the tower in every micro-batch: when nothing else is trained, one without it would have no
-            gradient at all.
+        always_vision: Call the vision tower in every micro-batch: when nothing else is trained, one without it would
+            have no gradient at all.
+        always_sound: The same of the audio tower.
         epochs: Passes over the data that the plan makes.
 
     Returns:
@@ -115,7 +120,9 @@ def share_out(
         for start in range(0, len(shares[0]), packs_per_micro_batch):
             parts = [share[start : start + packs_per_micro_batch] for share in shares]
             vision = always_vision or any(pack.vit_patches for part in parts for pack in part)
-            micro_batches.append(MicroBatch(tuple(row for pack in parts[rank] for row in pack.sample_rows), vision))
+            sound = always_sound or any(pack.spectra for part in parts for pack in part)
+            rows = tuple(row for pack in parts[rank] for row in pack.sample_rows)
+            micro_batches.append(MicroBatch(rows, vision, sound))
         steps.append(
             Step(
                 number=number,

@@ -60,6 +60,8 @@ def use_packed_attention(
         TEXT_ATTENTION if rmpad else text
     )
     model.config.vision_config._attn_implementation_internal = VISION_ATTENTION
+    if hasattr(model.config, "audio_config"):  # chunks of sound see each other as frames do
+        model.config.audio_config._attn_implementation_internal = VISION_ATTENTION
     return {"text": text, "vision": vision}
 
 

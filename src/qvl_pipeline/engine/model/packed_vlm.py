@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class PackedVLM(nn.Module):
-    """Token losses of a micro-batch: embed, one vision call, scatter, decode, cross-entropy on supervised positions.
+    """Token losses of a micro-batch: embed, call each tower once, scatter, decode, cross-entropy where supervised.
 
-    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its vision call covers
-    its share of the media.
+    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its calls of the
+    towers cover its share of the media.
 
     No forward of transformers is replaced. This module is the FSDP root, because FSDP2 cannot initialise lazily when a
     submodule is called outside of the root's forward.
@@ -65,6 +65,10 @@ class PackedVLM(nn.Module):
                 [features, *levels], batch.features_to, batch.features_from, self.sp_group
             )
             embeds = embeds.masked_scatter(batch.visual_mask[..., None], features.to(embeds.dtype))
+        if batch.log_mel is not None:
+            heard = self.family.hearing.forward(model, batch.log_mel.to(embeds.dtype), batch.spectra)
+            [heard] = exchange_features([heard], batch.heard_to, batch.heard_from, self.sp_group)
+            embeds = embeds.masked_scatter(batch.audio_mask[..., None], heard.to(embeds.dtype))
         hidden = model.language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,

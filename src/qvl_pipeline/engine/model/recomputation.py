@@ -18,11 +18,12 @@ def recompute_activations(hf: nn.Module, towers: Sequence[str]) -> None:
 
     Args:
         hf: The transformers model.
-        towers: `llm` and `vit`, or one of them.
+        towers: `llm`, `vit`, or both; with the vision tower an audio tower, where there is one.
     """
-    modules = {"llm": hf.model.language_model, "vit": hf.model.visual}
+    vit = [hf.model.visual, *([hf.model.audio_tower] if hasattr(hf.model, "audio_tower") else [])]
+    modules = {"llm": [hf.model.language_model], "vit": vit}
     for tower in towers:
-        for block in modules[tower].modules():
+        for block in (block for module in modules[tower] for block in module.modules()):
             if isinstance(block, GradientCheckpointingLayer):
                 block.gradient_checkpointing = True
                 block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -27,6 +27,8 @@ def build_skeleton(path: str) -> PreTrainedModel:
         ValueError: The checkpoint is quantised.
     """
     config = AutoConfig.from_pretrained(path)
+    # Of a model that also speaks, the part that reads, sees and hears.
+    config = getattr(config, "thinker_config", config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
     with torch.device("meta"):
@@ -59,7 +61,8 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
         parameters.pop(tied)
     known = set(parameters) | set(hf.all_tied_weights_keys)
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    stored = {family.module_name(name, known): name for name in reader.read_metadata().state_dict_metadata}
+    names = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
+    stored = {family.module_name(name, known): name for name in names}
     _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)
     dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -53,19 +53,18 @@ def sequence_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
 
 def shard(
     model: nn.Module,
-    tower: nn.Module,
+    towers: Mapping[nn.Module, Callable[[Any], bool]],
     layers: Sequence[str],
-    skips_tower: Callable[[Any], bool],
     device: torch.device,
     spec: ParallelSpec,
 ) -> dict[str, Any]:
-    """Shard a model in place over all ranks with FSDP2: layers, then the vision tower, then the rest as the root.
+    """Shard a model in place over all ranks with FSDP2: layers, then the towers, then the rest as the root.
 
     Args:
         model: The model; on the meta device, if it should never be complete on any rank.
-        tower: The module in it that only some micro-batches call.
+        towers: The modules in it that only some micro-batches call, each with whether the forward pass of the model
+            does not call it for an input.
         layers: Class names of the layers that are sharded one by one.
-        skips_tower: Whether the forward pass of the model does not call the tower for this input.
         device: Where it runs.
         spec: Over how many ranks, and in which precision to compute.
 
@@ -84,17 +83,18 @@ def shard(
         "offload_policy": CPUOffloadPolicy() if offloads(spec, device) else OffloadPolicy(),
     }
     stacks = [[module for module in model.modules() if type(module).__name__ == name] for name in layers]
-    # What else the tower has is no part of the root, for a group is exchanged in one piece: where only the last of
+    # What else a tower has is no part of the root, for a group is exchanged in one piece: where only the last of
     # several micro-batches has media, its gradients are in bfloat16 when the root's were summed in float32.
     for module in reversed(list(model.modules())):  # what lies inside a wrapped layer before the layer itself
-        if module is tower or type(module).__name__ in layers:
+        if module in towers or type(module).__name__ in layers:
             fully_shard(module, **options)
     fully_shard(model, **options)
     for stack in stacks:
         _prefetch(stack, spec)
     if dist.get_world_size() > 1:
         _sum_gradients(model)
-    _gather_tower_once(model, tower, skips_tower)
+    for tower, skips in towers.items():
+        _gather_tower_once(model, tower, skips)
     return {
         "wrapped": list(layers),
         "shard_size": mesh["shard"].size(),

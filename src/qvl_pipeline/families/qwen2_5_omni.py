@@ -1,0 +1,63 @@
+"""Qwen2.5-Omni's thinker: Qwen2.5-VL's tower and decoder, and an audio tower like Whisper's encoder.
+
+What speaks (`talker`, `token2wav`) is no part of the module that is trained; an export has it as it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.hearing import Hearing
+from qvl_pipeline.families.qwen2_5_vl import vision_forward, vision_pairs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def _audio_forward(model: nn.Module, mel: torch.Tensor, spectra: torch.Tensor) -> torch.Tensor:
+    return model.audio_tower(mel, feature_lens=spectra, return_dict=True).last_hidden_state
+
+
+FAMILY = ModelFamily(
+    name="qwen2_5_omni",
+    title="Qwen2.5-Omni",
+    patch_size=14,
+    limits_are_per_clip=False,
+    decoder_layer="Qwen2_5OmniDecoderLayer",
+    vision_block="Qwen2_5OmniVisionBlock",
+    groups=(
+        ("audio_projector", "model.audio_tower.proj."),
+        ("audio", "model.audio_tower."),
+        ("merger", "model.visual.merger."),
+        ("vit", "model.visual."),
+        ("embed", "model.language_model.embed_tokens."),
+        ("llm", "model.language_model."),
+        ("head", "lm_head."),
+    ),
+    vision_forward=vision_forward,
+    decoder_kwargs=lambda mask, deepstack: {},
+    tokens_per_second=lambda config: float(config.position_id_per_seconds),
+    vision_pairs=vision_pairs,
+    liger_kernels={"Qwen2_5OmniRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5OmniMLP": "swiglu"},
+    # Published as a part of the whole, and before transformers moved the decoder to `language_model`.
+    hub_prefixes=(
+        ("thinker.visual.", "model.visual."),
+        ("thinker.audio_tower.", "model.audio_tower."),
+        ("thinker.model.", "model.language_model."),
+        ("thinker.lm_head.", "lm_head."),
+    ),
+    kept_prefixes=("talker.", "token2wav."),
+    model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
+    hearing=Hearing(
+        sampling_rate=16_000,
+        mel_bins=128,
+        hop_length=160,
+        n_fft=400,
+        longest_s=300,
+        encoder_layer="Qwen2_5OmniAudioEncoderLayer",
+        forward=_audio_forward,
+        chunk_of=lambda config: 2 * config.audio_config.n_window,
+    ),
+)
