@@ -5,7 +5,7 @@ What speaks (`talker`, `token2wav`) is no part of the module that is trained; an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.families.family import ModelFamily
 from qvl_pipeline.families.hearing import Hearing
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 def _audio_forward(model: nn.Module, mel: torch.Tensor, spectra: torch.Tensor) -> torch.Tensor:
     return model.audio_tower(mel, feature_lens=spectra, return_dict=True).last_hidden_state
+
+
+# No lambda: how a family hears is sent to the processes that decode.
+def _chunk_of(config: Any) -> int:
+    return 2 * config.audio_config.n_window
 
 
 FAMILY = ModelFamily(
@@ -58,6 +63,6 @@ FAMILY = ModelFamily(
         longest_s=300,
         encoder_layer="Qwen2_5OmniAudioEncoderLayer",
         forward=_audio_forward,
-        chunk_of=lambda config: 2 * config.audio_config.n_window,
+        chunk_of=_chunk_of,
     ),
 )

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from qvl_pipeline.config import BLOCKS, Block
 from qvl_pipeline.errors import UserError, did_you_mean
+from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.profiles.origins import Key, Origins
 
 
@@ -29,10 +30,23 @@ def check_parameters(parameters: dict[str, Any], origins: Origins) -> dict[str, 
             blocks[name] = model.model_validate(parameters.get(name) or {})
         except ValidationError as error:
             problems += _by_key(name, parameters, error).items()
+    problems += [] if problems else list(_do_not_hear(blocks))
     if problems:
         lines = [f"{'.'.join(map(str, key))}: {text} ({origins.nearest(key)})" for key, text in problems]
         raise UserError("\n".join(["the parameters cannot be used:", *(f"  {line}" for line in lines)]))
     return blocks
+
+
+def _do_not_hear(blocks: dict[str, Any]) -> Iterator[tuple[Key, str]]:
+    """Yield the keys that ask a model to hear which does not."""
+    if blocks["model"].family.hearing:
+        return
+    hearing = " or ".join(name for name, family in FAMILIES.items() if family.hearing)
+    remedy = f"model.processor_type {blocks['model'].processor_type} does not hear, use {hearing}"
+    if blocks["batching"].dataset_type == "vision_audio":
+        yield ("batching", "dataset_type"), f"vision_audio is for models that hear: {remedy}, or vision"
+    if blocks["sample"].use_audio_in_video:
+        yield ("sample", "use_audio_in_video"), f"it is for models that hear: {remedy}, or drop it"
 
 
 def _unknown(name: str) -> str:

@@ -45,7 +45,7 @@ def sample_clips(
     from qvl_pipeline.media.backends import choose_backend
     from qvl_pipeline.media.decode_worker import Failure
 
-    _check_hearing(valid_samples, sample, model)
+    _check_hearing(valid_samples, model)
     sounds = list_sounds(valid_samples, media_index, sample) if model.family.hearing else []
     fit, unfit = [], []
     for clip in list_clips(valid_samples, media_index):
@@ -144,20 +144,17 @@ def _lost_samples(valid_samples: pd.DataFrame, failures: Mapping[str, Failure]) 
     return pd.DataFrame(rows, columns=QUARANTINE.names)
 
 
-def _check_hearing(valid_samples: pd.DataFrame, sample: SampleConfig, model: ModelConfig) -> None:
+def _check_hearing(valid_samples: pd.DataFrame, model: ModelConfig) -> None:
     """Refuse sounds for a model that does not hear; one that does is named."""
-    if model.family.hearing:
-        return
-    hearing = ", ".join(name for name, family in FAMILIES.items() if family.hearing)
-    remedy = f"model.processor_type {model.processor_type} does not hear: use a model that does ({hearing})"
-    if sample.use_audio_in_video:
-        raise UserError(f"sample.use_audio_in_video is set, and {remedy}, or drop it")
     heard = valid_samples["media"].map(lambda media: any(item["type"] == "audio" for item in media)).astype(bool)
-    if heard.any():
-        first = valid_samples.loc[heard, "sample_id"].iloc[0]
-        raise UserError(
-            f"{int(heard.sum()):,} samples hold a sound, the first is '{first}', and {remedy}, or leave them out"
-        )
+    if model.family.hearing or not heard.any():
+        return
+    hearing = " or ".join(name for name, family in FAMILIES.items() if family.hearing)
+    first = valid_samples.loc[heard, "sample_id"].iloc[0]
+    raise UserError(
+        f"{int(heard.sum()):,} samples hold a sound, the first is '{first}', and "
+        f"model.processor_type {model.processor_type} does not hear: use {hearing}, or leave these samples out"
+    )
 
 
 def _check_reject_fraction(lost: pd.DataFrame, valid: int, sample: SampleConfig) -> None:
