@@ -81,19 +81,21 @@ class DatasetSource(Block):
 
 
 class DigitsDemoConfig(Block):
-    """The embedded dataset of real handwritten digits, drawn into images and clips.
+    """The embedded dataset of real handwritten digits, drawn into images and clips, and of spoken ones.
 
     Attributes:
         folder: Where the files are written, relative to the project root.
         seed: Seed of every choice made while drawing.
         train_samples: Number of good training samples, all kinds together.
         eval_samples: Number of good evaluation samples, all kinds together.
+        with_sound: Have samples with spoken digits too, which are synthesised: for a model that hears.
     """
 
     folder: str = "data/01_raw/digits"
     seed: int = Field(default=0, ge=0)
     train_samples: int = Field(default=4000, ge=1)
     eval_samples: int = Field(default=280, ge=1)
+    with_sound: bool = False
 
 
 class IngestConfig(Block):

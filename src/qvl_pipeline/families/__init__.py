@@ -9,4 +9,17 @@ FAMILIES: dict[str, ModelFamily] = {
     family.name: family for family in (qwen3_vl.FAMILY, qwen2_5_vl.FAMILY, qwen2_5_omni.FAMILY)
 }
 
-__all__ = ["FAMILIES", "ModelFamily"]
+
+def family_of(model_type: str) -> ModelFamily:
+    """Return the family of a model, by what its `config.json` says.
+
+    Raises:
+        KeyError: There is none.
+    """
+    for family in FAMILIES.values():
+        if model_type in (family.model_types or (family.name,)):
+            return family
+    raise KeyError(model_type)
+
+
+__all__ = ["FAMILIES", "ModelFamily", "family_of"]

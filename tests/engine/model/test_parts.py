@@ -46,7 +46,7 @@ class TestSharingOut:
 
     def test_plan_with_a_gap_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "plan.parquet"
-        row = {"pack": 0, "sample_rows": [0], "tokens": 1, "vit_patches": 0, "supervised_tokens": 1}
+        row = {"pack": 0, "sample_rows": [0], "tokens": 1, "vit_patches": 0, "spectra": 0, "supervised_tokens": 1}
         pd.DataFrame([row | {"step": 0}, row | {"step": 2}]).to_parquet(path)
         with pytest.raises(ValueError, match="step 2 follows step 0"):
             read_plan(path)

@@ -12,13 +12,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.families.hearing import Hearing, convolved
 
 # Dense bfloat16 FLOPs a second by words of the device name, the more specific first; from the vendors' data sheets.
 _PEAK_FLOPS = {
@@ -48,7 +51,7 @@ _PEAK_FLOPS = {
     "MI300X": 1.3074e15,
 }
 # Matrices that read the same input: none of them stands between another one and the loss.
-_SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"q", "k", "v"}, {"gate_proj", "up_proj"})
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -73,6 +76,9 @@ class ModelFlops:
         per_vision_pair: FLOPs of each vision block's attention for each query-key pair.
         per_text_pair: FLOPs of the decoder's attention, all layers, for each query-key pair.
         vision_pairs: Query-key pairs of each vision block, from the media's grids `(t, h, w)`.
+        per_spectrum: FLOPs of the audio tower for each spectrum.
+        per_sound_pair: FLOPs of its attention, all layers, for each query-key pair.
+        sound_chunk: Spectra that see each other in it.
     """
 
     per_patch: float
@@ -81,6 +87,9 @@ class ModelFlops:
     per_vision_pair: tuple[int, ...]
     per_text_pair: int
     vision_pairs: Callable[[Sequence[Sequence[int]]], list[int]]
+    per_spectrum: float = 0.0
+    per_sound_pair: int = 0
+    sound_chunk: int = 1
 
     def count(self, batch: Batch) -> float:
         """Count this rank's FLOPs of a batch that is still in host memory.
@@ -95,7 +104,34 @@ class ModelFlops:
             flops += self.per_patch * len(batch.patches)
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
+        if sum(batch.heard_to):
+            spectra = batch.spectra.tolist()
+            flops += self.per_spectrum * sum(spectra)
+            flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in spectra)
         return flops
+
+
+def _chunk_pairs(spectra: int, chunk: int) -> int:
+    """Query-key pairs of a layer of the audio tower that see each other, within chunks of one sound."""
+    whole, rest = divmod(spectra, chunk)
+    return whole * convolved(chunk) ** 2 + (convolved(rest) ** 2 if rest else 0)
+
+
+def _of_sound(hearing: Hearing, tower: nn.Module, config: PreTrainedConfig) -> tuple[dict[str, Any], bool]:
+    """FLOPs of the audio tower, and whether its features depend on a trained parameter."""
+    cost = _cost(tower.conv1, False)
+    per_spectrum: float = cost.per_row
+    cost = _cost(tower.conv2, cost.reaches_trained)
+    per_position, per_pair, reaches_trained = cost.per_row, 0, cost.reaches_trained
+    for layer in tower.layers:
+        cost = _cost(layer, reaches_trained)
+        per_position, per_pair = per_position + cost.per_row, per_pair + cost.per_pair
+        reaches_trained = cost.reaches_trained
+    cost = _cost(tower.proj, reaches_trained or _trains(tower.ln_post))
+    # Every other spectrum becomes a position, and every other position a token.
+    per_spectrum += per_position / 2 + cost.per_row / 4
+    facts = {"per_spectrum": per_spectrum, "per_sound_pair": per_pair, "sound_chunk": hearing.chunk_of(config)}
+    return facts, cost.reaches_trained
 
 
 def flops_of(model: PackedVLM) -> ModelFlops:
@@ -126,7 +162,9 @@ def flops_of(model: PackedVLM) -> ModelFlops:
             deepstack_trained.append(level.reaches_trained)
     cost = _cost(visual.merger, reaches_trained)
     per_patch += cost.per_row / merged
-    reaches_trained = cost.reaches_trained or _trains(text.embed_tokens)
+    hearing = model.family.hearing
+    sound, hears_trained = _of_sound(hearing, hf.model.audio_tower, hf.config) if hearing else ({}, False)
+    reaches_trained = cost.reaches_trained or hears_trained or _trains(text.embed_tokens)
     per_token = per_text_pair = 0
     for number, layer in enumerate(text.layers):
         cost = _cost(layer, reaches_trained)
@@ -140,6 +178,7 @@ def flops_of(model: PackedVLM) -> ModelFlops:
         per_vision_pair=tuple(per_vision_pair),
         per_text_pair=per_text_pair,
         vision_pairs=partial(model.family.vision_pairs, visual.config),
+        **sound,
     )
 
 
@@ -168,7 +207,7 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
             per_row += _update_cost(part, reaches_trained) if isinstance(part, AdaptedLinear) else 0
         reaches_trained |= any(_trains(part) for _, part in step)
         name, part = step[0]
-        if name in ("q_proj", "qkv"):
+        if name in ("q_proj", "q", "qkv"):
             width = part.weight.shape[0] // (3 if name == "qkv" else 1)
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)

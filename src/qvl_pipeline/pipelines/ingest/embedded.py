@@ -51,6 +51,12 @@ def _build(folder: Path, demo: DigitsDemoConfig) -> None:
 
     _LOGGER.info("Drawing %d samples of digits into %s", demo.train_samples + demo.eval_samples, folder)
     try:
-        build_digits(folder, seed=demo.seed, train_samples=demo.train_samples, eval_samples=demo.eval_samples)
+        build_digits(
+            folder,
+            seed=demo.seed,
+            train_samples=demo.train_samples,
+            eval_samples=demo.eval_samples,
+            with_sound=demo.with_sound,
+        )
     except FileExistsError as error:
         raise UserError(f"ingest.demo.folder: {error}") from error
