@@ -89,7 +89,10 @@ def test_several_pipelines_run_as_one(project: Path) -> None:
         ),
         (["--pipelines", "compare", "--tags", "not_recoded"], "in 'compare': did you mean 'not_recorded'?"),
         (["--nodes", "train", "--to-nodes", "ingest"], "--nodes and --to-nodes leave nothing to run: no node fits all"),
-        (["--env", "nope"], "there is no profile 'nope': the profiles in conf/ are qwen2_5_vl_7b, qwen3_vl_8b"),
+        (
+            ["--env", "nope"],
+            "there is no profile 'nope': the profiles in conf/ are frozen_vision, long_video, qwen2_5_vl_3b",
+        ),
         (["--params", "train.learning_rat=1"], "unknown key 'learning_rat': did you mean 'learning_rate'? (--params)"),
     ],
 )

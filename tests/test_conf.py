@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging.config
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 import yaml
 
 from qvl_pipeline.config import BLOCKS
+from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families.facts import MODELS
 from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
 from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import ProfileLoader, profile_names
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
-from tests.kedro_project import SHIPPED
+from tests.kedro_project import ADAPTED, REAL, SHIPPED
 
 CONF = Path(__file__).parents[1] / "conf"
 # Lines that fit on one screen.
@@ -44,7 +47,7 @@ def without_references(block: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in block.items() if not str(value).startswith("${globals:")}
 
 
-def test_the_profiles_are_the_four_described() -> None:
+def test_the_shipped_profiles_are_there() -> None:
     assert set(SHIPPED) <= set(profile_names(CONF))
     assert CONFIG_LOADER_ARGS["default_run_env"] == "tiny_qwen3_vl"
 
@@ -96,7 +99,7 @@ GUIDE_COMMON = {
         "video_max_frames": 512,
         "fps": 1,
     },
-    "batching": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "data_parallel_size": 8},
+    "batching": {"per_device_train_batch_size": 1},
     "train": {
         "weight_decay": 0.0,
         "gradient_checkpointing": True,
@@ -109,17 +112,12 @@ GUIDE_COMMON = {
         "use_liger_kernel": True,
         "use_rmpad": True,
         "fsdp2": True,
-        "sp_ulysses_degree": 1,
     },
 }
-GUIDE = {
-    "qwen2_5_vl_7b": {
-        "model": {
-            "processor_type": "qwen2_5_vl",
-            "processor_name": "Qwen/Qwen2.5-VL-7B-Instruct",
-            "load_from_pretrained_path": "Qwen/Qwen2.5-VL-7B-Instruct",
-            "attn_implementation": "flash_attention_2",
-        },
+# Of every size of a family, as the guide's example of that family has it.
+GUIDE_FAMILY = {
+    "qwen2_5_vl": {
+        "model": {"processor_type": "qwen2_5_vl", "attn_implementation": "flash_attention_2"},
         "batching": {
             "dataset_type": "vision",
             "packing": True,
@@ -128,24 +126,10 @@ GUIDE = {
             "num_train_epochs": 1,
             "group_by_length": True,
         },
-        "train": {
-            "learning_rate": 1.0e-6,
-            "save_steps": 100,
-            "warmup_ratio": 0.0,
-            "freeze_modules": ["visual"],
-            "fsdp_config": {
-                "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer"],
-                "reshard_after_forward": False,
-            },
-        },
+        "train": {"learning_rate": 1.0e-6, "save_steps": 100, "warmup_ratio": 0.0, "freeze_modules": ["visual"]},
     },
-    "qwen3_vl_8b": {
-        "model": {
-            "processor_type": "qwen3_vl",
-            "processor_name": "Qwen/Qwen3-VL-8B-Instruct",
-            "load_from_pretrained_path": "Qwen/Qwen3-VL-8B-Instruct",
-            "attn_implementation": "flash_attention_2",
-        },
+    "qwen3_vl": {
+        "model": {"processor_type": "qwen3_vl", "attn_implementation": "flash_attention_2"},
         "batching": {
             "dataset_type": "qwen3_vl_iterable",
             "packing": False,
@@ -153,29 +137,71 @@ GUIDE = {
             "filter_overlong": True,
             "max_steps": 1000,
         },
-        "train": {
-            "learning_rate": 2.0e-4,
-            "save_steps": 1000,
-            "warmup_ratio": 0.1,
-            "freeze_modules": [],
-            "fsdp_config": {
-                "transformer_layer_cls_to_wrap": ["Qwen3VLTextDecoderLayer"],
-                "reshard_after_forward": False,
-            },
-        },
+        "train": {"learning_rate": 2.0e-4, "save_steps": 1000, "warmup_ratio": 0.1, "freeze_modules": []},
     },
 }
+GUIDE_LAYER = {"qwen2_5_vl": "Qwen2_5_VLDecoderLayer", "qwen3_vl": "Qwen3VLTextDecoderLayer"}
+SIZES = [name for name in REAL if name.startswith("qwen")]
+# What the guide's two values do not fit, and what is said instead.
+LARGE = {"qwen2_5_vl_72b": 1, "qwen3_vl_32b": 2}
 
 
-@pytest.mark.parametrize("profile", GUIDE)
+def family_of(profile: str) -> str:
+    return profile.rpartition("_")[0]
+
+
+@pytest.mark.parametrize("profile", SIZES)
 def test_the_real_profiles_have_the_values_of_the_guide(profile: str) -> None:
     blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
-    for guide in (GUIDE_COMMON, GUIDE[profile]):
+    family = family_of(profile)
+    layers = {"transformer_layer_cls_to_wrap": [GUIDE_LAYER[family]], "reshard_after_forward": profile in LARGE}
+    own_values = {"train": {"fsdp_config": layers, "sp_ulysses_degree": LARGE.get(profile, 1)}}
+    for guide in (GUIDE_COMMON, GUIDE_FAMILY[family], own_values):
         for block, expected in guide.items():
             # Of nested blocks, what the profile sets: the guide is silent on the rest.
             found = blocks[block].model_dump() | blocks[block].model_dump(exclude_unset=True)
             assert {key: found[key] for key in expected} == expected
     assert blocks["train"].report_to == ["mlflow"]  # the guide's wandb is not installed by default
+
+
+@pytest.mark.parametrize("profile", REAL + ADAPTED)
+def test_a_real_profile_is_of_a_known_model_and_says_for_which_hardware(profile: str) -> None:
+    blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
+    facts = MODELS[blocks["model"].load_from_pretrained_path]
+    assert facts.family == blocks["model"].processor_type
+    assert blocks["model"].processor_name == facts.name
+    assert blocks["train"].export_dtype == "bf16"
+    if profile in SIZES:
+        assert profile == f"{facts.family}_{facts.size.lower()}"
+        # The global batch of the guide's eight GPUs, or more.
+        assert blocks["batching"].packs_per_step >= 8
+    lines = (CONF / profile / "parameters.yml").read_text().splitlines()
+    (hardware,) = [line for line in lines if line.startswith("# Hardware: ")]
+    gpus = int(re.fullmatch(r"# Hardware: (\d+)x[A-Z]\w*-\d+GB, .+", hardware)[1])
+    assert gpus == blocks["batching"].data_parallel_size * blocks["train"].sp_ulysses_degree
+
+
+def test_long_video_has_room_for_an_hour_of_frames() -> None:
+    blocks = check_parameters(load("long_video", "parameters"), loader("long_video").origins)
+    sample, batching = blocks["sample"], blocks["batching"]
+    assert sample.video_max_frames / sample.fps > 3600
+    assert sample.video_total_pixels >= sample.video_max_frames * sample.video_max_pixels
+    facts = MODELS[blocks["model"].load_from_pretrained_path]
+    assert batching.packing_length == facts.context == 256 * 1024
+    pairs, pixels = sample.video_max_frames // facts.vision.temporal_patch_size, FAMILIES["qwen3_vl"].token_pixels
+    # Of each pair of frames the features, its second in text (about nine tokens), and two that enclose them.
+    assert pairs * (sample.video_max_pixels // pixels + 11) < 0.9 * batching.packing_length
+
+
+@pytest.mark.parametrize(
+    ("profile", "quantised"), [("qwen2_5_vl_7b_lora", False), ("qwen3_vl_8b_lora", False), ("qwen3_vl_8b_qlora", True)]
+)
+def test_a_profile_of_adapters_has_the_model_and_data_of_the_full_one(profile: str, quantised: bool) -> None:
+    blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
+    assert (blocks["adapter"].type, blocks["adapter"].quantizes) == ("lora", quantised)
+    full = profile.rpartition("_")[0]
+    assert all(own(profile)[block] == own(full)[block] for block in ("ingest", "validate", "data_engine"))
+    assert own(profile)["model"].items() <= own(full)["model"].items()
 
 
 def test_every_catalog_entry_is_used_and_described() -> None:

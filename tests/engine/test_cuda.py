@@ -96,6 +96,23 @@ def test_whatever_is_switched_on_trains_the_same(
     assert losses(rows) == pytest.approx(losses(on_a_cpu), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"parallel": {"bf16": True}},
+        {"parallel": {"bf16": True, "cpu_offload": True}, "model": RECOMPUTED},
+        {"parallel": {"fp16": True}},
+        {"parallel": {"bf16": True}, "model": COMPILED},
+    ],
+    ids=["bf16", "cpu_offload", "fp16", "compiled"],
+)
+def test_a_quantised_base_trains_the_same(groups: dict[str, Any], training: TrainSpec, tmp_path: Path) -> None:
+    quantized = changed(training, tmp_path / "cpu", adapter={"type": "dora", "quantize_base": "nf4"})
+    expected = trained_on_a_cpu(quantized)
+    rows = trained(changed(quantized, tmp_path / "gpu", **groups), 1, timeout_s=240)
+    assert losses(rows) == pytest.approx(losses(expected), rel=0.02)
+
+
 def test_resuming_continues_the_same_curve(training: TrainSpec, tmp_path: Path) -> None:
     whole = trained(changed(training, tmp_path / "whole", run={"save_steps": 1}, **BF16), 1)
     checkpoint = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")

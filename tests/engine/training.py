@@ -183,6 +183,9 @@ def make_training(
             targets={"llm": "all"},
             train_fully=(),
             start_from="",
+            quantize_base="none",
+            double_quant=True,
+            quantize_parts=("llm",),
             export="both",
         ),
     )

@@ -249,7 +249,7 @@ def test_embedded_media_leave_no_trace(project: Path) -> None:
         (["local", "--data", "a.jsonl"], "'local' cannot be the name of a profile"),
         (["../up", "--data", "a.jsonl"], "'../up' is no name for a profile: take letters"),
         (["mine", "--like", "qwen3_vl", "--data", "a.jsonl"], "no profile 'qwen3_vl': did you mean 'qwen3_vl_8b'?"),
-        (["mine", "--like", "base", "--data", "a.jsonl"], "no profile 'base': the profiles are qwen2_5_vl_7b, qwen3"),
+        (["mine", "--like", "base", "--data", "a.jsonl"], "no profile 'base': the profiles are frozen_vision, long_v"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_nothing_is_written(

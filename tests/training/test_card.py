@@ -57,6 +57,9 @@ def test_a_card_says_where_the_adapter_is(export: str) -> None:
     assert ("The folder has no weights of its own" in text) == (export == "adapter")
     assert ("do not put it on them once more" in text) == (export != "adapter")
     assert "adapter" not in model_card("cups_run", **facts)
+    assert "NF4" not in text
+    text = model_card("cups_run", **facts, adapter=AdapterConfig(type="lora", quantize_base="nf4", export=export))
+    assert "a LoRA of rank 16 over the base model in NF4, and made for the base model as it is." in text
 
 
 def test_a_local_base_model_is_no_hub_id(tmp_path: Any) -> None:

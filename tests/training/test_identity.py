@@ -62,6 +62,9 @@ def test_an_adapter_and_a_checkpoint_without_it_do_not_go_together(checkpoint: P
     other = run_identity("sha:1", MODEL, config, "abc", AdapterConfig(type="lora", targets={"llm": ["mlp"]}))
     with pytest.raises(UserError, match="of another kind"):
         checkpoint_to_start_from(config, other)
+    quantized = run_identity("sha:1", MODEL, config, "abc", AdapterConfig(type="lora", quantize_base="nf4"))
+    with pytest.raises(UserError, match=r"{.*\"quantize_base\": \"nf4\".*} here"):
+        checkpoint_to_start_from(config, quantized)
 
 
 def test_checkpoint_that_is_not_there_or_not_whole_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ MAKE = ["make", "--no-print-directory", f"--makefile={REPOSITORY}/Makefile", "--
 
 def environment(**variables: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY / "src"), **variables}
+    # Without the variables that `make test` itself was given: they would be those of these commands, too.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return inherited | {"PATH": path, "PYTHONPATH": str(REPOSITORY / "src"), **variables}
 
 
 def shown(page: str) -> str:

@@ -18,6 +18,7 @@ from kedro.framework.cli.project import run as kedro_run
 
 from qvl_pipeline.cli.selection import check_selection
 from qvl_pipeline.cli.sentences import one_sentence
+from qvl_pipeline.profiles.snippets import with_blocks
 from qvl_pipeline.unfinished import unfinished_folder
 
 # How the names of temporary folders of runs begin.
@@ -40,6 +41,7 @@ def _run(**options: Any) -> dict[str, Any]:
         options["params"]["replay"] = {"run_id": options["params"].pop("run_id")}
     try:
         with one_sentence():
+            options["params"] = with_blocks(options["params"] or {})
             check_selection(options)
             return kedro_run.callback(**options)
     except KeyboardInterrupt:

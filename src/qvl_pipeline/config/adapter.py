@@ -11,6 +11,8 @@ from qvl_pipeline.config.train import Part
 
 AdaptedPart = Literal["vit", "merger", "deepstack", "visual", "llm"]
 
+_OF_QUANTIZATION = ("quantize_base", "double_quant", "quantize_parts")
+
 
 class AdapterConfig(Block):
     """Train a low-rank update of some layers instead of the model, which stays bit-unchanged.
@@ -31,6 +33,10 @@ class AdapterConfig(Block):
         learning_rates: Peak learning rates as in `train.learning_rates`, and of `lora_b`, all second matrices of the
             update (LoRA+). A key may be in one of the two only.
         start_from: Local folder of an adapter in peft's format to go on from, of the same type, rank and layers.
+        quantize_base: `nf4` holds the frozen matrices of `quantize_parts` in four bits a number (QLoRA). Exported is an
+            adapter of the base model as it is, and merged into that.
+        double_quant: Hold the scale of each block of 64 numbers in eight bits instead of 32.
+        quantize_parts: Parts whose linear layers are quantised, adapted or not, named as in `targets`.
         export: `adapter` writes the update alone, in peft's format, to the folder `adapter` of the trained model;
             `merged` a plain model with the update in its weights; `both` writes both.
     """
@@ -45,11 +51,22 @@ class AdapterConfig(Block):
     train_fully: list[str] = Field(default_factory=list)
     learning_rates: dict[Part | Literal["lora_b"], PositiveFloat] = Field(default_factory=dict)
     start_from: str = ""
+    quantize_base: Literal["none", "nf4"] = "none"
+    double_quant: bool = True
+    quantize_parts: list[AdaptedPart] = Field(default_factory=lambda: ["llm"], min_length=1)
     export: Literal["adapter", "merged", "both"] = "both"
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:
-        """Return what decides the weights; without an adapter nothing does."""
-        return super().decisive(of) if self.type != "none" else {"type": "none"}
+        """Return what decides the weights; without an adapter nothing does, and unquantised not how it would be."""
+        if self.type == "none":
+            return {"type": "none"}
+        unused = () if self.quantizes else _OF_QUANTIZATION
+        return {name: value for name, value in super().decisive(of).items() if name not in unused}
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether part of the model that is adapted is quantised."""
+        return self.type != "none" and self.quantize_base != "none"
 
     @model_validator(mode="after")
     def _type_is_chosen(self) -> AdapterConfig:
@@ -58,6 +75,18 @@ class AdapterConfig(Block):
             raise ValueError(
                 f"{given} without a type would train the whole model: set type to lora or dora, or to none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_is_asked_for(self) -> AdapterConfig:
+        if self.type == "none" and self.quantize_base != "none":
+            raise ValueError(
+                f"quantize_base '{self.quantize_base}' needs an adapter, for quantised weights cannot be trained: set "
+                "type to lora or dora, or quantize_base to none"
+            )
+        given = [name for name in ("double_quant", "quantize_parts") if name in self.model_fields_set]
+        if given and "quantize_base" not in self.model_fields_set:
+            raise ValueError(f"{given[0]} means nothing without a quantised base: set quantize_base to nf4, or to none")
         return self
 
     @model_validator(mode="after")

@@ -73,6 +73,15 @@ class DatasetSource(Block):
                 raise ValueError(f"{name} holds a password, and parameters are recorded: give it in the environment")
         return self
 
+    @model_validator(mode="after")
+    def _given_values_are_used(self) -> DatasetSource:
+        if self.storage_options and "://" not in self.path + self.data_folder:
+            raise ValueError(f"storage_options are for URLs, and '{self.path}' is a local path: drop them")
+        for key in ("weight", "repeat"):
+            if self.split == "eval" and getattr(self, key) != 1:
+                raise ValueError(f"{key} is for samples that are trained on, and split is 'eval': drop one of them")
+        return self
+
     def decisive(self, of: str | None = None) -> dict[str, Any]:
         """Return what decides the samples; two spellings of one path are the same."""
         kept = super().decisive(of)
@@ -149,6 +158,14 @@ class IngestConfig(Block):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"datasets: the name '{doubled[0]}' is used twice; give each source its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_are_possible(self) -> IngestConfig:
+        if all(source.split == "eval" for source in self.datasets):
+            raise ValueError("datasets: every source has 'split: eval', so there is nothing to train on")
+        if self.eval_fraction and all(source.split for source in self.datasets):
+            raise ValueError("eval_fraction is for sources without a split, and every one has one: drop it")
         return self
 
 

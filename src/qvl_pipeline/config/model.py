@@ -53,6 +53,13 @@ class ModelConfig(Block):
             )
         if self.processor_name and not self.load_from_pretrained_path:
             raise ValueError("processor_name needs load_from_pretrained_path: the tiny model has its own processor")
+        if "tiny_seed" in self.model_fields_set and self.load_from_pretrained_path:
+            raise ValueError("tiny_seed is for the tiny model, and load_from_pretrained_path names another: drop one")
+        if self.image_max_pixels < self.family.token_pixels:
+            raise ValueError(
+                f"image_max_pixels ({self.image_max_pixels}) is less than the {self.family.token_pixels} pixels that "
+                f"one token of {self.family.title} stands for: raise it"
+            )
         return self
 
     @property

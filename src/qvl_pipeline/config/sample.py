@@ -83,6 +83,19 @@ class SampleConfig(Block):
                 raise ValueError(
                     f"{key} is for {switch}: {needed}, but {switch} is '{getattr(self, switch)}': set it, or drop {key}"
                 )
+        if {"fps", "frame_num"} <= self.model_fields_set:
+            raise ValueError("frame_num takes as many frames of any clip, and fps is for another strategy: keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _clips_keep_to_their_total(self) -> SampleConfig:
+        frames = self.frame_num if self.video_sampling_strategy == "frame_num" else self.video_max_frames
+        # The rule of qwen_vl_utils: of two frames that become one, the total counts one.
+        if self.video_total_pixels * 2 < frames * self.video_min_pixels:
+            raise ValueError(
+                f"video_total_pixels ({self.video_total_pixels}) cannot be kept to: a clip of {frames} frames has at "
+                f"least {frames * self.video_min_pixels // 2}; lower the frames or video_min_pixels, or raise it"
+            )
         return self
 
     @model_validator(mode="after")

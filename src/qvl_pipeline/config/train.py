@@ -117,7 +117,8 @@ class TrainConfig(Block):
     """
 
     optim: Optimizer = "adamw_torch_fused"
-    learning_rate: float = Field(default=1e-5, gt=0)
+    # What is above 1 is a slip of the exponent: 1e5 for 1e-5.
+    learning_rate: float = Field(default=1e-5, gt=0, le=1)
     learning_rates: dict[Part, PositiveFloat] = Field(default_factory=dict)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -236,6 +237,13 @@ class TrainConfig(Block):
     def _exported_average_is_kept(self) -> TrainConfig:
         if self.export_ema and not self.ema_decay:
             raise ValueError("export_ema needs an average to export: set ema_decay, for example to 0.999")
+        return self
+
+    @model_validator(mode="after")
+    def _compilation_is_asked_for(self) -> TrainConfig:
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if key in self.model_fields_set and not self.torch_compile:
+                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
         return self
 
     @property

@@ -283,6 +283,9 @@ class AdapterSpec:
         targets: For each part `all`, `none`, or a list of kinds and globs.
         train_fully: Short names or globs of parts that are trained beside it.
         start_from: Folder of an adapter to go on from; empty starts anew.
+        quantize_base: `nf4` holds frozen matrices in four bits a number; `none` does not.
+        double_quant: Hold the scales of their blocks in eight bits.
+        quantize_parts: Parts whose linear layers are quantised.
         export: `adapter`, `merged` or `both`.
     """
 
@@ -295,12 +298,20 @@ class AdapterSpec:
     targets: dict[str, str | list[str]]
     train_fully: tuple[str, ...]
     start_from: str
+    quantize_base: str
+    double_quant: bool
+    quantize_parts: tuple[str, ...]
     export: str
 
     @property
     def used(self) -> bool:
         """Whether there is one."""
         return self.type != "none"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether part of the model that it adapts is quantised."""
+        return self.used and self.quantize_base != "none"
 
 
 @dataclass(frozen=True)

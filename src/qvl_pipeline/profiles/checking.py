@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from qvl_pipeline.config import BLOCKS, Block
+from qvl_pipeline.config.across import find_conflicts
 from qvl_pipeline.errors import UserError, did_you_mean
-from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.profiles.origins import Key, Origins
 
 
@@ -21,7 +22,8 @@ def check_parameters(parameters: dict[str, Any], origins: Origins) -> dict[str, 
         origins: Where they come from, to say it of a wrong one.
 
     Raises:
-        UserError: A block or a key is unknown, missing, or has a value that is not allowed. All of them are listed.
+        UserError: A block or a key is unknown, missing, or has a value that is not allowed; or values do not fit
+            together. All of them are listed.
     """
     problems: list[tuple[Key, str]] = [((name,), _unknown(name)) for name in parameters if name not in BLOCKS]
     blocks = {}
@@ -30,23 +32,12 @@ def check_parameters(parameters: dict[str, Any], origins: Origins) -> dict[str, 
             blocks[name] = model.model_validate(parameters.get(name) or {})
         except ValidationError as error:
             problems += _by_key(name, parameters, error).items()
-    problems += [] if problems else list(_do_not_hear(blocks))
+    if not problems:
+        problems = list(find_conflicts(blocks))
     if problems:
         lines = [f"{'.'.join(map(str, key))}: {text} ({origins.nearest(key)})" for key, text in problems]
         raise UserError("\n".join(["the parameters cannot be used:", *(f"  {line}" for line in lines)]))
     return blocks
-
-
-def _do_not_hear(blocks: dict[str, Any]) -> Iterator[tuple[Key, str]]:
-    """Yield the keys that ask a model to hear which does not."""
-    if blocks["model"].family.hearing:
-        return
-    hearing = " or ".join(name for name, family in FAMILIES.items() if family.hearing)
-    remedy = f"model.processor_type {blocks['model'].processor_type} does not hear, use {hearing}"
-    if blocks["batching"].dataset_type == "vision_audio":
-        yield ("batching", "dataset_type"), f"vision_audio is for models that hear: {remedy}, or vision"
-    if blocks["sample"].use_audio_in_video:
-        yield ("sample", "use_audio_in_video"), f"it is for models that hear: {remedy}, or drop it"
 
 
 def _unknown(name: str) -> str:
@@ -64,8 +55,16 @@ def _by_key(block: str, parameters: dict[str, Any], error: ValidationError) -> d
         given = problem["input"]
         if key[1:] and problem["type"] != "missing" and not isinstance(given, dict):
             text += f", got {given!r}"
-        texts.setdefault(key, []).append(text)
+        texts.setdefault(key, []).append(_with_its_block(block, text))
     return {key: "; or ".join(alternatives) for key, alternatives in texts.items()}
+
+
+def _with_its_block(block: str, text: str) -> str:
+    """Of a key that is unknown in one block, and known in another: say so, and not which one looks like it."""
+    if not (named := re.match(r"unknown key '(\w+)': ", text)):
+        return text
+    others = [name for name, model in BLOCKS.items() if name != block and named[1] in model.model_fields]
+    return f"{named[0]}write it as {' or '.join(f'{name}.{named[1]}' for name in others)}" if others else text
 
 
 def _real_keys(location: Key, parameters: Any) -> Iterator[str | int]:

@@ -48,7 +48,7 @@ def new_profile(
             tried. Nothing is written then.
     """
     conf = project / "conf"
-    _check_name(conf, name)
+    check_name(conf, name)
     _check_like(conf, like)
     source = _source(project, data, data_folder)
     with contextlib.chdir(project):  # where paths in parameters start
@@ -70,7 +70,12 @@ def new_profile(
     )
 
 
-def _check_name(conf: Path, name: str) -> None:
+def check_name(conf: Path, name: str) -> None:
+    """Refuse a name for a new profile.
+
+    Raises:
+        UserError: It is none, is taken, or is the name of another profile's dataset.
+    """
     if not _NAME.fullmatch(name):
         raise UserError(f"'{name}' is no name for a profile: take letters, digits, _ and -, a letter first")
     if name in _RESERVED:

@@ -49,7 +49,7 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
 
     _check_settings(spec, steps)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _warn(spec, steps, device)
+    _warn(spec, device)
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
         kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.use_rmpad)
@@ -90,6 +90,11 @@ def _check_settings(spec: TrainSpec, steps: int | None) -> None:
         raise UserError(
             f"profile_steps {list(profiled)} begin after the last step of the plan, {steps}: nothing would be traced"
         )
+    if steps is not None and spec.optim.warmup_steps > steps:
+        raise UserError(
+            f"warmup_steps is {spec.optim.warmup_steps}, but there are {steps} steps: the learning rate would never "
+            "reach its peak; lower train.warmup_steps, or use train.warmup_ratio"
+        )
     if spec.adapter.used and spec.model.freeze_modules:
         raise UserError(
             f"train.freeze_modules means nothing with adapter.type '{spec.adapter.type}', which freezes all that "
@@ -99,16 +104,11 @@ def _check_settings(spec: TrainSpec, steps: int | None) -> None:
         _check_backend(spec.model.torch_compile_backend)
 
 
-def _warn(spec: TrainSpec, steps: int | None, device: torch.device) -> None:
+def _warn(spec: TrainSpec, device: torch.device) -> None:
     """Say what will not be as the parameters let one expect."""
     from qvl_pipeline.engine.model.kernels import why_not_liger
     from qvl_pipeline.engine.optim.optimization import SAVED_BLOCKING
 
-    if steps is not None and spec.optim.warmup_steps > steps:
-        logger.warning(
-            "warmup_steps is %d, but the plan has %d steps: the learning rate never reaches its peak",
-            *(spec.optim.warmup_steps, steps),
-        )
     if spec.run.save_async and spec.optim.optim in SAVED_BLOCKING:
         logger.warning(
             "save_async is not used: the state of optim '%s' cannot be copied aside, so training waits until a "

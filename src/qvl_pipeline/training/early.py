@@ -47,6 +47,8 @@ def check_before_preparing(
     check_eval_split(train, ingest)
     processes = training_processes(train, batching)
     checkpoint_to_start_from(train, identity={})  # that it is there, and complete
+    if batching.packing and batching.group_by_length:
+        logger.info("batching.group_by_length has nothing to do: with packing, packs are of equal length")
     with TemporaryDirectory() as temporary:
         base_model = Path(temporary)
         _prepare(base_model, model)

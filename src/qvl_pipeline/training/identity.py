@@ -91,7 +91,8 @@ def run_identity(
 
 def _tensors_of(adapter: AdapterConfig) -> str:
     """Say which tensors an adapter has, and what they mean."""
-    names = ("type", "r", "alpha", "rslora", "init", "targets", "train_fully")
+    names = ["type", "r", "alpha", "rslora", "init", "targets", "train_fully"]
+    names += ["quantize_base", "double_quant", "quantize_parts"] if adapter.quantizes else []
     return json.dumps({name: getattr(adapter, name) for name in names}, sort_keys=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qvl_pipeline.config import BatchingConfig
@@ -106,6 +106,7 @@ def test_what_no_sample_has_is_left_out(tmp_path: Path) -> None:
         st.lists(st.floats(0, 1e5, allow_subnormal=False), min_size=1, max_size=40).map(np.array),
     )
 )
+@example(np.array([0.0, 1.0]))
 def test_every_value_is_in_one_bin(values: np.ndarray) -> None:
     bins = _distribution(values)["bins"]
     assert 1 <= len(bins) <= MOST_BINS + 1

@@ -239,6 +239,18 @@ SAME_CALL = {
             {"role": "assistant", "content": "Yes."},
         ],
     },
+    "llama-factory v1": {
+        "tools": orjson.dumps([FUNCTION]).decode(),
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "value": "Sun?"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_call", "value": f'{{"name": "weather", "arguments": {ARGUMENTS}}}'}],
+            },
+            {"role": "tool", "content": [{"type": "text", "value": '{"sky": "blue"}'}]},
+            {"role": "assistant", "content": [{"type": "text", "value": "Yes."}]},
+        ],
+    },
     "sharegpt": {
         "tools": orjson.dumps([FUNCTION]).decode(),
         "conversations": [

@@ -36,6 +36,21 @@ from tests.engine.training import changed, make_training
         ({"type": "dora", "init": "pissa"}, "init 'pissa' is for type 'lora'"),
         ({"type": "lora", "init": "pissa", "start_from": "x"}, "init 'pissa' and start_from are two ways to start"),
         ({"type": "lora", "learning_rates": {"lora_a": 1e-3}}, "'lora_b'"),
+        (
+            {"quantize_base": "nf4"},
+            "quantize_base without a type would train the whole model: set type to lora or dora",
+        ),
+        (
+            {"type": "none", "quantize_base": "nf4"},
+            "quantize_base 'nf4' needs an adapter, for quantised weights cannot",
+        ),
+        ({"type": "lora", "quantize_base": "int8"}, "'none' or 'nf4'"),
+        ({"type": "lora", "double_quant": False}, "double_quant means nothing without a quantised base: set quantize_"),
+        (
+            {"type": "lora", "quantize_base": "nf4", "quantize_parts": ["head"]},
+            "'vit', 'merger', 'deepstack', 'visual'",
+        ),
+        ({"type": "lora", "quantize_base": "nf4", "quantize_parts": []}, "at least 1 item"),
     ],
 )
 def test_refused_by_the_block(block: dict[str, Any], sentence: str) -> None:
@@ -73,6 +88,16 @@ def refused(training: TrainSpec, folder: Path, sentence: str, adapter: dict[str,
             {},
             "adapter.train_fully: 'merger' would train 'model.visual.merger.mlp.0.bias', which adapter.targets adapts",
         ),
+        (
+            {"quantize_base": "nf4", "quantize_parts": ("deepstack",)},
+            {},
+            "adapter.quantize_parts: Qwen2.5-VL has no linear layers in 'deepstack', but in ",
+        ),
+        (
+            {"quantize_base": "nf4", "targets": {"llm": ["attention"]}, "train_fully": ("*.layers.0.mlp.*",)},
+            {},
+            r"would train 'model.*layers.0.mlp.down_proj.weight', which adapter.quantize_parts quantises",
+        ),
         ({}, {"model": {"freeze_modules": ("visual",)}}, "freeze_modules means nothing with adapter.type 'lora'"),
         ({}, {"optim": {"learning_rates": {"merger": 1e-3}}}, "'merger' has no trained parameters in this run"),
         ({"start_from": "nowhere"}, {}, "nowhere has no adapter_config.json: give the folder of a LoRA adapter"),
@@ -87,6 +112,8 @@ def test_refused_for_this_model(
 def test_what_fits_is_not_refused(training: TrainSpec, tmp_path: Path) -> None:
     rates = {"lora_b": 1e-3, "merger": 1e-5}
     adapter = {"type": "dora", "targets": {"llm": ["mlp"], "visual": ["attention"]}, "train_fully": ("merger",)}
+    check_before_launch(changed(training, tmp_path, adapter=adapter, optim={"learning_rates": rates}), 10, 1)
+    adapter |= {"quantize_base": "nf4", "quantize_parts": ("llm", "vit")}
     check_before_launch(changed(training, tmp_path, adapter=adapter, optim={"learning_rates": rates}), 10, 1)
 
 
@@ -153,3 +180,6 @@ def test_a_start_that_is_not_there_or_of_two_rates_is_refused(tmp_path: Path) ->
 
 def test_switching_an_adapter_off_is_no_mistake() -> None:
     assert AdapterConfig(type="none", r=8).decisive() == AdapterConfig().decisive() == {"type": "none"}
+    plain = AdapterConfig(type="lora", quantize_base="none", double_quant=False)
+    assert plain.decisive() == AdapterConfig(type="lora").decisive()
+    assert AdapterConfig(type="lora", quantize_base="nf4").decisive()["double_quant"] is True

@@ -10,7 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
+from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
+from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
@@ -56,15 +58,25 @@ def test_flops_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("targets", "init"),
-    [({"llm": "all"}, "zeros_b"), ({"llm": ["mlp"], "visual": "all"}, "zeros_b"), ({"merger": "all"}, "pissa")],
+    ("targets", "init", "base"),
+    [
+        ({"llm": "all"}, "zeros_b", "none"),
+        ({"llm": ["mlp"], "visual": "all"}, "zeros_b", "none"),
+        ({"merger": "all"}, "pissa", "none"),
+        ({"llm": ["attention"], "merger": "all"}, "zeros_b", "nf4"),
+    ],
     ids=str,
 )
 def test_flops_of_adapters_are_those_that_torch_counts(
-    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], targets: dict, init: str
+    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], targets: dict, init: str, base: str
 ) -> None:
-    spec = AdapterSpec("lora", 8, 16.0, False, 0.0, init, targets, (), "", "both")
+    spec = AdapterSpec("lora", 8, 16.0, False, 0.0, init, targets, (), "", base, True, ("llm",), "both")
     inject(packed.hf, packed.family, spec)
+    if spec.quantizes:
+        matrices = {name: weight.clone() for name, weight in packed.hf.named_parameters()}
+        quantize_base(packed.hf, packed.family, spec)
+        for name, layer in quantized_layers(packed.hf):
+            fill_quantized(layer, matrices[f"{name}.weight"])
     for name, parameter in packed.hf.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter)

@@ -120,7 +120,9 @@ def _edges(values: np.ndarray) -> np.ndarray:
         first = max(len(doubling) - MOST_BINS, np.searchsorted(doubling, max(low, 1), side="right") - 1)
         return np.concatenate([[0], doubling[first:]]) if low < doubling[first] else doubling[first:]
     step = _round_step((high - low) / (MOST_BINS - 1), whole=values.dtype.kind == "i")
-    return step * np.arange(low // step, high // step + 2)
+    # One more at each end than exact arithmetic needs: 1.0 // 0.1 is 9.
+    edges = step * np.arange(low // step - 1, high // step + 3)
+    return edges[np.searchsorted(edges, low, side="right") - 1 : np.searchsorted(edges, high, side="right") + 1]
 
 
 def _round_step(least: float, *, whole: bool) -> float | int:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.families.hearing import Hearing, convolved
@@ -193,7 +194,8 @@ class _Cost:
 
 def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
     """Add up the matrices of a module in the order of the forward pass, and its attention behind the first of them."""
-    parts = [(name.split(".")[-1], part) for name, part in module.named_modules() if not list(part.children())]
+    modules = [(name.split(".")[-1], part) for name, part in module.named_modules()]
+    parts = [(name, part) for name, part in modules if _is_matrix(part) or not list(part.children())]
     # Norms are taken to lie at the entrance.
     reaches_trained |= any(_trains(part) for _, part in parts if not _is_matrix(part))
     matrices = [(name, part) for name, part in parts if _is_matrix(part)]
@@ -203,12 +205,12 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
         step = [(name, part) for name, part in matrices[: len(side_by_side)] if name in side_by_side]
         matrices = matrices[len(step) :]
         for _, part in step:
-            per_row += 2 * part.weight.numel() * (1 + reaches_trained + part.weight.requires_grad)
+            per_row += 2 * _shape(part).numel() * (1 + reaches_trained + _trains_matrix(part))
             per_row += _update_cost(part, reaches_trained) if isinstance(part, AdaptedLinear) else 0
         reaches_trained |= any(_trains(part) for _, part in step)
         name, part = step[0]
         if name in ("q_proj", "q", "qkv"):
-            width = part.weight.shape[0] // (3 if name == "qkv" else 1)
+            width = _shape(part)[0] // (3 if name == "qkv" else 1)
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
     return _Cost(per_row, per_pair, reaches_trained)
@@ -223,7 +225,21 @@ def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim >= 2
+    weight = getattr(module, "weight", None)
+    return _is_quantized(module) or (isinstance(weight, nn.Parameter) and weight.ndim >= 2)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Tell a quantised matrix, which counts as any other: that it is made anew is no work of the model."""
+    return isinstance(module, FrozenLinear) and module.quantized is not None
+
+
+def _shape(matrix: nn.Module) -> torch.Size:
+    return matrix.quantized.shape if _is_quantized(matrix) else matrix.weight.shape
+
+
+def _trains_matrix(matrix: nn.Module) -> bool:
+    return not _is_quantized(matrix) and matrix.weight.requires_grad
 
 
 def _trains(module: nn.Module) -> bool:

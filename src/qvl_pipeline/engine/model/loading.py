@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
-from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
@@ -75,6 +75,8 @@ def build_model(
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
     hold_frozen_in(hf, compute_dtype(spec.parallel))
+    if spec.adapter.quantizes:
+        facts["quantized"] = quantize_base(hf, family, spec.adapter)
     recompute_activations(hf, spec.model.checkpointed_towers)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode

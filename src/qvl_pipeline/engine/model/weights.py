@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
+from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
+from qvl_pipeline.engine.model.adapters.linear import base_sizes
+from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.model.weight_files import weights_folder
+from qvl_pipeline.engine.model.weight_files import StoredWeights, weights_folder
 
 # A checkpoint names a handful of these before the message stops being readable.
 _NAMES_SHOWN = 3
@@ -39,7 +41,8 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     """Give a skeleton its storage and read the weights of a checkpoint into it; called by all ranks.
 
     Parameters may be sharded already: a rank then allocates its shards and reads only the rows of them. The stored
-    type is converted to the parameters' own. What adapters add is left without values.
+    type is converted to the parameters' own. What is to be quantised is read matrix by matrix, each whole, so that no
+    number of ranks tells. What adapters add is left without values.
 
     Args:
         model: The model, on the meta device.
@@ -55,16 +58,16 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
     _compute_buffers(hf, device)
-    added = adapter_parameters(hf)
-    parameters = {name: tensor for name, tensor in hf.state_dict().items() if name not in added}
-    for tied in hf.all_tied_weights_keys:
-        parameters.pop(tied)
-    known = set(parameters) | set(hf.all_tied_weights_keys)
+    names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    names = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
-    stored = {family.module_name(name, known): name for name in names}
-    _compare(path, parameters, stored, tied=hf.all_tied_weights_keys)
+    published = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
+    stored = {family.module_name(name, names): name for name in published}
+    _compare(path, [name for name in names if name not in tied], stored, tied)
+    parameters = {name: tensor for name, tensor in hf.state_dict().items() if name in names - tied}
     dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
+    weights = StoredWeights(path, family, names)
+    for name, layer in quantized_layers(hf):
+        fill_quantized(layer, weights.read(f"{name}.weight").to(device))
 
 
 def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
@@ -81,7 +84,7 @@ def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
             raise ValueError(f"this version of transformers does not say how to compute the buffer '{name}'")
 
 
-def _compare(path: str, parameters: Mapping[str, object], stored: Mapping[str, str], tied: Mapping[str, str]) -> None:
+def _compare(path: str, parameters: Collection[str], stored: Mapping[str, str], tied: Collection[str]) -> None:
     missing = [name for name in parameters if name not in stored]
     unknown = [stored[name] for name in stored if name not in parameters and name not in tied]
     if missing or unknown:

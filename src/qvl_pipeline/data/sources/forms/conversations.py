@@ -9,7 +9,7 @@ from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.sources.forms.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
 from qvl_pipeline.data.sources.forms.items import MEDIA_COLUMNS, listed_media, read_items
 from qvl_pipeline.data.sources.forms.preferences import refuse_preferences
-from qvl_pipeline.data.sources.forms.tools import read_calls, read_tools
+from qvl_pipeline.data.sources.forms.tools import is_call, read_calls, read_tools
 from qvl_pipeline.data.sources.forms.unknown_form import no_form, other_form
 
 TURN_COLUMNS = ("messages", "conversations")
@@ -219,11 +219,15 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
     message: Message = {"role": role, "content": []}
     if given == "function_call":
         message["tool_calls"], content = read_calls(content, f"{where}.{content_key}"), ""
+    elif isinstance(content, list) and any(map(is_call, content)):
+        calls = [item for item in content if is_call(item)]
+        message["tool_calls"] = read_calls([item.get("value") for item in calls], f"{where}.{content_key}")
+        content = [item for item in content if not is_call(item)]
     elif call := next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None):
-        if role != "assistant":
-            raise unknown(f"{where}.{call} is in a turn of the role '{role}': only the assistant calls tools")
         message["tool_calls"] = read_calls(turn[call], f"{where}.{call}")
         content = "" if content is None else content
+    if "tool_calls" in message and role != "assistant":
+        raise unknown(f"{where} has a call of a tool, and the role '{role}': only the assistant calls tools")
     message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
     if not _is_trained(turn, role, where):
         message["trained"] = False

@@ -56,6 +56,11 @@ def read_tools(value: Any) -> list[Row]:
     return tools
 
 
+def is_call(item: Any) -> bool:
+    """Whether an item of a content is a call, as LLaMA-Factory v1 writes one; its `value` is for `read_calls`."""
+    return isinstance(item, dict) and item.get("type") == "tool_call"
+
+
 def read_calls(value: Any, where: str) -> list[Row]:
     """Read the calls of a turn.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qvl_pipeline.engine.model.adapters.files import write_adapter
-from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers, row_lengths_of
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers, base_sizes, row_lengths_of
 from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights
@@ -25,7 +25,7 @@ def export_adapter(model: PackedVLM, spec: TrainSpec, folder: Path | None) -> No
     Raises:
         ValueError: The base model's weights can no longer be read.
     """
-    stored = StoredWeights(spec.model.path, model.family, set(model.hf.state_dict())) if folder else None
+    stored = StoredWeights(spec.model.path, model.family, base_sizes(model.hf)) if folder else None
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, layer in adapted_layers(model.hf):
         adapter = gathered_adapter(layer)

@@ -1,4 +1,7 @@
-"""A frozen model with adapted layers in place of linear ones: what is trained of it is what was named, by name."""
+"""A frozen model with adapted layers in place of linear ones: what is trained of it is what was named, by name.
+
+And with quantised ones, where the adapted model is too large as it is.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, Form, adapted_layers, scaling_of
 from qvl_pipeline.engine.model.adapters.targets import choose_targets
 from qvl_pipeline.engine.model.freezing import matched_parameters
 from qvl_pipeline.engine.spec import AdapterSpec
 from qvl_pipeline.families import ModelFamily
+
+# What a linear layer has.
+_OWN = ("weight", "bias")
 
 
 def inject(model: nn.Module, family: ModelFamily, spec: AdapterSpec) -> dict[str, Any]:
@@ -27,19 +34,20 @@ def inject(model: nn.Module, family: ModelFamily, spec: AdapterSpec) -> dict[str
         Facts for `result.json`: what the adapter is, adapted layers by class and number, and what is trained in full.
 
     Raises:
-        ValueError: A target or a part matches nothing, or something is to be both adapted and trained in full.
+        ValueError: A target or a part matches nothing, or something is to be trained in full and adapted or quantised.
     """
     model.requires_grad_(False)
     names = choose_targets(model, family, spec.targets)
     owners = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names}
     adapt(model, names, form_of(spec))
     fully = {}
-    adapted = {f"{name}.{own}" for name in names for own in ("weight", "bias")}
+    taken = {f"{name}.{own}": "quantize_parts quantises" for name in _quantized(model, family, spec) for own in _OWN}
+    taken |= {f"{name}.{own}": "targets adapts" for name in names for own in _OWN}
     for pattern in spec.train_fully:
         matched = matched_parameters(model, family, pattern, "adapter.train_fully")
-        if both := sorted(adapted.intersection(matched)):
+        if both := sorted(taken.keys() & matched.keys()):
             raise ValueError(
-                f"adapter.train_fully: '{pattern}' would train '{both[0]}', which adapter.targets adapts: name it in "
+                f"adapter.train_fully: '{pattern}' would train '{both[0]}', which adapter.{taken[both[0]]}: name it in "
                 "one of the two"
             )
         for parameter in matched.values():
@@ -47,6 +55,36 @@ def inject(model: nn.Module, family: ModelFamily, spec: AdapterSpec) -> dict[str
         fully[pattern] = sum(parameter.numel() for parameter in matched.values())
     kinds = Counter(f"{owner}.{name.rpartition('.')[2]}" for name, owner in owners.items())
     return {"type": spec.type, "r": spec.r, "modules": dict(sorted(kinds.items())), "trained_fully": fully}
+
+
+def quantize_base(model: nn.Module, family: ModelFamily, spec: AdapterSpec) -> dict[str, Any]:
+    """Let the matrices of the parts that are named be quantised ones; before anything shards or fills them.
+
+    Args:
+        model: The transformers model with its adapters, on the meta device.
+        family: Its family.
+        spec: The adapter.
+
+    Returns:
+        Facts for `result.json`: how, how many matrices, of how many parameters.
+    """
+    names = _quantized(model, family, spec)
+    numbers = sum(model.get_submodule(name).weight.numel() for name in names)
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, FrozenLinear):
+            parent, _, own = name.rpartition(".")
+            layer = FrozenLinear(layer)
+            setattr(model.get_submodule(parent), own, layer)
+        layer.quantize(double=spec.double_quant)
+    return {"type": spec.quantize_base, "double": spec.double_quant, "matrices": len(names), "parameters": numbers}
+
+
+def _quantized(model: nn.Module, family: ModelFamily, spec: AdapterSpec) -> list[str]:
+    """Names of the layers whose matrices are quantised: all linear ones of the parts, adapted or not."""
+    if not spec.quantizes:
+        return []
+    return choose_targets(model, family, dict.fromkeys(spec.quantize_parts, "all"), "adapter.quantize_parts")
 
 
 def form_of(spec: AdapterSpec) -> Form:

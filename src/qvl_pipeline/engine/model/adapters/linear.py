@@ -1,4 +1,4 @@
-"""A frozen linear layer with a trained low-rank update beside it: LoRA and DoRA."""
+"""A trained low-rank update beside a frozen linear layer: LoRA and DoRA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear, quantized_layers
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,8 @@ def scaling_of(alpha: float, r: int, *, rslora: bool) -> float:
     return alpha / (math.sqrt(r) if rslora else r)
 
 
-class AdaptedLinear(nn.Linear):
+class AdaptedLinear(FrozenLinear):
     """`y = W x + b + s B A x` with a frozen `W [out, in]` and trained `A [r, in]`, `B [out, r]`.
-
-    `weight` and `bias` keep their names, so that what loads, shards and exports a model need not know of adapters.
 
     DoRA (Liu et al. 2024) gives each row of `W + s B A` a trained length. peft trains that length itself. Here it is
     the row's own length in `W`, taken in float32 at each forward, plus a trained `lora_magnitude [out]` that starts at
@@ -55,11 +55,8 @@ class AdaptedLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, form: Form) -> None:
         """Take over the parameters of a layer; those of the update are float32, on the same device, without values."""
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
         self.form, self.enabled = form, True
-        self.weight, self.bias = base.weight, base.bias
-        self.train(base.training)
 
         def parameter(*shape: int, trained: bool = True) -> nn.Parameter:
             values = torch.empty(shape, dtype=torch.float32, device=base.weight.device)
@@ -74,7 +71,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute `[…, in]` to `[…, out]`."""
-        plain = F.linear(x, self.weight, self.bias)
+        plain = self.product(x, self.bias)
         if not self.enabled:
             return plain
         drops = self.training and self.form.dropout > 0
@@ -84,13 +81,13 @@ class AdaptedLinear(nn.Linear):
             update = update - _low_rank(dropped, self.lora_A0, self.lora_B0, self.form.scaling)
         if self.lora_magnitude is None:
             return plain + update
-        turned = F.linear(dropped, self.weight) if drops else plain if self.bias is None else plain - self.bias
-        stretch = self._stretch()
+        turned = self.product(dropped) if drops else plain if self.bias is None else plain - self.bias
+        stretch = self._stretch(x.dtype)
         return plain + (stretch - 1).to(x.dtype) * turned + stretch.to(x.dtype) * update
 
-    def _stretch(self) -> torch.Tensor:
+    def _stretch(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the trained length of each row over the one that it would have: `[out]`, float32."""
-        own, whole = row_lengths(self.weight, self.lora_A, self.lora_B, self.form.scaling)
+        own, whole = row_lengths(self.matrix(dtype), self.lora_A, self.lora_B, self.form.scaling)
         return (own + self.lora_magnitude.float()) / whole
 
 
@@ -133,3 +130,15 @@ def adapter_parameters(model: nn.Module) -> set[str]:
         for own, _ in layer.named_parameters(recurse=False)
         if own.startswith("lora_")
     }
+
+
+def base_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the elements of each weight of the base model by its name there: without adapters, as if unquantised."""
+    quantized = {
+        f"{name}.quantized.{own}": (f"{name}.weight", layer.quantized.shape.numel())
+        for name, layer in quantized_layers(model)
+        for own in layer.quantized.stored()
+    }
+    added = adapter_parameters(model)
+    stored = ((name, tensor.numel()) for name, tensor in model.state_dict().items() if name not in added)
+    return dict(quantized.get(name, (name, numbers)) for name, numbers in stored)

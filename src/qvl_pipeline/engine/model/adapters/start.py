@@ -8,11 +8,16 @@ import zlib
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from qvl_pipeline.engine.model.adapters.files import StoredAdapter, read_adapter
-from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, adapted_layers, adapter_parameters, row_lengths_of
-from qvl_pipeline.engine.model.adapters.values import fill
+from qvl_pipeline.engine.model.adapters.linear import (
+    AdaptedLinear,
+    adapted_layers,
+    adapter_parameters,
+    base_sizes,
+    row_lengths_of,
+)
+from qvl_pipeline.engine.model.adapters.values import fill, whole_matrix
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights
 from qvl_pipeline.engine.spec import AdapterSpec
@@ -57,9 +62,7 @@ def _random_rows(layer: AdaptedLinear, seed: str) -> torch.Tensor:
 
 def _principal_part(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """Split the principal part of a matrix into `s B A` (Meng et al. 2024, PiSSA); the first rank's answer counts."""
-    weight = layer.weight.detach()
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    u, s, v = torch.linalg.svd(whole_matrix(layer), full_matrices=False)
     r = layer.form.r
     root = (s[:r] / layer.form.scaling).sqrt()
     a, b = (root[:, None] * v[:r]).contiguous(), (u[:, :r] * root).contiguous()
@@ -71,7 +74,7 @@ def _principal_part(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _start_from(model: PackedVLM, folder: str, base: str) -> None:
-    stored, weights = read_adapter(folder), StoredWeights(base, model.family, set(model.hf.state_dict()))
+    stored, weights = read_adapter(folder), StoredWeights(base, model.family, base_sizes(model.hf))
     for name, layer in adapted_layers(model.hf):
         tensors = stored.layers[name]
         for own in ("lora_A", "lora_B"):

@@ -14,14 +14,20 @@ from qvl_pipeline.families import ModelFamily
 _KINDS = {"self_attn": "attention", "attn": "attention", "mlp": "mlp"}
 
 
-def choose_targets(model: nn.Module, family: ModelFamily, targets: Mapping[str, str | Sequence[str]]) -> list[str]:
-    """Choose the linear layers to adapt.
+def choose_targets(
+    model: nn.Module,
+    family: ModelFamily,
+    targets: Mapping[str, str | Sequence[str]],
+    of: str = "adapter.targets",
+) -> list[str]:
+    """Choose linear layers: to adapt, or to quantise.
 
     Args:
         model: The transformers model; a skeleton on the meta device will do.
         family: Its family.
         targets: For each part: `all`, `none`, or a list of kinds (`attention`, `mlp`) and globs over module names.
             Only layers of the part are looked at, so no pattern can hit another one.
+        of: The parameter that has them, for the message.
 
     Returns:
         Names of modules, in the order of the model.
@@ -40,7 +46,7 @@ def choose_targets(model: nn.Module, family: ModelFamily, targets: Mapping[str, 
         layers = [name for part in ALIASES.get(named, (named,)) for name in parts.get(part, ())]
         if not layers:
             known = ", ".join(part for part in parts if part != "head")
-            raise ValueError(f"adapter.targets: {family.title} has no linear layers in '{named}', but in {known}")
+            raise ValueError(f"{of}: {family.title} has no linear layers in '{named}', but in {known}")
         for pattern in ["*"] if wanted == "all" else wanted:
             matched = [name for name in layers if pattern == _kind(name) or fnmatch.fnmatchcase(name, pattern)]
             if not matched:

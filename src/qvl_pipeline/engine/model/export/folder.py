@@ -45,12 +45,12 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     whole = not spec.adapter.used or spec.adapter.export != "adapter"
-    needed = sum(weight.numel() for weight in model.hf.state_dict().values()) * dtype.itemsize if whole else None
+    weights = WholeWeights(model, spec.model.path, leads=leads) if whole else None
+    needed = sum(weights.sizes(dtype).values()) if weights else None
     with room_for(target, needed, partial):
         if spec.adapter.used and spec.adapter.export != "merged":
             export_adapter(model, spec, partial / FOLDER if leads else None)
-        if whole:
-            weights = WholeWeights(model, spec.model.path, leads=leads)
+        if weights:
             _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
         if not leads:
             return
@@ -89,14 +89,14 @@ def _write_weights(
     model: PackedVLM, weights: WholeWeights, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
-    sizes = {name: number * dtype.itemsize for name, number in weights.sizes().items()}
+    sizes = weights.sizes(dtype)
     files = split_into_files(sizes, max_shard_bytes)
     for file, names in files.items():
         tensors = {}
         for name in names:
-            tensor = weights.read(name)
+            tensor = weights.read(name, dtype)
             if tensor is not None:
-                tensors[model.family.hub_name(name)] = tensor.to(dtype).contiguous()
+                tensors[model.family.hub_name(name)] = tensor.contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:

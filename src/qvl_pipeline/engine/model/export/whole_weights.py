@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qvl_pipeline.engine.model.adapters.linear import adapted_layers, adapter_parameters
+from qvl_pipeline.engine.model.adapters.linear import adapted_layers, base_sizes
 from qvl_pipeline.engine.model.adapters.merging import merged
 from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -12,10 +12,10 @@ from qvl_pipeline.engine.model.weight_files import StoredWeights
 
 
 class WholeWeights:
-    """Weights under the names of the plain model, adapters merged.
+    """Weights under the names of the plain model, adapters merged; and those beside it, which are kept as they are.
 
     Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
-    computation. An adapter is merged into the stored weight for the same reason.
+    computation, or quantised. An adapter is merged into the stored weight for the same reason.
     """
 
     def __init__(self, model: PackedVLM, base: str, *, leads: bool) -> None:
@@ -27,26 +27,38 @@ class WholeWeights:
             leads: This rank wants the weights; the others only take part.
         """
         self._leads = leads
-        added = adapter_parameters(model.hf)
-        self._parameters = {name: tensor for name, tensor in model.hf.state_dict(keep_vars=True).items()}
-        for name in (*added, *model.hf.all_tied_weights_keys):
-            # Of tied ones: one parameter under two names would be larger on disk, and could come apart when edited.
-            self._parameters.pop(name)
+        self._sizes = base_sizes(model.hf)
+        for name in model.hf.all_tied_weights_keys:
+            # One parameter under two names would be larger on disk, and could come apart when edited.
+            self._sizes.pop(name)
+        self._trained = {name: p for name, p in model.hf.state_dict(keep_vars=True).items() if p.requires_grad}
         self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
-        self._stored = StoredWeights(base, model.family, set(self._parameters)) if leads else None
+        self._stored = StoredWeights(base, model.family, self._sizes) if leads else None
 
-    def sizes(self) -> dict[str, int]:
-        """Return the number of elements of each weight, in the order of the model."""
-        return {name: parameter.numel() for name, parameter in self._parameters.items()}
+    def sizes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return the bytes of each weight in some type, in the order of the model; what is kept has its own type.
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """Return a weight on the CPU; nothing on ranks that only take part. Called by all ranks in the same order."""
-        parameter = self._parameters[name]
+        Ranks that only take part have no part in what is kept.
+        """
+        sizes = {name: number * dtype.itemsize for name, number in self._sizes.items()}
+        return sizes | (self._stored.kept if self._stored else {})
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a weight on the CPU, converted unless it is kept.
+
+        Nothing on ranks that only take part; called by all ranks in the same order.
+        """
+        if name not in self._sizes:
+            return self._stored.read(name)
+        weight = self._read(name)
+        return None if weight is None else weight.to(dtype)
+
+    def _read(self, name: str) -> torch.Tensor | None:
         if name in self._adapted:
             layer = self._adapted[name]
             adapter = gathered_adapter(layer)
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
-        if parameter.requires_grad:
-            whole = gathered(parameter)
+        if name in self._trained:
+            whole = gathered(self._trained[name])
             return whole if self._leads else None
         return self._stored.read(name) if self._stored else None

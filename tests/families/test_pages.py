@@ -1,0 +1,148 @@
+"""docs/models.md: its tables are what the facts and the profiles say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families.facts import MODELS, ModelFacts
+from tests.kedro_project import REAL
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+Row = list[str]
+# The two that are of a model which has a profile of its own.
+EXTRA = {
+    "long_video": "clips of an hour and more, 256K tokens, four GPUs a sample",
+    "frozen_vision": "the vision tower stays as it is: what is a matter of language",
+}
+
+
+def short(facts: ModelFacts) -> str:
+    return facts.name.removeprefix("Qwen/")
+
+
+def profile_of(facts: ModelFacts) -> str:
+    name = f"{facts.family}_{facts.size.lower()}"
+    return f"`{name}`" if name in REAL else "none"
+
+
+def hardware(profile: str) -> str:
+    text = (ROOT / "conf" / profile / "parameters.yml").read_text()
+    return re.search(r"^# Hardware: (\S+?),", text, re.M)[1]
+
+
+def parameters(facts: ModelFacts) -> str:
+    return f"{facts.parameters:,}" if facts.parameters % 10**8 else f"{facts.parameters / 1e9:.1f} G"
+
+
+def variants() -> list[Row]:
+    return [
+        [short(facts), parameters(facts), f"{facts.context:,}", facts.license, facts.use, profile_of(facts)]
+        for facts in MODELS.values()
+    ]
+
+
+def inside() -> list[Row]:
+    return [
+        [
+            *(short(facts), str(text.num_hidden_layers), f"{text.hidden_size:,}", f"{text.intermediate_size:,}"),
+            *(str(text.num_attention_heads), str(text.num_key_value_heads), str(text.head_dim)),
+            *(f"{text.vocab_size:,}", "yes" if text.tie_word_embeddings else "no"),
+        ]
+        for facts in MODELS.values()
+        for text in [facts.text]
+    ]
+
+
+def towers() -> list[Row]:
+    return [
+        [
+            *(short(facts), str(vision.depth), f"{vision.hidden_size:,}", f"{vision.intermediate_size:,}"),
+            *(str(vision.num_heads), str(vision.patch_size)),
+            numbers(vision.fullatt_block_indexes) if vision.fullatt_block_indexes else "all blocks",
+            numbers(vision.deepstack_visual_indexes) if vision.deepstack_visual_indexes else "none",
+        ]
+        for facts in MODELS.values()
+        for vision in [facts.vision]
+    ]
+
+
+def numbers(blocks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, blocks))
+
+
+def comparison() -> list[Row]:
+    one, other = (
+        next(facts for facts in MODELS.values() if facts.family == name) for name in ("qwen2_5_vl", "qwen3_vl")
+    )
+    sizes = {name: [facts.size for facts in MODELS.values() if facts.family == name] for name in FAMILIES}
+    windows = f"windows of {one.vision.window_size} pixels, but for {len(one.vision.fullatt_block_indexes)} blocks"
+    sections = [f"{numbers(facts.text.mrope_section)} of {facts.text.head_dim // 2}" for facts in (one, other)]
+    return [
+        ["position encoding", "M-RoPE (time, height, width)", "interleaved M-RoPE"],
+        ["rotary frequencies of time, height, width", *sections],
+        ["their base", f"{one.text.rope_theta:,.0f}", f"{other.text.rope_theta:,.0f}"],
+        [
+            "visual feature fusion",
+            "the last block's features",
+            f"DeepStack: those of {len(other.vision.deepstack_visual_indexes)} more blocks, into the first layers",
+        ],
+        ["vision attention", windows, "each frame as a whole"],
+        [
+            "time of video",
+            f"in positions, {one.vision.tokens_per_second} a second",
+            "in the text, a second before each pair of frames",
+        ],
+        ["pixels of a token", *(f"{FAMILIES[facts.family].token_pixels:,}" for facts in (one, other))],
+        ["context", f"{one.context:,} tokens", f"{other.context:,} tokens, extendable to 1M"],
+        ["long video", "good", "excellent (> 1 hour)"],
+        ["sizes", ", ".join(sizes["qwen2_5_vl"]), ", ".join(sizes["qwen3_vl"])],
+        ["primary use", "general multimodal", "long video and documents"],
+    ]
+
+
+def extra() -> list[Row]:
+    return [[f"`{profile}`", what, hardware(profile)] for profile, what in EXTRA.items()]
+
+
+EXPECTED = {
+    "VARIANTS": variants,
+    "EXTRA": extra,
+    "TEXT": inside,
+    "VISION": towers,
+    "COMPARISON": comparison,
+}
+
+
+def tables(page: str) -> list[list[Row]]:
+    found = re.findall(r"^\|(?:---|---:)\|.*\n((?:\|.*\n)+)", page, re.M)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in rows.splitlines()] for rows in found]
+
+
+@pytest.mark.parametrize(("number", "expected"), list(enumerate(EXPECTED.values())), ids=list(EXPECTED))
+def test_the_table_is_what_is_known(number: int, expected: object) -> None:
+    found = tables(PAGE.read_text())
+    assert len(found) == len(EXPECTED)
+    assert found[number] == expected()
+
+
+def test_degrees_of_sequence_parallelism_are_as_the_page_says() -> None:
+    degrees = {
+        short(facts): [n for n in (2, 4, 8) if facts.text.num_attention_heads % n == 0] for facts in MODELS.values()
+    }
+    assert degrees.pop("Qwen2.5-VL-7B-Instruct") == [2, 4]
+    assert set(map(tuple, degrees.values())) == {(2, 4, 8)}
+
+
+def test_every_profile_of_a_real_model_is_on_the_page() -> None:
+    page = PAGE.read_text()
+    assert all(f"`{profile}`" in page for profile in REAL)
+    assert set(EXTRA) == {profile for profile in REAL if not profile.startswith("qwen")}
+    for profile in EXTRA:
+        model = yaml.safe_load((ROOT / "conf" / profile / "parameters.yml").read_text())["model"]
+        assert model["load_from_pretrained_path"] == "Qwen/Qwen3-VL-8B-Instruct"
