@@ -1,4 +1,4 @@
-"""Whole trainings of a model that hears: any ranks, some without a sound, shared packs, resuming, freezing, the export."""
+"""Whole trainings of a model that hears: ranks without a sound, shared packs, resuming, freezing, the export."""
 
 from __future__ import annotations
 
