@@ -1,4 +1,4 @@
-"""Spectrograms against those of transformers' feature extractor, which fills every sound up to the longest there may be."""
+"""Spectrograms against those of transformers' feature extractor, which fills every sound up to 300 seconds."""
 
 from __future__ import annotations
 
