@@ -19,7 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     # Every decoding process imports its libraries anew.
     "sample": {"num_workers": 1},
     "batching": {"num_train_epochs": 1, "data_parallel_size": 1},
-    "train": {"logging_steps": 1, "save_steps": 0},
+    "train": {"logging_steps": 1, "save_steps": 0, "keep_checkpoints": [{"every": 1}]},
 }
 
 
@@ -27,7 +27,7 @@ def make_repository(folder: Path) -> Path:
     """Create the repository, everything committed; its package is this one."""
     make_project(folder)
     (folder / "conf" / "local" / ".gitkeep").touch()
-    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml"):
+    for name in (".gitignore", ".dvcignore", "dvc.yaml", "params.yaml", "requirements.lock"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     (folder / "src" / "qvl_pipeline").symlink_to(REPOSITORY / "src" / "qvl_pipeline")

@@ -30,15 +30,19 @@ GLUE = {
     "errors",
     "locks",
     "orphans",
+    "secrets",
     "tracking.flattening",
     "tracking.lineage.code",
     "tracking.lineage.data_version",
     "tracking.lineage.digests",
+    "tracking.lineage.dvc_cache",
+    "tracking.mlflow.chain",
+    "tracking.mlflow.models",
     "tracking.mlflow.outbox",
     "tracking.mlflow.run",
+    "tracking.mlflow.server",
     "tracking.mlflow.sinks",
     "tracking.mlflow.unsent",
-    "tracking.secrets",
     "unfinished",
 }
 # Started by `train` in processes of its own, not imported.
@@ -207,6 +211,12 @@ def test_the_embedded_dataset_is_drawn_where_it_is_read() -> None:
     }
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_versions_of_libraries_are_a_dependency_where_they_decide_numbers(name: str) -> None:
+    locked = "requirements.lock" in {dep.def_path for dep in stages()[name].deps}
+    assert locked == (pipeline_and_env(name)[0] in ("sample", "tokenize", "train", "evaluate"))
+
+
 def test_metrics_and_plots_are_declared() -> None:
     evaluate, train = stages()["evaluate@tiny_qwen3_vl"], stages()["train@tiny_qwen3_vl"]
     assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/tiny_qwen3_vl/metrics.json"]
@@ -246,9 +256,17 @@ def test_dvc_finds_the_pointer_files_of_raw_data(tmp_path: Path) -> None:
     raw = tmp_path / "data" / "01_raw"
     raw.mkdir(parents=True)
     (raw / "own.jsonl").write_text("{}\n")
+    for folder in ("pictures", "digits"):
+        (raw / folder).mkdir()
+        (raw / folder / "a.png").write_text("a")
     dvc = f"{sys.executable} -m dvc"
-    for line in ("git init --quiet", f"{dvc} init --quiet", f"{dvc} add --quiet data/01_raw/own.jsonl"):
+    for line in ("git init --quiet", f"{dvc} init --quiet"):
         command(tmp_path, line)
+    for name in ("own.jsonl", "pictures"):
+        hint = command(tmp_path, f"{dvc} add data/01_raw/{name}").partition("git add ")[2].partition("\n")[0]
+        command(tmp_path, f"git add {hint}")  # as DVC asks
+    status = command(tmp_path, "git status --short --untracked-files=all")
+    assert status.count("data/01_raw") == 3, "two pointers, and what ignores the folder; nothing of the embedded data"
     (raw / "own.jsonl").unlink()
     command(tmp_path, f"{dvc} checkout --quiet")  # of all that DVC finds by itself, as `dvc push` and `dvc pull` do
     assert (raw / "own.jsonl").read_text() == "{}\n"

@@ -90,7 +90,9 @@ def table(experiments: Path) -> dict[str, dict[str, Any]]:
 def mlflow_run(experiment: str, database: str) -> mlflow.entities.Run:
     client = mlflow.MlflowClient(database)
     found = client.get_experiment_by_name("qvl_pipeline")
-    (run,) = client.search_runs([found.experiment_id], f"tags.dvc_experiment = '{experiment}'")
+    (run,) = client.search_runs(
+        [found.experiment_id], f"tags.dvc_experiment = '{experiment}' and tags.pipelines = 'train'"
+    )
     return run
 
 
@@ -107,6 +109,12 @@ def test_experiments_are_in_mlflow_and_agree_with_dvc(table: dict[str, dict[str,
         assert result["mlflow_run_id"] == run.info.run_id
         assert result["final_loss"] == run.data.metrics["train/loss"]
         losses[name] = result["final_loss"]
+        assert run.info.run_name == f"tiny_qwen3_vl/train {name}"
+        assert run.data.tags["git_dirty"] == "false", "only a parameter is another one"
+        assert {"sample.fps", "validate.max_text_chars", "ingest.datasets.digits_jsonl.limit"} <= run.data.params.keys()
+        above = mlflow.MlflowClient(tracking_database).get_run(run.data.tags["mlflow.parentRunId"])
+        assert (above.info.run_name, above.info.status) == (f"tiny_qwen3_vl {name}", "FINISHED")
+        assert {*run.data.params, "evaluate.batch_size"} <= above.data.params.keys()
     assert losses["slow"] != losses["fast"]
 
 

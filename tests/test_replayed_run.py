@@ -71,8 +71,14 @@ def test_a_training_is_repeated_bit_for_bit_with_the_code_and_the_data_of_then(
     project: Path, run_id: str, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
     command(project, f"dvc remote add --default storage {tmp_path / 'storage'}")
+    client.create_registered_model("replayed")
+    client.create_model_version("replayed", "runs:/somebody/model")
+    client.set_registered_model_alias("replayed", "champion", "1")
+    (project / "conf/local/mlflow.yml").write_text("register_model: replayed\nalias: champion\n")
     done, report = replay(project, run_id)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert int(client.get_model_version_by_alias("replayed", "champion").version) == 1, "it changes nothing of others"
+    assert len(client.search_model_versions("name = 'replayed'")) == 1
     assert f"run {run_id} is repeated bit for bit" in " ".join(done.stderr.split())
     assert report["inputs"] == dict.fromkeys(INPUTS, "from DVC")
     assert report["differences"] == []

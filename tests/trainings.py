@@ -12,7 +12,8 @@ import pandas as pd
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from qvl_pipeline.tracking.mlflow.chain import EVALUATES
 
 EXPERIMENT = "qvl_pipeline"
 # As in tracking/mlflow/run.py.
@@ -95,7 +96,7 @@ class Recorder:
     def evaluation(self, training: str, answers: pd.DataFrame, max_new_tokens: int = 8) -> str:
         """Record a later evaluation of a training; return its id."""
         profile = self.client.get_run(training).data.tags["profile"]
-        run = self._start(profile, {"profile": profile, "pipelines": "evaluate", MLFLOW_PARENT_RUN_ID: training})
+        run = self._start(profile, {"profile": profile, "pipelines": "evaluate", EVALUATES: training})
         self._yaml(run, {"evaluate": {"max_new_tokens": max_new_tokens}})
         self.answers(run, answers)
         self.client.set_terminated(run)

@@ -12,7 +12,6 @@ from qvl_pipeline.evaluation.metrics import (
     average_scores,
     check_scorable,
     references,
-    regressions,
     score_answers,
     slices,
 )
@@ -101,17 +100,6 @@ def test_prompts_of_one_length_are_one_slice() -> None:
     assert {name: entry["n"] for name, entry in found.items()} == {"40-40": 4}
     found = slices(predictions().assign(prompt_length=[9, 9, 9, 40]), "trained")["prompt_length"]
     assert {name: entry["n"] for name, entry in found.items()} == {"9-9": 3, "40-40": 1}
-
-
-def test_a_regression_is_a_score_below_that_of_the_base_model_by_more_than_is_allowed() -> None:
-    base = {"video": {"exact_match": 0.5, "loss": 1.0, "n": 4}, "overall": {"exact_match": 0.5, "loss": 1.0, "n": 9}}
-    worse = {"video": {"exact_match": 0.4, "loss": 9.0, "n": 4}, "overall": {"exact_match": 0.6, "loss": 9.0, "n": 9}}
-    metrics = {"base": base, "trained": worse}
-    assert regressions(metrics, {"overall": 0.0, "video": 0.11}) == []
-    found = regressions(metrics, {"overall": 0.0, "video": 0.05})
-    assert found == [{"kind": "video", "metric": "exact_match", "base": 0.5, "trained": 0.4, "allowed_drop": 0.05}]
-    with pytest.raises(UserError, match=r"names the sample kind 'vide'.*video, overall"):
-        regressions(metrics, {"vide": 0.0})
 
 
 def test_acceptable_answers_are_a_json_list_or_one_text() -> None:

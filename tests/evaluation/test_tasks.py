@@ -61,6 +61,13 @@ def test_options_are_read_as_other_harnesses_do_whatever_their_case(answer: str,
         ("B. A red car", 1),
         ("b) I see a car", 1),
         ("C", 0),
+        ("B, because A is wrong", 1),
+        ("(B), as A is wrong", 1),
+        ("B - the red car, not A", 1),
+        ("B because A is wrong", 1),
+        ("A, because B is wrong", 0),
+        ("B, A", 0),
+        ("B, and C", 0),
         ("A or B", 0),
         ("Both", 0),
         ("It's a Boat", 0),
@@ -96,7 +103,9 @@ def test_an_expected_answer_that_is_no_option_is_refused() -> None:
         ("-10", "10", 0),
         ("12%", "0.12", 1),
         ("12", "12%", 0),
-        ("1,000", "1000", 1),
+        ("1,000", "1000", 0),
+        (" 10 ", "10", 1),
+        (" Yes", "yes", 0),
         ("0", "0", 1),
         ("0.01", "0", 0),
         ("Yes", "yes", 1),
@@ -121,6 +130,8 @@ def test_iou_of_boxes_worked_by_hand() -> None:
     assert iou("5, 0, 15, 10", "[0, 0, 10, 10]") == pytest.approx(50 / 150)
     assert iou('```json\n[{"bbox_2d": [0, 0, 10, 5], "label": "2 cats"}]\n```', "0 0 10 10") == 0.5
     assert iou("(10,10) (0,0)", "0 0 10 10") == 1.0
+    assert iou("In image 3, [0, 0, 10, 5]", "[0, 0, 10, 10]") == 0.5
+    assert iou("the 2 cats of 1 picture: (0,0),(10,5)", "[0, 0, 10, 10]") == 0.5
     assert iou("[20, 20, 30, 30]", "[0, 0, 10, 10]") == 0.0
     assert iou("no cat here", "[0, 0, 10, 10]") == 0.0
     assert iou("[1, 1, 1, 1]", "[1, 1, 1, 1]") == 0.0

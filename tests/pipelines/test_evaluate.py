@@ -3,19 +3,23 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from pydantic import ValidationError
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.evaluation.checkpoints import averaged
 from qvl_pipeline.pipelines.evaluate.nodes import _score_table, complete_card, generate, refuse_regressions
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
@@ -34,6 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     manifest = {"path": ".", "family": "qwen3_vl", "parameters": MODEL.decisive("tokens")}
     (world.model_folder / "manifest.json").write_text(json.dumps(manifest))
     world.teach(folder / "trained", [0, 1])
+    world.teach(folder / "checkpoints" / "step-1", [2])
+    shutil.copytree(folder / "trained", folder / "checkpoints" / "step-20")
     return world
 
 
@@ -43,6 +49,7 @@ def inputs(world: World) -> dict[str, Any]:
     return {
         "base_model": world.model_folder,
         "trained_model": world.model_folder.parent / "trained",
+        "kept_checkpoints": world.model_folder.parent / "checkpoints",
         "tokenized_samples": world.tokenized,
         "video_frames": world.video_frames,
         "training_metrics": pd.DataFrame([step, {**step, "step": 2, "loss": 1.5}]),
@@ -106,6 +113,36 @@ def test_both_models_are_scored_and_reported(inputs: dict[str, Any]) -> None:
     assert metrics["trained"]["overall"]["n"] == metrics["base"]["overall"]["n"] == 3
     assert metrics["trained"]["overall"]["exact_match"] > metrics["base"]["overall"]["exact_match"]
     assert json.loads(json.dumps(metrics)) == metrics
+
+
+def test_a_kept_checkpoint_is_evaluated_instead(inputs: dict[str, Any]) -> None:
+    def scores(**chosen: Any) -> dict[str, float]:
+        given = inputs | {"params:evaluate": inputs["params:evaluate"].model_copy(update=chosen)}
+        metrics = generate(*(given[name] for name in create_pipeline().nodes[0].inputs))[1]["trained"]
+        return {kind: metrics[kind]["loss"] for kind in KINDS}
+
+    trained = scores()
+    early, late = scores(checkpoint="step-1"), scores(checkpoint="step-20")
+    assert late == trained
+    assert early["video"] < trained["video"]
+    assert early["text"] > trained["text"]
+    both = scores(average=["step-1", "step-20"])
+    assert trained["text"] < both["text"] < early["text"]
+    assert scores(average=["step-20", "step-1"]) == both
+    with pytest.raises(UserError, match=r"evaluate.checkpoint: there is no checkpoint 'step-2': .*step-20"):
+        scores(checkpoint="step-2")
+
+
+def test_an_average_is_the_mean_of_the_weights(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        weights = {"w": torch.full((2,), value, dtype=torch.bfloat16), "v": torch.tensor([value * 3])}
+        save_file(weights, tmp_path / name / "model.safetensors")
+    mean = load_file(averaged([tmp_path / "a", tmp_path / "b"], tmp_path / "mean") / "model.safetensors")
+    assert (mean["w"].tolist(), mean["w"].dtype, mean["v"].tolist()) == ([1.5, 1.5], torch.bfloat16, [4.5])
+    (tmp_path / "b" / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"evaluate.average: b is an adapter, .*'merged'"):
+        averaged([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
 
 
 def test_the_pipeline_runs_on_the_entries_of_the_catalog(inputs: dict[str, Any]) -> None:
@@ -184,9 +221,10 @@ def test_a_regression_fails_the_pipeline_after_the_report_is_written(
         "base": {"video": {"exact_match": 0.5, "loss": 1.0, "perplexity": 2.7, "n": 4}},
         "trained": {"video": {"exact_match": 0.4, "loss": 9.0, "perplexity": 8103.0, "n": 4}},
     }
-    refuse_regressions(metrics, "<html>", EvaluateConfig(must_not_regress={"video": 0.2}))
+    table = pd.DataFrame({"kind": "video", "task": "exact_match", "base_score": [0.5] * 4, "trained_score": [0.4] * 4})
+    refuse_regressions(metrics, table, "<html>", EvaluateConfig(must_not_regress={"video": 0.2}))
     with pytest.raises(UserError, match=r"exact_match of video.*must_not_regress"):
-        refuse_regressions(metrics, "<html>", EvaluateConfig(must_not_regress={"video": 0.0}))
+        refuse_regressions(metrics, table, "<html>", EvaluateConfig(must_not_regress={"video": 0.0}))
     assert "40.0%" in capsys.readouterr().out
     gate = next(node for node in create_pipeline().nodes if node.name == "refuse_regressions")
     assert "report" in gate.inputs

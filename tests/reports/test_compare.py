@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.intervals import bootstrap_interval, wilson_interval
 from qvl_pipeline.reports.compare import compare_runs
 from qvl_pipeline.reports.compare_page import render_comparison
-from qvl_pipeline.reports.intervals import bootstrap_interval, wilson_interval
 from tests.trainings import Recorder, predictions
 
 EASY, HARD = [True] * 9 + [False], [True] * 3 + [False] * 7
@@ -181,7 +181,7 @@ def test_a_parameter_of_one_source_differs_alone(recorder: Recorder) -> None:
     recorder.training("first", parameters=declared(1.0))
     recorder.training("other", parameters=declared(0.5))
     parameters = compare_runs(["first", "other"]).parameters
-    assert parameters.T.to_dict("list") == {"ingest.datasets[a].weight": ["1.0", "0.5"]}
+    assert parameters.T.to_dict("list") == {"ingest.datasets.a.weight": ["1.0", "0.5"]}
 
 
 def test_speed_memory_and_versions_stand_side_by_side(recorder: Recorder) -> None:

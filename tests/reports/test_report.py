@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from qvl_pipeline.reports.intervals import wilson_interval
+from qvl_pipeline.intervals import wilson_interval
 from qvl_pipeline.reports.report import render_report
 from qvl_pipeline.reports.thumbnails import Thumbnail
 

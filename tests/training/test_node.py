@@ -75,7 +75,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def train(inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
     """Run the node and return its result."""
     config = TrainConfig(report_to="none", nproc_per_node=1, **parameters)
-    return nodes.train(**inputs, train=config)[2]
+    return nodes.train(**inputs, train=config)[3]
 
 
 def test_a_base_model_replaced_in_place_is_trained_anew(

@@ -25,7 +25,11 @@ class EvaluateConfig(Block):
             `rouge_l`, `bleu` or `cider`.
         must_not_regress: By sample kind, or `overall`, how much lower than the base model's a score of the trained
             model may be, as `{overall: 0.0, video: 0.02}`: else the pipeline fails with the table. Losses do not count.
+        must_not_regress_by: What counts as lower: `difference`, any drop beyond what is allowed, or `significant`, one
+            that 95 % of the paired bootstrap's draws of the samples have too. A few samples let much pass as chance.
         compare_base: Evaluate the untrained base model too, for the gain.
+        checkpoint: Kept checkpoint to evaluate instead of the trained model, such as `step-300`.
+        average: Kept checkpoints, two at least, whose averaged weights are evaluated instead.
         report_title: Heading of the report; `None` takes the name of the model.
         dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
     """
@@ -37,8 +41,11 @@ class EvaluateConfig(Block):
     seed: int = 0
     task_by_source: dict[str, str] = Field(default_factory=dict)
     must_not_regress: dict[str, float] = Field(default_factory=dict)
+    must_not_regress_by: Literal["difference", "significant"] = "difference"
     max_samples: int | None = Field(default=None, ge=1)
     compare_base: bool = True
+    checkpoint: str | None = None
+    average: list[str] = Field(default_factory=list)
     report_title: str | None = None
     dataset: str | None = None
 
@@ -49,6 +56,19 @@ class EvaluateConfig(Block):
         if negative := [kind for kind, drop in self.must_not_regress.items() if drop < 0]:
             raise ValueError(f"must_not_regress.{negative[0]} is an allowed drop and must be at least 0")
         return self
+
+    @model_validator(mode="after")
+    def _one_model(self) -> EvaluateConfig:
+        if self.average and self.checkpoint:
+            raise ValueError("checkpoint and average are both set: evaluate one or the other")
+        if len(self.average) == 1 or len(set(self.average)) < len(self.average):
+            raise ValueError(f"average is {self.average}: name at least two checkpoints, each once")
+        return self
+
+    @property
+    def evaluated(self) -> str:
+        """Name of the evaluated model: `trained`, `step-300`, `average of step-200, step-300`."""
+        return f"average of {', '.join(self.average)}" if self.average else self.checkpoint or "trained"
 
     @model_validator(mode="after")
     def _generation_keys_are_known(self) -> EvaluateConfig:

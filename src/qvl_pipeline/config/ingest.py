@@ -12,10 +12,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from qvl_pipeline.config.base import Block, Indifferent
+from qvl_pipeline.secrets import url_holds_secret
 
 # What fsspec's file systems call their credentials. Parameters are written to MLflow, DVC and logs.
 _SECRET = re.compile(r"secret|password|passwd|token|credential|(^|_)(key|sas)$|connection_string", re.IGNORECASE)
-_URL_WITH_PASSWORD = re.compile(r"^[a-z0-9+.-]+://[^/@]*:[^/@]*@", re.IGNORECASE)
 
 
 class DatasetSource(Block):
@@ -69,8 +69,10 @@ class DatasetSource(Block):
                 "of the file system in the environment (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, …)"
             )
         for name in ("path", "data_folder"):
-            if _URL_WITH_PASSWORD.match(getattr(self, name)):
-                raise ValueError(f"{name} holds a password, and parameters are recorded: give it in the environment")
+            if secret := url_holds_secret(getattr(self, name)):
+                raise ValueError(
+                    f"{name} holds {secret}, and parameters are recorded: give the credentials in the environment"
+                )
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from qvl_pipeline.config.base import Block, Indifferent
 from qvl_pipeline.config.launch import LaunchConfig
@@ -12,6 +12,7 @@ from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon"]
+Kept = Literal["best", "last"] | dict[Literal["every"], PositiveInt]
 Part = Literal["vit", "merger", "deepstack", "visual", "llm", "embed", "head"]
 
 
@@ -91,6 +92,8 @@ class TrainConfig(Block):
         save_total_limit: Checkpoints kept. While training goes on two are, whatever it says: the newest may be damaged.
         save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
             `adamw_8bit` it waits until they are written, and says so.
+        keep_checkpoints: Steps whose models are kept, exported like the trained one, in `data/06_models/<profile>/
+            checkpoints/step-<n>`: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as `[best, every: 500]`.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.
@@ -151,6 +154,7 @@ class TrainConfig(Block):
     save_steps: Annotated[int, Indifferent()] = Field(default=0, ge=0)
     save_total_limit: Annotated[int, Indifferent()] = Field(default=1, ge=1)
     save_async: Annotated[bool, Indifferent()] = True
+    keep_checkpoints: Annotated[list[Kept], Indifferent()] = Field(default_factory=list)
     resume_from_checkpoint: str = Field(default="auto", min_length=1)
     report_to: Annotated[list[Tracker], Indifferent()] = Field(default_factory=lambda: ["mlflow"])
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
@@ -245,6 +249,25 @@ class TrainConfig(Block):
             if key in self.model_fields_set and not self.torch_compile:
                 raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
         return self
+
+    @model_validator(mode="after")
+    def _what_is_kept_can_be_told(self) -> TrainConfig:
+        if "best" in self.keep_checkpoints and self.eval_strategy == "no":
+            raise ValueError(
+                "keep_checkpoints names 'best', which evaluations tell: set eval_strategy to steps or epoch"
+            )
+        if self.keep_checkpoints and self.export_ema:
+            raise ValueError(
+                "keep_checkpoints keeps the trained weights, and export_ema exports their average: choose one"
+            )
+        if len({kind.partition(":")[0] for kind in self.kept}) < len(self.keep_checkpoints):
+            raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}: name each of best, last and every once")
+        return self
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """`keep_checkpoints` as the engine has it: `best`, `last`, `every:<steps>`."""
+        return tuple(kind if isinstance(kind, str) else f"every:{kind['every']}" for kind in self.keep_checkpoints)
 
     @property
     def max_shard_bytes(self) -> int:

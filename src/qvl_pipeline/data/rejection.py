@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qvl_pipeline.secrets import without_url_secrets
+
 REJECT_RULES = {
     "unreadable_row": "The row is not JSON, not an object, or not of the columns of its file.",
     "duplicated_key": "An object of the row has a key twice, and one of the values would be lost.",
@@ -12,6 +14,7 @@ REJECT_RULES = {
     "embedded_media_invalid": "A medium is embedded in the row, but not as base64 of an image, a video or a sound.",
     "path_outside_data_folder": "A media path leaves the folder of its source, also by way of a symbolic link.",
     "url_not_allowed": "A medium is a URL, and `data_folder` is not. Only files of a remote folder are fetched.",
+    "url_with_secret": "A medium is a URL with a password or a signature, which tables and pages would pass on.",
 }
 
 _TYPE_NAMES = {bool: "a boolean", int: "a number", float: "a number", str: "a text", bytes: "bytes", list: "a list"}
@@ -27,7 +30,8 @@ class RejectedRowError(Exception):
     """
 
     def __init__(self, rule: str, detail: str) -> None:
-        """Reject a row under `rule`, for the reason `detail`."""
+        """Reject a row under `rule`, for the reason `detail`, from which logins and queries of URLs are taken."""
+        detail = without_url_secrets(detail)
         super().__init__(rule, detail)
         self.rule = rule
         self.detail = detail

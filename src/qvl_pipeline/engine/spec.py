@@ -261,12 +261,14 @@ class ExportSpec:
         export_ema: Export the average of the weights instead of the last ones.
         dtype: Type of the weights, `float32` or `bfloat16`.
         max_shard_bytes: Most bytes of one weights file.
+        keep_checkpoints: Steps whose models are exported too: `best`, `last`, `every:<steps>`.
     """
 
     output_dir: str
     export_ema: bool
     dtype: str
     max_shard_bytes: int
+    keep_checkpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

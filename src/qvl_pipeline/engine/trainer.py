@@ -38,6 +38,7 @@ from qvl_pipeline.engine.optim.optimization import (
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, start_process_group
 from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
+from qvl_pipeline.engine.run.kept import KeptModels
 from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
 from qvl_pipeline.engine.run.profiling import out_of_memory_explained, profiled
 from qvl_pipeline.engine.run.skipped import SkippedSamples
@@ -88,6 +89,7 @@ class Trainer:
             streamed=spec.stream.max_steps > 0,
         )
         self.checkpoints = self._make_checkpoints()
+        self.kept = KeptModels(spec.export.keep_checkpoints, Path(spec.run.output_dir), leads=self.leads)
         evaluates = spec.validation.eval_strategy != "no"
         inputs = spec, self.builder, self.mesh, self.device, self.skipped, watchdog
         self.validation = Validation(*inputs) if evaluates else None
@@ -174,6 +176,9 @@ class Trainer:
             return
         self._evaluate_postponed()  # asked to stop in the last step, which leaves nothing to go on with but this
         exported_step = self.step
+        best_step = self.validation.best_step if self.validation else 0
+        if self.kept.reasons(self.step, best_step, max_steps) and spec.validation.load_best_model_at_end:
+            self._keep(self.step)  # before the best weights take the place of these
         if spec.validation.load_best_model_at_end and self.validation.best_step:
             exported_step = self.checkpoints.load(
                 output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}"
@@ -183,8 +188,10 @@ class Trainer:
         if spec.export.export_ema:
             self.average.copy_to_weights()
         export(self.model, self.exported_files, spec)
+        exported = {} if spec.export.export_ema else {exported_step: Path(spec.export.output_dir)}
+        self.kept.finish(best_step, max_steps, exported, self._keep)
         if self.leads:
-            self._write_result(output_dir, done, exported_step)
+            self._write_result(output_dir, done, exported_step, self.kept.facts(best_step, max_steps))
         dist.barrier()
 
     def _train(
@@ -235,6 +242,9 @@ class Trainer:
                         saves = stops or saves or is_best
                     if self.leads:
                         append_row(output_dir / "metrics.jsonl", row)
+            best_step = self.validation.best_step if self.validation else 0
+            if step.number < max_steps and self.kept.reasons(step.number, best_step, max_steps):
+                window.exclude(self._keep(step.number))
             if saves:
                 self._save()
             if stops:
@@ -242,6 +252,16 @@ class Trainer:
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
                 set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
+
+    def _keep(self, step: int) -> float:
+        """Export the weights as those of a step; return the seconds that it took."""
+        started = time.perf_counter()
+        run = self.spec.run
+        set_collective_timeout(run.ddp_timeout, self.mesh)  # one rank writes, and the others wait
+        export(self.model, self.exported_files, self.spec, self.kept.place(step))
+        dist.barrier()
+        set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
+        return time.perf_counter() - started
 
     def _row(self, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow) -> dict[str, Any]:
         return {
@@ -272,12 +292,15 @@ class Trainer:
         if self.leads:
             append_row(Path(self.spec.run.output_dir) / "metrics.jsonl", row)
         self.validation.forget_postponed()
+        if self.step < self.feed.max_steps and self.kept.reasons(self.step, self.validation.best_step, 0):
+            self._keep(self.step)
         self._save()  # is done, but this step may be the best
         return self.checkpoints.end_step(stop_requested=self.stop.requested)
 
     def _save(self) -> None:
         self.finite.check()
         self.checkpoints.save(self.step)
+        self.kept.forget_outdated(self.validation.best_step if self.validation else 0, self.step)
         if self.spec.validation.load_best_model_at_end:
             self.checkpoints.protected_step = self.validation.best_step
 
@@ -335,7 +358,7 @@ class Trainer:
             )
         return done
 
-    def _write_result(self, output_dir: Path, done: int, exported_step: int) -> None:
+    def _write_result(self, output_dir: Path, done: int, exported_step: int, kept: dict[str, list[str]]) -> None:
         skipped = read_rows(output_dir / "skipped.jsonl")
         result = {
             "steps": self.feed.max_steps,
@@ -346,6 +369,7 @@ class Trainer:
             "world_size": dist.get_world_size(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "exported_step": exported_step,
+            "kept_checkpoints": kept,
             **self.facts,
         }
         write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it

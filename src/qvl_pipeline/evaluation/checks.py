@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from qvl_pipeline.config import EvaluateConfig
+from qvl_pipeline.evaluation.gate import check_gate
 from qvl_pipeline.evaluation.generation import check_generation
-from qvl_pipeline.evaluation.metrics import check_gate, check_scorable
+from qvl_pipeline.evaluation.metrics import check_scorable
 from qvl_pipeline.evaluation.predictions import eval_samples
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -59,24 +59,6 @@ def check_scorable(samples: pd.DataFrame) -> None:
                 BY_ANSWER[row.task](text, text)
         except UserError as error:
             raise UserError(f"sample '{row.sample_id}': {error}") from error
-
-
-def check_gate(kinds: Iterable[str], allowed: Mapping[str, float]) -> None:
-    """Refuse a gate on kinds that are not evaluated.
-
-    Args:
-        kinds: Kinds of the evaluated samples.
-        allowed: By sample kind (or `overall`), how much lower a score may be.
-
-    Raises:
-        UserError: A kind is not among the evaluated ones.
-    """
-    known = [*sorted(set(kinds) - {OVERALL}), OVERALL]
-    if unknown := [kind for kind in allowed if kind not in known]:
-        raise UserError(
-            f"evaluate.must_not_regress names the sample kind '{unknown[0]}', which the eval split does not have: "
-            f"use one of {', '.join(known)}"
-        )
 
 
 def references(expected: str) -> list[str]:
@@ -150,30 +132,6 @@ def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[st
     }
     by_source = {str(name): _by_task(rows, model) for name, rows in predictions.groupby("source", sort=True)}
     return {"source": by_source, "prompt_length": by_length}
-
-
-def regressions(metrics: Mapping[str, Any], allowed: Mapping[str, float]) -> list[dict[str, Any]]:
-    """List the scores in which the trained model is worse than the base model by more than is allowed.
-
-    Args:
-        metrics: `base` and `trained`, as `average_scores` gives them.
-        allowed: By sample kind (or `overall`), how much lower a score may be.
-
-    Returns:
-        Rows of `kind`, `metric`, `base`, `trained` and `allowed_drop`.
-
-    Raises:
-        UserError: A kind is not among the evaluated ones.
-    """
-    check_gate(metrics["trained"], allowed)
-    found = []
-    for kind, drop in allowed.items():
-        for name, trained in metrics["trained"][kind].items():
-            base = metrics["base"][kind][name]
-            if name not in ("n", *LOSSES) and trained < base - drop:
-                row = {"kind": kind, "metric": name, "base": base, "trained": trained, "allowed_drop": drop}
-                found.append(row)
-    return found
 
 
 def _by_task(rows: pd.DataFrame, model: str) -> dict[str, Any]:

@@ -17,13 +17,18 @@ Score = Callable[[str, str], float]
 ANLS_THRESHOLD = 0.5  # Biten et al. 2019: an answer at a greater distance is a wrong answer, not a misspelt one
 RELAXED_TOLERANCE = 0.05  # Methani et al. 2020 (PlotQA), taken over by ChartQA
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
-_BOX = re.compile(rf"({_NUMBER})" + rf"[\s,;()\[\]]+({_NUMBER})" * 3)
+# Four numbers in brackets, two corners in brackets (Qwen-VL's `(1,2),(3,4)`), or four numbers that follow each other.
+_BOXES = (
+    re.compile(rf"[\[(]\s*({_NUMBER})" + rf"[\s,;]+({_NUMBER})" * 3 + r"\s*[\])]"),
+    re.compile(r"\s*,?\s*".join([rf"[\[(]\s*({_NUMBER})[\s,;]+({_NUMBER})\s*[\])]"] * 2)),
+    re.compile(rf"({_NUMBER})" + rf"[\s,;()\[\]]+({_NUMBER})" * 3),
+)
 _ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
 _CHOICE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-Z])\)?(?![A-Za-z0-9'])")
-# All of the answer, after what introduces it, or its beginning with a mark behind it.
+# All of the answer, after what introduces it, or its beginning with a mark or a reason behind it.
 _MARKED_CHOICE = re.compile(
     r"(?:(?:the )?(?:(?:correct|best|final) )?(?:answer|option|choice)(?: is)?:? *)?"
-    r"[(\[{*]*([a-z])(?:[)\]}.:,;!*]*$|[)\].:] )",
+    r"[(\[{*]*([a-z])(?:[)\]}.:,;!*]*$|[)\].:] |[)\]}*]*(?:,| -) (?!and\b|or\b)(?=[a-z]{2})|,? (?:because|since)\b)",
     re.IGNORECASE,
 )
 
@@ -66,31 +71,37 @@ def _options(text: str) -> set[str]:
 
 
 def relaxed_accuracy(answer: str, expected: str) -> float:
-    """Tell whether a number is within 5 % of the expected one; texts must match exactly.
+    """Tell whether a number is within 5 % of the expected one; texts must match exactly, but for their case.
 
-    ChartQA (Masry et al. 2022), as in its reference implementation `relaxed_correctness` (google-research/pix2struct
-    `pix2struct/metrics.py`): `12%` is 0.12, and a zero must be met exactly.
+    ChartQA (Masry et al. 2022), in all cases as its reference implementation `relaxed_correctness` (google-research/
+    pix2struct `pix2struct/metrics.py`, taken over by lmms-eval): `12%` is 0.12, a zero must be met exactly, and a
+    number with a comma in it is a text.
     """
     given, wanted = _to_float(answer), _to_float(expected)
     if given is not None and wanted:
         return float(abs(given - wanted) / abs(wanted) <= RELAXED_TOLERANCE)
-    return exact_match(answer, expected)
+    return float(answer.lower() == expected.lower())
 
 
 def anls(answer: str, expected: str) -> float:
     """Average normalised Levenshtein similarity of DocVQA and ST-VQA (Biten et al. 2019, arXiv:1905.13648).
 
-    `1 - distance / length of the longer text` after case folding; 0 where that is below one half.
+    `1 - distance / length of the longer text`; 0 where that is below one half. In all cases as the script that Qwen-VL
+    and lmms-eval publish their figures by: distances are of texts in small letters and without repeated spaces,
+    lengths are of the texts in capitals, as they were given.
     """
-    similarity = Levenshtein.normalized_similarity(_normalise(answer), _normalise(expected))
+    distance = Levenshtein.distance(*(" ".join(text.lower().split()) for text in (answer, expected)))
+    longer = max(len(answer.upper()), len(expected.upper()))
+    similarity = 1 - distance / longer if longer else 1.0
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
 def iou(answer: str, expected: str) -> float:
     """Intersection over union of two boxes; 0 when the answer has no box.
 
-    A box is the first four numbers that follow each other, `x1, y1, x2, y2`, whatever is written around them: both
-    `[1, 2, 3, 4]` and Qwen-VL's `{"bbox_2d": [1, 2, 3, 4], "label": "cat"}`. Corners may come in either order.
+    A box is the first four numbers in brackets, `x1, y1, x2, y2`, as in Qwen-VL's `{"bbox_2d": [1, 2, 3, 4], "label":
+    "cat"}`; else the first two corners in brackets (`(1,2),(3,4)`); else the first four numbers that follow each other.
+    Corners may come in either order.
 
     Raises:
         UserError: The expected text has no box.
@@ -180,15 +191,14 @@ def _normalise(text: str) -> str:
 
 
 def _to_float(text: str) -> float | None:
-    text = text.strip().replace(",", "")
     try:
-        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
 
 
 def _box(text: str) -> tuple[float, float, float, float] | None:
-    found = _BOX.search(text)
+    found = next(filter(None, (form.search(text) for form in _BOXES)), None)
     if found is None:
         return None
     x1, y1, x2, y2 = map(float, found.groups())

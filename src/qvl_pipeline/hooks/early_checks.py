@@ -20,6 +20,7 @@ from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import LOCAL, ProfileLoader, profile_names
+from qvl_pipeline.tracking.lineage.locked import installed_otherwise
 from qvl_pipeline.training.in_use import READ_WHILE_TRAINING
 
 logger = logging.getLogger(__name__)
@@ -124,9 +125,15 @@ class EarlyChecks:
         return missing | {name: problem for name, problem in problems.items() if problem}
 
     def _warn_of_what_dvc_does_not_see(self, pipeline: Pipeline) -> None:
-        """Under DVC, name values of `conf/local` that decide what is written: no dependency of a stage."""
+        """Under DVC, name what decides what is written and is no dependency: values of `conf/local`, other packages."""
         if "DVC_STAGE" not in os.environ:
             return
+        for package, (locked, installed) in installed_otherwise().items():
+            logger.warning(
+                "%s %s is installed, and requirements.lock, by which DVC goes, has %s: results of both versions pass "
+                "for the same; install the locked one, or lock that",
+                *(package, installed, locked),
+            )
         read = {name.removeprefix("params:") for name in pipeline.inputs() if name.startswith("params:")}
         keys = [(name, key) for name in self._blocks if name in read for key in self._blocks[name].decisive()]
         if own := [".".join(key) for key in keys if self._origins.of(key).startswith(f"conf/{LOCAL}/")]:

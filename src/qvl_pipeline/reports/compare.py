@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.reports.intervals import bootstrap_interval, score
+from qvl_pipeline.intervals import bootstrap_interval, score
 from qvl_pipeline.reports.report import OVERALL
 from qvl_pipeline.tracking.mlflow.recorded import RecordedRun, find_runs, read_run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from qvl_pipeline.reports.intervals import Score, score
+from qvl_pipeline.intervals import Score, score
 from qvl_pipeline.reports.page import count, percent, points, render
 from qvl_pipeline.reports.plots import WIDTH, loss_curve
 from qvl_pipeline.reports.thumbnails import Thumbnail

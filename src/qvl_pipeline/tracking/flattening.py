@@ -15,6 +15,16 @@ def flattened(values: dict[str, Any], separator: str) -> Iterator[tuple[str, Any
             yield str(key), value
 
 
+def parameter_leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield parameters by their flat names; those of a block in a list by its name: `ingest.datasets.digits.limit`."""
+    for key, value in flattened(values, "."):
+        if value and isinstance(value, list) and all(isinstance(block, dict) for block in value):
+            named = {str(block.get("name", number)): block for number, block in enumerate(value)}
+            yield from ((f"{key}.{inner}", leaf) for inner, leaf in parameter_leaves(named))
+        else:
+            yield key, value
+
+
 def numbers(values: dict[str, Any], separator: str) -> dict[str, float]:
     """Return the numbers among the leaves of nested dictionaries, by their joined keys."""
     leaves = flattened(values, separator)

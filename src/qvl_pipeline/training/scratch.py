@@ -14,16 +14,18 @@ command does depends on nothing else, so it may be cut off anywhere:
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.locks import lock, relock
-from qvl_pipeline.storage.digests import add_digest
+from qvl_pipeline.storage.digests import DIGESTS, add_digest, read_sealed, sealed
+from qvl_pipeline.tracking.lineage.dvc_cache import link_file
 from qvl_pipeline.tracking.mlflow.unsent import keep_unsent, only_sender
 
 PACK_PLAN = "pack_plan.parquet"
@@ -32,9 +34,12 @@ SPEC = "train_spec.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EXPORT = "export"
+KEPT = "kept"
 CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 PUBLISHED = "PUBLISHED"
+# In the folder of models of chosen steps: why each is there.
+CHECKPOINTS_LIST = "checkpoints.json"
 
 # Processes of a run that was killed are about to end: a GPU may take its time to let them go.
 PATIENCE_S = 30.0
@@ -143,6 +148,28 @@ def publish(folder: Path, card: str, destination: Path) -> None:
     add_digest(destination, CARD)
 
 
+def publish_kept(folder: Path, card: str, kept: Mapping[str, Sequence[str]], destination: Path) -> None:
+    """Put the models of chosen steps into their place; files that two of them have in common are one file on disk.
+
+    Args:
+        folder: The training's scratch folder.
+        card: The model card that goes with each.
+        kept: Why each is kept, by its name, such as `step-300`.
+        destination: Folder to make: one folder a step, and `checkpoints.json`.
+    """
+    destination.mkdir(parents=True)
+    known: dict[tuple[str, str], Path] = {}
+    for name in kept:
+        source = folder / KEPT / name
+        for file, digest in sorted(read_sealed(source / DIGESTS)["files"].items()):
+            link_file(known.setdefault((file, digest), source / file), destination / name / file)
+        shutil.copy(source / DIGESTS, destination / name)
+        (destination / name / CARD).write_text(card, encoding="utf-8")
+        add_digest(destination / name, CARD)
+    text = json.dumps(sealed({"kept": {name: list(reasons) for name, reasons in kept.items()}}), indent=2)
+    (destination / CHECKPOINTS_LIST).write_text(f"{text}\n", encoding="utf-8")
+
+
 def note_published(folder: Path) -> None:
     """Say that model and results are in their places, and delete what only training needs: several times the model."""
     (folder / PUBLISHED).touch()
@@ -163,6 +190,7 @@ def leave(scratch: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 (folder / EXPORT).rename(removed)  # at once: half an export would pass for a whole one
             _delete(removed)
+            _delete(folder / KEPT)
             _delete(folder / CHECKPOINTS)
 
 

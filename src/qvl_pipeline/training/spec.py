@@ -123,6 +123,7 @@ def make_spec(
             spec.ExportSpec,
             train,
             output_dir=str((output_dir / EXPORT).resolve()),
+            keep_checkpoints=train.kept,
             dtype={"bf16": "bfloat16", "fp32": "float32"}[train.export_dtype],
         ),
         adapter=_filled(spec.AdapterSpec, adapter),

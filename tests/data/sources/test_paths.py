@@ -127,6 +127,20 @@ def test_leaving_a_remote_folder_is_refused(reference: str, rule: str) -> None:
     assert caught.value.rule == rule
 
 
+@pytest.mark.parametrize(
+    ("reference", "secret"),
+    [("https://b/media/a.png?part=1&X-Amz-Signature=hunter2", "a signature"), ("https://me:hunter2@b/a", "a password")],
+)
+def test_a_url_with_a_secret_is_refused_and_not_repeated(reference: str, secret: str) -> None:
+    for folder, rule in (("https://b/media", "url_with_secret"), ("data", "url_not_allowed")):
+        with pytest.raises(RejectedRowError) as caught:
+            media_folder(folder).locate(reference)
+        assert caught.value.rule == rule
+        assert "hunter2" not in caught.value.detail
+        assert (f"holds {secret}" in caught.value.detail) == (rule == "url_with_secret")
+    assert media_folder("https://b/media").locate("https://b/media/a.png?part=1") == "https://b/media/a.png?part=1"
+
+
 def test_an_absolute_path_that_starts_at_the_folder_is_told_so(project: Path) -> None:
     with pytest.raises(RejectedRowError, match="outside") as caught:
         LocalFolder(Path("data")).locate("/media/a.png")

@@ -185,6 +185,8 @@ def test_a_source_is_named_by_its_path(path: str, name: str) -> None:
         ),
         ({"path": "https://me:hunter2@example.org/a"}, "path holds a password"),
         ({"data_folder": "ftp://me:hunter2@example.org/a"}, "data_folder holds a password"),
+        ({"path": "https://x.blob.core.windows.net/a.jsonl?sv=2024&sig=hunter2"}, "path holds a signature"),
+        ({"data_folder": "https://b.s3/a?X-Amz-Signature=hunter2"}, "data_folder holds a signature"),
     ],
 )
 def test_secrets_in_parameters_are_refused_and_not_repeated(values: dict[str, Any], sentence: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,26 @@ def test_what_a_stage_made_is_found_in_the_lock(data: Path) -> None:
     (data / "folder/inner/b").write_text("c")
     changed = data_version(data / "folder")
     assert changed == DataVersion(f"md5:{dvc_md5(Path('folder'))[:-4]}", "content, not recorded by DVC")
+
+
+def test_what_is_inside_of_a_recorded_folder_is_recorded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["init", "--quiet", "--no-scm"], ["add", "--quiet", "folder"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], check=True)
+    for name in ("folder/ä.txt", "folder/inner"):
+        assert data_version(Path(name)) == DataVersion(f"md5:{dvc_md5(Path(name)).removesuffix('.dir')}", "folder.dvc")
+    (data / "folder/ä.txt").write_text("c")
+    assert data_version(Path("folder/ä.txt")).origin == "content, not recorded by DVC"
+    assert data_version(Path("folder/inner")).origin == "folder.dvc"
+    (data / "folder/ä.txt").write_text("a")
+    monkeypatch.setattr(digests, "MAX_HASHED_BYTES", 1)
+    assert data_version(Path("folder/inner")).origin == "folder.dvc", "its size is small enough to be read"
+    assert data_version(Path("folder/inner"), read_all=True).origin == "folder.dvc"
+    (data / "folder/inner/b").write_text("bb")
+    assert data_version(Path("folder/inner")).digest.startswith("len:")
+    (data / "folder/inner/b").write_text("b")
+    monkeypatch.setattr(digests, "MAX_HASHED_BYTES", 2**30)
+    shutil.rmtree(".dvc/cache")
+    assert data_version(Path("folder/inner")).origin == "folder.dvc", "in a clone without the cache"
 
 
 def test_more_than_can_be_read_is_what_dvc_recorded_if_the_size_is_right(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from qvl_pipeline.tracking.flattening import flattened, numbers
 from qvl_pipeline.tracking.lineage import digests
 from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.tracking.lineage.locked import installed_otherwise
 
 
 @pytest.fixture
@@ -73,27 +74,14 @@ def test_a_large_folder_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert content_digest(tmp_path) != digest
 
 
-def test_secrets_are_masked_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    monkeypatch.setenv("SOME_KEY", "on")
-    values = {
-        "command": "kedro run --params a.token=xyz,b=1 --on 0123456789abcdef",
-        "presigned": "https://host/x?X-Amz-Signature=abc&part=1",
-        "hf_token": "abc",
-        "nested": [{"password": "p"}, "s3://key:secret@bucket/x"],
-        "max_new_tokens": 8,
-        "special_tokens": ["a"],
-        "url": "https://host/x@y",
-    }
-    assert without_secrets(values) == {
-        "command": "kedro run --params a.token=***,b=1 --on ***",
-        "presigned": "https://host/x?X-Amz-Signature=***&part=1",
-        "hf_token": "***",
-        "nested": [{"password": "***"}, "s3://***@bucket/x"],
-        "max_new_tokens": 8,
-        "special_tokens": ["a"],
-        "url": "https://host/x@y",
-    }
+def test_what_is_installed_is_compared_with_the_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "requirements.lock"
+    lines = ["torch==0.1", f"numpy=={version('numpy')}", "av==0.1 ; python_full_version < '3'", "kedro==0.1"]
+    lock.write_text("\n".join(lines))
+    assert installed_otherwise(lock) == {"torch": ("0.1", version("torch"))}
+    lock.write_text(f"torch=={version('torch').partition('+')[0]}+cu130\n")
+    assert installed_otherwise(lock) == {}, "a build for another device"
+    assert installed_otherwise(tmp_path / "none") == {}
 
 
 def test_numbers_of_nested_values_have_joined_names() -> None:

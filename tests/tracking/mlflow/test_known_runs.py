@@ -42,6 +42,19 @@ def begin(uri: str, how: str) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline().strip()
 
 
+def test_two_first_runs_at_once_make_the_tables_of_a_new_database_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
+    command = [sys.executable, "-c", BEGIN, uri, "waits"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    printed = [process.communicate("\n") for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert {MlflowClient(uri).get_run(out.strip()).info.status for out, _ in printed} == {"FINISHED"}
+
+
 def test_a_killed_run_is_marked_by_the_next_one_and_a_living_one_is_not(uri: str) -> None:
     gone, killed_id = begin(uri, "killed")
     assert gone.wait() == -signal.SIGKILL

@@ -59,9 +59,15 @@ def _train(
     return quick._write_model, {"mlflow_run_id": None}
 
 
+def _page(raw_manifest: dict[str, Any]) -> str:
+    """Show a row with a secret of its owner."""
+    return f"<p>Authorization: Bearer page-{PLANTED}, https://host/a.png?sv=1&amp;sig=page-{PLANTED}</p>"
+
+
 def register_pipelines() -> dict[str, Pipeline]:
     inputs = ["base_model", "plan_summary", "params:model", "params:batching", "params:train"]
     registered = quick.register_pipelines()
+    registered["tokenize"] += Pipeline([Node(_page, "raw_manifest", "label_preview", name="page")])
     registered["train"] = Pipeline([Node(_train, inputs, ["trained_model", "train_result"], name="train")])
     return registered
 
@@ -95,7 +101,7 @@ def test_no_file_of_a_run_and_no_line_of_its_log_holds_a_secret(
 
     sources = [
         {"name": "here", "path": "rows.jsonl", "data_type": "jsonl"},
-        {"name": "there", "path": f"https://host/rows.jsonl?X-Amz-Signature=url-{PLANTED}", "data_type": "jsonl"},
+        {"name": "there", "path": f"https://host/rows.jsonl?part=url-{PLANTED}", "data_type": "jsonl"},
     ]
     quick.run(planted, "ingest", "tokenize", "train", env=env, params={"ingest": {"demo": None, "datasets": sources}})
     caplog.set_level("DEBUG")
@@ -111,7 +117,13 @@ def test_no_file_of_a_run_and_no_line_of_its_log_holds_a_secret(
     assert (artifacts / "train_spec.json").exists()
     assert "***" in (artifacts / "parameters.yml").read_text(), "the place is shown, the secret is not"
     found = [path for path in written if PLANTED.encode() in path.read_bytes()]
-    assert sorted(path.name for path in found) == ["config", "credentials.yml"], "only where they were planted"
+    assert "Authorization: Bearer" not in (artifacts / "label_preview.html").read_text()
+    assert "***" in (artifacts / "label_preview.html").read_text(), (
+        "the page of a data stage is masked where it goes out"
+    )
+    names = ["config", "credentials.yml", "label_preview.html"]
+    assert sorted(path.name for path in found) == names, "only where they were planted"
+    assert not any(path.is_relative_to(artifacts) for path in found)
     output = "".join(capfd.readouterr()) + caplog.text
     assert "MLflow does not have something: no route to https://***@host" in output
     assert PLANTED not in output

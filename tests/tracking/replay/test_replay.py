@@ -40,7 +40,9 @@ def test_code_of_no_commit_is_recorded_and_applies_to_the_commit(code: Path, tmp
     (code / "conf" / "base" / "credentials.yml").write_text("token: secret\n")
     before = command(code, "git status --short")
     patch = tmp_path / "patch"
-    patch.write_text(uncommitted(code))
+    text, masked = uncommitted(code)
+    patch.write_text(text)
+    assert not masked
     assert command(code, "git status --short") == before
     assert "secret" not in patch.read_text()
     command(tmp_path, f"git clone --quiet {code} {tmp_path / 'copy'}")
@@ -120,8 +122,10 @@ def test_what_cannot_be_repeated_is_said(client: mlflow.MlflowClient) -> None:
     with pytest.raises(UserError, match=r"recorded without mlflow\.source\.git\.commit, pipelines, profile"):
         read_run(recorded(client, []))
     with pytest.raises(UserError, match="evaluates the training abc: replay that"):
-        read_run(recorded(client, [], {"mlflow.parentRunId": "abc"}))
+        read_run(recorded(client, [], {"evaluates_run": "abc"}))
     tags = {"mlflow.source.git.commit": "c", "pipelines": "train", "profile": "tiny_qwen3_vl", "dataset": "digits"}
+    with pytest.raises(UserError, match=r"its code held a secret that is masked in uncommitted\.patch"):
+        read_run(recorded(client, [], tags | {"git_dirty": "true", "uncommitted_masked": "true"}))
     with pytest.raises(UserError, match=r"its artifact uncommitted\.patch is not there"):
         read_run(recorded(client, [], tags | {"git_dirty": "true"}))
 
@@ -130,11 +134,12 @@ def test_a_replay_is_recorded_where_ones_own_runs_are(tmp_path: Path) -> None:
     (tmp_path / "conf/local").mkdir(parents=True)
     (tmp_path / "work/conf" / replay.PROFILE).mkdir(parents=True)
     written = tmp_path / "work/conf" / replay.PROFILE / "mlflow.yml"
+    own = {"run_name": "a replay", "register_model": None}
     replay._name_next_run(tmp_path, tmp_path / "work", "a replay")
-    assert yaml.safe_load(written.read_text()) == {"run_name": "a replay"}
-    (tmp_path / "conf/local/mlflow.yml").write_text("experiment: mine\nrun_name: mine\n")
+    assert yaml.safe_load(written.read_text()) == own
+    (tmp_path / "conf/local/mlflow.yml").write_text("experiment: mine\nrun_name: mine\nregister_model: digits\n")
     replay._name_next_run(tmp_path, tmp_path / "work", "a replay")
-    assert yaml.safe_load(written.read_text()) == {"experiment": "mine", "run_name": "a replay"}
+    assert yaml.safe_load(written.read_text()) == {"experiment": "mine", **own}
 
 
 def test_a_run_that_is_repeated_ends_in_its_own_way_when_the_replay_is_interrupted(tmp_path: Path) -> None:

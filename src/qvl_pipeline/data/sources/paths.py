@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
 from qvl_pipeline.data.sources.remote import is_url
+from qvl_pipeline.secrets import url_holds_secret
 
 # qwen_vl_utils names local files this way, without percent-encoding.
 _FILE_SCHEME = "file://"
@@ -83,10 +84,15 @@ class RemoteFolder:
             Its URL.
 
         Raises:
-            RejectedRowError: The reference is no usable path (`unknown_format`), or leaves the folder
-                (`path_outside_data_folder`).
+            RejectedRowError: The reference is no usable path (`unknown_format`), leaves the folder
+                (`path_outside_data_folder`), or is a URL with a password or a signature (`url_with_secret`).
         """
         _refuse_nul(reference)
+        if secret := url_holds_secret(reference):
+            raise RejectedRowError(
+                "url_with_secret",
+                f"{quote(reference)} holds {secret}: name the file alone, and give credentials in the environment",
+            )
         scheme, separator, path = reference.partition("://")
         if not separator:
             scheme, path = self._scheme, posixpath.join(self._root, reference)

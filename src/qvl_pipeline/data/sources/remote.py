@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem, Callback
 from fsspec.core import url_to_fs
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.secrets import without_url_secrets
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -142,6 +143,8 @@ async def _stay_on_host(_session: Any, _context: Any, redirect: Any) -> None:
     there = here.join(type(here)(redirect.response.headers.get("Location", "")))
     secured = here.host == there.host and (here.scheme, there.scheme) == ("http", "https") and there.is_default_port()
     if here.origin() != there.origin() and not secured:
+        # Those that storage servers redirect to are signed.
+        there = without_url_secrets(str(there))
         raise UserError(
             f"'{here}' redirects to '{there}', another server, which is not followed: copy the file to here"
         )
@@ -176,8 +179,8 @@ def _name(url: str, info: Mapping[str, Any]) -> str:
 
 def _failure(url: str, error: Exception) -> UserError:
     # The type only and the first line: what libraries add may hold headers of the request.
-    reason = str(error).splitlines()[0][:200] if str(error) else ""
+    reason = without_url_secrets(str(error).splitlines()[0])[:200] if str(error) else ""
     return UserError(
-        f"'{url}' cannot be read ({type(error).__name__}: {reason}): check the URL, storage_options, and the "
-        "credentials in the environment"
+        f"'{without_url_secrets(url)}' cannot be read ({type(error).__name__}: {reason}): check the URL, "
+        "storage_options, and the credentials in the environment"
     )

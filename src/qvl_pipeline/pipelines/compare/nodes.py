@@ -23,7 +23,7 @@ def write_comparison(compare: CompareConfig) -> str:
     """
     from qvl_pipeline.reports.compare import compare_runs
     from qvl_pipeline.reports.compare_page import render_comparison
-    from qvl_pipeline.tracking.mlflow.run import answering
+    from qvl_pipeline.tracking.mlflow.server import answering
 
     with answering():
         comparison = compare_runs(compare.runs)

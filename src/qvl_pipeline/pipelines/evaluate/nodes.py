@@ -16,7 +16,8 @@ from qvl_pipeline.data.base_model import check_prepared, read_base_model
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.engine.model.adapters import FOLDER as ADAPTER
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, regressions, slices
+from qvl_pipeline.evaluation.gate import regressions
+from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
@@ -28,6 +29,7 @@ from qvl_pipeline.training.scratch import CARD
 def generate(
     base_model: Path,
     trained_model: Path,
+    kept_checkpoints: Path,
     tokenized_samples: Path,
     video_frames: Path,
     plan_summary: dict[str, Any],
@@ -41,6 +43,7 @@ def generate(
         base_model: Folder with the manifest of the base model.
         trained_model: Folder of the trained model and its processor. Where it has an adapter, both models are one copy
             of the base, with and without it.
+        kept_checkpoints: Folder of models of earlier steps, of which `evaluate` may name one or several instead.
         tokenized_samples: Arrow file of the samples.
         video_frames: Folder of the frame store.
         plan_summary: Facts of the plan that belongs to the tokenized samples.
@@ -53,13 +56,14 @@ def generate(
         Without `compare_base` the base model's columns are null and the metrics have the key `trained` only.
 
     Raises:
-        UserError: There is nothing to evaluate, a sample has a task without a metric, the model was trained on other
-            tokens than these or from another base model than it is to be compared with, or the tokens were made with
-            other parameters of the model.
+        UserError: There is nothing to evaluate, a checkpoint is not there, a sample has a task without a metric, the
+            model was trained on other tokens than these or from another base model than it is to be compared with, or
+            the tokens were made with other parameters of the model.
     """
     from transformers import AutoProcessor
 
     from qvl_pipeline.evaluation.answering import Answering, answer_all
+    from qvl_pipeline.evaluation.checkpoints import chosen_model
     from qvl_pipeline.evaluation.checks import checked_samples
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
@@ -71,6 +75,10 @@ def generate(
             "the trained model belongs to another pack plan than the tokenized samples, which were made anew since: "
             "run `kedro run --pipelines train` (with the same --env) first"
         )
+    scratch = base_model.parent / "scratch"
+    trained_model = chosen_model(
+        trained_model, kept_checkpoints, evaluate.checkpoint, evaluate.average, scratch / "average"
+    )
     adapter = trained_model / ADAPTER
     needs_base = evaluate.compare_base or adapter.is_dir()
     if needs_base and train_result.get("base_model") not in (None, base_model_digest(base_model)):
@@ -98,9 +106,8 @@ def generate(
     )
     with progress_bar() as bar:
         task = bar.add_task("answers and losses", total=2 * len(rows) * len(asked.models))
-        scratch = base_model.parent / "scratch" / "evaluation"
         processes = processes_per_node(evaluate.nproc_per_node, "evaluate.nproc_per_node", without_gpus=1)
-        found = answer_all(asked, scratch, processes, partial(bar.advance, task))
+        found = answer_all(asked, scratch / "evaluation", processes, partial(bar.advance, task))
     answers = {name: [by_row[row][0] for row in rows] for name, by_row in found.items()}
     losses = {name: [by_row[row][1] for row in rows] for name, by_row in found.items()}
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
@@ -135,24 +142,28 @@ def complete_card(trained_model: Path, metrics: dict[str, Any]) -> str:
     return with_scores((trained_model / CARD).read_text(encoding="utf-8"), metrics)
 
 
-def refuse_regressions(metrics: dict[str, Any], report: str, evaluate: EvaluateConfig) -> None:
+def refuse_regressions(
+    metrics: dict[str, Any], predictions: pd.DataFrame, report: str, evaluate: EvaluateConfig
+) -> None:
     """Fail when the trained model is worse than the base model by more than `must_not_regress` allows.
 
     Args:
         metrics: Metrics of the evaluated models.
+        predictions: Their predictions.
         report: The report, which is thereby written first.
         evaluate: Parameters of the stage.
 
     Raises:
         UserError: Some score is; the table of them is printed.
     """
-    worse = regressions(metrics, evaluate.must_not_regress)
+    worse = regressions(metrics, predictions, evaluate.must_not_regress, evaluate.must_not_regress_by)
     if not worse:
         return
-    table = Table("kind", "metric", "base", "trained", "allowed drop")
+    table = Table("kind", "metric", "base", "trained", "allowed drop", "95 % interval")
     for row in worse:
         figures = (f"{row[key]:.1%}" for key in ("base", "trained", "allowed_drop"))
-        table.add_row(row["kind"], row["metric"], *figures)
+        interval = "" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
+        table.add_row(row["kind"], row["metric"], *figures, interval)
     Console().print(table)
     names = ", ".join(f"{row['metric']} of {row['kind']}" for row in worse)
     raise UserError(
@@ -199,7 +210,8 @@ def write_report(
     origin = model.load_from_pretrained_path or f"a tiny {name} with random weights (seed {model.tiny_seed})"
     return render_report(
         title=evaluate.report_title or name,
-        subtitle=f"{name}, trained from {origin}",
+        subtitle=f"{name}, trained from {origin}"
+        + (f"; evaluated: {evaluate.evaluated}" if evaluate.evaluated != "trained" else ""),
         metrics=metrics,
         predictions=predictions,
         slices=evaluation_slices,

@@ -16,6 +16,7 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "base_model",
                     "trained_model",
+                    "kept_checkpoints",
                     "tokenized_samples",
                     "video_frames",
                     "plan_summary",
@@ -47,7 +48,7 @@ def create_pipeline() -> Pipeline:
             Node(complete_card, inputs=["trained_model", "metrics"], outputs="model_card", name="complete_card"),
             Node(
                 refuse_regressions,
-                inputs=["metrics", "report", "params:evaluate"],
+                inputs=["metrics", "predictions", "report", "params:evaluate"],
                 outputs=None,
                 name="refuse_regressions",
             ),

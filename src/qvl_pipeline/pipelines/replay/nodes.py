@@ -26,7 +26,7 @@ def repeat(replay: ReplayConfig) -> dict[str, Any]:
     Raises:
         UserError: It cannot be repeated, or its repetition failed.
     """
-    from qvl_pipeline.tracking.mlflow.run import answering
+    from qvl_pipeline.tracking.mlflow.server import answering
     from qvl_pipeline.tracking.replay.repeat import replay_run
 
     if not replay.run_id:

@@ -22,7 +22,7 @@ from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.running import collect, join, run_engine
-from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish
+from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish, publish_kept
 from qvl_pipeline.training.spec import Inputs, make_spec
 
 
@@ -39,14 +39,14 @@ def train(
     train: TrainConfig,
     adapter: AdapterConfig,
     ingest: IngestConfig,
-) -> tuple[Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
+) -> tuple[Callable[[Path], None], Callable[[Path], None], pd.DataFrame, dict[str, Any]]:
     """Execute the pack plan on this machine's GPUs, or on its CPU when there are none.
 
     The engine works in `<model folder>/scratch/<fingerprint>`; a run of the very same model, plan and parameters that
     was cut off continues there from its newest checkpoint.
 
     Returns:
-        A writer of the trained model's folder, the logged steps, and the result.
+        A writer of the trained model's folder, one of the folder of kept checkpoints, the logged steps, and the result.
 
     Raises:
         UserError: The plan was made for other parameters, these fit the model in no way, or cannot run here; frames
@@ -108,4 +108,5 @@ def train(
         "git_commit": code.get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
-    return partial(publish, folder, card), rows, result | provenance
+    kept = partial(publish_kept, folder, card, result.get("kept_checkpoints", {}))
+    return partial(publish, folder, card), kept, rows, result | provenance

@@ -27,7 +27,7 @@ def create_pipeline() -> Pipeline:
                     "params:adapter",
                     "params:ingest",
                 ],
-                outputs=["trained_model", "training_metrics", "train_result"],
+                outputs=["trained_model", "kept_checkpoints", "training_metrics", "train_result"],
                 name="train",
             )
         ]

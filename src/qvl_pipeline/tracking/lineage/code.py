@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 # What decides the result of a run. DVC rewrites dvc.lock between two stages, which must not make the second one dirty.
-CODE_PATHS = ("src", "conf", "dvc.yaml", "pyproject.toml")
+# Parameters are recorded as they were used: `dvc exp run -S` writes them into their file, and the code is the commit's.
+CODE_PATHS = ("src", "conf", "dvc.yaml", "pyproject.toml", ":(exclude,glob)conf/*/parameters*.yml")
 DVC_VARIABLES = {"dvc_stage": "DVC_STAGE", "dvc_experiment": "DVC_EXP_NAME"}
 
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.secrets import without_secrets
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -44,6 +44,25 @@ def link_by_md5(project: Path, md5: str, target: Path) -> bool:
     for name, file in found.items():
         link_file(file, target / name if name else target)
     return True
+
+
+def files_of_version(project: Path, md5: str) -> dict[str, str] | None:
+    """Return the md5 of each file of a folder by its name there, as DVC's cache has it; `None` where it does not.
+
+    Args:
+        project: Root of the project.
+        md5: Version of the folder, with the `.dir` behind it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(project)) as repo:
+            listing = Path(repo.cache.local.oid_to_path(md5))
+            entries = json.loads(listing.read_text(encoding="utf-8"))
+    except (DvcException, OSError):
+        return None
+    return {entry["relpath"]: entry["md5"] for entry in entries}
 
 
 def _in_cache(repo: Repo, md5: str) -> dict[str, Path] | None:

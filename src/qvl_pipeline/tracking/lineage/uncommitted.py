@@ -8,18 +8,21 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.secrets import file_without_secrets
 
 PATCH = "uncommitted.patch"
+# Tag of a run whose patch held secrets.
+MASKED = "uncommitted_masked"
 # Of the configuration only the catalogs: parameters and profile are recorded as they were used, and other files may
 # hold credentials.
 _PATHS = ("src", "pyproject.toml", ":(glob)conf/*/catalog*.yml")
 
 
-def uncommitted(project: Path) -> str:
+def uncommitted(project: Path) -> tuple[str, bool]:
     """Return the difference between the code and the commit it stands on, new files included, for `git apply`.
 
-    Secrets are masked.
+    Returns:
+        The patch, in which secrets are masked; and whether there were any: it is then not the code that ran.
 
     Raises:
         OSError: Git refuses.
@@ -32,7 +35,8 @@ def uncommitted(project: Path) -> str:
         paths = [path for path in _PATHS if path.startswith(":") or (project / path).exists()]
         _git(project, "add", "--all", "--", *paths, index=index)
         patch = _git(project, "diff", "--cached", "--binary", "--no-ext-diff", "HEAD", "--", *paths, index=index)
-    return without_secrets(patch)
+    masked = file_without_secrets(patch)
+    return masked, masked != patch
 
 
 def _git(project: Path, *arguments: str, index: Path | None = None) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
@@ -22,9 +23,11 @@ from pydantic import Field, ValidationError
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.secrets import without_secrets
 from qvl_pipeline.tracking.flattening import flattened
 from qvl_pipeline.tracking.lineage.code import dvc_tags, git_tags
-from qvl_pipeline.tracking.lineage.uncommitted import PATCH, uncommitted
+from qvl_pipeline.tracking.lineage.uncommitted import MASKED, PATCH, uncommitted
+from qvl_pipeline.tracking.mlflow.chain import ABOVE, CHAIN, EVALUATES, PARENT, chain_run, dvc_process, run_name
 from qvl_pipeline.tracking.mlflow.sinks import check_installed
 from qvl_pipeline.tracking.mlflow.system_metrics import SystemMetrics
 
@@ -36,12 +39,37 @@ logger = logging.getLogger(__name__)
 # Stages that keep a machine busy for long.
 LONG_STAGES = ("sample", "train", "evaluate")
 
+MODEL_ENTRY, KEPT_ENTRY, DATA_ENTRY = "trained_model", "kept_checkpoints", "tokenized_samples"
+# Beside the base model: where an average of checkpoints is evaluated.
+AVERAGE = "scratch/average"
+# What all runs of a chain have in common.
+_OF_CHAINS = ("profile", "dataset", "dvc_experiment", "mlflow.source.git.commit", "git_dirty")
+
 # The parameters without defaults: what a replay gives. Some mean something only by being given.
 GIVEN = "given_parameters.yml"
 # The catalog entry that names the MLflow run of the training; an evaluation writes its metrics into that run too.
 TRAIN_RESULT = "train_result"
+# The model that an evaluation is of, unless `evaluate` names a checkpoint or several to average.
+TRAINED = "trained"
 # By the dotted name of every parameter: the file that sets it, `--params`, or `default`.
 ORIGIN = "parameters_origin.yml"
+
+
+class PromoteConfig(Block):
+    """When a version gets an alias that others may rely on.
+
+    Attributes:
+        alias: The alias.
+        when: `better_than_champion`: its answers are better than those of the version that has the alias, to the same
+            samples; the first version gets it.
+        on: Kind of the samples that count, or `overall`.
+        by: `paired_bootstrap`: the 95 % interval of the mean difference lies above 0.
+    """
+
+    alias: str = Field("champion", pattern=r"^[A-Za-z][\w-]*$")
+    when: Literal["better_than_champion"] = "better_than_champion"
+    on: str = "overall"
+    by: Literal["paired_bootstrap"] = "paired_bootstrap"
 
 
 class MlflowConfig(Block):
@@ -54,9 +82,11 @@ class MlflowConfig(Block):
         run_name: Name of the run; that of single stages has their names behind it, as in `qwen3_vl_8b/train`.
         system_metrics_interval_s: Seconds between two samples of CPU, memory, disk, network and GPUs in the stages that
             take long (`sample`, `train`, `evaluate`); 0 takes none.
-        register_model: Name under which every trained model becomes a version in the model registry, by default none.
-            A version is a pointer to the model: its folder and DVC's md5, not its weights.
-        alias: Alias that the newest version gets, such as `candidate` or `champion`.
+        register_model: Name under which a model becomes a version in the model registry once it was evaluated and no
+            gate refused it, by default none. A version is a pointer to the model: folder and DVC's md5, not weights;
+            `mlflow.pyfunc.load_model` finds it by that.
+        alias: Alias that the newest version gets, such as `candidate`.
+        promote: Alias that only a better version gets.
     """
 
     tracking_uri: str
@@ -66,6 +96,7 @@ class MlflowConfig(Block):
     system_metrics_interval_s: float = Field(10.0, ge=0)
     register_model: str | None = None
     alias: str | None = Field("candidate", pattern=r"^[A-Za-z][\w-]*$")
+    promote: PromoteConfig | None = None
 
 
 class MlflowHook:
@@ -88,6 +119,11 @@ class MlflowHook:
         self._run: MlflowRun | None = None
         self._system_metrics: SystemMetrics | None = None
         self._training_run: str | None = None
+        self._above: str | None = None
+        self._evaluated = TRAINED
+        self._made: dict[str, str] | None = None
+        self._scored: dict[str, str] | None = None
+        self._made_by: dict[str, Any] = {}
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
@@ -124,7 +160,8 @@ class MlflowHook:
                 installed.
         """
         from qvl_pipeline.tracking.lineage.environment import environment_freeze
-        from qvl_pipeline.tracking.mlflow.run import going_on, start_run, use_server
+        from qvl_pipeline.tracking.mlflow.run import going_on, start_run
+        from qvl_pipeline.tracking.mlflow.server import use_server
 
         config = self._config
         if all("not_recorded" in node.tags for node in pipeline.nodes) and pipeline.nodes:
@@ -140,25 +177,35 @@ class MlflowHook:
         self._finish("KILLED")
         atexit.register(self._finish, "KILLED")
         names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
-        run_name = config.run_name if names == ["__default__"] else f"{config.run_name}/{'+'.join(names)}"
-        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, run_name)
+        changed = dict(flattened(without_secrets(run_params.get("runtime_params") or {}), "."))
+        experiment = dvc_tags().get("dvc_experiment")
+        name = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, name)
         if TRAIN_RESULT in pipeline.inputs():
-            self._training_run = catalog.load(TRAIN_RESULT).get("mlflow_run_id")
+            self._training_run = self._known(catalog.load(TRAIN_RESULT).get("mlflow_run_id"))
+            self._evaluated = self._blocks["evaluate"].model_validate(self._parameters["evaluate"]).evaluated
+        self._made_by = {name: self._parameters[name] for name in _blocks(_up_to(pipeline))}
         self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
+        tags: dict[str, Any] = {}
         with going_on("the parameters and tags of this run"):
             tags = self._tags(names, pipeline, catalog)
             self._run.set_tags(tags)
             if tags.get("git_dirty") == "true":
-                self._run.log_text(uncommitted(self._context.project_path), PATCH)
+                patch, masked = uncommitted(self._context.project_path)
+                self._run.log_text(patch, PATCH)
+                if masked:
+                    self._run.set_tags({MASKED: "true"})
             self._run.log_yaml(self._parameters, "parameters.yml")
             self._run.log_yaml(self._context.config_loader["parameters"], GIVEN)
             self._run.log_yaml(self._origin(), ORIGIN)
-            self._run.log_parameters({name: self._parameters[name] for name in _blocks(pipeline)})
+            self._run.log_parameters(self._made_by)
             for name in sorted(pipeline.inputs() & self._paths.keys()):
                 self._run.log_input(name, self._paths[name], context="+".join(names))
         with going_on("the environment of this run"):
             self._run.log_text(environment_freeze(), "environment.txt")
-        logger.info("MLflow run %s (%s)", run_name, self._run.id)
+        with going_on("the run above those of this chain"):
+            self._go_below(run_name(config.run_name, [], experiment, changed), tags)
+        logger.info("MLflow run %s (%s)", name, self._run.id)
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:
@@ -173,6 +220,7 @@ class MlflowHook:
         wanted = self._wanted.get(dataset_name)
         if self._run is None or not wanted:
             return
+        from qvl_pipeline.tracking.mlflow.models import pointer_to
         from qvl_pipeline.tracking.mlflow.run import going_on
 
         with going_on(f"'{dataset_name}'"):
@@ -183,17 +231,34 @@ class MlflowHook:
             if wanted.get("sources"):
                 self._log_sources(data["files"])
             if wanted.get("model"):
-                self._run.log_model(self._paths[dataset_name], self._config.register_model, self._config.alias)
+                self._made = pointer_to(self._paths[dataset_name])
+                self._run.log_pointer(self._made)
+                self._run.log_model(self._config.run_name, self._made, self._made_by)
+            if wanted.get("models"):
+                for folder in sorted(self._paths[dataset_name].glob("step-*")):
+                    name = f"{self._config.run_name}-{folder.name}"
+                    self._run.log_model(name, pointer_to(folder), self._made_by)
             if wanted.get("artifact"):
                 self._run.log_artifact(self._paths[dataset_name])
             if wanted.get("metrics"):
-                self._run.log_metrics(data)
-                if self._training_run:
-                    self._run.log_metrics(data, run_id=self._training_run)
+                # Scores of another model than the trained one have no place in its row.
+                of_training = self._training_run if self._evaluated == TRAINED else None
+                for run_id in filter(None, (self._run.id, of_training, self._above)):
+                    self._run.log_metrics(data, run_id=run_id)
+                if of_training:
+                    self._run.complete_parameters(self._made_by, of_training)
+                self._log_model_scores(data)
 
     @hook_impl
     def after_pipeline_run(self) -> None:
-        """End the run as finished."""
+        """Register the model that was evaluated, since no gate refused it, and end the run as finished."""
+        config = self._config
+        if self._run and self._scored and config.register_model:
+            from qvl_pipeline.tracking.mlflow.run import going_on
+
+            promote = config.promote.model_dump() if config.promote else None
+            with going_on(f"a version of '{config.register_model}'"):
+                self._run.register(config.register_model, self._scored, self._training_run, config.alias, promote)
         self._finish("FINISHED")
 
     @hook_impl
@@ -201,8 +266,43 @@ class MlflowHook:
         """End the run as failed."""
         self._finish("FAILED")
 
+    def _log_model_scores(self, metrics: dict[str, Any]) -> None:
+        """Log the scores of the evaluated model to its entry in the table of models."""
+        from qvl_pipeline.tracking.mlflow.models import pointer_to
+        from qvl_pipeline.tracking.mlflow.run import valid_name
+
+        folder, name = self._paths[MODEL_ENTRY], self._config.run_name
+        if self._evaluated != TRAINED:
+            chosen = self._blocks["evaluate"].model_validate(self._parameters["evaluate"])
+            kept = self._paths[KEPT_ENTRY] / chosen.checkpoint if chosen.checkpoint else None
+            folder, name = kept or self._paths["base_model"].parent / AVERAGE, f"{name}-{self._evaluated}"
+        if not folder.is_dir():
+            return
+        pointer = self._made if self._made and self._evaluated == TRAINED else pointer_to(folder)
+        samples = self._paths[DATA_ENTRY]
+        data = (DATA_ENTRY, samples) if samples.exists() else None
+        made_by = self._training_run
+        self._run.log_model_scores(valid_name(name), pointer, self._made_by, made_by, metrics[TRAINED], data)
+        # An average is in no stage's outputs: nobody could get it.
+        self._scored = pointer if folder.name != Path(AVERAGE).name else None
+
+    def _go_below(self, name: str, tags: dict[str, Any]) -> None:
+        """Let MLflow show this run below that of its sweep, of its `dvc repro`, or of the training it evaluates."""
+        above = os.environ.get(ABOVE)
+        if not above and (process := dvc_process()):
+            chain = f"{process}-{self._context.config_loader['globals']['profile']}"
+            shared = {key: str(tags[key]) for key in _OF_CHAINS if key in tags}
+            above, is_new = chain_run(self._run.id, chain, name, {CHAIN: "dvc repro", **shared})
+            self._above = above
+            if is_new:
+                self._run.log_parameters(self._parameters, run_id=above)
+        if above := above or self._training_run:
+            self._run.set_tags({PARENT: above})
+
     def _finish(self, status: str) -> None:
         run, self._run, self._training_run = self._run, None, None
+        above, self._above = self._above, None
+        self._made = self._scored = None
         watched, self._system_metrics = self._system_metrics, None
         if watched is not None:
             watched.stop()
@@ -210,7 +310,16 @@ class MlflowHook:
             from qvl_pipeline.tracking.mlflow.run import going_on
 
             with going_on(f"the end of this run ({status})"):
-                run.finish(status)
+                run.finish(status, above)
+
+    def _known(self, training: str | None) -> str | None:
+        """Return the run of a training, unless it was recorded elsewhere, as that of a model which DVC has brought."""
+        from qvl_pipeline.tracking.mlflow.server import is_recorded
+
+        if training is None or is_recorded(training):
+            return training
+        logger.info("run %s, which trained this model, is in another MLflow: scores are in this run only", training)
+        return None
 
     def _origin(self) -> dict[str, str]:
         origins = self._context.config_loader.origins
@@ -228,21 +337,20 @@ class MlflowHook:
     def _tags(self, names: list[str], pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
         tags = {"pipelines": "+".join(names), **self._context.config_loader["globals"]}
         tags |= git_tags(self._context.project_path) | dvc_tags()
-        for name in sorted(_upstream(pipeline) - pipeline.all_outputs()):
+        for name in sorted(_up_to(pipeline).all_outputs() - pipeline.all_outputs()):
             if (wanted := self._wanted.get(name, {}).get("tags")) and catalog.exists(name):
                 content = catalog.load(name)
                 tags |= {tag: content[key] for tag, key in wanted.items()}
         if self._training_run:
-            # MLflow then shows this run below that of the training.
-            tags["mlflow.parentRunId"] = self._training_run
+            tags |= {EVALUATES: self._training_run} if self._evaluated == TRAINED else {"evaluated": self._evaluated}
         return tags
 
 
-def _upstream(pipeline: Pipeline) -> set[str]:
-    """Return what `pipeline` goes back to: its inputs, and all that they were made from."""
+def _up_to(pipeline: Pipeline) -> Pipeline:
+    """Return `pipeline` with all that its inputs were made by."""
     chain = pipelines["__default__"]
     inputs = pipeline.inputs() & chain.all_outputs()
-    return chain.to_outputs(*inputs).all_outputs() if inputs else set()
+    return pipeline + chain.to_outputs(*inputs) if inputs else pipeline
 
 
 def _blocks(pipeline: Pipeline) -> list[str]:

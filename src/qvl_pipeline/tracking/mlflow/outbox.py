@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.secrets import without_secrets
+from qvl_pipeline.tracking.mlflow.models import log_model, register
 
 logger = logging.getLogger(__name__)
 
@@ -163,5 +164,7 @@ _KINDS = {
     "input": _input,
     "text": _text,
     "artifact": _artifact,
+    "model": log_model,
+    "register": register,
     "status": _status,
 }

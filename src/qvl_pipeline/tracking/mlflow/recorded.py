@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,10 +15,10 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.flattening import flattened
+from qvl_pipeline.tracking.flattening import parameter_leaves
+from qvl_pipeline.tracking.mlflow.chain import EVALUATES
 
 # Names that a training is looked up by, next to the id of its run.
 NAME_TAGS = ("profile", "dvc_experiment")
@@ -43,7 +42,7 @@ class RecordedRun:
         run_id: MLflow run of the training.
         name: Profile.
         started: When it started, in milliseconds since 1970.
-        parameters: All parameters by their flat names (`train.learning_rate`, `ingest.datasets[digits].weight`), as
+        parameters: All parameters by their flat names (`train.learning_rate`, `ingest.datasets.digits.weight`), as
             text; those of block `evaluate` are from the evaluation.
         metrics: Last value of every metric.
         curves: Value by step of every metric in `CURVES` that was recorded.
@@ -129,7 +128,7 @@ def _training(client: MlflowClient, experiments: list[str], name: str) -> tuple[
             f"compare.runs: MLflow has no finished training of a profile or DVC experiment '{name}', and no run of "
             f"this id; there are trainings of {', '.join(_profiles(client, experiments)) or 'no profile'}"
         ) from error
-    if parent := run.data.tags.get(MLFLOW_PARENT_RUN_ID):
+    if parent := run.data.tags.get(EVALUATES):
         return client.get_run(parent), run
     if not _trains(run):
         raise UserError(f"compare.runs: MLflow run {name} is no training; it ran {run.data.tags.get('pipelines')}")
@@ -138,7 +137,7 @@ def _training(client: MlflowClient, experiments: list[str], name: str) -> tuple[
 
 def _newest_evaluation(client: MlflowClient, training: Run) -> Run:
     """Return the newest run that evaluated `training` later, else `training`, which may have evaluated itself."""
-    later = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{training.info.run_id}' and attributes.status = 'FINISHED'"
+    later = f"tags.{EVALUATES} = '{training.info.run_id}' and attributes.status = 'FINISHED'"
     return next(iter(_search(client, [training.info.experiment_id], later)), training)
 
 
@@ -155,18 +154,8 @@ def _parameters(run: Run) -> dict[str, str]:
     merged = _artifact(run, "parameters.yml")
     if merged is None:
         return dict(run.data.params)
-    leaves = _leaves(yaml.safe_load(merged))
+    leaves = parameter_leaves(yaml.safe_load(merged))
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
-
-
-def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the flat names and values of parameters; also those of blocks in a list, such as `ingest.datasets`."""
-    for key, value in flattened(values, "."):
-        if value and isinstance(value, list) and all(isinstance(block, dict) for block in value):
-            for number, block in enumerate(value):
-                yield from ((f"{key}[{block.get('name', number)}].{inner}", leaf) for inner, leaf in _leaves(block))
-        else:
-            yield key, value
 
 
 def _curve(client: MlflowClient, run_id: str, key: str) -> pd.Series:

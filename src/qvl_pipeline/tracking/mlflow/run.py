@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import re
-import sqlite3
 import sys
 import time
 from collections.abc import Iterator
@@ -20,50 +19,26 @@ import yaml
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME, MLFLOW_USER
-from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
-from requests import RequestException
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
-from qvl_pipeline.errors import UserError
+from qvl_pipeline.secrets import file_without_secrets, without_secrets
 from qvl_pipeline.storage.room import room_for
-from qvl_pipeline.tracking.flattening import flattened, numbers
+from qvl_pipeline.tracking.flattening import numbers, parameter_leaves
 from qvl_pipeline.tracking.lineage.data_version import data_version
-from qvl_pipeline.tracking.lineage.digests import weights_digest
+from qvl_pipeline.tracking.mlflow.chain import chain_above
 from qvl_pipeline.tracking.mlflow.known import check_not_emptied, killed, note_begun, note_ended
 from qvl_pipeline.tracking.mlflow.outbox import Outbox
-from qvl_pipeline.tracking.secrets import without_secrets
+from qvl_pipeline.tracking.mlflow.server import database, unusable, use_server
 
 logger = logging.getLogger(__name__)
 
 # A prediction table of a large eval split belongs to DVC, not into an artifact store.
 MAX_ARTIFACT_BYTES = 50 * 2**20
+_TEXTS = {".csv", ".html", ".json", ".jsonl", ".log", ".md", ".txt", ".yaml", ".yml"}
+# Tag of a training: how its newest evaluation differs from the parameters in its row.
+OTHERWISE = "evaluated_otherwise"
 # Without it, MLflow opens an experiment on its page for traces of language model applications, not on the runs.
 _OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
-
-
-def use_server(tracking_uri: str) -> None:
-    """Let MLflow record in, and read from, a tracking server or database.
-
-    A database in a file is opened once: where that fails, MLflow would try again for a minute.
-
-    Raises:
-        UserError: The database cannot be opened.
-    """
-    if tracking_uri.startswith("sqlite:///"):
-        path = _database(tracking_uri)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(path)) as database:
-                database.execute("PRAGMA schema_version")
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"MLflow cannot record runs in {tracking_uri}: {'it is a folder' if path.is_dir() else error}. Let "
-                "MLFLOW_TRACKING_URI, or tracking_uri in mlflow.yml, name a database file that can be written"
-            ) from error
-    mlflow.set_tracking_uri(tracking_uri)
-
-
-def _database(tracking_uri: str) -> Path:
-    return Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: str) -> MlflowRun:
@@ -79,9 +54,9 @@ def start_run(tracking_uri: str, experiment: str, artifact_location: str, name: 
         UserError: The tracking server or database cannot be used.
     """
     if tracking_uri.startswith("sqlite:///"):
-        check_not_emptied(tracking_uri, _database(tracking_uri))
+        check_not_emptied(tracking_uri, database(tracking_uri))
     local = tracking_uri.startswith("sqlite:")
-    with room_for(_database(tracking_uri)) if local else contextlib.nullcontext():
+    with room_for(database(tracking_uri)) if local else contextlib.nullcontext():
         run_id = _begin(tracking_uri, experiment, artifact_location if local else None, name)
     with going_on("which runs go on"):
         _end_killed(tracking_uri)
@@ -100,7 +75,7 @@ def _begin(tracking_uri: str, experiment: str, artifact_location: str | None, na
         # Given a run, MLflow neither continues one it finds in MLFLOW_RUN_ID nor imports IPython to look for more.
         mlflow.start_run(run_id, nested=True)
     except MlflowException as error:
-        raise _unusable(error, "cannot record this run") from error
+        raise unusable(error, "cannot record this run") from error
     return run_id
 
 
@@ -108,37 +83,10 @@ def _end_killed(tracking_uri: str) -> None:
     """Mark runs as killed whose process was, with no time to say so itself."""
     for run_id in killed(tracking_uri):
         with contextlib.suppress(MlflowException):  # it was deleted
-            if mlflow.MlflowClient().get_run(run_id).info.status == "RUNNING":
-                MlflowRun(run_id).finish("KILLED")
+            run = mlflow.MlflowClient().get_run(run_id)
+            if run.info.status == "RUNNING":
+                MlflowRun(run_id).finish("KILLED", above=chain_above(run))
                 logger.info("MLflow run %s was killed, and is marked so now", run_id)
-
-
-@contextlib.contextmanager
-def answering() -> Iterator[None]:
-    """Say in one sentence that the tracking server does not answer.
-
-    Raises:
-        UserError: It does not, whatever was asked.
-    """
-    try:
-        yield
-    except MlflowException as error:
-        if isinstance(error.__context__, RequestException):
-            raise _unusable(error, "cannot be asked") from error
-        raise
-
-
-def _unusable(error: MlflowException, what: str) -> UserError:
-    """Return the error for people: of a server that is not there, without the objects that its client is made of."""
-    reason = str(error)
-    if isinstance(error.__context__, RequestException):
-        system = re.findall(r"\[Errno -?\d+\] ([^'\")]+)", reason)
-        said = system[-1] if system else type(error.__context__).__name__
-        reason = (
-            f"it does not answer ({said}). Start the server, or let MLFLOW_TRACKING_URI, or tracking_uri in "
-            "mlflow.yml, name another"
-        )
-    return UserError(without_secrets(f"MLflow at {mlflow.get_tracking_uri()} {what}: {reason}"))
 
 
 def _experiment_id(name: str, artifact_location: str | None) -> str:
@@ -212,6 +160,11 @@ def log_json_file(path: Path) -> None:
             MlflowRun(active.info.run_id).log_text(json.dumps(values, indent=2), path.name)
 
 
+def _parameter_texts(blocks: dict[str, Any]) -> dict[str, str]:
+    leaves = parameter_leaves(without_secrets(blocks))
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
+
+
 class MlflowRun:
     """A run of this process. Written through a client, so that it does not matter in which thread.
 
@@ -229,18 +182,33 @@ class MlflowRun:
         texts = {valid_name(key): str(without_secrets(value)) for key, value in tags.items()}
         self._send("tags", {"kind": "tags", "texts": texts})
 
-    def log_parameters(self, blocks: dict[str, Any]) -> None:
-        """Log nested parameters under flat names (`train.learning_rate`); lists are JSON.
+    def log_parameters(self, blocks: dict[str, Any], run_id: str | None = None) -> None:
+        """Log nested parameters under flat names (`train.learning_rate`), to this or to another run; lists are JSON.
 
         A value that is too long for MLflow is cut; its name is then in the tag `parameters_cut` and in the log.
         """
-        leaves = flattened(without_secrets(blocks), ".")
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves}
+        texts = _parameter_texts(blocks)
         short = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in texts.items()}
-        self._send("parameters", {"kind": "parameters", "texts": short})
+        self._send("parameters", {"kind": "parameters", "texts": short}, run_id=run_id)
+        if run_id:
+            return
         if cut := [key for key, text in texts.items() if len(text) > MAX_PARAM_VAL_LENGTH]:
             self.set_tags({"parameters_cut": ", ".join(cut)})
             logger.warning("MLflow shows only the start of %s; parameters.yml of the run has all of it", ", ".join(cut))
+
+    def complete_parameters(self, blocks: dict[str, Any], run_id: str) -> None:
+        """Give another run, which gets scores of this one, the parameters that they depend on and that it lacks.
+
+        Parameters are never changed: what a later evaluation has otherwise is in the tag `OTHERWISE`.
+        """
+        there = mlflow.MlflowClient().get_run(run_id).data
+        texts = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in _parameter_texts(blocks).items()}
+        if missing := {key: text for key, text in texts.items() if key not in there.params}:
+            self._send("parameters", {"kind": "parameters", "texts": missing}, run_id=run_id)
+        other = ", ".join(f"{key}={text}" for key, text in texts.items() if there.params.get(key, text) != text)
+        if other or OTHERWISE in there.tags:
+            tag = {OTHERWISE: other[:MAX_TAG_VAL_LENGTH]}
+            self._send("tags", {"kind": "tags", "texts": tag}, run_id=run_id)
 
     def log_yaml(self, values: dict[str, Any], name: str) -> None:
         """Log `values` as an artifact in YAML."""
@@ -256,9 +224,13 @@ class MlflowRun:
         self._send("metrics", {"kind": "metrics", "points": points}, run_id=run_id)
 
     def log_artifact(self, path: Path) -> None:
-        """Log a file, unless it is larger than `MAX_ARTIFACT_BYTES`."""
+        """Log a file, unless it is larger than `MAX_ARTIFACT_BYTES`; a text without the secrets that it may hold."""
         if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
             logger.info("%s (%d MiB) is not copied into MLflow", path.name, size // 2**20)
+            return
+        text = path.read_text(encoding="utf-8") if path.suffix in _TEXTS else ""
+        if (masked := file_without_secrets(text)) != text:
+            self.log_text(masked, path.name)
         else:
             self._send(f"'{path.name}'", {"kind": "artifact", "name": path.name}, path)
 
@@ -286,37 +258,83 @@ class MlflowRun:
             f"the input '{name}'", {"kind": "input", "name": name, "digest": digest, "source": source, "tags": tags}
         )
 
-    def log_model(self, folder: Path, registered_name: str | None, alias: str | None) -> None:
-        """Log where a trained model is and its version, `model/pointer.json`; the weights stay where they are.
+    def log_pointer(self, pointer: dict[str, str]) -> None:
+        """Log where the model is that this run trained, `model/pointer.json`; the weights stay where they are."""
+        self.log_text(json.dumps(pointer, indent=2), "model/pointer.json")
+
+    def log_model(self, name: str, pointer: dict[str, str], blocks: dict[str, Any], made_by: str | None = None) -> None:
+        """Let MLflow have a model, once, in its table of models.
 
         Args:
-            folder: Folder of the model.
-            registered_name: Name in the model registry of which this becomes a version; `None` registers nothing.
-            alias: Alias that this version gets, and the version before it loses.
+            name: Name of the model.
+            pointer: What `pointer_to` returns.
+            blocks: Parameters that made it.
+            made_by: The run that made it, by default this one.
         """
-        # Read whatever its size: DVC's record would be believed if its size is right, and so is that of any training.
-        version = data_version(folder, read_all=True)
-        path = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        pointer = {"path": path.as_posix(), "digest": version.digest, "version": version.origin}
-        pointer["weights"] = weights_digest(folder)
-        self.log_text(json.dumps(pointer, indent=2), "model/pointer.json")
-        if registered_name is None:
-            return
-        client = mlflow.MlflowClient()
-        with contextlib.suppress(MlflowException):  # it exists, or the next request says what is wrong
-            client.create_registered_model(registered_name)
-        registered = client.create_model_version(registered_name, f"runs:/{self.id}/model", self.id, tags=pointer)
-        if alias:
-            client.set_registered_model_alias(registered_name, alias, registered.version)
-        logger.info("model registry: %s version %s%s", registered_name, registered.version, f" ({alias})" * bool(alias))
+        self._send_model(name, pointer, blocks, made_by, [], None)
 
-    def finish(self, status: str) -> None:
-        """End the run as `FINISHED`, `FAILED` or `KILLED`, after another try to send what was kept."""
+    def log_model_scores(
+        self,
+        name: str,
+        pointer: dict[str, str],
+        blocks: dict[str, Any],
+        made_by: str | None,
+        scores: dict[str, Any],
+        data: tuple[str, Path] | None,
+    ) -> None:
+        """Log scores of a model, `eval/<kind>/<metric>`, by which models are ranked; of a new one as `log_model` does.
+
+        Args:
+            name: Name of the model.
+            pointer: What `pointer_to` returns.
+            blocks: Parameters that made it.
+            made_by: The run that made it, by default this one.
+            scores: By kind and metric.
+            data: Name and file of the samples that they are on.
+        """
+        points = [(point.key, point.value, point.timestamp, point.step) for point in metric_entries({"eval": scores})]
+        self._send_model(name, pointer, blocks, made_by, points, data and (data[0], data_version(data[1]).digest))
+
+    def _send_model(
+        self,
+        name: str,
+        pointer: dict[str, str],
+        blocks: dict[str, Any],
+        made_by: str | None,
+        points: list[tuple[str, float, int, int]],
+        dataset: tuple[str, str] | None,
+    ) -> None:
+        texts = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in _parameter_texts(blocks).items()}
+        entry = {"kind": "model", "name": name, "pointer": pointer, "parameters": texts}
+        entry |= {"source_run": made_by or self.id, "points": points, "dataset": dataset}
+        self._send(f"the model '{name}'", entry)
+
+    def register(
+        self,
+        registered_name: str,
+        pointer: dict[str, str],
+        made_by: str | None,
+        alias: str | None,
+        promote: dict[str, str] | None,
+    ) -> None:
+        """Make a model that this run evaluated a version in the registry; see `models.register`."""
+        entry = {"kind": "register", "registered_name": registered_name, "pointer": pointer}
+        entry |= {"source_run": made_by or self.id, "alias": alias, "promote": promote}
+        self._send(f"a version of '{registered_name}'", entry)
+
+    def finish(self, status: str, above: str | None = None) -> None:
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after another try to send what was kept.
+
+        Args:
+            status: How it ended.
+            above: The run of the chain that it is a stage of; so far, that ended in the same way.
+        """
         ended = int(1000 * time.time())
         self._outbox.send_kept(self._written)
         active = mlflow.active_run()
         if active is not None and active.info.run_id == self.id:
             with contextlib.suppress(MlflowException, OSError):  # no longer active in any case; the end is sent below
                 mlflow.end_run(status)
-        self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended})
+        for run_id in [self.id, *([above] if above else [])]:
+            self._send("the end of the run", {"kind": "status", "status": status, "end_time": ended}, run_id=run_id)
         note_ended(self.id)

@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.secrets import without_secrets
 from qvl_pipeline.storage.whole import write_whole
 from qvl_pipeline.tracking.flattening import numbers
-from qvl_pipeline.tracking.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 

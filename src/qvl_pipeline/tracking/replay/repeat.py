@@ -22,6 +22,7 @@ import yaml
 from kedro.framework.project import pipelines
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.tracking.mlflow.chain import ABOVE
 from qvl_pipeline.tracking.replay.comparison import compare_data, compare_numbers, compare_weights, is_same
 from qvl_pipeline.tracking.replay.data import MADE_AGAIN, get_data
 from qvl_pipeline.tracking.replay.repeatable import RecordedRun, evaluations, read_run
@@ -124,11 +125,14 @@ def _write_profile(folder: Path, run: RecordedRun) -> None:
 
 
 def _name_next_run(project: Path, folder: Path, label: str) -> None:
-    """Name what runs in the worktree, in the place where this person's runs go: no commit has `conf/local`."""
+    """Name what runs in the worktree, in the place where this person's runs go: no commit has `conf/local`.
+
+    It registers nothing: its model is gone with the worktree, and an alias would point there.
+    """
     local = project / "conf" / "local" / "mlflow.yml"
     own = yaml.safe_load(local.read_text(encoding="utf-8")) if local.exists() else None
     (folder / "conf" / PROFILE / "mlflow.yml").write_text(
-        yaml.safe_dump({**(own or {}), "run_name": label}), encoding="utf-8"
+        yaml.safe_dump({**(own or {}), "run_name": label, "register_model": None}), encoding="utf-8"
     )
 
 
@@ -155,8 +159,9 @@ def _kedro_run(folder: Path, names: tuple[str, ...], run: RecordedRun) -> str:
     label = f"replay of {run.id} {uuid.uuid4().hex[:8]}"
     _name_next_run(Path.cwd(), folder, label)
     options = ["--pipelines", ",".join(names)] if names else []
-    # `DVC_*` and `MLFLOW_RUN_ID` would say that this is a stage of DVC, or that run.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_RUN_ID"))}
+    # They would say that this is a stage of DVC, or that run, or a point of a sweep.
+    others = ("DVC_", "MLFLOW_RUN_ID", ABOVE)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     environment["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()
     command = [sys.executable, "-m", "kedro", "run", *options, "--env", PROFILE]
     logger.info("in %s: kedro run %s", folder, " ".join(options))

@@ -11,10 +11,10 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.tracking.lineage.uncommitted import PATCH
-from qvl_pipeline.tracking.mlflow.run import answering
+from qvl_pipeline.tracking.lineage.uncommitted import MASKED, PATCH
+from qvl_pipeline.tracking.mlflow.chain import EVALUATES
+from qvl_pipeline.tracking.mlflow.server import answering
 
-PARENT = "mlflow.parentRunId"
 GIVEN = "given_parameters.yml"
 
 
@@ -58,7 +58,7 @@ def read_run(run_id: str) -> RecordedRun:
             run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
         raise UserError(f"run_id: MLflow at {mlflow.get_tracking_uri()} has no run '{run_id}'") from error
-    if parent := run.data.tags.get(PARENT):
+    if parent := run.data.tags.get(EVALUATES):
         raise UserError(f"run_id: {run_id} evaluates the training {parent}: replay that, its evaluation follows")
     return _recorded(run)
 
@@ -67,7 +67,7 @@ def evaluations(training: RecordedRun) -> list[RecordedRun]:
     """Return the newest finished evaluation of a training, if it has one and was made by the same commit."""
     found = mlflow.MlflowClient().search_runs(
         [training.experiment_id],
-        f"tags.`{PARENT}` = '{training.id}' and attributes.status = 'FINISHED'",
+        f"tags.{EVALUATES} = '{training.id}' and attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )
@@ -81,6 +81,11 @@ def _recorded(run: Run) -> RecordedRun:
         raise UserError(f"run_id: {run_id} is {run.info.status.lower()}, only a finished run can be replayed")
     if missing := [name for name in ("mlflow.source.git.commit", "pipelines", "profile") if name not in tags]:
         raise UserError(f"run_id: {run_id} cannot be replayed, it was recorded without {', '.join(missing)}")
+    if MASKED in tags:
+        raise UserError(
+            f"run_id: {run_id} cannot be replayed, its code held a secret that is masked in {PATCH}: take it out of "
+            "the code, and train again"
+        )
     dirty = tags.get("git_dirty") == "true"
     names = tags["pipelines"].split("+")
     return RecordedRun(

@@ -24,7 +24,7 @@ from qvl_pipeline.storage.digests import write_digests
 from qvl_pipeline.storage.room import room_for
 
 
-def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> None:
+def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec, target: Path | None = None) -> None:
     """Write the base model's folder with other weights, or a folder with an adapter; called by all ranks.
 
     The folder appears whole, by one rename. Weights are gathered tensor by tensor and written file by file: no device
@@ -34,11 +34,12 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec) -> Non
         model: The trained model.
         files: Content of all other files, by name; the first rank's count.
         spec: The run.
+        target: The folder, where it is not that of the spec.
 
     Raises:
         NoRoomError: The disk is full.
     """
-    target = Path(spec.export.output_dir)
+    target = target or Path(spec.export.output_dir)
     partial = target.with_name(f".{target.name}.partial")
     leads, dtype = dist.get_rank() == 0, getattr(torch, spec.export.dtype)
     if leads:
