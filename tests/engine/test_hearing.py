@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
+from qvl_pipeline.config import EvaluateConfig
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.evaluation.generation import load_model
+from qvl_pipeline.evaluation.generation import generate_answers, load_model
+from qvl_pipeline.evaluation.likelihood import sample_losses
+from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.media.pixels import normalization
+from qvl_pipeline.media.sound_store import SoundStore
+from tests.engine.model.test_hearing import thinker_loss
+from tests.engine.packs import make_builder
 from tests.engine.test_distributed import assert_same_training, losses
 from tests.engine.training import changed, make_training, trained
 
@@ -84,3 +95,25 @@ def test_an_export_has_what_speaks_untouched_and_what_is_frozen_unchanged(
         if name.startswith("thinker.audio_tower."):
             loaded = reloaded[f"model.{name.removeprefix('thinker.')}"]
             torch.testing.assert_close(loaded, tensor.to(loaded.dtype), rtol=0, atol=0)
+
+
+def test_answers_and_losses_are_those_of_the_plain_thinker(training: TrainSpec) -> None:
+    """What `evaluate` computes in batches, against the model's own forward on each sample alone."""
+    model, processor = load_model(training.model.path, "auto"), AutoProcessor.from_pretrained(training.model.path)
+    store, samples = Path(training.data.video_frames), TokenizedSamples(Path(training.data.tokenized))
+    builder = dataclasses.replace(
+        make_builder(model.config, FAMILY),
+        loader=PatchLoader(patch_size=14, frame_store=store),
+        sounds=SoundStore(store, FAMILIES[FAMILY].hearing),
+    )
+    rows = range(len(samples))
+    found = sample_losses(model, processor, samples, rows, store, batch_size=5)
+    config = EvaluateConfig(batch_size=5, max_new_tokens=2)
+    answers = generate_answers(model, processor, samples, rows, store, config)
+    alone = generate_answers(model, processor, samples, rows, store, config.model_copy(update={"batch_size": 1}))
+    assert answers == alone
+    for row in rows:
+        sample = samples.row(row)
+        with torch.no_grad():
+            expected = thinker_loss(model, sample, builder, normalization(processor)) / sample["supervised_tokens"]
+        assert found[row] == pytest.approx(expected.item(), rel=1e-4)

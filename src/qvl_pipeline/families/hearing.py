@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     import torch
     from torch import nn
 
-    AudioForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    AudioForward = Callable[[nn.Module, torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ What speaks (`talker`, `token2wav`) is no part of the module that is trained; an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.families.family import ModelFamily
-from qvl_pipeline.families.hearing import Hearing
+from qvl_pipeline.families.hearing import Hearing, convolved
 from qvl_pipeline.families.qwen2_5_vl import vision_forward, vision_pairs
 
 if TYPE_CHECKING:
@@ -16,8 +17,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _audio_forward(model: nn.Module, mel: torch.Tensor, spectra: torch.Tensor) -> torch.Tensor:
-    return model.audio_tower(mel, feature_lens=spectra, return_dict=True).last_hidden_state
+def _audio_forward(model: nn.Module, mel: torch.Tensor, spectra: Sequence[int]) -> torch.Tensor:
+    """Features of sounds; what the tower would ask the device of their lengths is worked out on the host."""
+    import torch
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+        chunk_and_pad_features,
+        get_audio_cu_seqlens,
+        get_pool_indices,
+        get_valid_indices,
+    )
+
+    tower, lengths = model.audio_tower, torch.tensor(spectra)
+    padded, chunks = chunk_and_pad_features(mel, lengths, tower.n_window)
+    on_host = {
+        "feature_lens": lengths,
+        "chunk_lengths": chunks,
+        "valid_indices": get_valid_indices(chunks),
+        "pool_indices": get_pool_indices(lengths),
+        "cu_seqlens": get_audio_cu_seqlens(chunks),
+    }
+    longest = convolved(int(chunks.max()))
+    moved = {name: tensor.to(mel.device, non_blocking=True) for name, tensor in on_host.items()}
+    return tower(mel, padded_feature=padded, max_seqlen=longest, return_dict=True, **moved).last_hidden_state
 
 
 # No lambda: how a family hears is sent to the processes that decode.

@@ -14,6 +14,9 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.decoding import MediaPath, clock_start
 from qvl_pipeline.media.opening import VIDEO_OPTIONS
 
+# Formats that do not say how long they are: FFmpeg guesses by the bit rate of the beginning.
+_ESTIMATED = ("mp3", "aac")
+
 
 class SoundError(UserError):
     """A file has no sound that can be read; the message says why, and does not name the file."""
@@ -101,8 +104,9 @@ def probe_sound(path: MediaPath, *, decode: bool) -> SoundFacts | None:
     """
     try:
         with _open(path) as (container, stream):
-            declared = stream.duration and float(stream.duration * stream.time_base)
-            facts = SoundFacts(stream.codec_context.name, stream.rate, stream.channels, declared or None)
+            estimated = container.format.name in _ESTIMATED or not stream.duration
+            declared = None if estimated else float(stream.duration * stream.time_base)
+            facts = SoundFacts(stream.codec_context.name, stream.rate, stream.channels, declared)
             if not decode or not facts.sample_rate or not facts.channels:
                 return facts
             samples, peak = 0, 0.0
@@ -134,9 +138,9 @@ def _open(path: MediaPath) -> Iterator[tuple[av.container.InputContainer, av.Aud
     except (av.ArgumentError, av.PermissionError) as error:
         raise SoundError("its format is not one of a sound, or not one that is read") from error
     except av.FFmpegError as error:
-        raise SoundError(f"cannot be decoded: {error.strerror}") from error
+        raise SoundError(error.strerror) from error
     except ValueError as error:  # PyAV's resampler, of a stream whose rate or channels change
-        raise SoundError(f"cannot be decoded: {error}") from error
+        raise SoundError(str(error)) from error
 
 
 @dataclass(frozen=True)

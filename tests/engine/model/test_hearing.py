@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.media.pixels import normalize_patches
+from tests.engine.model.test_flops import TOLERANCE, counted, masked_pairs
 from tests.engine.model.test_packed_vlm import assert_same_gradients, gradients
 from tests.engine.packs import MEAN, STD, load_packed, make_builder, make_samples
 
@@ -126,3 +129,18 @@ def test_twenty_steps_are_those_of_the_plain_thinker(
             optimizer.step()
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-5), f"step {step}"
+
+
+def test_flops_are_those_that_torch_counts(hearing: PackedVLM, builder: BatchBuilder, samples: dict[str, Any]) -> None:
+    """Of whole chunks: what fills up a part of one is computed as well, and no work."""
+    audio, ends = hearing.hf.config.audio_token_id, (hearing.hf.config.audio_start_token_id,)
+    ids = [*ends, *[audio] * 30, 41, 42, 43]
+    sample = samples["audio"] | {
+        "input_ids": np.array(ids, dtype=np.int32),
+        "label_spans": np.array([[len(ids) - 2, len(ids)]], dtype=np.int32),
+        "media": [samples["audio"]["media"][0] | {"key": f"x:{spectra}", "spectra": spectra} for spectra in (40, 80)],
+    }
+    flops = flops_of(hearing)
+    batch = builder.build([sample], vision=False)
+    masked = masked_pairs(batch) * flops.per_text_pair
+    assert flops.count(batch) + masked == pytest.approx(counted(hearing, batch), rel=TOLERANCE)

@@ -74,7 +74,7 @@ def read_stored(sound: Sound, *, hearing: Hearing, materialize: bool) -> StoredS
     except ChangedMediaError as error:
         raise ClipError("clip_changed", str(error)) from error
     except SoundError as error:
-        raise ClipError("sound_unfit", f"its sound {error}") from error
+        raise ClipError("sound_unfit", f"its sound cannot be used: {error}") from error
     spectra = hearing.spectra(len(samples))
     if spectra < FEWEST_SPECTRA:
         least = FEWEST_SPECTRA * hearing.hop_length / hearing.sampling_rate

@@ -61,7 +61,7 @@ class Batch:
         heard_from: Features that this rank's placeholders of sounds take from each.
         log_mel: Spectrograms of this rank's sounds, one after the other, float32 `[bins, N]`; `None` when no rank has a
             sound in this micro-batch.
-        spectra: Spectra of each sound, `[sounds]`.
+        spectra: Spectra of each sound.
         target_index: Positions in the flattened rows whose next token is trained on, `[S]`.
         targets: Those next tokens, `[S]`.
         target_source: Number of the source each target comes from, `[S]`.
@@ -84,7 +84,7 @@ class Batch:
     heard_to: list[int]
     heard_from: list[int]
     log_mel: torch.Tensor | None
-    spectra: torch.Tensor | None
+    spectra: list[int] | None
     target_index: torch.Tensor
     targets: torch.Tensor
     target_source: torch.Tensor
@@ -239,16 +239,14 @@ class BatchBuilder:
         # The smallest image there is: patches are merged two by two.
         return torch.zeros(4, self.patch_values, dtype=torch.uint8), torch.tensor([[1, 2, 2]])
 
-    def _spectrograms(
-        self, sounds: list[dict[str, Any]], sound: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _spectrograms(self, sounds: list[dict[str, Any]], sound: bool) -> tuple[torch.Tensor | None, list[int] | None]:
         if sounds:
-            lengths = [heard_spectra(item) for item in sounds]
-            return torch.cat([self._log_mel(item) for item in sounds], dim=1), torch.tensor(lengths)
+            log_mels = [self._log_mel(item) for item in sounds]
+            return torch.cat(log_mels, dim=1), [heard_spectra(item) for item in sounds]
         if not sound:
             return None, None
         # Four spectra make a token.
-        return torch.zeros(self.mel_bins, 4), torch.tensor([4])
+        return torch.zeros(self.mel_bins, 4), [4]
 
     def _log_mel(self, item: dict[str, Any]) -> torch.Tensor:
         """Spectrogram `[bins, spectra]` of a sound, or of the part of it that is this rank's."""

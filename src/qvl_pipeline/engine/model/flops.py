@@ -106,9 +106,8 @@ class ModelFlops:
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
         if sum(batch.heard_to):
-            spectra = batch.spectra.tolist()
-            flops += self.per_spectrum * sum(spectra)
-            flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in spectra)
+            flops += self.per_spectrum * sum(batch.spectra)
+            flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in batch.spectra)
         return flops
 
 
@@ -208,8 +207,9 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
             per_row += 2 * _shape(part).numel() * (1 + reaches_trained + _trains_matrix(part))
             per_row += _update_cost(part, reaches_trained) if isinstance(part, AdaptedLinear) else 0
         reaches_trained |= any(_trains(part) for _, part in step)
-        name, part = step[0]
-        if name in ("q_proj", "q", "qkv"):
+        for name, part in step:
+            if name not in ("q_proj", "q", "qkv"):
+                continue
             width = _shape(part)[0] // (3 if name == "qkv" else 1)
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
