@@ -44,6 +44,14 @@ class TestSharingOut:
         (step,) = share_out([[Pack((0,), 5, 0, 2)]], 0, 1, packs_per_micro_batch=1, always_vision=True)
         assert [micro_batch.vision for micro_batch in step.micro_batches] == [True]
 
+    def test_sounds_are_told_of_apart_from_pictures(self) -> None:
+        plan = [[Pack((0,), 5, 0, 2), Pack((1,), 5, 0, 2, spectra=40), Pack((2,), 5, 16, 2), Pack((3,), 5, 0, 2)]]
+        for rank in (0, 1):
+            (step,) = share_out(plan, rank, 2, packs_per_micro_batch=1)
+            assert [(batch.vision, batch.sound) for batch in step.micro_batches] == [(False, True), (True, False)]
+            (step,) = share_out(plan, rank, 2, packs_per_micro_batch=1, always_sound=True)
+            assert [batch.sound for batch in step.micro_batches] == [True, True]
+
     def test_plan_with_a_gap_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "plan.parquet"
         row = {"pack": 0, "sample_rows": [0], "tokens": 1, "vit_patches": 0, "spectra": 0, "supervised_tokens": 1}
