@@ -119,7 +119,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     parameters = {
         "ingest": IngestConfig(datasets=[source], cache_folder=str(folder / "cache")),
-        "validate": ValidateConfig(max_reject_fraction=0),
+        "validate": ValidateConfig(max_reject_fraction=0, probe_timeout_s=600),
         "data_engine": DataEngineConfig(),
         "sample": SAMPLE,
         "model": MODEL,

@@ -93,7 +93,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
     folder = (tmp_path_factory.mktemp("bad") / "media").resolve()
     folder.mkdir()
     rules = {}
-    with ProbeWorker(timeout_s=120, max_pixels=10**6, folders=[str(folder)]) as worker:
+    with ProbeWorker(timeout_s=600, max_pixels=10**6, folders=[str(folder)]) as worker:
         for name, (_, write) in BAD.items():
             write(folder / name)
             probe = worker.probe(str(folder / name), "audio")
