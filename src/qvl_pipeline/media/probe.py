@@ -108,9 +108,7 @@ def _reason(error: Exception) -> str:
 
 
 def _probe_sound(file: OpenMedia, max_pixels: int) -> Probe:
-    facts = probe_sound(file, decode=True)
-    if facts is None:
-        return Probe(failure="holds no sound")
+    facts = probe_sound(file)
     return Probe(
         codec=facts.codec,
         sample_rate=facts.sample_rate,

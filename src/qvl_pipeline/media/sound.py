@@ -22,13 +22,9 @@ class SoundError(UserError):
     """A file has no sound that can be read; the message says why, and does not name the file."""
 
 
-class NoSoundError(SoundError):
-    """A file has no stream of sound."""
-
-
 @dataclass(frozen=True)
 class SoundFacts:
-    """What a file says of its sound, or what decoding all of it found.
+    """What decoding all of a sound found.
 
     Attributes:
         codec: Codec.
@@ -43,8 +39,8 @@ class SoundFacts:
     sample_rate: int
     channels: int
     declared_s: float | None
-    duration_s: float | None = None
-    peak: float | None = None
+    duration_s: float
+    peak: float
 
 
 def read_sound(path: MediaPath, start: float | None, end: float | None, *, rate: int, longest_s: float) -> np.ndarray:
@@ -89,38 +85,36 @@ def read_sound(path: MediaPath, start: float | None, end: float | None, *, rate:
     return found if last is None else found[: last - first]
 
 
-def probe_sound(path: MediaPath, *, decode: bool) -> SoundFacts | None:
-    """Say what the sound of a file is.
+def probe_sound(path: MediaPath) -> SoundFacts:
+    """Decode all of a sound, without keeping it, and say what it is.
 
     Args:
         path: Sound or video file.
-        decode: Decode all of it, without keeping it, if its rate and channels are any that a decoder should be let at.
-
-    Returns:
-        What was found; `None` where there is no sound.
 
     Raises:
-        SoundError: It cannot be decoded.
+        SoundError: There is none, it cannot be decoded, or not all of it is numbers.
     """
-    try:
-        with _open(path) as (container, stream):
-            estimated = container.format.name in _ESTIMATED or not stream.duration
-            declared = None if estimated else float(stream.duration * stream.time_base)
-            facts = SoundFacts(stream.codec_context.name, stream.rate, stream.channels, declared)
-            if not decode or not facts.sample_rate or not facts.channels:
-                return facts
-            samples, peak = 0, 0.0
-            for frame in container.decode(stream):
-                mono = _mono(frame)
-                if not np.isfinite(mono).all():
-                    raise SoundError("holds samples that are not finite")
-                samples += len(mono)
-                peak = max(peak, float(np.abs(mono).max(initial=0.0)))
-    except NoSoundError:
-        return None
-    if not samples:
-        raise SoundError("holds no samples: the file is cut off or damaged")
-    return SoundFacts(**{**vars(facts), "duration_s": samples / facts.sample_rate, "peak": peak})
+    with _open(path) as (container, stream):
+        if not stream.rate or not stream.channels:
+            raise SoundError("says that it has no channel, or no samples a second")
+        estimated = container.format.name in _ESTIMATED or not stream.duration
+        samples, peak = 0, 0.0
+        for frame in container.decode(stream):
+            mono = _mono(frame)
+            if not np.isfinite(mono).all():
+                raise SoundError("holds samples that are not finite")
+            samples += len(mono)
+            peak = max(peak, float(np.abs(mono).max(initial=0.0)))
+        if not samples:
+            raise SoundError("holds no samples: the file is cut off or damaged")
+        return SoundFacts(
+            codec=stream.codec_context.name,
+            sample_rate=stream.rate,
+            channels=stream.channels,
+            declared_s=None if estimated else float(stream.duration * stream.time_base),
+            duration_s=samples / stream.rate,
+            peak=peak,
+        )
 
 
 @contextmanager
@@ -128,7 +122,7 @@ def _open(path: MediaPath) -> Iterator[tuple[av.container.InputContainer, av.Aud
     try:
         with av.open(os.fspath(path), options=VIDEO_OPTIONS) as container:
             if not container.streams.audio:
-                raise NoSoundError("holds no sound")
+                raise SoundError("holds no sound")
             stream = container.streams.audio[0]
             if stream.codec_context is None:
                 raise SoundError("its sound is of no known codec: the file is cut off or damaged")
