@@ -46,7 +46,7 @@ from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel.sharding import start_process_group
-from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec
+from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec, RecomputeSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.pixels import normalize_patches
 
@@ -58,18 +58,19 @@ WARMUP_STEPS = 2
 # What to try until a step fits into memory: of ours, whose activations to recompute, and whether the weights are cast
 # to bfloat16 once more for the backward pass (`reshard_after_forward`); of the comparator, which has one switch for
 # all, how many rows to do at once as well.
-RECOMPUTED: tuple[tuple[tuple[str, ...], bool], ...] = (
-    ((), False),
-    ((), True),
-    (("llm",), False),
-    (("llm", "vit"), False),
-    (("llm", "vit"), True),
+RECOMPUTED: tuple[tuple[dict[str, str], bool], ...] = (
+    ({}, False),
+    ({}, True),
+    ({"llm": "selective"}, False),
+    ({"llm": "full"}, False),
+    ({"llm": "full", "vit": "full"}, False),
+    ({"llm": "full", "vit": "full"}, True),
 )
 ROWS_AT_ONCE = ((8, False), (4, False), (2, False), (1, False), (8, True), (2, True), (1, True))
 MEAN_AND_STD = [0.5] * 3
 # Whatever a kernel or model raises that is not there or does not run here.
 _CANNOT = (ValueError, ImportError, RuntimeError, TypeError)
-_OPTIM = OptimSpec(
+OPTIM = OptimSpec(
     optim="adamw_torch_fused",
     learning_rate=1e-5,
     learning_rates={},
@@ -83,7 +84,7 @@ _OPTIM = OptimSpec(
     warmup_steps=0,
     ema_decay=0.0,
 )
-_PARALLEL = ParallelSpec(
+PARALLEL = ParallelSpec(
     transformer_layer_cls_to_wrap=(),
     reshard_after_forward=False,
     hsdp_shard_size=0,
@@ -91,10 +92,12 @@ _PARALLEL = ParallelSpec(
     backward_prefetch=0,
     accumulate_sharded=False,
     cpu_offload=False,
+    frozen_sharding="sharded",
     bf16=True,
     fp16=False,
     sp_ulysses_degree=1,
 )
+_NOTHING_RECOMPUTED = RecomputeSpec(llm="none", vit="none", every=1, offload=False)
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def main() -> None:
     for name, config in configs.items():
         if name != "qwen2_5_vl_7b":  # the 3B has the same kernels
             report(f"gpu_numerics_{name}", numerics(shallow(config), device), ratios={}, targets={})
-    with _one_rank():
+    with one_rank():
         for name, config in configs.items():
             rows: list[dict[str, Any]] = []
             for row in compare(config, device, tokens, steps):
@@ -159,7 +162,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """The engine's process group, of this process alone."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     before = {key: os.environ.get(key) for key in alone}
@@ -172,6 +175,11 @@ def _one_rank() -> Iterator[None]:
         os.environ.update({key: value for key, value in before.items() if value is not None})
         for key in [key for key, value in before.items() if value is None]:
             del os.environ[key]
+
+
+def _named(towers: dict[str, str], reshard: bool) -> str:
+    named = [tower if kind == "full" else f"{tower} ({kind})" for tower, kind in towers.items()]
+    return ", ".join([*named, *(["weights"] if reshard else [])]) or "nothing"
 
 
 class _Bench:
@@ -187,20 +195,17 @@ class _Bench:
     def ours(self, attention: str, blocks: str) -> dict[str, Any]:
         """Time steps of the engine's model on a pack, with its blocks as they are, with Liger's kernels or compiled."""
 
-        def make_step(recomputed: Sequence[str], reshard: bool) -> Callable[[], None]:
+        def make_step(recomputed: dict[str, str], reshard: bool) -> Callable[[], None]:
             model = build(self._config, self._device, torch.float32, attention, blocks == "liger", half=True)
-            recompute_activations(model.hf, recomputed)
+            recompute_activations(model.hf, dataclasses.replace(_NOTHING_RECOMPUTED, **recomputed))
             if blocks == "compiled":
                 compile_blocks(model.hf, model.family, backend="inductor", mode="default")
-            shard_model(model, self._device, dataclasses.replace(_PARALLEL, reshard_after_forward=reshard))
-            (optimizer,) = make_optimizers(model, _OPTIM)
+            shard_model(model, self._device, dataclasses.replace(PARALLEL, reshard_after_forward=reshard))
+            (optimizer,) = make_optimizers(model, OPTIM)
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])
 
-        ladder = {
-            ", ".join([*parts, *(["weights"] if reshard else [])]) or "nothing": partial(make_step, parts, reshard)
-            for parts, reshard in RECOMPUTED
-        }
+        ladder = {_named(towers, reshard): partial(make_step, towers, reshard) for towers, reshard in RECOMPUTED}
         return {"attention": attention, "blocks": blocks} | self._measure(ladder)
 
     def padded(self, attention: str, linear: bool) -> dict[str, Any]:
@@ -216,7 +221,7 @@ class _Bench:
                 use_linear_patch_embedding(hf)
             if recompute:
                 hf.gradient_checkpointing_enable()
-            optimizer = torch.optim.AdamW(hf.parameters(), lr=_OPTIM.learning_rate, weight_decay=0.0, fused=True)
+            optimizer = torch.optim.AdamW(hf.parameters(), lr=OPTIM.learning_rate, weight_decay=0.0, fused=True)
             parts = [self._samples[start : start + rows] for start in range(0, len(self._samples), rows)]
             inputs = [padded_inputs(make_batch(self._config, part, rmpad=False)) for part in parts]
             items = torch.tensor(len(self._pack.targets), device=self._device)
@@ -273,7 +278,7 @@ class _Bench:
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
     for loss in losses:
         loss().backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), _OPTIM.max_grad_norm, foreach=True)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -285,7 +290,8 @@ def padded_inputs(batch: Batch) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "labels": labels}
     if batch.patches is not None:
         # Which tokens are images.
-        inputs["mm_token_type_ids"] = batch.visual_mask.int()
+        inputs["mm_token_type_ids"] = torch.zeros_like(batch.input_ids, dtype=torch.int32)
+        inputs["mm_token_type_ids"].view(-1)[batch.visual_index] = 1
         inputs["pixel_values"] = normalize_patches(batch.patches, MEAN_AND_STD, MEAN_AND_STD)
         inputs["image_grid_thw"] = batch.grid_thw
     return inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.families import FAMILIES
 
-_IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
 _TEXT = {"vocab_size": 151_936, "max_position_embeddings": 128_000, "bos_token_id": None, "eos_token_id": None}
 _ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 _ROPE25 = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -35,19 +36,19 @@ MODELS: dict[str, Any] = {
         | {"out_hidden_size": 2560, "patch_size": 16}
         | {"deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304},
         tie_word_embeddings=True,
-        **_IDS,
+        **IDS,
     ),
     "qwen2_5_vl_3b": Qwen2_5_VLConfig(
         text_config=_TEXT | _sizes(2048, 11008, 36, 16, 2) | {"rope_parameters": _ROPE25},
         vision_config=_VISION25 | {"out_hidden_size": 2048},
         tie_word_embeddings=True,
-        **_IDS,
+        **IDS,
     ),
     "qwen2_5_vl_7b": Qwen2_5_VLConfig(
         text_config=_TEXT | _sizes(3584, 18944, 28, 28, 4) | {"rope_parameters": _ROPE25, "vocab_size": 152_064},
         vision_config=_VISION25 | {"out_hidden_size": 3584},
         tie_word_embeddings=False,
-        **_IDS,
+        **IDS,
     ),
 }
 TINY = {
@@ -56,14 +57,14 @@ TINY = {
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
         | {"patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
         tie_word_embeddings=True,
-        **_IDS,
+        **IDS,
     ),
     "tiny_qwen2_5_vl": Qwen2_5_VLConfig(
         text_config=_TEXT | _sizes(64, 128, 2, 2, 1) | {"rope_parameters": _TINY_ROPE25, "vocab_size": 512},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
         | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2},
         tie_word_embeddings=True,
-        **_IDS,
+        **IDS,
     ),
 }
 
@@ -92,11 +93,42 @@ def make_samples(config: Any, tokens: int) -> list[dict[str, Any]]:
     return samples
 
 
+def make_clip(config: Any, tokens: int) -> dict[str, Any]:
+    """A sample that fills a pack with one clip, of up to 512 frames at one a second, and a text about it.
+
+    Qwen3-VL has its seconds between the frames, which are pairs of frames here as in the models.
+    """
+    height, width = (14, 16) if tokens >= 4096 else (4, 4)
+    placeholders = [2] * (height * width // 4)
+    told = config.model_type == "qwen3_vl"
+    pair = [9] * 6 + [3, *placeholders, 4] if told else placeholders
+    text = max(tokens // 32, 32)
+    pairs = min(256, (tokens - text - 2) // len(pair))
+    rng = np.random.default_rng(0)
+    clip = pair * pairs if told else [3, *placeholders * pairs, 4]
+    ids = np.array([*clip, *rng.integers(10, 500, size=tokens - len(clip))], dtype=np.int32)
+    medium = {"type": "video", "key": "", "grid_t": pairs, "grid_h": height, "grid_w": width, "seconds_per_grid": 2.0}
+    return {
+        "sample_id": "clip",
+        "source": "benchmark",
+        "input_ids": ids,
+        "label_spans": np.array([[len(ids) - (tokens - len(clip)) // 2, len(ids)]], dtype=np.int32),
+        "media": [medium],
+    }
+
+
 def make_batch(config: Any, samples: Sequence[dict[str, Any]], *, rmpad: bool = True) -> Batch:
     """Lay samples out as a pack, or as padded rows."""
-    values = 3 * 2 * config.vision_config.patch_size**2
-    speed = FAMILIES[config.model_type].tokens_per_second(config)
-    builder = BatchBuilder(RandomPatches(values), values, (1, 2), speed, ("benchmark",), rmpad=rmpad)
+    values, family = 3 * 2 * config.vision_config.patch_size**2, FAMILIES[config.model_type]
+    builder = BatchBuilder(
+        loader=RandomPatches(values),
+        patch_values=values,
+        placeholder_ids=(1, 2),
+        tokens_per_second=family.tokens_per_second(config),
+        vision_inputs=partial(family.vision_inputs, config.vision_config),
+        sources=("benchmark",),
+        rmpad=rmpad,
+    )
     return builder.build(samples, vision=any(sample["media"] for sample in samples))
 
 

@@ -17,7 +17,7 @@ from qvl_pipeline.config import CompareConfig, EvaluateConfig, IngestConfig, Mod
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-TINY = ["tiny_qwen2_5_vl", "tiny_qwen3_vl"]
+TINY = ["tiny_qwen2_5_vl", "tiny_qwen3_vl", "tiny_qwen3_vl_lora"]
 REAL = [
     *("qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_72b"),
     *("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b"),

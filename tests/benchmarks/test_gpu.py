@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_tried_with_less_in_memory(part: str, monkeypatch: 
     tried: list[object] = []
     monkeypatch.setattr(gpu._Bench, "_time", full)
     bench = gpu._Bench(TINY["tiny_qwen3_vl"], torch.device("cpu"), 256, 1)
-    with gpu._one_rank():
+    with gpu.one_rank():
         row = bench.ours("sdpa", "eager") if part == "ours" else bench.padded("sdpa", True)
     assert (row["recomputed"], row["note"]) == ("weights" if part == "ours" else "nothing, 4 rows at once", "")
 

@@ -1,6 +1,7 @@
 """Six-stage runs of the smallest example in which a process is killed, and what must be the same afterwards.
 
-A disturbance is a function that gets the running command and a random generator, does its harm, and says what it did.
+A disturbance is a function that gets the running command and a random generator, does its harm, and says what it did;
+nothing, when it came too late.
 Kills are in `kills.py`; whatever else is to be survived (damaged files, full disks) is another function of this kind.
 """
 
@@ -25,7 +26,8 @@ import psutil
 
 from tests.dvc_repository import make_repository
 
-COMMAND = [sys.executable, "-m", "kedro", "run"]
+# With a loader process of each rank: the example itself has none.
+COMMAND = [sys.executable, "-m", "kedro", "run", "--params", "train.dataloader_num_workers=1"]
 # In the environment of all processes of a trial, by which those that are left are found.
 MARK = "QVL_CHAOS_TRIAL"
 LONGEST_RUN_S = 540
@@ -116,7 +118,7 @@ def trial(folder: Path, reference: Run, disturbances: list[Disturbance], rng: ra
         reference: The undisturbed run.
         disturbances: What is done, to a run each.
         rng: Decides when, and to which process.
-        done: Gets what was done to each run, and how it ended.
+        done: Gets what was done to each run that it did not come too late for, and how that ended.
 
     Raises:
         AssertionError: The last run fails, something differs, or something is left.
@@ -125,7 +127,9 @@ def trial(folder: Path, reference: Run, disturbances: list[Disturbance], rng: ra
     for disturb in disturbances:
         run.start()
         what = disturb(run, rng)
-        done.append(f"{what}; ended with {run.wait()}")
+        status = run.wait()
+        if what:
+            done.append(f"{what}; ended with {status}")
     run.start()
     status = run.wait()
     assert status == 0, f"the undisturbed run failed with {status}:\n{run.log.read_text()[-6000:]}"

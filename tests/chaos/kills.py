@@ -61,7 +61,7 @@ def kill_any(run: Run, rng: random.Random) -> str:
     _wait(run, lambda: False, moment)
     processes = sorted(run.processes(), key=lambda process: process.pid)
     if not processes:
-        return "nothing: the run had ended"
+        return ""
     chosen = rng.choice(processes)
     return _signal(run, chosen.pid, number, f"'{_command(chosen)[:80]}', after {moment:.1f} s")
 
@@ -70,13 +70,13 @@ def kill(kind: str) -> Disturbance:
     """Signal a process of a kind soon after there is one."""
 
     def disturb(run: Run, rng: random.Random) -> str:
-        delay, number = SOON_S * rng.random() ** 3, rng.choice(SIGNALS)  # mostly at once: some live for a second
+        delay, number = SOON_S * rng.random() ** 6, rng.choice(SIGNALS)  # mostly at once: some live for a second
         if not _wait(run, lambda: bool(_of_kind(run, kind)), 4 * run.seconds):
-            return f"nothing: there was no {kind}"
+            return ""
         _wait(run, lambda: False, delay)
         found = _of_kind(run, kind)
         if not found:
-            return f"nothing: the {kind} had ended"
+            return ""
         return _signal(run, rng.choice(found).pid, number, f"a {kind}, {delay:.1f} s after its start")
 
     return disturb
@@ -87,7 +87,7 @@ def kill_publication(run: Run, rng: random.Random) -> str:
     delay, number = rng.uniform(0, 2.0), rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
     scratch = run.folder / "data/06_models"
     if not _wait(run, lambda: any(scratch.glob("*/scratch/*/result.json")), 4 * run.seconds):
-        return "nothing: no training ended"
+        return ""
     _wait(run, lambda: False, delay)
     return _signal(run, run.process.pid, number, f"the command, {delay:.1f} s after its training")
 
@@ -116,7 +116,7 @@ def _wait(run: Run, condition: Callable[[], bool], timeout_s: float) -> bool:
 
 def _signal(run: Run, pid: int, number: int, what: str) -> str:
     if run.process.poll() is not None:
-        return "nothing: the run had ended"
+        return ""
     with contextlib.suppress(psutil.Error):
         psutil.Process(pid).send_signal(number)
     return f"{signal.Signals(number).name} to {what}"

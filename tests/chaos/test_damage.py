@@ -178,7 +178,7 @@ def project(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("tokenize", "03_primary/digits/media_index.parquet", "validate"),
         ("train", "05_model_input/tiny_qwen3_vl/pack_plan.parquet", "tokenize"),
         ("train", "05_model_input/tiny_qwen3_vl/tokenized.arrow", "tokenize"),
-        ("train", "05_model_input/tiny_qwen3_vl/video_frames/index.parquet", "sample"),
+        ("train", "05_model_input/tiny_qwen3_vl/video_frames/index.arrow", "sample"),
         ("train", "05_model_input/tiny_qwen3_vl/video_frames/frames-00000.arrow", "sample"),
         ("train", "06_models/tiny_qwen3_vl/base/model.safetensors", "tokenize"),
         ("train", "08_reporting/tiny_qwen3_vl/plan_summary.json", "tokenize"),

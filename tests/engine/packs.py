@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
@@ -59,17 +61,15 @@ def load_packed(
 
 
 def make_builder(config: Any, family: str, *, rmpad: bool = True, share: SequenceShare | None = None) -> BatchBuilder:
-    hearing = {}
-    if FAMILIES[family].hearing:
-        chunk = FAMILIES[family].hearing.chunk_of(config)
-        hearing = {"sounds": RandomSounds(), "mel_bins": config.audio_config.num_mel_bins, "sound_chunk": chunk}
+    hearing = FAMILIES[family].hearing
     return BatchBuilder(
         loader=RandomPatches(config.vision_config.patch_size),
         patch_values=3 * 2 * config.vision_config.patch_size**2,
         placeholder_ids=placeholder_ids(config),
         tokens_per_second=FAMILIES[family].tokens_per_second(config),
+        vision_inputs=partial(FAMILIES[family].vision_inputs, config.vision_config),
         sources=("a", "b"),
-        **hearing,
+        sounds=SoundReader(RandomSounds(), hearing, config) if hearing else None,
         rmpad=rmpad,
         share=share or SequenceShare(),
     )

@@ -149,8 +149,9 @@ def test_ranks_that_share_packs_train_the_same(
 ) -> None:
     expected = trainings(family)
     # Two ranks also recompute their activations, exchanges of tokens and heads included.
-    model = {"checkpointed_towers": ("llm", "vit") if nproc == 2 else ()}
-    actual = changed(expected, tmp_path, run={"save_steps": 0}, parallel={"sp_ulysses_degree": 2}, model=model)
+    recompute = {"llm": "selective", "vit": "full"} if nproc == 2 else {}
+    parallel = {"sp_ulysses_degree": 2}
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, parallel=parallel, recompute=recompute)
     trained(actual, nproc)
     assert_same_training(actual, expected)
     for row, other in zip(metrics(actual), metrics(expected), strict=True):

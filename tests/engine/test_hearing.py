@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from qvl_pipeline.config import EvaluateConfig
+from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.evaluation.generation import generate_answers, load_model
 from qvl_pipeline.evaluation.likelihood import sample_losses
@@ -104,7 +105,7 @@ def test_answers_and_losses_are_those_of_the_plain_thinker(training: TrainSpec) 
     builder = dataclasses.replace(
         make_builder(model.config, FAMILY),
         loader=PatchLoader(patch_size=14, frame_store=store),
-        sounds=SoundStore(store, FAMILIES[FAMILY].hearing),
+        sounds=SoundReader(SoundStore(store, FAMILIES[FAMILY].hearing), FAMILIES[FAMILY].hearing, model.config),
     )
     rows = range(len(samples))
     found = sample_losses(model, processor, samples, rows, store, batch_size=5)

@@ -88,6 +88,8 @@ def make_training(
             seed=0,
             profile_steps=(),
             memory_snapshot_on_oom=False,
+            worst_case_first=False,
+            expected_peak_bytes=0,
         ),
         model=spec.ModelSpec(
             path=str(model),
@@ -96,7 +98,6 @@ def make_training(
             attn_implementation="auto",
             vit_attn_implementation="auto",
             freeze_modules=(),
-            checkpointed_towers=(),
             use_liger_kernel=False,
             image_min_pixels=3136,
             image_max_pixels=50176,
@@ -104,6 +105,7 @@ def make_training(
             torch_compile_backend="eager",
             torch_compile_mode="default",
         ),
+        recompute=spec.RecomputeSpec(llm="none", vit="none", every=1, offload=False),
         data=spec.DataSpec(
             tokenized=str(folder / "tokenized.arrow"),
             pack_plan=str(folder / "pack_plan.parquet"),
@@ -155,6 +157,7 @@ def make_training(
             backward_prefetch=0,
             accumulate_sharded=False,
             cpu_offload=False,
+            frozen_sharding="sharded",
             bf16=False,
             fp16=False,
             sp_ulysses_degree=1,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from qvl_pipeline.errors import UserError
@@ -66,7 +65,7 @@ def test_a_full_shard_is_closed_and_its_clips_stay_readable(tmp_path: Path) -> N
     with FrameStoreWriter(tmp_path, shard_bytes=2 * pictures(0).nbytes) as writer:
         for name, frames in clips.items():
             writer.add(stored(name, frames, "raw"))
-    assert sorted(path.name for path in tmp_path.glob("*.arrow")) == [f"frames-0000{n}.arrow" for n in range(4)]
+    assert sorted(path.name for path in tmp_path.glob("frames-*.arrow")) == [f"frames-0000{n}.arrow" for n in range(4)]
     store = FrameStore(tmp_path)
     for name, frames in reversed(clips.items()):
         np.testing.assert_array_equal(store.frames(name), frames)
@@ -76,7 +75,7 @@ def test_the_files_are_as_the_contract_says(tmp_path: Path) -> None:
     with FrameStoreWriter(tmp_path) as writer:
         writer.add(stored("a.mp4", pictures(0)))
         writer.add(stored("a.mp4", pictures(1), start=1.5))
-    index = pq.read_table(tmp_path / "index.parquet").to_pylist()
+    index = pa.ipc.open_file(tmp_path / "index.arrow").read_all().to_pylist()
     expected = {
         "path": "a.mp4",
         "end": None,
@@ -130,7 +129,7 @@ def fail_half_way(folder: Path) -> None:
 def test_an_unknown_clip_and_an_unfinished_store_are_errors(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail_half_way(tmp_path)
-    with pytest.raises(UserError, match=r"index.parquet is missing: run the pipeline 'sample'"):
+    with pytest.raises(UserError, match=r"index.arrow is missing: run the pipeline 'sample'"):
         FrameStore(tmp_path)
     with FrameStoreWriter(tmp_path):
         pass

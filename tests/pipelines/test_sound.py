@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from qvl_pipeline.config import (
 )
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.datasets import FileDataset, FolderDataset, TableDataset
+from qvl_pipeline.engine.feed.sounds import SoundReader
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore
@@ -224,16 +227,13 @@ def test_the_pack_of_rows_has_the_loss_of_the_plain_thinker(run: dict[str, Any])
     packed = load_packed(run["base_model"], "qwen2_5_omni")
     plain = AutoModelForImageTextToText.from_pretrained(run["base_model"], dtype=torch.float32)
     mean, std = normalization(load_processor(run["base_model"], MODEL))
-    packed.image_mean, packed.image_std = mean, std
+    packed = PackedVLM(packed.hf, packed.family, mean, std)
     tokenized = TokenizedSamples(run["tokenized_samples"])
-    made = make_builder(plain.config, "qwen2_5_omni")
-    made = made.__class__(
-        **{
-            **vars(made),
-            "loader": PatchLoader(patch_size=14, frame_store=run["video_frames"]),
-            "sounds": SoundStore(run["video_frames"], HEARING),
-            "sources": ("s",),
-        }
+    made = dataclasses.replace(
+        make_builder(plain.config, "qwen2_5_omni"),
+        loader=PatchLoader(patch_size=14, frame_store=run["video_frames"]),
+        sounds=SoundReader(SoundStore(run["video_frames"], HEARING), HEARING, plain.config),
+        sources=("s",),
     )
     samples = [tokenized.row(index) for index in range(0, len(tokenized), 3)]
     assert {item["type"] for sample in samples for item in sample["media"]} == {"image", "video", "audio"}

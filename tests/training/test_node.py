@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +16,7 @@ from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, Mod
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.frame_cache import INDEX_SCHEMA
 from qvl_pipeline.pipelines.train import nodes
 from qvl_pipeline.training import running
 from qvl_pipeline.training.launcher import Processes
@@ -46,6 +46,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "pack_plan": pd.read_parquet(training.data.pack_plan),
         "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
         "video_frames": Path(training.data.video_frames),
+        "preflight_report": {"verdict": "off"},
         "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),
@@ -91,10 +92,9 @@ def test_a_base_model_replaced_in_place_is_trained_anew(
 
 
 def test_lost_frames_are_named_before_anything_starts(inputs: dict[str, Any], launched: list[Path]) -> None:
-    index = inputs["video_frames"] / "index.parquet"
-    frames = pq.ParquetFile(index).read()
-    row = frames.schema.empty_table().to_pandas().reindex([0]).assign(shard="frames-00000.arrow", batch=0)
-    pq.write_table(pa.concat_tables([frames, pa.Table.from_pandas(row, frames.schema, preserve_index=False)]), index)
+    with pa.ipc.new_file(str(inputs["video_frames"] / "index.arrow"), INDEX_SCHEMA) as writer:
+        row = {"clip_id": "a.mp4", "shard": "frames-00000.arrow", "batch": 0}
+        writer.write_batch(pa.RecordBatch.from_pylist([row], schema=INDEX_SCHEMA))
     with pytest.raises(UserError, match=r"frames-00000.arrow is missing: run `kedro run --pipelines sample`"):
         train(inputs)
     assert launched == []

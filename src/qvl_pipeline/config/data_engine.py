@@ -10,16 +10,17 @@ from qvl_pipeline.config.base import Block, Indifferent
 
 
 class DataEngineConfig(Block):
-    """How Daft runs. Nothing here changes what is written: tables are the same bytes with any of these values.
+    """Where rows are worked on. Nothing here changes what is written: tables are the same bytes with any value.
 
     (But for rows that are too long for `memory_limit_gib`, which are rejects.)
 
     Attributes:
-        runner: `native` works in this process, on all of its cores; `ray` on a Ray cluster. The project folder and the
-            media must be at the same path on all nodes of the cluster.
+        runner: `native` works on this machine, on all of its cores; `ray` on a Ray cluster, by Daft. The project folder
+            and the media must be at the same path on all nodes of the cluster.
         ray_address: Address of the cluster, such as `ray://head:10001` or `auto`; `None` starts Ray on this machine.
         memory_limit_gib: Memory that `ingest` keeps within, however many rows there are; what Python and its libraries
-            take from the start (0.4 GiB) is in it. A row that takes more than a fiftieth of it is rejected.
+            take from the start (0.4 GiB) is in it. Of what is above 1 GiB, each process that reads rows has 0.1 GiB: at
+            1 GiB one process reads them all. A row that takes more than a fiftieth of it is rejected.
         batch_rows: Most rows that are worked on in one piece. Fewer spread a small file over more cores.
     """
 

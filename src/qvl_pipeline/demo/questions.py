@@ -87,6 +87,11 @@ def _single_image(studio: Studio) -> list[Turn]:
     return _ask(studio.picture(digit), "Which digit is this?", answer=digit)
 
 
+def _next_digit(studio: Studio) -> list[Turn]:
+    (digit,) = studio.digits(1)
+    return _ask(studio.picture(digit), "Which digit comes after this one?", answer=(digit + 1) % 10)
+
+
 def _two_images(studio: Studio) -> list[Turn]:
     digits = studio.digits(2)
     return _ask(*map(studio.picture, digits), LARGER, answer=max(digits))
@@ -140,6 +145,9 @@ KINDS: dict[str, Callable[[Studio], list[Turn]]] = {
     "two_videos": _two_videos,
     "text": _text,
     "multi_turn": _multi_turn,
+    # What no other kind teaches: for an adapter to learn.
+    "next_digit": _next_digit,
+    # For a model that hears.
     "audio": _audio,
     "audio_and_image": _audio_and_image,
 }

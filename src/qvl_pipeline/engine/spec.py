@@ -27,6 +27,8 @@ class RunSpec:
         seed: Seed of everything random in training.
         profile_steps: First and last step that rank 0 traces; empty traces none.
         memory_snapshot_on_oom: Record GPU allocations, and write them when memory runs out.
+        worst_case_first: Try the heaviest micro-batches before the first step.
+        expected_peak_bytes: Peak of a rank's tensors that the preflight foretold; 0 where nothing was.
     """
 
     output_dir: str
@@ -41,6 +43,8 @@ class RunSpec:
     seed: int
     profile_steps: tuple[int, ...]
     memory_snapshot_on_oom: bool
+    worst_case_first: bool
+    expected_peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,6 @@ class ModelSpec:
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
         freeze_modules: Short names or globs of parts that stay as they are.
-        checkpointed_towers: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
         image_max_pixels: Most pixels of an image.
@@ -69,13 +72,29 @@ class ModelSpec:
     attn_implementation: str
     vit_attn_implementation: str
     freeze_modules: tuple[str, ...]
-    checkpointed_towers: tuple[str, ...]
     use_liger_kernel: bool
     image_min_pixels: int
     image_max_pixels: int
     torch_compile: bool
     torch_compile_backend: str
     torch_compile_mode: str
+
+
+@dataclass(frozen=True)
+class RecomputeSpec:
+    """Which activations are recomputed in the backward pass.
+
+    Attributes:
+        llm: Of the language model: `none`, `selective` (not those of matrix products and attention) or `full`.
+        vit: Of the vision tower.
+        every: Blocks from one that recomputes to the next.
+        offload: Keep the inputs of recomputed blocks in the CPU's memory.
+    """
+
+    llm: str
+    vit: str
+    every: int
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ class DataSpec:
         per_device_train_batch_size: Packs of one forward pass of one rank.
         use_rmpad: Micro-batches are packs; otherwise a padded row for each sample.
         epochs: Passes over the data that the plan makes.
-        dataloader_num_workers: Loader processes of each rank.
+        dataloader_num_workers: Loader processes of each rank, or `auto`.
         dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
         dataloader_pin_memory: Pin batches for copies to a GPU.
         on_bad_sample: `raise` or `skip` a sample whose media cannot be loaded.
@@ -103,7 +122,7 @@ class DataSpec:
     per_device_train_batch_size: int
     use_rmpad: bool
     epochs: float
-    dataloader_num_workers: int
+    dataloader_num_workers: int | str
     dataloader_prefetch_factor: int
     dataloader_pin_memory: bool
     on_bad_sample: str
@@ -147,7 +166,7 @@ class OptimSpec:
     """The optimizer and its schedule; names as in transformers' `TrainingArguments`.
 
     Attributes:
-        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit` or `muon`.
+        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit`, `adamw_bf16` or `muon`.
         learning_rate: Peak rate of what `learning_rates` does not name.
         learning_rates: Peak rate by part of the model (`vit`, `merger`, …, or `visual`).
         weight_decay: Decay of matrices.
@@ -174,6 +193,11 @@ class OptimSpec:
     warmup_steps: int
     ema_decay: float
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether trained weights and their state are held in bfloat16 too, and not in float32."""
+        return self.optim == "adamw_bf16"
+
 
 @dataclass(frozen=True)
 class ParallelSpec:
@@ -187,6 +211,7 @@ class ParallelSpec:
         backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
         accumulate_sharded: Exchange gradients after every micro-batch instead of once a step.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
+        frozen_sharding: Frozen weights are `sharded`, or `replicated` on every rank.
         bf16: Compute in bfloat16.
         fp16: Compute in float16 with a dynamic loss scale.
         sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
@@ -199,6 +224,7 @@ class ParallelSpec:
     backward_prefetch: int
     accumulate_sharded: bool
     cpu_offload: bool
+    frozen_sharding: str
     bf16: bool
     fp16: bool
     sp_ulysses_degree: int
@@ -322,6 +348,7 @@ class TrainSpec:
 
     run: RunSpec
     model: ModelSpec
+    recompute: RecomputeSpec
     data: DataSpec
     stream: StreamSpec
     optim: OptimSpec

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,17 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step, read_plan, share_out
+from qvl_pipeline.engine.feed.loader_processes import with_loaders
+from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, SharedSteps, Step, read_plan
 from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
-from qvl_pipeline.engine.model.flops import flops_of
+from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.freezing import OF_SOUND, OF_VISION
-from qvl_pipeline.engine.model.loading import build_model, load_processor
+from qvl_pipeline.engine.model.loading import build_model, load_processor, make_builder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import load_weights
@@ -35,8 +37,8 @@ from qvl_pipeline.engine.optim.optimization import (
     make_optimizers,
     set_learning_rates,
 )
-from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
-from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, start_process_group
+from qvl_pipeline.engine.parallel.fetching import OnItsWay
+from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, sharding_mesh_of, start_process_group
 from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
 from qvl_pipeline.engine.run.kept import KeptModels
 from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
@@ -45,12 +47,10 @@ from qvl_pipeline.engine.run.skipped import SkippedSamples
 from qvl_pipeline.engine.run.stopping import StopRequest, write_stopped
 from qvl_pipeline.engine.run.validation import Validation
 from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
+from qvl_pipeline.engine.run.worst_case import WorstCase, try_worst_case
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.loading import PatchLoader
-from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.storage.whole import write_whole
-from qvl_pipeline.tokens.encoding import placeholder_ids
 from qvl_pipeline.tokens.raw_samples import RawSamples
 
 logger = logging.getLogger(__name__)
@@ -74,15 +74,21 @@ class Trainer:
         self.model, self.facts = build_model(spec, self.processor, self.device, sequence_group(self.mesh))
         self.flops = flops_of(self.model)
         self.facts |= shard_model(self.model, self.device, spec.parallel)
+        self.meshes = self.mesh, sharding_mesh_of(self.model)
         load_weights(self.model, spec.model.path, self.device, offload=offloads(spec.parallel, self.device))
         if spec.adapter.used:
             set_initial_values(self.model, spec.adapter, spec.model.path, spec.run.seed)
-        self.builder = _make_builder(spec, self.model, self.processor, self.mesh)
+        self.builder = make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.feed = self._make_feed()
+        data, why = with_loaders(spec.data, self.feed, self.builder, self.flops, peak_flops(self.device))
+        if why and self.leads:
+            logger.info("dataloader_num_workers: auto is %s", why)
+        self.facts["dataloader_num_workers"] = data.dataloader_num_workers
+        spec = self.spec = dataclasses.replace(spec, data=data)
         self.skipped = SkippedSamples(
             Path(spec.run.output_dir) / "skipped.jsonl",
             allowed=spec.data.on_bad_sample == "skip",
@@ -103,7 +109,7 @@ class Trainer:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
             stores = Path(data.video_frames), self.model.family.hearing
             samples = RawSamples(Path(stream.samples), self.processor, *stores, skip_bad_samples=skips)
-            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers > 0
+            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers != 0
 
             def exchange(values: Sequence[int]) -> list[int]:
                 with self.watchdog.wait_for_ranks():
@@ -111,8 +117,7 @@ class Trainer:
 
             return StreamedFeed(samples, stream, *share, exchange, **always, aside=aside)
         plan = read_plan(Path(data.pack_plan))
-        steps = share_out(plan, *share, **always, epochs=data.epochs)
-        return PlannedFeed(steps)
+        return PlannedFeed(SharedSteps(plan, *share, **always, epochs=data.epochs))
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -160,14 +165,16 @@ class Trainer:
             out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=snapshot),
             profiled(traced, done, output_dir) as end_profiled_step,
         ):
+            if spec.run.worst_case_first and isinstance(self.feed, PlannedFeed) and not done:
+                self._try_worst_case()
             batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
             try:
                 if not self._evaluate_postponed():
-                    self._train(steps, max_steps, batches, output_dir, end_profiled_step)
+                    self._train(steps, max_steps, batches, end_profiled_step)
             except NonFiniteError:  # which all ranks find together, so the save under way can still be published
                 self.checkpoints.wait()
                 raise
-        set_collective_timeout(spec.run.ddp_timeout, self.mesh)
+        set_collective_timeout(spec.run.ddp_timeout, *self.meshes)
         self._save()
         self.checkpoints.wait()
         if self.step < max_steps:
@@ -194,22 +201,32 @@ class Trainer:
             self._write_result(output_dir, done, exported_step, self.kept.facts(best_step, max_steps))
         dist.barrier()
 
+    def _try_worst_case(self) -> None:
+        """Take a step on the heaviest micro-batches of the plan, and undo it."""
+        spec, alone = self.spec, LoaderOptions(0, 1, False, self.spec.data.on_bad_sample == "skip")
+        shares = self.feed.shares
+
+        def load(micro_batch: MicroBatch) -> Batch:
+            self.micro_batch = micro_batch
+            return next(load_batches([micro_batch], Path(spec.data.tokenized), self.builder, alone))
+
+        heaviest = [shares[step].micro_batches[number] for step, number in shares.heaviest()]
+        case = WorstCase(heaviest, shares.accumulates, load, spec.run.expected_peak_bytes)
+        sharded = spec.parallel.accumulate_sharded
+        self.facts["worst_case"] = try_worst_case(case, self.model, self.optimizers, self.device, sharded)
+
     def _train(
         self,
         steps: Iterator[Step],
         max_steps: int,
         batches: Iterator[Batch],
-        output_dir: Path,
         end_profiled_step: Callable[[], None],
     ) -> None:
         """Take steps until there are no more or someone asks to stop; `self.step` is then the last one taken."""
         run, first = self.spec.run, self.step + 1
-        window = MetricsWindow(
-            self.builder.sources,
-            self.device,
-            self.flops,
-            packing_length=self.spec.data.packing_length,
-        )
+        length = self.spec.data.packing_length
+        window = MetricsWindow(self.builder.sources, self.device, self.flops, packing_length=length)
+        late: Callable[[], dict[str, Any]] | None = None  # the row of the step before
         for number in range(first, max_steps + 1):
             self.step, self.micro_batch = number, MicroBatch((), vision=False)
             learning_rates = set_learning_rates(self.optimizers, self.schedule(self.step))
@@ -217,6 +234,9 @@ class Trainer:
                 with self.watchdog.load("the samples of its next step"):
                     step = next(steps)  # of a stream, which reads and tokenises them here
                 grad_norm = self._train_step(step, batches, window)
+                if late:
+                    self._write(late())
+                    late = None
             end_profiled_step()
             window.add_step(step)
             self.skipped.add(step.number, step.left_out)
@@ -226,9 +246,9 @@ class Trainer:
             evaluates = self.validation is not None and self.validation.is_due(step.number, max_steps)
             # A row ends at every checkpoint too, so that a resumed run writes the same rows as an uninterrupted one.
             if step.number % run.logging_steps == 0 or saves or evaluates or step.number == max_steps:
-                self.finite.check()
-                row = {"step": step.number, "max_steps": max_steps, "epoch": step.epoch}
-                row |= self._row(learning_rates, grad_norm, window)
+                late = self._row(step, learning_rates, grad_norm, window)
+            if saves or evaluates or step.number == max_steps:
+                row, late = late(), None
                 if evaluates and stops:
                     self.validation.postpone(row)
                 else:
@@ -240,10 +260,12 @@ class Trainer:
                         )
                         stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
                         saves = stops or saves or is_best
-                    if self.leads:
-                        append_row(output_dir / "metrics.jsonl", row)
+                    self._write(row)
             best_step = self.validation.best_step if self.validation else 0
             if step.number < max_steps and self.kept.reasons(step.number, best_step, max_steps):
+                if late:
+                    self._write(late())
+                    late = None
                 window.exclude(self._keep(step.number))
             if saves:
                 self._save()
@@ -251,28 +273,51 @@ class Trainer:
                 return
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
-                set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
+                set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
 
     def _keep(self, step: int) -> float:
         """Export the weights as those of a step; return the seconds that it took."""
         started = time.perf_counter()
         run = self.spec.run
-        set_collective_timeout(run.ddp_timeout, self.mesh)  # one rank writes, and the others wait
+        self.finite.check()
+        set_collective_timeout(run.ddp_timeout, *self.meshes)  # one rank writes, and the others wait
         export(self.model, self.exported_files, self.spec, self.kept.place(step))
         dist.barrier()
-        set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, self.mesh)
+        set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
         return time.perf_counter() - started
 
-    def _row(self, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow) -> dict[str, Any]:
-        return {
-            "learning_rate": self.spec.optim.learning_rate * self.schedule(self.step),
-            "learning_rates": learning_rates,
-            # An overflow in float16 is no number; that step was not taken.
-            "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,
-            **window.row(),
-            **(self.loss_scale.row() if self.loss_scale else {}),
-            "skipped_samples": self.skipped.report(),
-        }
+    def _row(
+        self, step: Step, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow
+    ) -> Callable[[], dict[str, Any]]:
+        """Close a row of metrics after a step; return what fetches it, best when the device has got that far.
+
+        So even `logging_steps: 1` makes no host wait: while the row is fetched, the device has the next step to do.
+        """
+        seen, norm_on_its_way, closed = self.finite.mark(), OnItsWay(grad_norm), window.close()
+        rate, skipped = self.spec.optim.learning_rate * self.schedule(self.step), self.skipped.report()
+        scale = self.loss_scale.row() if self.loss_scale else {}
+
+        def fetch() -> dict[str, Any]:
+            self.finite.check(seen)
+            norm = float(norm_on_its_way.arrived())
+            return {
+                "step": step.number,
+                "max_steps": self.feed.max_steps,
+                "epoch": step.epoch,
+                "learning_rate": rate,
+                "learning_rates": learning_rates,
+                # An overflow in float16 is no number; that step was not taken.
+                "grad_norm": norm if math.isfinite(norm) else None,
+                **closed.row(),
+                **scale,
+                "skipped_samples": skipped,
+            }
+
+        return fetch
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.leads:
+            append_row(Path(self.spec.run.output_dir) / "metrics.jsonl", row)
 
     def _evaluate(self, row: dict[str, Any]) -> None:
         """Add to a row the evaluation of the weights, which are those after its step."""
@@ -289,8 +334,7 @@ class Trainer:
         if row is None:
             return False
         self._evaluate(row)
-        if self.leads:
-            append_row(Path(self.spec.run.output_dir) / "metrics.jsonl", row)
+        self._write(row)
         self.validation.forget_postponed()
         if self.step < self.feed.max_steps and self.kept.reasons(self.step, self.validation.best_step, 0):
             self._keep(self.step)
@@ -382,39 +426,4 @@ def _always_called(model: PackedVLM) -> dict[str, bool]:
     return {
         "always_vision": only_towers and bool(trained & OF_VISION),
         "always_sound": only_towers and bool(trained & OF_SOUND),
-    }
-
-
-def _make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: DeviceMesh) -> BatchBuilder:
-    config, image_processor = model.hf.config, processor.image_processor
-    patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
-    sources = spec.stream.weights
-    if not spec.stream.max_steps:
-        sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].to_pylist()
-    return BatchBuilder(
-        loader=PatchLoader(
-            patch_size=patch_size,
-            temporal_patch_size=temporal_patch_size,
-            merge_size=image_processor.merge_size,
-            frame_store=Path(spec.data.video_frames),
-        ),
-        patch_values=3 * temporal_patch_size * patch_size**2,
-        placeholder_ids=placeholder_ids(config),
-        tokens_per_second=model.family.tokens_per_second(config),
-        **_hearing(model, Path(spec.data.video_frames)),
-        sources=tuple(sorted(set(sources))),
-        rmpad=spec.data.use_rmpad,
-        share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
-    )
-
-
-def _hearing(model: PackedVLM, frame_store: Path) -> dict[str, Any]:
-    """What a builder of batches needs for sounds; nothing where the model does not hear."""
-    hearing = model.family.hearing
-    if hearing is None:
-        return {}
-    return {
-        "sounds": SoundStore(frame_store, hearing),
-        "mel_bins": hearing.mel_bins,
-        "sound_chunk": hearing.chunk_of(model.hf.config),
     }

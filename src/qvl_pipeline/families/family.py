@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     from torch import nn
 
     VisionPairs = Callable[[Any, Sequence[Sequence[int]]], list[int]]
-    VisionForward = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
+    VisionInputs = Callable[[Any, torch.Tensor], dict[str, Any]]
+    VisionForward = Callable[
+        [nn.Module, torch.Tensor, torch.Tensor, dict[str, Any]], tuple[torch.Tensor, list[torch.Tensor]]
+    ]
 
 
 # Side of the square of patches that becomes one token, in all families so far.
@@ -32,8 +35,12 @@ class ModelFamily:
         decoder_layer: Class name of a decoder layer; FSDP2 shards each.
         vision_block: Class name of a vision block; FSDP2 shards each.
         groups: `(group, name prefix)` in order; each parameter belongs to the first prefix it starts with.
-        vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3])` to `(features [N/4, H], DeepStack features)`.
-        decoder_kwargs: Extra arguments of the language model, from `(visual mask [1, T], DeepStack features)`.
+        vision_inputs: `(vision config, grid_thw [M, 3])` to the arguments of the tower that it would otherwise compute
+            from the grid, for which it waits for the device.
+        vision_forward: `(model, pixels [N, C*T*P*P], grid_thw [M, 3], vision inputs)` to `(features [N/4, H], DeepStack
+            features)`. The grid stays in host memory.
+        decoder_kwargs: Extra arguments of the language model, from DeepStack features `[B, T, H]`, zero where there is
+            no medium.
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
@@ -52,8 +59,9 @@ class ModelFamily:
     decoder_layer: str
     vision_block: str
     groups: tuple[tuple[str, str], ...]
+    vision_inputs: VisionInputs
     vision_forward: VisionForward
-    decoder_kwargs: Callable[[torch.Tensor, list[torch.Tensor]], dict[str, Any]]
+    decoder_kwargs: Callable[[list[torch.Tensor]], dict[str, Any]]
     tokens_per_second: Callable[[Any], float | None]
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]

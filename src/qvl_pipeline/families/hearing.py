@@ -10,7 +10,8 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     import torch
     from torch import nn
 
-    AudioForward = Callable[[nn.Module, torch.Tensor, Sequence[int]], torch.Tensor]
+    AudioInputs = Callable[[Any, torch.Tensor, Sequence[int]], dict[str, Any]]
+    AudioForward = Callable[[nn.Module, dict[str, Any]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Hearing:
         n_fft: Samples of a spectrum.
         longest_s: Seconds of the longest sound: transformers' processor would cut the rest off.
         encoder_layer: Class name of a layer of the audio tower; FSDP2 shards each.
-        forward: `(model, spectrograms [bins, N], spectra of each sound [M])` to features `[tokens, H]`.
+        inputs: `(config, spectrograms [bins, N], spectra of each sound)` to the inputs of the audio tower, all that it
+            would otherwise compute of lengths included, for which it waits for the device.
+        forward: `(model, inputs)` to features `[tokens, H]`.
         chunk_of: Spectra that see each other in the audio tower, from its config: a sound may be cut between two such
             chunks with exactly the same features.
     """
@@ -35,6 +38,7 @@ class Hearing:
     n_fft: int
     longest_s: int
     encoder_layer: str
+    inputs: AudioInputs
     forward: AudioForward
     chunk_of: Callable[[Any], int]
 

@@ -10,35 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.families.family import ModelFamily
 from qvl_pipeline.families.hearing import Hearing, convolved
-from qvl_pipeline.families.qwen2_5_vl import vision_forward, vision_pairs
+from qvl_pipeline.families.qwen2_5_vl import vision_forward, vision_inputs, vision_pairs
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-def _audio_forward(model: nn.Module, mel: torch.Tensor, spectra: Sequence[int]) -> torch.Tensor:
-    """Features of sounds; what the tower would ask the device of their lengths is worked out on the host."""
+def _audio_inputs(config: Any, log_mel: torch.Tensor, spectra: Sequence[int]) -> dict[str, Any]:
     import torch
-    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
-        chunk_and_pad_features,
-        get_audio_cu_seqlens,
-        get_pool_indices,
-        get_valid_indices,
-    )
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
-    tower, lengths = model.audio_tower, torch.tensor(spectra)
-    padded, chunks = chunk_and_pad_features(mel, lengths, tower.n_window)
-    on_host = {
-        "feature_lens": lengths,
+    lengths = torch.tensor(spectra)
+    padded, chunks = omni.chunk_and_pad_features(log_mel, lengths, config.audio_config.n_window)
+    return {
+        "padded_feature": padded,
         "chunk_lengths": chunks,
-        "valid_indices": get_valid_indices(chunks),
-        "pool_indices": get_pool_indices(lengths),
-        "cu_seqlens": get_audio_cu_seqlens(chunks),
+        "valid_indices": omni.get_valid_indices(chunks),
+        "pool_indices": omni.get_pool_indices(lengths),
+        "cu_seqlens": omni.get_audio_cu_seqlens(chunks),
+        "max_seqlen": convolved(int(chunks.max())),
     }
-    longest = convolved(int(chunks.max()))
-    moved = {name: tensor.to(mel.device, non_blocking=True) for name, tensor in on_host.items()}
-    return tower(mel, padded_feature=padded, max_seqlen=longest, return_dict=True, **moved).last_hidden_state
+
+
+def _audio_forward(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    return model.audio_tower(return_dict=True, **inputs).last_hidden_state
 
 
 # No lambda: how a family hears is sent to the processes that decode.
@@ -62,8 +58,9 @@ FAMILY = ModelFamily(
         ("llm", "model.language_model."),
         ("head", "lm_head."),
     ),
+    vision_inputs=vision_inputs,
     vision_forward=vision_forward,
-    decoder_kwargs=lambda mask, deepstack: {},
+    decoder_kwargs=lambda deepstack: {},
     tokens_per_second=lambda config: float(config.position_id_per_seconds),
     vision_pairs=vision_pairs,
     liger_kernels={"Qwen2_5OmniRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5OmniMLP": "swiglu"},
@@ -83,6 +80,7 @@ FAMILY = ModelFamily(
         n_fft=400,
         longest_s=300,
         encoder_layer="Qwen2_5OmniAudioEncoderLayer",
+        inputs=_audio_inputs,
         forward=_audio_forward,
         chunk_of=_chunk_of,
     ),

@@ -12,11 +12,30 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
+    """Positions and bounds of frames and windows."""
+    from transformers import vision_utils
+
+    merge = config.spatial_merge_size
+    bounds = vision_utils.get_vision_cu_seqlens(grid_thw)
+    window_index, windows = vision_utils.get_vision_window_index(
+        grid_thw, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
+    )
+    return {
+        "position_ids": vision_utils.get_vision_position_ids(grid_thw, merge),
+        "cu_seqlens": bounds,
+        "max_seqlen": int(bounds.diff().max()),
+        "window_index": window_index,
+        "cu_window_seqlens": windows,
+        "max_window_seqlen": int(windows.diff().max()),
+    }
+
+
 def vision_forward(
-    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor, inputs: dict[str, Any]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Features of the merged patches; there is no DeepStack."""
-    return model.visual(pixels, grid_thw=grid_thw, return_dict=True).pooler_output, []
+    return model.visual(pixels, grid_thw=grid_thw, return_dict=True, **inputs).pooler_output, []
 
 
 def vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
@@ -47,8 +66,9 @@ FAMILY = ModelFamily(
         ("llm", "model.language_model."),
         ("head", "lm_head."),
     ),
+    vision_inputs=vision_inputs,
     vision_forward=vision_forward,
-    decoder_kwargs=lambda mask, deepstack: {},
+    decoder_kwargs=lambda deepstack: {},
     tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
     vision_pairs=vision_pairs,
     # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.

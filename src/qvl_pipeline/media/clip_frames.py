@@ -44,7 +44,7 @@ def frames_from_source(info: Mapping[str, Any]) -> np.ndarray:
     """Decode the frames that a row of the store's index names: what the store would hold with a lossless encoding.
 
     Args:
-        info: Row of `index.parquet`.
+        info: Row of `index.arrow`.
 
     Returns:
         Uint8 `[T, 3, H, W]`.

@@ -20,7 +20,7 @@ from qvl_pipeline.storage.tables import read_table, write_table
 logger = logging.getLogger(__name__)
 
 _ADVICE = "its clips are decoded again"
-# Of `index.parquet` of a store.
+# Of `index.arrow` of a store.
 INDEX_SCHEMA = pa.schema(
     [
         ("clip_id", pa.string()),

@@ -6,7 +6,7 @@ A store may also hold all of a clip but its frames, which are then decoded whene
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,13 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_cache import INDEX_SCHEMA, FrameCache
 from qvl_pipeline.media.frame_encoding import decode_frame
 from qvl_pipeline.storage.batches import CheckedBatches, write_checked
-from qvl_pipeline.storage.digests import DamagedError
-from qvl_pipeline.storage.tables import read_table, write_table
+from qvl_pipeline.storage.digests import DamagedError, damaged
 
 _SAMPLE_AGAIN = "run `kedro run --pipelines sample` (with the same --env and --params) to write them again"
 # What a killed run may have to decode again.
 SHARD_BYTES = 1 << 28
 AGAIN = "run the pipeline 'sample' again"
+INDEX, INDEX_ROWS = "index.arrow", 1024
 FRAME_SCHEMA = pa.schema([("frame", pa.binary()), ("second", pa.float64()), ("index", pa.int64())])
 
 
@@ -70,7 +70,7 @@ def clip_id(path: str, start: float | None, end: float | None) -> str:
 
 
 class FrameStoreWriter:
-    """Writes a frame store: Arrow IPC shards with one record batch per clip, and `index.parquet` at the end."""
+    """Writes a frame store: Arrow IPC shards with one record batch per clip, and `index.arrow` at the end."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, cache: FrameCache | None = None) -> None:
         """Start a store.
@@ -106,7 +106,10 @@ class FrameStoreWriter:
                 self._close_shard()
             return
         self._close_shard()
-        write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), self._folder / "index.parquet")
+        with pa.ipc.new_file(str(self._folder / INDEX), INDEX_SCHEMA) as writer:
+            for number, start in enumerate(range(0, len(self._rows), INDEX_ROWS)):
+                rows = self._rows[start : start + INDEX_ROWS]
+                write_checked(writer, pa.RecordBatch.from_pylist(rows, schema=INDEX_SCHEMA), number)
 
     def add(self, clip: StoredClip, key: str = "") -> None:
         """Append one clip.
@@ -182,11 +185,14 @@ class FrameStore:
             UserError: The folder holds no finished store.
         """
         self.folder = Path(folder)
-        path = self.folder / "index.parquet"
+        path = self.folder / INDEX
         if not path.exists():
             raise UserError(f"{path} is missing: run the pipeline 'sample', which writes the frames of every clip")
-        self._index = read_table(path, INDEX_SCHEMA, advice=AGAIN)
-        self._rows = {name: row for row, name in enumerate(self._index.column("clip_id").to_pylist())}
+        # Memory-mapped: the frames' numbers and seconds of a million clips are a gigabyte, which ranks share this way.
+        self._index = CheckedBatches(path, AGAIN)
+        if not self._index.schema.equals(INDEX_SCHEMA):
+            raise damaged(path, f"its columns are {', '.join(self._index.schema.names)}", AGAIN)
+        self._places = _Places(self)
         self._shards: dict[str, CheckedBatches] = {}
 
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
@@ -194,12 +200,15 @@ class FrameStore:
         return FrameStore, (self.folder,)
 
     def check_shards(self) -> None:
-        """Open all shards, without reading frames: before processes do, one by one and hours into their work.
+        """Check the index, and open all shards, without reading frames.
+
+        Before processes do, one by one and hours into their work.
 
         Raises:
             UserError: A shard is missing or cut off; it names the first, and the stage to run.
         """
-        shards = self._index.select(["shard", "batch"]).group_by("shard").aggregate([("batch", "max")]).to_pylist()
+        self._index.check()
+        shards = self.columns(["shard", "batch"]).group_by("shard").aggregate([("batch", "max")]).to_pylist()
         for row in sorted((row for row in shards if row["shard"] is not None), key=lambda row: row["shard"]):
             path = self.folder / row["shard"]
             try:
@@ -212,11 +221,18 @@ class FrameStore:
 
     def __len__(self) -> int:
         """Number of clips."""
-        return len(self._rows)
+        return len(self._places)
 
     def __iter__(self) -> Iterator[str]:
         """Clip ids, in the order in which they were written."""
-        return iter(self._rows)
+        for number in range(len(self._index)):
+            yield from self._index.batch(number, ["clip_id"]).column("clip_id").to_pylist()
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Read whole columns of the index, in its order."""
+        schema = pa.schema([INDEX_SCHEMA.field(name) for name in names])
+        numbers = range(len(self._index))
+        return pa.Table.from_batches([self._index.batch(n, names).select(names) for n in numbers], schema)
 
     def info(self, clip: str) -> dict[str, Any]:
         """Look up one clip.
@@ -225,14 +241,16 @@ class FrameStore:
             clip: Clip id.
 
         Returns:
-            Its row of `index.parquet`.
+            Its row of `index.arrow`.
 
         Raises:
             UserError: The store has no such clip.
         """
-        if clip not in self._rows:
-            raise UserError(f"{self.folder} holds no frames of '{clip}': run the pipeline 'sample' again")
-        return self._index.slice(self._rows[clip], 1).to_pylist()[0]
+        for place in self._places.of(clip):
+            number, row = divmod(place, INDEX_ROWS)
+            if self._index.batch(number, ["clip_id"]).column("clip_id")[row].as_py() == clip:
+                return self._index.batch(number).slice(row, 1).to_pylist()[0]
+        raise UserError(f"{self.folder} holds no frames of '{clip}': run the pipeline 'sample' again")
 
     def frames(self, clip: str, part: slice = slice(None)) -> np.ndarray:
         """Read the frames of one clip.
@@ -271,3 +289,20 @@ class FrameStore:
             except FileNotFoundError as error:
                 raise DamagedError(f"{self.folder / name} is missing: {AGAIN}") from error
         return self._shards[name]
+
+
+class _Places:
+    """Rows of clips by their ids: a sorted number of each id is 16 bytes a clip, a dictionary takes ten times that."""
+
+    def __init__(self, clips: Iterable[str]) -> None:
+        numbers = np.fromiter(map(hash, clips), dtype=np.int64)
+        self._rows = np.argsort(numbers, kind="stable")
+        self._numbers = numbers[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def of(self, clip: str) -> list[int]:
+        """Rows whose ids have the number that this one has, the last written first, which is the one that counts."""
+        start, end = (np.searchsorted(self._numbers, hash(clip), side) for side in ("left", "right"))
+        return self._rows[start:end][::-1].tolist()

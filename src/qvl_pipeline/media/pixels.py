@@ -100,7 +100,9 @@ def normalization(processor: Any) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize_patches(
+    patches: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """Normalise patches, on whatever device they are.
 
     The arithmetic is that of transformers' `rescale_and_normalize`: mean and deviation are scaled to 0..255, so that
@@ -108,7 +110,7 @@ def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequenc
 
     Args:
         patches: Uint8 `[N, C * values]`, channel first within a patch.
-        mean: Mean of each channel, of pixels in 0..1.
+        mean: Mean of each channel, of pixels in 0..1. A tensor on that device is not copied, nor waited for.
         std: Deviation of each channel.
 
     Returns:
@@ -116,6 +118,6 @@ def normalize_patches(patches: torch.Tensor, mean: Sequence[float], std: Sequenc
     """
     channels = patches.to(torch.float32).view(len(patches), len(mean), -1)
     scaled_mean, scaled_std = (
-        torch.tensor(values, device=patches.device).view(-1, 1) * 255.0 for values in (mean, std)
+        torch.as_tensor(values, device=patches.device).view(-1, 1) * 255.0 for values in (mean, std)
     )
     return channels.sub_(scaled_mean).div_(scaled_std).view(patches.shape)

@@ -40,7 +40,7 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     from qvl_pipeline.engine.model.attention_kernels import choose_kernels
     from qvl_pipeline.engine.model.freezing import freeze
     from qvl_pipeline.engine.model.kernels import use_liger_kernels
-    from qvl_pipeline.engine.model.sharded import layers_to_wrap
+    from qvl_pipeline.engine.model.sharded import frozen_parameters, layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
     from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
     from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
@@ -61,6 +61,8 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
         if spec.adapter.used:
             inject(model, family, spec.adapter)
             check_start(model, spec.adapter)
+        if spec.parallel.frozen_sharding == "replicated":
+            frozen_parameters(model)
         peak_rates(spec.optim, trained_parts(model, family, spec.optim))
         if steps is not None:
             learning_rate_schedule(spec.optim, steps)
@@ -76,9 +78,13 @@ def _check_settings(spec: TrainSpec, steps: int | None) -> None:
     """Refuse what can be told without the model: packages, precision, and what the plan does not have."""
     import torch
 
-    if spec.optim.optim == "adamw_8bit" and find_spec("torchao") is None:
+    if (optim := spec.optim.optim) in ("adamw_8bit", "adamw_bf16") and find_spec("torchao") is None:
         raise UserError(
-            "optim 'adamw_8bit' needs the package torchao: install it (pip install torchao), or choose another"
+            f"optim '{optim}' needs the package torchao: install it (pip install torchao), or choose another"
+        )
+    if spec.optim.in_bfloat16 and spec.adapter.used:
+        raise UserError(
+            "optim 'adamw_bf16' saves next to nothing where an adapter is all that is trained: choose another optim"
         )
     if spec.parallel.fp16 and not torch.cuda.is_available():
         raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
@@ -115,6 +121,8 @@ def _warn(spec: TrainSpec, device: torch.device) -> None:
             "checkpoint is written",
             spec.optim.optim,
         )
+    if spec.run.worst_case_first and spec.stream.max_steps:
+        logger.warning("worst_case_first is not used: without a plan, nobody knows the heaviest pack beforehand")
     if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
         logger.warning("use_liger_kernel is %s", why_not)
 

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import decimal
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from qvl_pipeline.data.rejection import REJECT_RULES
 from qvl_pipeline.data.sources import ingest
 from qvl_pipeline.data.sources.files import limits
 from qvl_pipeline.data.sources.files.readers import RowFiles, Slab
-from qvl_pipeline.data.sources.finished import finished_part
+from qvl_pipeline.data.sources.finished import begin_part
 from qvl_pipeline.data.sources.ingest import ingest_sources
 from qvl_pipeline.data.sources.raw import list_files
+from qvl_pipeline.data.sources.row_workers import RowWorkers
 from qvl_pipeline.data.sources.rows import assign_split, derive_kind
 from qvl_pipeline.data.tables import REJECTS, SAMPLES
 from qvl_pipeline.evaluation.metrics import references
@@ -417,16 +418,17 @@ def test_no_slab_is_in_memory_while_the_next_is_read(monkeypatch: pytest.MonkeyP
 def _ingest_until(slabs: int, *sources: dict[str, Any]) -> list[int]:
     """Ingest until so many slabs are worked on, and be interrupted then; the number of rows of each of them."""
     worked_on: list[int] = []
-    apply = ingest._apply
+    start = RowWorkers.start
 
-    def counted(function: Any, rows: pa.Table, *arguments: Any) -> pa.Table:
+    def counted(workers: RowWorkers, *arguments: Any) -> Callable[[], pa.Table]:
         if len(worked_on) == slabs:
             raise KeyboardInterrupt
+        *_, rows, _path = arguments
         worked_on.append(rows.num_rows)
-        return apply(function, rows, *arguments)
+        return start(workers, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(ingest, "_apply", counted)
+        patch.setattr(RowWorkers, "start", counted)
         _ingest(*sources)
     return worked_on
 
@@ -458,9 +460,9 @@ def test_another_run_that_is_done_sooner_does_not_disturb(monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(pa.ipc, "new_file", new_file_of_two)
-        assert finished_part(folder, "x", lambda: part) == part
+        assert begin_part(folder, "x", lambda: lambda: part)() == part
     assert not folder.exists()
-    assert [finished_part(folder, "x", lambda made=made: made) for made in (part, None)] == [part, part]
+    assert [begin_part(folder, "x", lambda made=made: lambda: made)() for made in (part, None)] == [part, part]
 
 
 @pytest.mark.parametrize("change", ["split", "file", "code"])

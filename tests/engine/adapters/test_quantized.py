@@ -143,7 +143,7 @@ def test_every_kind_starts_at_the_quantised_base_and_is_the_same_on_one_rank(
 @pytest.mark.parametrize(
     ("kind", "nproc", "groups"),
     [
-        ("dora", 4, {"parallel": {"hsdp_shard_size": 2}, "model": {"checkpointed_towers": ("llm", "vit")}}),
+        ("dora", 4, {"parallel": {"hsdp_shard_size": 2}, "recompute": {"llm": "selective", "vit": "full"}}),
         ("lora", 2, {"parallel": {"sp_ulysses_degree": 2, "accumulate_sharded": True}}),
         ("lora", 1, {"model": {"torch_compile": True}, "data": {"per_device_train_batch_size": 3}}),
         ("lora", 2, {"data": {"use_rmpad": False}}),

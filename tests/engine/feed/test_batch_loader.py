@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qvl_pipeline.engine.feed.batch_loader import BadSampleError, LoaderDiedErro
 from qvl_pipeline.engine.feed.steps import MicroBatch
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families import FAMILIES
 from tests.engine.ranks import JobFailedError
 from tests.engine.training import changed, first_error, make_training, trained
 
@@ -51,6 +53,7 @@ def builder(training: TrainSpec, **behaviour: str) -> BatchBuilder:
         patch_values=3 * 2 * 16**2,
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=None,
+        vision_inputs=partial(FAMILIES["qwen3_vl"].vision_inputs, config.vision_config),
         sources=("a", "b"),
     )
 

@@ -25,7 +25,7 @@ from tests.engine.training import changed, make_training
 
 def export_changed_model(specs: list[TrainSpec], batch: Batch, folder: Path) -> None:
     model = load_sharded(specs[0])
-    model.image_mean, model.image_std = MEAN, STD  # as in `reference_loss`
+    model.image_mean, model.image_std = torch.tensor(MEAN), torch.tensor(STD)  # as in `reference_loss`
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)

@@ -58,19 +58,33 @@ def test_flops_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("targets", "init", "base"),
+    ("kind", "targets", "init", "dropout", "train_fully", "base"),
     [
-        ({"llm": "all"}, "zeros_b", "none"),
-        ({"llm": ["mlp"], "visual": "all"}, "zeros_b", "none"),
-        ({"merger": "all"}, "pissa", "none"),
-        ({"llm": ["attention"], "merger": "all"}, "zeros_b", "nf4"),
+        # What is not named is frozen: here all of the vision side.
+        ("lora", {"llm": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": "all"}, "zeros_b", 0.1, (), "nf4"),
+        ("lora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": ["attention"]}, "zeros_b", 0.0, ("visual",), "none"),
+        ("lora", {"merger": "all"}, "pissa", 0.0, (), "none"),
+        ("lora", {"llm": ["attention"], "merger": "all"}, "zeros_b", 0.0, (), "nf4"),
     ],
     ids=str,
 )
 def test_flops_of_adapters_are_those_that_torch_counts(
-    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], targets: dict, init: str, base: str
+    packed: PackedVLM,
+    builder: BatchBuilder,
+    samples: dict[str, dict[str, Any]],
+    kind: str,
+    targets: dict,
+    init: str,
+    dropout: float,
+    train_fully: tuple[str, ...],
+    base: str,
 ) -> None:
-    spec = AdapterSpec("lora", 8, 16.0, False, 0.0, init, targets, (), "", base, True, ("llm",), "both")
+    spec = AdapterSpec(kind, 8, 16.0, False, dropout, init, targets, train_fully, "", base, True, ("llm",), "both")
+    packed.train()
     inject(packed.hf, packed.family, spec)
     if spec.quantizes:
         matrices = {name: weight.clone() for name, weight in packed.hf.named_parameters()}

@@ -66,10 +66,10 @@ def thinker_loss(
                 inputs["use_audio_in_video"] = any(item["spectra"] for item in media)
     if sounds := [item for item in sample["media"] if item["spectra"]]:
         longest = max(item["spectra"] for item in sounds) + 5
-        inputs["input_features"] = torch.zeros(len(sounds), builder.mel_bins, longest)
+        inputs["input_features"] = torch.zeros(len(sounds), builder.sounds.hearing.mel_bins, longest)
         inputs["feature_attention_mask"] = torch.zeros(len(sounds), longest, dtype=torch.long)
         for number, item in enumerate(sounds):
-            log_mel = torch.from_numpy(builder.sounds.log_mel(item["type"], item["key"]).T.copy())
+            log_mel = torch.from_numpy(builder.sounds.store.log_mel(item["type"], item["key"]).T.copy())
             inputs["input_features"][number, :, : item["spectra"]] = log_mel
             inputs["feature_attention_mask"][number, : item["spectra"]] = 1
     logits = model(input_ids=ids, **inputs).logits[0].float()

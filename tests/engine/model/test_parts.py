@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qvl_pipeline.engine.feed.steps import Pack, read_plan, share_out
+from qvl_pipeline.engine.feed.steps import PackPlan, PlannedFeed, SharedSteps, read_plan
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.loss import token_losses
 from qvl_pipeline.engine.model.patch_embedding import PatchProjection, use_linear_patch_embedding
@@ -21,36 +24,64 @@ from qvl_pipeline.families import FAMILIES
 from tests.engine.training import make_training
 
 
-class TestSharingOut:
-    def test_every_pack_goes_to_exactly_one_rank(self) -> None:
-        plan = [[Pack((step * 10 + n,), 5, 0, 2) for n in range(7)] for step in range(3)]
-        for world_size in (1, 2, 3, 8):
-            ranks = [share_out(plan, rank, world_size, packs_per_micro_batch=2) for rank in range(world_size)]
-            for number, packs in enumerate(plan):
-                seen = [row for steps in ranks for mb in steps[number].micro_batches for row in mb.sample_rows]
-                assert sorted(seen) == sorted(row for pack in packs for row in pack.sample_rows)
+def plan_of(folder: Path, steps: list[list[tuple[list[int], int]]]) -> PackPlan:
+    """Write a plan of packs (sample rows, patches) of 5 tokens, 2 of them supervised, sample 9 a sound; read it."""
+    packs = [(step, pack, *what) for step, packs in enumerate(steps) for pack, what in enumerate(packs)]
+    table = pd.DataFrame(packs, columns=["step", "pack", "sample_rows", "vit_patches"])
+    table.assign(
+        tokens=5, supervised_tokens=2, spectra=40 * table["sample_rows"].map(lambda rows: rows == [9])
+    ).to_parquet(folder / "plan.parquet")
+    return read_plan(folder / "plan.parquet")
 
-    def test_all_ranks_call_the_vision_tower_in_the_same_micro_batches(self) -> None:
-        plan = [
-            [Pack((0,), 5, 0, 2), Pack((1,), 5, 16, 2), Pack((2,), 5, 0, 2), Pack((3,), 5, 0, 2), Pack((4,), 5, 4, 2)]
-        ]
-        ranks = [share_out(plan, rank, 2, packs_per_micro_batch=1)[0] for rank in range(2)]
+
+class TestSharingOut:
+    def test_every_pack_goes_to_exactly_one_rank(self, tmp_path: Path) -> None:
+        rows = [[[step * 20 + 2 * n, step * 20 + 2 * n + 1] for n in range(7)] for step in range(3)]
+        plan = plan_of(tmp_path, [[(pack, 0) for pack in packs] for packs in rows])
+        for world_size in (1, 2, 3, 8):
+            ranks = [SharedSteps(plan, rank, world_size, packs_per_micro_batch=2) for rank in range(world_size)]
+            for number, packs in enumerate(rows):
+                for rank, steps in enumerate(ranks):
+                    seen = [row for mb in steps[number].micro_batches for row in mb.sample_rows]
+                    assert seen == [row for pack in packs[rank::world_size] for row in pack]
+
+    def test_all_ranks_call_the_vision_tower_in_the_same_micro_batches(self, tmp_path: Path) -> None:
+        plan = plan_of(tmp_path, [[([0], 0), ([1], 16), ([2], 0), ([3], 0), ([4], 4)]])
+        ranks = [SharedSteps(plan, rank, 2, packs_per_micro_batch=1)[0] for rank in range(2)]
         pattern = [[micro_batch.vision for micro_batch in step.micro_batches] for step in ranks]
         assert pattern == [[True, False, True], [True, False, True]]
         assert ranks[1].micro_batches[2].sample_rows == ()
         assert {step.supervised_tokens for step in ranks} == {10}
 
-    def test_training_only_the_tower_calls_it_for_text_too(self) -> None:
-        (step,) = share_out([[Pack((0,), 5, 0, 2)]], 0, 1, packs_per_micro_batch=1, always_vision=True)
+    def test_training_only_the_tower_calls_it_for_text_too(self, tmp_path: Path) -> None:
+        plan = plan_of(tmp_path, [[([0], 0)]])
+        (step,) = SharedSteps(plan, 0, 1, packs_per_micro_batch=1, always_vision=True)
         assert [micro_batch.vision for micro_batch in step.micro_batches] == [True]
 
-    def test_sounds_are_told_of_apart_from_pictures(self) -> None:
-        plan = [[Pack((0,), 5, 0, 2), Pack((1,), 5, 0, 2, spectra=40), Pack((2,), 5, 16, 2), Pack((3,), 5, 0, 2)]]
+    def test_sounds_are_told_of_apart_from_pictures(self, tmp_path: Path) -> None:
+        plan = plan_of(tmp_path, [[([0], 0), ([9], 0), ([2], 16), ([3], 0)]])
         for rank in (0, 1):
-            (step,) = share_out(plan, rank, 2, packs_per_micro_batch=1)
+            step = SharedSteps(plan, rank, 2, packs_per_micro_batch=1)[0]
             assert [(batch.vision, batch.sound) for batch in step.micro_batches] == [(False, True), (True, False)]
-            (step,) = share_out(plan, rank, 2, packs_per_micro_batch=1, always_sound=True)
+            step = SharedSteps(plan, rank, 2, packs_per_micro_batch=1, always_sound=True)[0]
             assert [batch.sound for batch in step.micro_batches] == [True, True]
+
+    def test_a_rank_holds_few_bytes_of_a_sample_of_the_plan(self, tmp_path: Path) -> None:
+        samples, packed, per_step = 60_000, 6, 10
+        rows = np.arange(samples, dtype=np.int32).reshape(-1, packed)
+        steps = np.repeat(np.arange(len(rows) // per_step, dtype=np.int32), per_step)
+        plan = pd.DataFrame({"step": steps, "sample_rows": list(rows), "tokens": 9, "vit_patches": 0})
+        plan.assign(supervised_tokens=1, spectra=0).to_parquet(tmp_path / "plan.parquet")
+        read_plan(tmp_path / "plan.parquet")  # what is imported on the way does not count
+        tracemalloc.start()
+        feed = PlannedFeed(SharedSteps(read_plan(tmp_path / "plan.parquet"), 1, 8, packs_per_micro_batch=1))
+        for _ in feed.steps_after(0):
+            pass
+        gc.collect()  # gives back the tuples that Python keeps to use again
+        held, _peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert feed.tokens == 9 * len(rows)
+        assert held / samples < 12
 
     def test_plan_with_a_gap_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "plan.parquet"

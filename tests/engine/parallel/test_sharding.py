@@ -8,10 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
 
 from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.engine.parallel.sharding import _prefetch
+from qvl_pipeline.engine.run.stopping import StopRequest
+from qvl_pipeline.engine.run.watchdog import Watchdog
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.trainer import Trainer
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training
 
@@ -67,3 +74,24 @@ def test_gradients_are_exchanged_once_a_step(
     # Two micro-batches of each rank, one step: three decoder layers, two vision blocks, the rest of the
     # tower and the root exchange once.
     assert json.loads((tmp_path / "calls.json").read_text()) == 7
+
+
+def note_what_stays_gathered(spec_path: Path, result: Path) -> None:
+    spec = TrainSpec.load(spec_path)
+    trainer = Trainer(spec, StopRequest(), Watchdog(float("inf"), lambda *_: None))
+    losses = trainer.model(trainer.builder.build([TokenizedSamples(Path(spec.data.tokenized)).row(0)], vision=True))
+    gathered = [name for name, value in trainer.model.hf.named_parameters() if not isinstance(value, DTensor)]
+    losses.sum().backward()
+    if dist.get_rank() == 0:
+        result.write_text(json.dumps(gathered))
+
+
+def test_embedding_and_head_stay_gathered_between_forward_and_backward(
+    tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("image",) * 2)
+    base.save(tmp_path / "train_spec.json")
+    args = tmp_path / "train_spec.json", tmp_path / "gathered.json"
+    run_ranks(note_what_stays_gathered, 2, *args, log_dir=tmp_path / "logs")
+    gathered = json.loads((tmp_path / "gathered.json").read_text())
+    assert gathered == ["model.language_model.embed_tokens.weight", "model.language_model.norm.weight"]

@@ -1,4 +1,4 @@
-"""Rows of metrics: what they say, and that nothing waits for the device between them."""
+"""Rows of metrics: what they say, and that no host waits for its device to have them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from qvl_pipeline.engine import __main__ as engine
+from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.parallel.fetching import OnItsWay
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training, trained
-
-# What makes the host wait for a device tensor.
-SYNCS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-# Modules that ask tensors in host memory: kernels of the CPU, batches before they are copied to the device, what hosts
-# tell each other.
-ON_THE_HOST = {"attention_kernels.py", "batch.py", "checkpoints.py", "flops.py"}
+from tests.engine.waits import DeviceWaits
 
 
 @pytest.fixture
@@ -52,43 +51,59 @@ def test_work_is_that_of_the_samples_on_any_number_of_ranks(training: TrainSpec,
     assert flops[0] == pytest.approx(flops[1])
 
 
-def test_nothing_waits_for_the_device_between_rows(training: TrainSpec, tmp_path: Path) -> None:
-    spec = changed(training, tmp_path / "run", run={"logging_steps": 3})
-    Path(spec.run.output_dir).mkdir(parents=True)
-    spec.save(tmp_path / "spec.json")
-    run_ranks(_record_syncs, 1, tmp_path / "spec.json", tmp_path / "syncs.json", log_dir=tmp_path / "logs")
-    found = json.loads((tmp_path / "syncs.json").read_text())
-    assert [sync for sync in found if sync["step"] in (1, 2)] == []
-    assert any(sync["step"] == 3 for sync in found)  # the row itself: the recorder does see them
+def test_a_row_every_step_is_fetched_a_step_late_and_nothing_else_is_waited_for(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    Path(training.run.output_dir).mkdir(parents=True)
+    training.save(tmp_path / "spec.json")
+    run_ranks(_record_waits, 1, tmp_path / "spec.json", tmp_path / "waits.json", log_dir=tmp_path / "logs")
+    waits = json.loads((tmp_path / "waits.json").read_text())
+    fetches = [[step, what] for step, what in waits if what.endswith(".arrived")]
+    assert [wait for wait in waits if wait not in fetches] == []
+    # The losses of the rows of steps 1, 2 and 3: the last is fetched at once, as nothing comes after it.
+    assert [step for step, what in fetches if what == "ClosedWindow.arrived"] == [2, 3, 3]
 
 
-def _record_syncs(spec_path: Path, result: Path) -> int:
-    """Train while noting every line of the engine that makes the host wait, by step."""
-    found: list[dict[str, Any]] = []
+def _record_waits(spec_path: Path, result: Path) -> int:
+    """Train while noting, with the step, whatever would make a host wait for its GPU."""
+    found: list[tuple[int, str]] = []
     trainers: list[Trainer] = []
+    to, arrived = Batch.to, OnItsWay.arrived
+
+    class Noting(DeviceWaits):
+        def note(self, operation: object) -> None:
+            before = len(self.found)
+            super().note(operation)
+            found.extend((trainers[0].step, what) for what in self.found[before:])
+
+    # What a CPU asks of the bounds of samples, and hosts of each other.
+    waits = Noting(ignored=["_by_length", "all_gather_object"])
+
+    def copied(batch: Batch, device: torch.device) -> Batch:
+        batch = to(batch, device)
+        waits.put(tensor for tensor in tree_leaves(vars(batch) | {"grid_thw": None}) if torch.is_tensor(tensor))
+        return batch
+
+    def fetched(values: OnItsWay) -> torch.Tensor:
+        caller = sys._getframe(1)
+        found.append((trainers[0].step, f"{type(caller.f_locals.get('self')).__name__}.arrived"))
+        host = arrived(values)
+        waits.take(host)
+        return host
 
     class Watched(Trainer):
-        def __init__(self, *args: Any) -> None:
+        def _train(self, *args: Any) -> None:
             trainers.append(self)
-            super().__init__(*args)
+            with waits:
+                waits.put([*self.model.parameters(), *self.model.buffers(), self.finite._first])
+                super()._train(*args)
 
-    def watched(name: str) -> Callable[..., Any]:
-        original = getattr(torch.Tensor, name)
-
-        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            caller = Path(sys._getframe(1).f_code.co_filename)
-            if caller.parent.name == "engine" and caller.name not in ON_THE_HOST:
-                found.append(
-                    {"step": trainers[0].step, "call": name, "line": f"{caller.name}:{sys._getframe(1).f_lineno}"}
-                )
-            return original(tensor, *args, **kwargs)
-
-        return call
-
-    engine.Trainer = Watched
-    for name in SYNCS:
-        setattr(torch.Tensor, name, watched(name))
-    status = engine.main(spec_path)
+    with (
+        mock.patch.object(Batch, "to", copied),
+        mock.patch.object(OnItsWay, "arrived", fetched),
+        mock.patch.object(engine, "Trainer", Watched),
+    ):
+        status = engine.main(spec_path)
     result.write_text(json.dumps(found))
     return status
 

@@ -6,13 +6,15 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
 from qvl_pipeline.data.plan.packing import Packs, balanced, best_fit, first_fit, one_each
@@ -36,9 +38,10 @@ _STRATEGIES = {"best_fit": best_fit, "first_fit": first_fit, "balanced": balance
 
 @dataclass(frozen=True)
 class _Samples:
-    """One split as arrays `[N]`, over-long samples left out."""
+    """One split as arrays `[N]`, over-long samples left out; `sources` are numbers of `names`, which are sorted."""
 
     rows: np.ndarray
+    names: list[str]
     sources: np.ndarray
     tokens: np.ndarray
     patches: np.ndarray
@@ -68,8 +71,10 @@ def make_plan(
             while `filter_overlong` is false.
     """
     samples, overlong = _samples(TokenizedSamples(tokenized_path), "train", batching)
-    _refuse_undeclared(samples.sources.tolist(), weights)
-    per_epoch = sum(weights[source] for source in samples.sources)
+    _refuse_undeclared(samples.names, weights)
+    weight_of = np.array([weights[name] for name in samples.names])
+    # One after the other, as Python sums: the figure is in the summary to the last bit.
+    per_epoch = sum(weight for part in _parts(samples.sources) for weight in weight_of[part].tolist())
     packs = _run_packs(samples, batching, weights) if per_epoch >= 1 else None
     if not packs:
         raise UserError(_NO_WEIGHT)
@@ -203,29 +208,48 @@ def _sha256(path: Path) -> str:
 
 def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
     """The samples of a split, and the ids of those that are too long for a pack."""
-    names = ["sample_id", "source", "split", "length", "vit_patches", "spectra", "supervised_tokens"]
-    table = tokenized.columns(names).to_pandas()
-    table = table[table["split"] == split]
-    if table.empty:
+    names = ["source", "split", "length", "vit_patches", "spectra", "supervised_tokens"]
+    table = tokenized.columns(names)
+    rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
+    if not len(rows):
         raise UserError(f"there is no sample of the split '{split}': {_WITHOUT[split]}")
-    too_long = table["length"] > batching.packing_length
+    length, patches, spectra, supervised = (table[name].to_numpy()[rows] for name in names[2:])
+    too_long = length > batching.packing_length
     if batching.packing_vit_patches is not None:
-        too_long |= table["vit_patches"] > batching.packing_vit_patches
-    overlong = table.loc[too_long, "sample_id"].tolist()
+        too_long |= patches > batching.packing_vit_patches
+    overlong = _ids(tokenized, rows[too_long])
     if overlong and not batching.filter_overlong:
         raise UserError(
             f"{len(overlong)} samples do not fit into a pack (packing_length {batching.packing_length}, "
             f"packing_vit_patches {batching.packing_vit_patches}), the first is '{overlong[0]}': raise the budget, or "
             "set filter_overlong: true to leave them out"
         )
-    kept = table[~too_long]
-    if kept.empty:
+    if too_long.all():
         raise UserError(
-            f"all {len(table)} samples of the split '{split}' are longer than packing_length "
+            f"all {len(rows)} samples of the split '{split}' are longer than packing_length "
             f"({batching.packing_length}) or packing_vit_patches ({batching.packing_vit_patches}): raise the budget"
         )
-    columns = (kept[name].to_numpy() for name in names[1:2] + names[3:])
-    return _Samples(kept.index.to_numpy(), *columns), overlong
+    kept = ~too_long
+    source = table["source"].filter(pa.array(_mask(rows[kept], len(table))))
+    known = sorted(source.unique().to_pylist())
+    numbers = pc.index_in(source, pa.array(known, pa.string())).to_numpy()
+    counts = (values[kept] for values in (length, patches, spectra, supervised))
+    return _Samples(rows[kept], known, numbers, *counts), overlong
+
+
+def _ids(tokenized: TokenizedSamples, rows: np.ndarray) -> list[str]:
+    """Ids of some rows; the column is not read when there are none."""
+    return tokenized.columns(["sample_id"])["sample_id"].take(pa.array(rows)).to_pylist() if len(rows) else []
+
+
+def _mask(rows: np.ndarray, count: int) -> np.ndarray:
+    mask = np.zeros(count, dtype=bool)
+    mask[rows] = True
+    return mask
+
+
+def _parts(values: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str, float]) -> Packs:
@@ -233,7 +257,7 @@ def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str
     limit = batching.max_steps * batching.packs_per_step if batching.max_steps > 0 else None
     epochs: list[Packs] = []
     while len(epochs) < batching.num_train_epochs if limit is None else sum(map(len, epochs)) < limit:
-        drawn = _draw(samples.sources, weights, len(epochs), batching.seed)
+        drawn = _draw(samples, weights, len(epochs), batching.seed)
         begun = sum(map(len, epochs))
         packs = _pack(samples.tokens[drawn], samples.patches[drawn], batching, len(epochs), begun)
         epochs.append(Packs(drawn[packs.samples], packs.bounds))
@@ -242,15 +266,15 @@ def _run_packs(samples: _Samples, batching: BatchingConfig, weights: Mapping[str
     return Packs(np.concatenate([packs.samples for packs in epochs])[: bounds[-1]], bounds)
 
 
-def _draw(sources: np.ndarray, weights: Mapping[str, float], epoch: int, seed: int) -> np.ndarray:
+def _draw(samples: _Samples, weights: Mapping[str, float], epoch: int, seed: int) -> np.ndarray:
     """Positions of the samples of one epoch, each source by its weight.
 
     A source is an endless repetition of one shuffled order, of which each epoch takes the next `weight * N` samples: an
     integer weight repeats every sample so often, and a fraction reaches every sample in turn.
     """
     drawn = []
-    for source in sorted(set(sources.tolist())):
-        positions = np.flatnonzero(sources == source)
+    for number, source in enumerate(samples.names):
+        positions = np.flatnonzero(samples.sources == number)
         key = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8])
         order = np.random.default_rng([seed, key]).permutation(positions)
         per_epoch = weights[source] * len(order)

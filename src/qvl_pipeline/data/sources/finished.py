@@ -13,25 +13,32 @@ import pyarrow as pa
 from qvl_pipeline.data.sources.raw import fingerprint
 
 
-def finished_part(folder: Path, made_from: Any, make: Callable[[], pa.Table]) -> pa.Table:
-    """Read a part, or make it and write it down.
+def begin_part(folder: Path, made_from: Any, begin: Callable[[], Callable[[], pa.Table]]) -> Callable[[], pa.Table]:
+    """Begin to make a part, unless it is there.
 
     Args:
         folder: Where parts are; made when missing.
         made_from: All that decides what is in the part, as a JSON value.
-        make: Makes it.
+        begin: Begins to make it, and returns what waits for it.
 
     Returns:
-        The part.
+        What reads the part, or waits for it and writes it down.
     """
     path = folder / f"{fingerprint(made_from)}.arrow"
-    # Another run of the same, which is done sooner, takes the folder away at any moment: what it kept is made again.
-    with contextlib.suppress(FileNotFoundError), pa.OSFile(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-    part = make()
-    with contextlib.suppress(FileNotFoundError):
-        _write(path, part)
-    return part
+    there = path.exists()
+    make = (lambda: begin()()) if there else begin()
+
+    def finish() -> pa.Table:
+        if there:
+            # Another run of the same, which is done sooner, takes the folder away at any moment: then it is made again.
+            with contextlib.suppress(FileNotFoundError), pa.OSFile(str(path)) as file:
+                return pa.ipc.open_file(file).read_all()
+        part = make()
+        with contextlib.suppress(FileNotFoundError):
+            _write(path, part)
+        return part
+
+    return finish
 
 
 def _write(path: Path, part: pa.Table) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -11,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import daft
 import pyarrow as pa
 import pyarrow.compute as pc
-from daft.exceptions import DaftCoreException
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
 from qvl_pipeline.data.batches import TableWriter
@@ -23,13 +22,13 @@ from qvl_pipeline.data.progress import ingest_bar
 from qvl_pipeline.data.runner import use_runner
 from qvl_pipeline.data.sources.files.limits import Limits
 from qvl_pipeline.data.sources.files.readers import RowFiles
-from qvl_pipeline.data.sources.finished import finished_part
+from qvl_pipeline.data.sources.finished import begin_part
 from qvl_pipeline.data.sources.paths import project_path
 from qvl_pipeline.data.sources.raw import fingerprint, hash_code
 from qvl_pipeline.data.sources.remote import copy_remote, is_url
-from qvl_pipeline.data.sources.rows import READ_ROW, RowReader, assign_split
+from qvl_pipeline.data.sources.row_workers import RowWorkers
+from qvl_pipeline.data.sources.rows import assign_split
 from qvl_pipeline.data.tables import MEDIA, REJECTS, SAMPLES
-from qvl_pipeline.errors import UserError
 
 # Share of the memory limit that a slab of raw rows may take: parsed, converted and written, it is many times as large.
 _SLABS_IN_LIMIT = 64
@@ -64,12 +63,13 @@ def ingest_sources(
         samples = stack.enter_context(TableWriter(folder / "samples.parquet", schema))
         rejects = stack.enter_context(TableWriter(folder / "rejects.parquet", REJECTS))
         row_files = stack.enter_context(RowFiles(_limits(engine)))
+        workers = stack.enter_context(RowWorkers(engine))
         bar = stack.enter_context(ingest_bar())
         for source in config.datasets:
             own = [file for file in files if file["source"] == source.name]
             task = bar.add_task(source.name, total=sum(file["bytes"] for file in own), rows=0)
             read = rejected = 0
-            for rows, done_bytes in _read_source(source, own, row_files, config, engine, finished):
+            for rows, done_bytes in _read_source(source, own, row_files, workers, config, engine, finished):
                 rows = _number(rows, source.name, read)
                 bad = rows.filter(pc.is_valid(rows["rule"]))
                 rejects.write(bad.select(REJECTS.names).cast(REJECTS))
@@ -86,12 +86,12 @@ def _read_source(
     source: DatasetSource,
     files: Sequence[dict[str, Any]],
     row_files: RowFiles,
+    workers: RowWorkers,
     config: IngestConfig,
     engine: DataEngineConfig,
     finished: Path,
 ) -> Iterator[tuple[pa.Table, float]]:
     """Yield the rows of a source piece by piece, and how many bytes of its files are read with each."""
-    reader = RowReader(source, config)
     read = before = 0
     # With the code and the file itself, what decides what is read.
     folders = [other.data_folder for other in config.datasets]
@@ -103,52 +103,34 @@ def _read_source(
         asdict(_limits(engine)),
     ]
     code = hash_code(Path(__file__).parent)
+    begun: deque[tuple[Callable[[], pa.Table], float]] = deque()
     for file in files:
-        read_rows = _row_function(reader, file.get("split"), engine.batch_rows)
+        if read == source.limit:
+            break
         for slab in row_files.slabs(Path(file["path"]), source.data_type):
             if read == source.limit:
-                return
+                break
             rows = slab.rows if source.limit is None else slab.rows.slice(0, source.limit - read)
-            work = partial(_apply, read_rows, rows, engine.batch_rows, file["path"])
-            table = finished_part(finished, [code, settings, file, read], work)
-            read += table.num_rows
-            done_bytes = before + slab.done * file["bytes"]
+            work = partial(workers.start, source, config, file.get("split"), rows, file["path"])
+            begun.append((begin_part(finished, [code, settings, file, read], work), before + slab.done * file["bytes"]))
+            read += rows.num_rows
             del slab, rows, work  # of the same rows
-            for start in range(0, table.num_rows, engine.batch_rows):
-                yield table.slice(start, engine.batch_rows), done_bytes
-            del table  # nor is it to be there while the next slab is read
+            while len(begun) > workers.ahead:
+                yield from _pieces(*begun.popleft(), engine.batch_rows)
         before += file["bytes"]
+    while begun:
+        yield from _pieces(*begun.popleft(), engine.batch_rows)
+
+
+def _pieces(finish: Callable[[], pa.Table], done_bytes: float, batch_rows: int) -> Iterator[tuple[pa.Table, float]]:
+    table = finish()
+    for start in range(0, table.num_rows, batch_rows):
+        yield table.slice(start, batch_rows), done_bytes
 
 
 def _limits(engine: DataEngineConfig) -> Limits:
     memory = int(engine.memory_limit_gib * 2**30)
     return Limits(memory, memory // _SLABS_IN_LIMIT)
-
-
-def _row_function(reader: RowReader, split: str | None, batch_rows: int) -> Callable[..., daft.Expression]:
-    @daft.func.batch(return_dtype=daft.DataType.from_arrow_type(READ_ROW), unnest=True, batch_size=batch_rows)
-    def read_rows(records: daft.Series, problems: daft.Series) -> pa.Array:
-        pairs = zip(records.to_pylist(), problems.to_pylist(), strict=True)
-        return pa.array([reader.read(record, problem, split) for record, problem in pairs], READ_ROW)
-
-    return read_rows
-
-
-def _apply(function: Callable[..., daft.Expression], rows: pa.Table, batch_rows: int, path: str) -> pa.Table:
-    """Apply the function to all rows, on all cores; they keep their order."""
-    # Copied: of a slice, Daft does not find the beginning of structs inside of structs.
-    starts = range(0, rows.num_rows, batch_rows)
-    batches = [
-        rows.take(pa.array(range(start, min(start + batch_rows, rows.num_rows)), pa.int64())) for start in starts
-    ]
-    try:
-        frame = daft.from_arrow(batches)
-        table = frame.select(function(daft.col("record"), daft.col("problem"))).to_arrow()
-    except (DaftCoreException, pa.ArrowInvalid) as error:
-        raise UserError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
-    if table.num_rows != rows.num_rows:
-        raise RuntimeError(f"only {table.num_rows} of {rows.num_rows} rows of '{path}' were read: Daft was interrupted")
-    return table.cast(pa.schema(READ_ROW))
 
 
 def _number(rows: pa.Table, source: str, first: int) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import os.path
 import posixpath
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,8 @@ from qvl_pipeline.secrets import url_holds_secret
 
 # qwen_vl_utils names local files this way, without percent-encoding.
 _FILE_SCHEME = "file://"
+# No file system refuses a name of so many characters, of up to four bytes each.
+_SHORT = 60
 
 
 def project_path(path: Path) -> str:
@@ -117,6 +120,7 @@ class LocalFolder:
         self._real = _real(self._folder)
         self._root = f"{Path.cwd()}/"
         self._inside: dict[str, bool] = {}  # by folder
+        self._links: dict[str, set[str] | None] = {}  # names of the links in a folder; `None` if it cannot be listed
 
     @property
     def root(self) -> str:
@@ -156,12 +160,27 @@ class LocalFolder:
         return path.removeprefix(self._root)
 
     def _holds_file(self, path: str) -> bool:
-        if Path(path).is_symlink():
-            return _real(path).is_relative_to(self._real)
-        folder = path.rpartition("/")[0] or "/"
+        folder, _, name = path.rpartition("/")
+        folder = folder or "/"
         if folder not in self._inside:
             self._inside[folder] = _real(folder).is_relative_to(self._real)
-        return self._inside[folder]
+            self._links[folder] = _links(folder)
+        links = self._links[folder]
+        # One listing of a folder instead of a look at each file, which is what most of the time went into. A long name
+        # is looked at all the same: it may be longer than the file system allows.
+        is_link = Path(path).is_symlink() if links is None or len(name) > _SHORT else name in links
+        return _real(path).is_relative_to(self._real) if is_link else self._inside[folder]
+
+
+def _links(folder: str) -> set[str] | None:
+    """Name the symbolic links in a folder; nothing, where it is none; `None`, where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_symlink()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError:
+        return None
 
 
 def _refuse_nul(reference: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,8 @@ import torch
 from qvl_pipeline.engine.parallel.sequence_parallel import (
     SequenceShare,
     feature_routes,
-    heard_spectra,
     heard_tokens,
     split_media,
-    split_sounds,
     temporal_patches,
     visual_tokens,
 )
@@ -24,8 +22,8 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.mrope import mrope_positions
 
 if TYPE_CHECKING:
+    from qvl_pipeline.engine.feed.sounds import SoundReader
     from qvl_pipeline.media.loading import PatchLoader
-    from qvl_pipeline.media.sound_store import SoundStore
 
 
 @dataclass(frozen=True)
@@ -46,22 +44,24 @@ class Batch:
 
     Attributes:
         input_ids: `[B, T]`.
-        position_ids: `[4, B, T]`: text position within the sample, then M-RoPE's t, h, w.
+        position_ids: M-RoPE's t, h, w of each token, `[3, B, T]`. Text positions are left out: they would only make the
+            language model look for the bounds of the samples, which it is given.
         attention_mask: True where there is a token, `[B, T]`; `None` for packs, which have no padding.
         cu_seqlens: Bounds of the samples in the whole pack, `[samples + 1]`, int32; `None` for padded rows.
         lengths: Tokens of each sample.
         max_length: Tokens of the longest sample, or of the padding behind the last.
-        visual_mask: True at placeholders of images and clips, `[B, T]`.
+        visual_index: Positions of the placeholders of images and clips in the flattened rows, `[V]`.
         features_to: Features that this rank's media make for each rank of its sequence-parallel group.
         features_from: Features that this rank's placeholders take from each.
         patches: Pixels of this rank's media, uint8 `[N, C*T*P*P]`; `None` when no rank has media in this micro-batch.
-        grid_thw: Patches of each medium over time, height and width, `[M, 3]`.
-        audio_mask: True at placeholders of sounds, `[B, T]`.
+        grid_thw: Patches of each medium over time, height and width, `[M, 3]`; always in host memory.
+        vision_inputs: What the vision tower would compute from the grid, and wait for the device to know.
+        heard_index: Positions of the placeholders of sounds in the flattened rows, `[A]`.
         heard_to: Features that this rank's sounds make for each rank of its sequence-parallel group.
         heard_from: Features that this rank's placeholders of sounds take from each.
-        log_mel: Spectrograms of this rank's sounds, one after the other, float32 `[bins, N]`; `None` when no rank has a
-            sound in this micro-batch.
-        spectra: Spectra of each sound.
+        sound_inputs: Inputs of the audio tower for this rank's sounds; none when no rank has a sound in this
+            micro-batch.
+        spectra: Spectra of each of these sounds.
         target_index: Positions in the flattened rows whose next token is trained on, `[S]`.
         targets: Those next tokens, `[S]`.
         target_source: Number of the source each target comes from, `[S]`.
@@ -75,16 +75,17 @@ class Batch:
     cu_seqlens: torch.Tensor | None
     lengths: list[int]
     max_length: int
-    visual_mask: torch.Tensor
+    visual_index: torch.Tensor
     features_to: list[int]
     features_from: list[int]
     patches: torch.Tensor | None
     grid_thw: torch.Tensor | None
-    audio_mask: torch.Tensor
+    vision_inputs: dict[str, Any]
+    heard_index: torch.Tensor
     heard_to: list[int]
     heard_from: list[int]
-    log_mel: torch.Tensor | None
-    spectra: list[int] | None
+    sound_inputs: dict[str, Any]
+    spectra: list[int]
     target_index: torch.Tensor
     targets: torch.Tensor
     target_source: torch.Tensor
@@ -93,8 +94,13 @@ class Batch:
 
     def map_tensors(self, function: Any) -> Batch:
         """Return a batch with `function` applied to each tensor."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+
+        def mapped(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+
+        values = mapped({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        inputs = {name: mapped(getattr(self, name)) for name in ("vision_inputs", "sound_inputs")}
+        return Batch(**values | inputs)
 
     def attention_inputs(self) -> dict[str, Any]:
         """Arguments of the language model that say which tokens attend to which."""
@@ -108,8 +114,9 @@ class Batch:
         return self.map_tensors(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device, without waiting for it."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy the tensors to a device, without waiting for it; but for the grid, which only the host reads."""
+        batch = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return dataclasses.replace(batch, grid_thw=self.grid_thw)
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,9 @@ class BatchBuilder:
         patch_values: Values of one patch, `C * T * P * P`.
         placeholder_ids: Ids of the tokens that stand for images and clips and, where the model hears, for sounds.
         tokens_per_second: Temporal M-RoPE positions per second, where the family has them.
+        vision_inputs: From a grid `[M, 3]` to `Batch.vision_inputs`.
         sources: Names of the sources, in the order of `target_source`.
-        sounds: Reads the spectrograms; `None` where the model does not hear.
-        mel_bins: Frequencies of a spectrogram.
-        sound_chunk: Spectra that see each other in the audio tower.
+        sounds: Reads the sounds; `None` where the model does not hear.
         rmpad: Build packs; otherwise a padded row for each sample.
         share: What of a pack is this rank's; only packs can be shared.
     """
@@ -133,10 +139,9 @@ class BatchBuilder:
     patch_values: int
     placeholder_ids: tuple[int, ...]
     tokens_per_second: float | None
+    vision_inputs: Callable[[torch.Tensor], dict[str, Any]]
     sources: tuple[str, ...]
-    sounds: SoundStore | None = None
-    mel_bins: int = 0
-    sound_chunk: int = 1
+    sounds: SoundReader | None = None
     rmpad: bool = True
     share: SequenceShare = field(default_factory=SequenceShare)
 
@@ -163,12 +168,15 @@ class BatchBuilder:
         target_source = np.repeat(numbers, [len(index) for index in target_index])
         target_index = np.concatenate(target_index)
         media = [item for sample in samples for item in sample["media"]]
-        seen = split_media([item for item in media if item["grid_t"]], self.share.degree)
-        routes = feature_routes(tokens["visual_mask"].ravel(), [visual_tokens(share) for share in seen])
-        patches, grid = self._pixels(seen[self.share.rank], vision or any(seen))
-        heard = split_sounds(media, self.share.degree, self.sound_chunk)
-        heard_routes = feature_routes(tokens["audio_mask"].ravel(), [heard_tokens(share) for share in heard])
-        log_mel, spectra = self._spectrograms(heard[self.share.rank], sound or any(heard))
+        shares = split_media([item for item in media if item["grid_t"]], self.share.degree)
+        visual_mask, heard_mask = tokens.pop("visual_mask"), tokens.pop("heard_mask")
+        routes = feature_routes(visual_mask.ravel(), [visual_tokens(share) for share in shares])
+        heard = self._sounds(media)
+        heard_routes = feature_routes(heard_mask.ravel(), [heard_tokens(share) for share in heard])
+        sound_inputs, spectra = {}, []
+        if self.sounds and (sound or any(heard)):
+            sound_inputs, spectra = self.sounds.inputs(heard[self.share.rank])
+        patches, grid = self._pixels(shares[self.share.rank], vision or any(shares))
         mine = self.share.of(input_ids.shape[1])
         trained = np.ones(len(target_index), dtype=bool)
         if self.share.degree > 1:
@@ -180,13 +188,16 @@ class BatchBuilder:
             cu_seqlens=_bounds(lengths, padding) if self.rmpad else None,
             lengths=lengths,
             max_length=max(*lengths, padding),
+            visual_index=torch.from_numpy(np.flatnonzero(visual_mask[..., mine])),
             features_to=routes[self.share.rank].tolist(),
             features_from=routes[:, self.share.rank].tolist(),
             patches=patches,
             grid_thw=grid,
+            vision_inputs={} if grid is None else self.vision_inputs(grid),
+            heard_index=torch.from_numpy(np.flatnonzero(heard_mask[..., mine])),
             heard_to=heard_routes[self.share.rank].tolist(),
             heard_from=heard_routes[:, self.share.rank].tolist(),
-            log_mel=log_mel,
+            sound_inputs=sound_inputs,
             spectra=spectra,
             target_index=torch.from_numpy(target_index[trained] - mine.start),
             targets=torch.from_numpy(input_ids.ravel()[target_index[trained] + 1]),
@@ -201,7 +212,7 @@ class BatchBuilder:
             "input_ids": ids,
             "position_ids": self._positions(sample),
             "visual_mask": np.isin(ids, self.placeholder_ids[:2]),
-            "audio_mask": np.isin(ids, self.placeholder_ids[2:]),
+            "heard_mask": np.isin(ids, self.placeholder_ids[2:]),
             "attention_mask": np.ones(len(ids), dtype=bool),
         }
 
@@ -221,12 +232,13 @@ class BatchBuilder:
 
     def _positions(self, sample: dict[str, Any]) -> np.ndarray:
         try:
-            return mrope_positions(
+            _text, *positions = mrope_positions(
                 sample["input_ids"],
                 sample["media"],
                 placeholder_ids=self.placeholder_ids,
                 tokens_per_second=self.tokens_per_second,
             )
+            return np.stack(positions)
         except ValueError as error:
             raise ValueError(f"sample '{sample['sample_id']}': {error}") from error
 
@@ -239,34 +251,20 @@ class BatchBuilder:
         # The smallest image there is: patches are merged two by two.
         return torch.zeros(4, self.patch_values, dtype=torch.uint8), torch.tensor([[1, 2, 2]])
 
-    def _spectrograms(self, sounds: list[dict[str, Any]], sound: bool) -> tuple[torch.Tensor | None, list[int] | None]:
-        if sounds:
-            log_mels = [self._log_mel(item) for item in sounds]
-            return torch.cat(log_mels, dim=1), [heard_spectra(item) for item in sounds]
-        if not sound:
-            return None, None
-        # Four spectra make a token.
-        return torch.zeros(self.mel_bins, 4), [4]
-
-    def _log_mel(self, item: dict[str, Any]) -> torch.Tensor:
-        """Spectrogram `[bins, spectra]` of a sound, or of the part of it that is this rank's."""
-        if self.sounds is None:
-            raise UserError(f"'{item['key']}' is to be heard, and the model does not hear: run the pipeline 'sample'")
-        part = slice(*item.get("heard_part", (None,)))
-        log_mel = self.sounds.log_mel(item["type"], item["key"], part)
-        if len(log_mel) != heard_spectra(item):
-            raise UserError(
-                f"sound '{item['key']}' has a spectrogram of another length in the store than the {item['spectra']} "
-                "spectra that were planned: run the pipeline 'tokenize' again"
-            )
-        return torch.from_numpy(np.array(log_mel.T, order="C"))
+    def _sounds(self, media: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Share out the sounds."""
+        if self.sounds:
+            return self.sounds.shares(media, self.share.degree)
+        if deaf := next((item for item in media if item.get("spectra")), None):
+            raise UserError(f"'{deaf['key']}' is to be heard, and the model does not hear: run the pipeline 'sample'")
+        return [[] for _ in range(self.share.degree)]
 
     def check_media(self, media: list[dict[str, Any]]) -> None:
-        """Load the media of a sample for nothing but the error that one of them raises."""
+        """Load the media of a sample, for nothing but the error that one of them raises."""
         self._pixels([item for item in media if item["grid_t"]], vision=False)
-        for item in media:
-            if item.get("spectra"):
-                self._log_mel(item)
+        for share in self._sounds(media):
+            for item in share:
+                self.sounds.log_mel(item)
 
 
 _NOTHING: dict[str, Any] = {

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qvl_pipeline.engine.feed.batch import BadSample, Batch, BatchBuilder
@@ -58,9 +59,9 @@ class LoaderOptions:
 
     @classmethod
     def from_spec(cls, data: DataSpec, *, cuda: bool) -> LoaderOptions:
-        """Take the options of a run."""
+        """Take the options of a run, whose number of processes is known."""
         return cls(
-            num_workers=data.dataloader_num_workers,
+            num_workers=int(data.dataloader_num_workers),
             prefetch_factor=data.dataloader_prefetch_factor,
             pin_memory=data.dataloader_pin_memory and cuda,
             skip_bad_samples=data.on_bad_sample == "skip",
@@ -96,6 +97,9 @@ def load_batches(
             prefetch_factor=options.prefetch_factor if options.num_workers else None,
             worker_init_fn=start_loader,
             pin_memory=options.pin_memory,
+            # A loader draws a seed for its processes when it starts: from the generator that a checkpoint holds, a run
+            # would go on with other random numbers than without having been cut off.
+            generator=torch.Generator(),
         )
     )
     for micro_batch in awaited:

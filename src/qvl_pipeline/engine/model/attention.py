@@ -7,6 +7,7 @@ around the former's, ranks of one sequence-parallel group trade tokens for heads
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,9 +53,23 @@ def use_packed_attention(
         ValueError: A kernel is not installed or does not run here.
     """
     text, vision = choose_kernels(attn_implementation, vit_attn_implementation, device, half=half, rmpad=rmpad)
-    _register(VISION_ATTENTION, KERNELS[vision], None)
+    use_kernels(model, text, vision, KERNELS, rmpad=rmpad, sp_group=sp_group)
+    return {"text": text, "vision": vision}
+
+
+def use_kernels(
+    model: nn.Module,
+    text: str,
+    vision: str,
+    kernels: Mapping[str, Kernel],
+    *,
+    rmpad: bool,
+    sp_group: dist.ProcessGroup | None,
+) -> None:
+    """Switch a model to kernels that are chosen already, by their names in `kernels`."""
+    _register(VISION_ATTENTION, kernels[vision], None)
     if rmpad:
-        _register(TEXT_ATTENTION, KERNELS[text], sp_group)
+        _register(TEXT_ATTENTION, kernels[text], sp_group)
     # The setter that checks for an installed flash-attn is passed by: the kernels are ours.
     model.config._attn_implementation_internal = model.config.text_config._attn_implementation_internal = (
         TEXT_ATTENTION if rmpad else text
@@ -62,7 +77,6 @@ def use_packed_attention(
     model.config.vision_config._attn_implementation_internal = VISION_ATTENTION
     if hasattr(model.config, "audio_config"):  # chunks of sound see each other as frames do
         model.config.audio_config._attn_implementation_internal = VISION_ATTENTION
-    return {"text": text, "vision": vision}
 
 
 def _register(name: str, kernel: Kernel, sp_group: dist.ProcessGroup | None) -> None:

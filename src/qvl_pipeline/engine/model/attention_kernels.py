@@ -95,9 +95,8 @@ def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
     """Say why a kernel cannot run on a device; `None` when it can."""
     if name not in _CAPABILITIES:
         return None
-    package = _PACKAGES.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        return f"needs the package {package}, which is not installed"
+    if not installed(name):
+        return f"needs the package {_PACKAGES[name]}, which is not installed"
     if device.type != "cuda":
         return f"runs on CUDA only, and this is {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -106,6 +105,11 @@ def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
     if not half:
         return "computes in bfloat16 or float16 only, and neither bf16 nor fp16 is set"
     return None
+
+
+def installed(name: str) -> bool:
+    """Whether the package that a kernel is in is there, on whatever device."""
+    return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None
 
 
 def _flash(
@@ -148,7 +152,7 @@ def _grouped_heads(varlen_attn: Kernel) -> dict[str, bool]:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     options = {"is_causal": causal, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
-    return _by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
+    return by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
@@ -160,7 +164,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, 
             scores = scores.masked_fill(future, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
 
-    return _by_length(q, k, v, segments, causal, attend)
+    return by_length(q, k, v, segments, causal, attend)
 
 
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +174,7 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.disable(reason="the lengths of sequences are read on the host")
-def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
+def by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
     """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
 
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does

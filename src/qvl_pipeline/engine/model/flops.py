@@ -76,9 +76,12 @@ class ModelFlops:
         per_target: FLOPs of the output embedding for each supervised token.
         per_vision_pair: FLOPs of each vision block's attention for each query-key pair.
         per_text_pair: FLOPs of the decoder's attention, all layers, for each query-key pair.
+        per_vision_pass: FLOPs of the vision side once a batch, however long: the lengths of DoRA's rows.
+        per_text_pass: The same of the decoder.
         vision_pairs: Query-key pairs of each vision block, from the media's grids `(t, h, w)`.
         per_spectrum: FLOPs of the audio tower for each spectrum.
         per_sound_pair: FLOPs of its attention, all layers, for each query-key pair.
+        per_sound_pass: FLOPs of it once a batch.
         sound_chunk: Spectra that see each other in it.
     """
 
@@ -87,9 +90,12 @@ class ModelFlops:
     per_target: int
     per_vision_pair: tuple[int, ...]
     per_text_pair: int
+    per_vision_pass: int
+    per_text_pass: int
     vision_pairs: Callable[[Sequence[Sequence[int]]], list[int]]
     per_spectrum: float = 0.0
     per_sound_pair: int = 0
+    per_sound_pass: int = 0
     sound_chunk: int = 1
 
     def count(self, batch: Batch) -> float:
@@ -100,13 +106,14 @@ class ModelFlops:
         """
         ranks = len(batch.features_to)
         flops = self.per_token * sum(batch.lengths) / ranks + self.per_target * len(batch.targets)
+        flops += self.per_text_pass
         flops += self.per_text_pair * sum(length * (length + 1) / 2 for length in batch.lengths) / ranks
         if sum(batch.features_to):
-            flops += self.per_patch * len(batch.patches)
+            flops += self.per_patch * len(batch.patches) + self.per_vision_pass
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
         if sum(batch.heard_to):
-            flops += self.per_spectrum * sum(batch.spectra)
+            flops += self.per_spectrum * sum(batch.spectra) + self.per_sound_pass
             flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in batch.spectra)
         return flops
 
@@ -120,18 +127,21 @@ def _chunk_pairs(spectra: int, chunk: int) -> int:
 def _of_sound(hearing: Hearing, tower: nn.Module, config: PreTrainedConfig) -> tuple[dict[str, Any], bool]:
     """FLOPs of the audio tower, and whether its features depend on a trained parameter."""
     cost = _cost(tower.conv1, False)
-    per_spectrum: float = cost.per_row
+    per_spectrum = float(cost.per_row)
     cost = _cost(tower.conv2, cost.reaches_trained)
-    per_position, per_pair, reaches_trained = cost.per_row, 0, cost.reaches_trained
+    per_position, per_pair, per_pass, reaches_trained = cost.per_row, 0, 0, cost.reaches_trained
     for layer in tower.layers:
         cost = _cost(layer, reaches_trained)
         per_position, per_pair = per_position + cost.per_row, per_pair + cost.per_pair
-        reaches_trained = cost.reaches_trained
+        per_pass, reaches_trained = per_pass + cost.per_pass, cost.reaches_trained
     cost = _cost(tower.proj, reaches_trained or _trains(tower.ln_post))
-    # Every other spectrum becomes a position, and every other position a token.
-    per_spectrum += per_position / 2 + cost.per_row / 4
-    facts = {"per_spectrum": per_spectrum, "per_sound_pair": per_pair, "sound_chunk": hearing.chunk_of(config)}
-    return facts, cost.reaches_trained
+    return {
+        # Every other spectrum becomes a position, and every other position a token.
+        "per_spectrum": per_spectrum + per_position / 2 + cost.per_row / 4,
+        "per_sound_pair": per_pair,
+        "per_sound_pass": per_pass + cost.per_pass,
+        "sound_chunk": hearing.chunk_of(config),
+    }, cost.reaches_trained
 
 
 def flops_of(model: PackedVLM) -> ModelFlops:
@@ -148,27 +158,29 @@ def flops_of(model: PackedVLM) -> ModelFlops:
     merged = visual.config.spatial_merge_size**2
     deepstack_after = list(getattr(visual.config, "deepstack_visual_indexes", ()))
     cost = _cost(visual.patch_embed, False)
-    per_patch: float = cost.per_row
+    per_patch, per_vision_pass = float(cost.per_row), 0
     # Qwen3-VL has learned positions, which are added here.
     reaches_trained = cost.reaches_trained or (hasattr(visual, "pos_embed") and _trains(visual.pos_embed))
     per_vision_pair, deepstack_trained = [], []
     for number, block in enumerate(visual.blocks):
         cost = _cost(block, reaches_trained)
         per_patch, reaches_trained = per_patch + cost.per_row, cost.reaches_trained
+        per_vision_pass += cost.per_pass
         per_vision_pair.append(cost.per_pair)
         if number in deepstack_after:
             level = _cost(visual.deepstack_merger_list[deepstack_after.index(number)], reaches_trained)
-            per_patch += level.per_row / merged
+            per_patch, per_vision_pass = per_patch + level.per_row / merged, per_vision_pass + level.per_pass
             deepstack_trained.append(level.reaches_trained)
     cost = _cost(visual.merger, reaches_trained)
-    per_patch += cost.per_row / merged
+    per_patch, per_vision_pass = per_patch + cost.per_row / merged, per_vision_pass + cost.per_pass
     hearing = model.family.hearing
     sound, hears_trained = _of_sound(hearing, hf.model.audio_tower, hf.config) if hearing else ({}, False)
     reaches_trained = cost.reaches_trained or hears_trained or _trains(text.embed_tokens)
-    per_token = per_text_pair = 0
+    per_token = per_text_pair = per_text_pass = 0
     for number, layer in enumerate(text.layers):
         cost = _cost(layer, reaches_trained)
         per_token, per_text_pair = per_token + cost.per_row, per_text_pair + cost.per_pair
+        per_text_pass += cost.per_pass
         # DeepStack's features are added behind the first layers.
         reaches_trained = cost.reaches_trained or any(deepstack_trained[number : number + 1])
     return ModelFlops(
@@ -177,6 +189,8 @@ def flops_of(model: PackedVLM) -> ModelFlops:
         per_target=_cost(hf.lm_head, reaches_trained or _trains(text.norm)).per_row,
         per_vision_pair=tuple(per_vision_pair),
         per_text_pair=per_text_pair,
+        per_vision_pass=per_vision_pass,
+        per_text_pass=per_text_pass,
         vision_pairs=partial(model.family.vision_pairs, visual.config),
         **sound,
     )
@@ -188,6 +202,7 @@ class _Cost:
 
     per_row: int
     per_pair: int
+    per_pass: int
     reaches_trained: bool
 
 
@@ -198,14 +213,16 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
     # Norms are taken to lie at the entrance.
     reaches_trained |= any(_trains(part) for _, part in parts if not _is_matrix(part))
     matrices = [(name, part) for name, part in parts if _is_matrix(part)]
-    per_row = per_pair = 0
+    per_row = per_pair = per_pass = 0
     while matrices:
         side_by_side = next((names for names in _SIDE_BY_SIDE if matrices[0][0] in names), {matrices[0][0]})
         step = [(name, part) for name, part in matrices[: len(side_by_side)] if name in side_by_side]
         matrices = matrices[len(step) :]
         for _, part in step:
             per_row += 2 * _shape(part).numel() * (1 + reaches_trained + _trains_matrix(part))
-            per_row += _update_cost(part, reaches_trained) if isinstance(part, AdaptedLinear) else 0
+            if isinstance(part, AdaptedLinear):
+                per_row += _update_cost(part, reaches_trained)
+                per_pass += _lengths_cost(part)
         reaches_trained |= any(_trains(part) for _, part in step)
         for name, part in step:
             if name not in ("q_proj", "q", "qkv"):
@@ -213,15 +230,26 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
             width = _shape(part)[0] // (3 if name == "qkv" else 1)
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
-    return _Cost(per_row, per_pair, reaches_trained)
+    return _Cost(per_row, per_pair, per_pass, reaches_trained)
 
 
 def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:
-    """FLOPs a row of an adapter; the lengths of DoRA's rows are computed once a forward pass, and not counted."""
+    """FLOPs a row of an adapter."""
     first, second = layer.lora_A.numel(), layer.lora_B.numel()
-    trained = 2 * first * (2 + reaches_trained) + 2 * second * 3
-    subtracted = 2 * first * (1 + reaches_trained) + 2 * second * (1 + reaches_trained)
-    return trained + (subtracted if layer.form.pissa else 0)
+    cost = 2 * first * (2 + reaches_trained) + 2 * second * 3
+    if layer.form.pissa:
+        cost += 2 * (first + second) * (1 + reaches_trained)
+    if layer.form.dora and layer.form.dropout:  # what is stretched is then another product than what is added to
+        cost += 2 * _shape(layer).numel() * (1 + reaches_trained)
+    return cost
+
+
+def _lengths_cost(layer: AdaptedLinear) -> int:
+    """FLOPs of the lengths of DoRA's rows, which are computed once a forward pass, and have no backward pass."""
+    if not layer.form.dora:
+        return 0
+    r, (rows, columns) = layer.form.r, _shape(layer)
+    return 2 * r * (rows * columns + r * columns + rows * r)
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoProcessor
 
+from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.attention import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.weights import build_skeleton
-from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
+from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, check_degree
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalization
+from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +57,7 @@ def build_model(
 
     Returns:
         The model on the meta device, and facts about it for `result.json`: what was frozen or adapted, which kernels
-        are used, how many parameters.
+        are used, how many parameters, which blocks recompute.
     """
     family = FAMILIES[spec.model.family]
     hf = build_skeleton(spec.model.path)
@@ -74,11 +83,44 @@ def build_model(
     }
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
-    hold_frozen_in(hf, compute_dtype(spec.parallel))
+    trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
+    hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
     if spec.adapter.quantizes:
         facts["quantized"] = quantize_base(hf, family, spec.adapter)
-    recompute_activations(hf, spec.model.checkpointed_towers)
+    facts["recomputed"] = recompute_activations(hf, spec.recompute)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
     return PackedVLM(hf, family, *normalization(processor), sp_group), facts
+
+
+def make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: DeviceMesh) -> BatchBuilder:
+    """Make what builds the batches of a model.
+
+    Args:
+        spec: The run.
+        model: Its model.
+        processor: Its processor, for the layout of patches.
+        mesh: The mesh with the dimension `sp`, by which this rank shares packs.
+    """
+    config, image_processor = model.hf.config, processor.image_processor
+    patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
+    hearing, sources = model.family.hearing, spec.stream.weights
+    if not spec.stream.max_steps:
+        sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].unique().to_pylist()
+    return BatchBuilder(
+        loader=PatchLoader(
+            patch_size=patch_size,
+            temporal_patch_size=temporal_patch_size,
+            merge_size=image_processor.merge_size,
+            frame_store=Path(spec.data.video_frames),
+        ),
+        patch_values=3 * temporal_patch_size * patch_size**2,
+        placeholder_ids=placeholder_ids(config),
+        tokens_per_second=model.family.tokens_per_second(config),
+        vision_inputs=partial(model.family.vision_inputs, config.vision_config),
+        sources=tuple(sorted(sources)),
+        sounds=SoundReader(SoundStore(Path(spec.data.video_frames), hearing), hearing, config) if hearing else None,
+        rmpad=spec.data.use_rmpad,
+        share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
+    )

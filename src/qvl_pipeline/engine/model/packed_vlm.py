@@ -47,8 +47,9 @@ class PackedVLM(nn.Module):
         super().__init__()
         self.hf = hf
         self.family = family
-        self.image_mean = image_mean
-        self.image_std = image_std
+        # On the device from the start: a tensor that is made of numbers in every micro-batch is waited for.
+        self.image_mean = nn.Buffer(torch.tensor(image_mean), persistent=False)
+        self.image_std = nn.Buffer(torch.tensor(image_std), persistent=False)
         self.sp_group = sp_group
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -58,23 +59,32 @@ class PackedVLM(nn.Module):
         deepstack: list[torch.Tensor] = []
         if batch.patches is not None:
             pixels = normalize_patches(batch.patches, self.image_mean, self.image_std).to(embeds.dtype)
-            features, levels = self.family.vision_forward(model, pixels, batch.grid_thw)
+            features, levels = self.family.vision_forward(model, pixels, batch.grid_thw, batch.vision_inputs)
             # A rank without media ran the tower on a blank image, so that every rank takes part in its collectives:
             # nothing of it is used, and its gradient is exactly zero.
             features, *deepstack = exchange_features(
                 [features, *levels], batch.features_to, batch.features_from, self.sp_group
             )
-            embeds = embeds.masked_scatter(batch.visual_mask[..., None], features.to(embeds.dtype))
-        if batch.log_mel is not None:
-            heard = self.family.hearing.forward(model, batch.log_mel.to(embeds.dtype), batch.spectra)
+            embeds = _put(features, batch.visual_index, embeds)
+            deepstack = [_put(level, batch.visual_index, torch.zeros_like(embeds)) for level in deepstack]
+        if batch.sound_inputs:
+            heard = self.family.hearing.forward(model, batch.sound_inputs)
             [heard] = exchange_features([heard], batch.heard_to, batch.heard_from, self.sp_group)
-            embeds = embeds.masked_scatter(batch.audio_mask[..., None], heard.to(embeds.dtype))
+            embeds = _put(heard, batch.heard_index, embeds)
         hidden = model.language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,
             use_cache=False,
             **batch.attention_inputs(),
-            **(self.family.decoder_kwargs(batch.visual_mask, deepstack) if deepstack else {}),
+            **(self.family.decoder_kwargs(deepstack) if deepstack else {}),
         ).last_hidden_state
         hidden = hidden.flatten(0, 1)
         return token_losses(hidden.index_select(0, batch.target_index), self.hf.lm_head.weight, batch.targets)
+
+
+def _put(features: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Put features `[V, H]` into rows `[B, T, H]`, at positions `[V]` of the flattened rows.
+
+    By index: with a mask, the backward pass would count its entries, and make the host wait.
+    """
+    return rows.flatten(0, 1).index_copy(0, index, features.to(rows.dtype)).view_as(rows)

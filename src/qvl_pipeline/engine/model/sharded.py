@@ -27,13 +27,30 @@ def shard_model(model: PackedVLM, device: torch.device, spec: ParallelSpec) -> d
         Facts for `result.json`.
 
     Raises:
-        ValueError: A class name is not that of any module, or the ranks cannot be divided as asked.
+        ValueError: A class name is not that of any module, the ranks cannot be divided as asked, or nothing is frozen
+            that could be replicated.
     """
     layers = layers_to_wrap(model, model.family, spec.transformer_layer_cls_to_wrap)
+    replicated = frozen_parameters(model) if spec.frozen_sharding == "replicated" else []
     towers: dict[nn.Module, Callable[[Batch], bool]] = {model.hf.model.visual: lambda batch: batch.patches is None}
     if model.family.hearing:
-        towers[model.hf.model.audio_tower] = lambda batch: batch.log_mel is None
-    return shard(model, towers, layers, device, spec)
+        towers[model.hf.model.audio_tower] = lambda batch: not batch.sound_inputs
+    return shard(model, towers, layers, replicated, device, spec)
+
+
+def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return what `frozen_sharding: replicated` leaves whole on every rank.
+
+    Raises:
+        ValueError: Nothing is frozen.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    if not frozen:
+        raise ValueError(
+            "fsdp_config.frozen_sharding 'replicated' is for frozen weights, and this run trains all of them: take it "
+            "out, or freeze something (adapter.type, train.freeze_modules)"
+        )
+    return frozen
 
 
 def layers_to_wrap(model: nn.Module, family: ModelFamily, wrap: Sequence[str]) -> list[str]:

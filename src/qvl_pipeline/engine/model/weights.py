@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.linear import base_sizes
@@ -33,6 +33,11 @@ def build_skeleton(path: str) -> PreTrainedModel:
     config = getattr(config, "thinker_config", config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
+    return skeleton_of(config)
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
@@ -54,10 +59,12 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
         ValueError: The checkpoint lacks a parameter, or has one that the model does not know.
     """
     hf, family = model.hf, model.family
+    normalization = model.image_mean, model.image_std
     model.to_empty(device="cpu" if offload else device)
+    model.image_mean, model.image_std = (values.to(device) for values in normalization)
     # Giving storage to a parameter makes a new one, so what was one parameter under two names has become two.
     hf.tie_weights(recompute_mapping=False)
-    _compute_buffers(hf, device)
+    compute_buffers(hf, device)
     names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
     published = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
@@ -70,7 +77,7 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
         fill_quantized(layer, weights.read(f"{name}.weight").to(device))
 
 
-def _compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
+def compute_buffers(hf: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies), by transformers' own initialisation."""
     computed = {name for name, _ in hf.named_buffers()} - set(hf.state_dict())
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in computed):

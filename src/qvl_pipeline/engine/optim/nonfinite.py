@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
+
+from qvl_pipeline.engine.parallel.fetching import OnItsWay, gather_on_hosts
 
 _NEVER = 2**62
 
@@ -25,6 +29,14 @@ class NonFiniteError(RuntimeError):
         self.sample_ids = sample_ids
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What a watch has seen up to some moment: the first bad values of this rank, and how many micro-batches."""
+
+    first: OnItsWay
+    micro_batches: int
+
+
 class FiniteWatch:
     """Remembers on the device the first micro-batch with a loss, and the first step with a norm, that is not finite.
 
@@ -42,12 +54,13 @@ class FiniteWatch:
         """
         self._losses = losses
         self._micro_batches: list[tuple[int, list[str]]] = []
-        # Number of the first bad micro-batch in the list above; first step with a bad gradient norm.
+        self._checked = 0  # micro-batches before the first in the list
+        # Number of the first bad micro-batch; first step with a bad gradient norm.
         self._first = torch.full((2,), _NEVER, dtype=torch.int64, device=device)
 
     def add_losses(self, step: int, sample_ids: list[str], losses: torch.Tensor) -> None:
         """Note the token losses `[S]` of one micro-batch."""
-        self._note(0, len(self._micro_batches), losses.detach().sum())
+        self._note(0, self._checked + len(self._micro_batches), losses.detach().sum())
         self._micro_batches.append((step, sample_ids))
 
     def add_gradient_norm(self, step: int, norm: torch.Tensor) -> None:
@@ -57,24 +70,33 @@ class FiniteWatch:
     def _note(self, slot: int, number: int, value: torch.Tensor) -> None:
         self._first[slot] = torch.where(torch.isfinite(value), self._first[slot], self._first[slot].clamp(max=number))
 
-    def check(self) -> None:
+    def mark(self) -> Mark:
+        """Note what was seen up to here, without waiting for it."""
+        return Mark(OnItsWay(self._first), self._checked + len(self._micro_batches))
+
+    def check(self, mark: Mark | None = None) -> None:
         """Stop the run if anything since the last check was not finite; called by all ranks, which raise the same.
+
+        Args:
+            mark: Up to where to look; all that was noted if `None`, which waits for the device.
 
         Raises:
             NonFiniteError: It was; the error names the first step, rank and samples.
         """
-        everywhere = [torch.empty_like(self._first) for _ in range(dist.get_world_size())]
-        dist.all_gather(everywhere, self._first)
-        firsts = torch.stack(everywhere).tolist()
+        mark = mark or self.mark()
+        firsts = gather_on_hosts(mark.first.arrived()).tolist()
         if any(number != _NEVER for rank in firsts for number in rank):
             raise self._error(firsts)
-        self._micro_batches.clear()
+        del self._micro_batches[: mark.micro_batches - self._checked]
+        self._checked = mark.micro_batches
 
     def _error(self, firsts: list[list[int]]) -> NonFiniteError:
         """Find the earliest. Once weights are lost all ranks have bad losses, so a later step says nothing."""
         seen: list[list[tuple[int, list[str]]]] = [[] for _ in firsts]
         dist.all_gather_object(seen, self._micro_batches)
-        bad_losses = [(*seen[rank][number], rank) for rank, (number, _) in enumerate(firsts) if number != _NEVER]
+        bad_losses = [
+            (*seen[rank][number - self._checked], rank) for rank, (number, _) in enumerate(firsts) if number != _NEVER
+        ]
         step, sample_ids, rank = min(bad_losses, key=lambda bad: (bad[0], bad[2]), default=(_NEVER, [], 0))
         remedy = "nothing after the last checkpoint was kept: lower learning_rate, or look at the samples named here"
         bad_gradient = min(number for _, number in firsts)

@@ -240,7 +240,9 @@ class _AllToAll(torch.autograd.Function):
         ctx.ways = receives, sends, group
         length = tensor.shape[0] if receives is None else sum(receives)
         output = tensor.new_empty(length, *tensor.shape[1:])
-        dist.all_to_all_single(output, tensor.contiguous(), receives, sends, group=group)
+        contiguous = tensor.contiguous()
+        if not tensor.is_meta:  # which a preflight computes on: sizes, and nothing to exchange
+            dist.all_to_all_single(output, contiguous, receives, sends, group=group)
         return output
 
     @staticmethod

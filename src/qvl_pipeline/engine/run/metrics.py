@@ -1,18 +1,19 @@
-"""`metrics.jsonl`: one row for every logged step, gathered from all ranks; nothing waits for a device between rows."""
+"""`metrics.jsonl`: one row for every logged step, gathered from all ranks by the hosts, which wait for no device."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.steps import Step
 from qvl_pipeline.engine.model.flops import ModelFlops, peak_flops
+from qvl_pipeline.engine.parallel.fetching import Moment, OnItsWay, gather_on_hosts
 from qvl_pipeline.storage.whole import write_whole
 
 
@@ -43,7 +44,7 @@ class SourceLosses:
 
 
 class MetricsWindow:
-    """What happened since the last row; each rank counts its own, and a row gathers them in one exchange."""
+    """What happened since the last row; each rank counts its own."""
 
     def __init__(
         self,
@@ -71,8 +72,8 @@ class MetricsWindow:
     def _reset(self) -> None:
         self.losses = SourceLosses(self._sources, self._device)
         self._tokens = self._packs = self._steps = 0
-        self._work = self._waited_s = 0.0
-        self._started = time.perf_counter()
+        self._work = self._waited_s = self._excluded_s = 0.0
+        self._started = Moment(self._device)
 
     def add_batch(self, batch: Batch, waited_s: float) -> None:
         """Count a micro-batch of this rank that is still in host memory, and the seconds spent waiting for it."""
@@ -87,56 +88,92 @@ class MetricsWindow:
 
     def exclude(self, seconds: float) -> None:
         """Take out of the window time that was not spent training."""
-        self._started += seconds
+        self._excluded_s += seconds
+
+    def close(self) -> ClosedWindow:
+        """End the window here and start the next one, without waiting for the device."""
+        started, losses, excluded_s = self._started, self.losses, self._excluded_s
+        counts = self._tokens, self._packs, self._steps, self._waited_s, self._work
+        self._reset()
+        return ClosedWindow(
+            losses,
+            OnItsWay(losses.sums),
+            (started, self._started, excluded_s),
+            *counts,
+            capacity=counts[1] * self._packing_length,
+            peak_flops=self._peak_flops,
+            peak_memory_gib=_peak_memory_gib(self._device),
+        )
+
+
+@dataclass(frozen=True)
+class ClosedWindow:
+    """The figures of a window, of which the device may still owe some.
+
+    Attributes:
+        losses: What turns `sums` into means.
+        sums: This rank's sums of losses and tokens by source.
+        span: The moments of beginning and end, and seconds in between that do not count.
+        tokens: Of all ranks.
+        packs: Of all ranks.
+        steps: Steps taken.
+        waited_s: Seconds that this rank waited for batches.
+        work: FLOPs of this rank.
+        capacity: Tokens that the packs could hold.
+        peak_flops: What the device could do in a second, if known.
+        peak_memory_gib: Of this rank.
+        time: When it was closed, in seconds since 1970. Trackers may get a row long after; sent twice, it is known by
+            its time to be the same.
+    """
+
+    losses: SourceLosses
+    sums: OnItsWay
+    span: tuple[Moment, Moment, float]
+    tokens: int
+    packs: int
+    steps: int
+    waited_s: float
+    work: float
+    capacity: int
+    peak_flops: float | None
+    peak_memory_gib: float
+    time: float = field(default_factory=time.time)
 
     def row(self) -> dict[str, Any]:
-        """Gather from all ranks, return the window's figures and start the next one; called by all ranks.
+        """Gather the figures from all ranks, in one exchange among the hosts; called by all ranks.
 
         `step_time_s` of a rank ends before it waits for the others here. With FSDP all ranks wait for each other in
         every layer as well, so that a rank which holds up the rest shows by its data wait or by its share of the work.
         """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elapsed = time.perf_counter() - self._started
-        own = [elapsed, self._waited_s, self._work, _peak_memory_gib(self._device)]
-        own_tensor = torch.tensor(own, dtype=torch.float64, device=self._device)
-        everyone = _gather(torch.cat([self.losses.sums.flatten(), own_tensor]))
-        sums = everyone[:, : -len(own)].sum(0).view(2, -1)
-        loss, by_source, supervised = self.losses.means(sums)
+        sums = self.sums.arrived()
+        started, ended, excluded_s = self.span
+        own = [ended.seconds_since(started) - excluded_s, self.waited_s, self.work, self.peak_memory_gib]
+        everyone = gather_on_hosts(torch.cat([sums.flatten(), torch.tensor(own, dtype=torch.float64)]))
+        loss, by_source, supervised = self.losses.means(everyone[:, : -len(own)].sum(0).view(2, -1))
         times, waits, work, memory = everyone[:, -len(own) :].T.tolist()
         elapsed, world_size = max(times), len(times)
         flops_per_second = sum(work) / world_size / elapsed
-        row = {
-            # Trackers may get a row long after; sent twice, it is known by its time to be the same.
-            "time": time.time(),
+        return {
+            "time": self.time,
             "loss": loss,
-            "tokens_per_second": self._tokens / elapsed,
-            "tokens_per_second_per_rank": self._tokens / elapsed / world_size,
+            "tokens_per_second": self.tokens / elapsed,
+            "tokens_per_second_per_rank": self.tokens / elapsed / world_size,
             "tflops_per_rank": flops_per_second / 1e12,
-            "mfu": flops_per_second / self._peak_flops if self._peak_flops else None,
-            "tokens": self._tokens,
+            "mfu": flops_per_second / self.peak_flops if self.peak_flops else None,
+            "tokens": self.tokens,
             "supervised_tokens": supervised,
-            "supervised_share": supervised / self._tokens,
-            "pack_fill": self._tokens / (self._packs * self._packing_length),
-            "step_time_s": elapsed / self._steps,
+            "supervised_share": supervised / self.tokens,
+            "pack_fill": self.tokens / self.capacity,
+            "step_time_s": elapsed / self.steps,
             "slowest_rank": times.index(max(times)),
-            "slowest_step_time_s": max(times) / self._steps,
+            "slowest_step_time_s": max(times) / self.steps,
             "fastest_rank": times.index(min(times)),
-            "fastest_step_time_s": min(times) / self._steps,
+            "fastest_step_time_s": min(times) / self.steps,
             "data_wait_share": max(waits) / elapsed,
             "work_imbalance": max(work) * world_size / sum(work) if sum(work) else None,
             "peak_memory_gib": max(memory),
             "loss_by_source": by_source,
         }
-        self._reset()
-        return row
-
-
-def _gather(values: torch.Tensor) -> torch.Tensor:
-    """Gather a vector `[N]` of each rank to `[ranks, N]`, on the host."""
-    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, values)
-    return torch.stack(gathered).cpu()
 
 
 def _peak_memory_gib(device: torch.device) -> float:

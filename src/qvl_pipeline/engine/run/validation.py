@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
-from qvl_pipeline.engine.feed.steps import MicroBatch, read_plan, share_out
+from qvl_pipeline.engine.feed.steps import MicroBatch, SharedSteps, read_plan
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.optim.nonfinite import FiniteWatch
 from qvl_pipeline.engine.run import checkpoints
@@ -59,7 +59,7 @@ class Validation:
         self._watched = False
         dp = mesh["dp"]
         packs = spec.data.per_device_train_batch_size
-        self._steps = share_out(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
+        self._steps = SharedSteps(read_plan(Path(spec.validation.plan)), dp.get_local_rank(), dp.size(), packs)
         self.best_step = 0
         self.postponed: dict[str, Any] | None = None
         self._postponed_path = Path(spec.run.output_dir) / POSTPONED

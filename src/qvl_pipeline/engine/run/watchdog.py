@@ -111,8 +111,10 @@ def _stacks() -> str:
     return "\n".join(texts)
 
 
-def set_collective_timeout(seconds: float, mesh: DeviceMesh) -> None:
-    """Set after how many seconds a collective that some rank never enters fails; called by all ranks.
+def set_collective_timeout(seconds: float, *meshes: DeviceMesh) -> None:
+    """Set after how many seconds a collective of these meshes, or of all ranks, that some rank never enters fails.
+
+    Called by all ranks.
 
     Loading and the first step (compilation, kernel choice, connections) may take long; a later one that does hangs.
     """
@@ -120,6 +122,6 @@ def set_collective_timeout(seconds: float, mesh: DeviceMesh) -> None:
         # No collective may be under way with the old timeout on one rank and the new one on another.
         dist.barrier()
         torch.cuda.synchronize()
-    names = mesh.mesh_dim_names or ()
-    for group in [None, *(mesh.get_group(name) for name in names)]:
+    groups = [mesh.get_group(name) for mesh in meshes for name in mesh.mesh_dim_names or ()]
+    for group in [None, *groups]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -82,12 +82,12 @@ def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple
         The tables `sample_quarantine` and `sample_report`.
     """
     from qvl_pipeline.media.decode_worker import Failure
-    from qvl_pipeline.media.frame_store import AGAIN
+    from qvl_pipeline.media.frame_store import AGAIN, FrameStore
     from qvl_pipeline.storage.tables import read_table
 
     failed = read_table(video_frames / "failures.parquet", advice=AGAIN).to_pylist()
     lost = _lost_samples(valid_samples, {row["clip_id"]: Failure(row["rule"], row["detail"]) for row in failed})
-    n_frames = read_table(video_frames / "index.parquet", advice=AGAIN)["n_frames"].to_pylist()
+    n_frames = FrameStore(video_frames).columns(["n_frames"])["n_frames"].to_pylist()
     counts = {
         "valid": len(valid_samples),
         "sampled": len(valid_samples) - len(lost),

@@ -14,9 +14,11 @@ Kind = TypeVar("Kind")
 
 def is_given(value: Any) -> bool:
     """Whether a value says anything. Columnar files give every object every key, and null to those it does not use."""
+    if value is None:
+        return False
     if isinstance(value, dict):
-        return any(is_given(part) for part in value.values())
-    return value is not None and value != []
+        return any(map(is_given, value.values()))
+    return value != []
 
 
 def expect(kind: type[Kind], value: Any, where: str) -> Kind:

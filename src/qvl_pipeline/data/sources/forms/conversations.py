@@ -26,6 +26,7 @@ _TURN_KEYS = {
     _OPENAI: {*_OPENAI, "name", "tool_calls", "tool_call_id", "function_call", *_TRAINED_KEYS},
     _SHAREGPT: {*_SHAREGPT, *_TRAINED_KEYS},
 }
+_PLAIN_KEYS = {keys: frozenset(keys) for keys in _TURN_KEYS}
 _ROLES = {
     _OPENAI: {"function": "tool"},
     _SHAREGPT: {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"},
@@ -213,7 +214,9 @@ def _turns(row: Row) -> Iterator[tuple[str, Row]]:
 def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, Any]:
     """Return a turn with all but its content, and the content as it is given."""
     role_key, content_key = keys
-    refuse_unknown(turn, _TURN_KEYS[keys], where)
+    plain = turn.keys() == _PLAIN_KEYS[keys]  # most turns: there is nothing else to look for
+    if not plain:
+        refuse_unknown(turn, _TURN_KEYS[keys], where)
     given = expect(str, turn.get(role_key), f"{where}.{role_key}")
     role, content = _ROLES[keys].get(given, given), turn.get(content_key)
     message: Message = {"role": role, "content": []}
@@ -223,15 +226,20 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
         calls = [item for item in content if is_call(item)]
         message["tool_calls"] = read_calls([item.get("value") for item in calls], f"{where}.{content_key}")
         content = [item for item in content if not is_call(item)]
-    elif call := next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None):
+    elif not plain and (call := _call_key(turn)):
         message["tool_calls"] = read_calls(turn[call], f"{where}.{call}")
         content = "" if content is None else content
     if "tool_calls" in message and role != "assistant":
         raise unknown(f"{where} has a call of a tool, and the role '{role}': only the assistant calls tools")
-    message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
-    if not _is_trained(turn, role, where):
-        message["trained"] = False
+    if not plain:
+        message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
+        if not _is_trained(turn, role, where):
+            message["trained"] = False
     return message, content
+
+
+def _call_key(turn: Row) -> str | None:
+    return next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None)
 
 
 def _is_trained(turn: Row, role: str, where: str) -> bool:

@@ -22,12 +22,13 @@ _LOCATIONS = {
     "audio": ("audio_url", "audio", "input_audio", "url", "path", "value"),
 }
 # Which seconds of a file are used.
-_WINDOWS = {"image": (), "video": ("video_start", "video_end"), "audio": ("audio_start", "audio_end")}
+_WINDOWS = {"video": ("video_start", "video_end"), "audio": ("audio_start", "audio_end")}
+_ALL = [None, None]
 # `detail` is OpenAI's wish for a resolution; sizes are parameters here.
 _ITEM_KEYS = {
     "text": {"type", "text", "value"},
     "image": {"type", "detail", *_LOCATIONS["image"]},
-    **{kind: {"type", *_LOCATIONS[kind], *_WINDOWS[kind]} for kind in ("video", "audio")},
+    **{kind: {"type", *_LOCATIONS[kind], *_WINDOWS[kind]} for kind in _WINDOWS},
 }
 # `bytes` is how Hugging Face datasets embed a file in a table.
 _FILE_KEYS = {
@@ -50,7 +51,7 @@ def read_items(content: Any, where: str, *, marked: bool) -> Iterator[tuple[Row,
         RejectedRowError: It is something else (`unknown_format`).
     """
     if isinstance(content, str):
-        pieces = _MARKER.split(content) if marked else [content]
+        pieces = _MARKER.split(content) if marked and "<" in content else [content]
         # Texts and markers take turns in what `split` returns.
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -71,11 +72,13 @@ def listed_media(row: Row, kind: str, columns: Sequence[str]) -> list[Media]:
     """
     files = []
     for column in MEDIA_COLUMNS[kind]:
-        value = row.get(column)
+        if column not in row:
+            continue
+        value = row[column]
         values = value if isinstance(value, list) else [value] if is_given(value) else []
         if values and column not in columns:
             raise unknown(f"it has '{column}', which its form does not know; known are {' and '.join(columns)}")
-        files += [_media(kind, file, f"{column}[{number}]", {}) for number, file in enumerate(values)]
+        files += [_media(kind, file, f"{column}[{number}]", _ALL) for number, file in enumerate(values)]
     return files
 
 
@@ -87,21 +90,24 @@ def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     if kind == "text":
         text = item.get("value") if item.get("text") is None else item["text"]
         return {"type": "text", "text": expect(str, text, f"{where}.text")}, None
-    files = [item[key] for key in _LOCATIONS[kind] if is_given(item.get(key))]
+    files = [item[key] for key in _LOCATIONS[kind] if key in item and is_given(item[key])]
     if len(files) > 1:
         raise unknown(f"{where} names {len(files)} files; an item has one")
-    return {"type": kind}, _media(kind, files[0], where, item) if files else None
+    window = [item.get(key) for key in _WINDOWS[kind]] if kind in _WINDOWS else _ALL
+    return {"type": kind}, _media(kind, files[0], where, window) if files else None
 
 
-def _media(kind: str, file: Any, where: str, item: Row) -> Media:
+def _media(kind: str, file: Any, where: str, window: list[Any]) -> Media:
     """Read what names a file: its path or content, or an object with these and, but for images, the seconds to use."""
-    keys = _WINDOWS[kind]
-    window = [item.get(key) for key in keys]
     if isinstance(file, dict):
         refuse_unknown(file, _FILE_KEYS[kind], where)
-        window = [value if is_given(value) else file.get(key) for value, key in zip(window, keys, strict=True)]
+        if kind in _WINDOWS:
+            given = zip(window, _WINDOWS[kind], strict=True)
+            window = [value if is_given(value) else file.get(key) for value, key in given]
         file = _location(file, where)
-    start, end = [_second(value, f"{where}.{key}") for value, key in zip(window, keys, strict=True)] or (None, None)
+    start = end = None
+    if window != _ALL:
+        start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOWS[kind], strict=True))
     if end is not None and end <= (start or 0.0):
         raise unknown(f"{where} ends at second {end}, not after its start at {start or 0.0}")
     if not isinstance(file, bytes) and not expect(str, file, f"the path of {where}"):

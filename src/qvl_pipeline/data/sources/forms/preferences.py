@@ -21,6 +21,7 @@ _COMPARED = (
 )
 # … and those that say whether the answer is a good one (KTO), where their value is true or false.
 _JUDGED = ("label", "kto_tag")
+_COLUMNS = frozenset(_COMPARED + _JUDGED)
 _TRUTHS = ("true", "false")
 
 
@@ -30,6 +31,8 @@ def refuse_preferences(row: dict[str, Any]) -> None:
     Raises:
         RejectedRowError: It is (`preference_data`).
     """
+    if row.keys().isdisjoint(_COLUMNS):
+        return
     for column in _COMPARED:
         if row.get(column) not in (None, [], {}, ""):
             raise _refused(column, type_name(row[column]))

@@ -1,0 +1,122 @@
+"""From the parameters of a profile to the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, PreflightConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config.recomputation import GradientCheckpointingConfig
+from qvl_pipeline.data.base_model import write_manifest
+from qvl_pipeline.errors import UserError
+from qvl_pipeline.preflight.verdict import DOES_NOT_FIT, FITS, OFF, Plan, look_ahead
+from qvl_pipeline.training.processes import training_processes
+from qvl_pipeline.training.spec import Inputs, make_spec
+
+logger = logging.getLogger(__name__)
+
+
+def ask(
+    plan: Plan,
+    sample: SampleConfig,
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    adapter: AdapterConfig,
+    preflight: PreflightConfig,
+    scratch: Path,
+    recorded: Sequence[Path],
+) -> dict[str, Any]:
+    """Answer what the training of a profile needs; reads no weights, and of a published model nothing at all.
+
+    Args:
+        plan: Its plan, if there is one.
+        sample: Parameters of sampling.
+        model: Parameters of the model.
+        batching: Parameters of the packs.
+        train: Parameters of training.
+        adapter: Parameters of the adapter.
+        preflight: On what it is to run.
+        scratch: Folder in which it would work.
+        recorded: Files `train_result.json` of earlier trainings, those to be preferred first.
+
+    Returns:
+        The entry `preflight_report`.
+
+    Raises:
+        UserError: Says what is wrong and what to do.
+    """
+    if preflight.mode == OFF:
+        return {"verdict": OFF, "sentence": "the preflight is off"}
+    processes = training_processes(train, batching)
+    with TemporaryDirectory() as temporary:
+        base_model, nowhere = Path(temporary), Path(temporary) / "not made yet"
+        write_manifest(base_model, model)
+        if model.load_from_pretrained_path is None:
+            from qvl_pipeline.demo.tiny_model import write_tiny_config
+
+            write_tiny_config(base_model, model.processor_type)
+        steps = int(plan.packs["step"].iloc[-1]) + 1 if plan.there else max(0, batching.max_steps)
+        summary = {"steps": steps, "epochs": None, "samples_per_epoch": 0.0}
+        spec = make_spec(
+            Inputs(base_model, nowhere, nowhere, plan.frames, summary),
+            sample=sample,
+            model=model,
+            batching=batching,
+            weights={},
+            train=train,
+            output_dir=scratch,
+            identity={},
+            resume_from="",
+            adapter=adapter,
+        )
+        ranks = processes.per_node, processes.nodes.nnodes
+        automatic = train.gradient_checkpointing == "auto"
+        return look_ahead(spec, model, batching, preflight, plan, ranks, recorded, automatic=automatic)
+
+
+def recorded_trainings(reports: Path, profile: str) -> list[Path]:
+    """Return what earlier trainings left in the folder of reports: that of the profile itself first."""
+    found = [reports / profile / "train_result.json", *sorted(reports.glob("*/train_result.json"))]
+    return [path for path in dict.fromkeys(found) if path.exists()]
+
+
+def refuse_what_cannot_fit(report: dict[str, Any], preflight: PreflightConfig) -> None:
+    """End a training that does not fit, even with the error of the estimate, unless only a warning is wanted.
+
+    Raises:
+        UserError: It does not; says what makes it fit.
+    """
+    if report["verdict"] == DOES_NOT_FIT and preflight.mode == "refuse":
+        raise UserError(
+            f"the training {report['sentence']}. All figures are in preflight.html; to start it all the same, set "
+            "preflight.mode to warn"
+        )
+    if report["verdict"] not in (FITS, OFF):
+        logger.warning("the training %s", report["sentence"])
+
+
+def with_chosen_recomputation(train: TrainConfig, report: dict[str, Any]) -> TrainConfig:
+    """Put what the preflight has chosen in the place of `gradient_checkpointing: auto`.
+
+    Raises:
+        UserError: The preflight is off, and cannot choose.
+    """
+    if train.gradient_checkpointing != "auto":
+        return train
+    if report["verdict"] == OFF:
+        raise UserError(
+            "train.gradient_checkpointing 'auto' is chosen by the preflight, which is off: switch it on, or set true"
+        )
+    chosen = GradientCheckpointingConfig(**report["recompute"])
+    return train.model_copy(update={"gradient_checkpointing": chosen})
+
+
+def expected_peak_bytes(report: dict[str, Any]) -> int:
+    """Peak of a rank's tensors that was foretold for this machine; 0 where none was."""
+    if report["verdict"] == OFF or not report["hardware"]["this_machine"]:
+        return 0
+    return int(report["memory"]["tensors_bytes"])
