@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.preflight.settings import CONFIGS, Setting
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.adapters.injection import inject
 from qvl_pipeline.engine.model.attention import use_packed_attention
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
@@ -118,13 +119,23 @@ def _model(setting: Setting, device: torch.device, group: Any) -> PackedVLM:
     freeze(hf, family, setting.freeze)
     if spec.adapter.used:
         inject(hf, family, spec.adapter)
-    hold_frozen_in(hf, compute_dtype(spec.parallel))
+    trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
+    hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
     recompute_activations(hf, spec.recompute)
     return PackedVLM(hf, family, [0.5] * 3, [0.5] * 3, group)
 
 
 def _pack(config: Any, setting: Setting, share: SequenceShare) -> Batch:
     values = 3 * 2 * config.vision_config.patch_size**2
-    speed = FAMILIES[setting.family].tokens_per_second(config)
-    builder = BatchBuilder(RandomPatches(values), values, (1, 2), speed, ("benchmark",), share=share)
+    family = FAMILIES[setting.family]
+    speed = family.tokens_per_second(config)
+    builder = BatchBuilder(
+        RandomPatches(values),
+        values,
+        (1, 2),
+        speed,
+        partial(family.vision_inputs, config.vision_config),
+        ("benchmark",),
+        share=share,
+    )
     return builder.build(make_samples(config, setting.tokens), vision=True)

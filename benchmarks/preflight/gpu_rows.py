@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.gpu import _OPTIM, _PARALLEL
+from benchmarks.gpu import OPTIM, PARALLEL
 from benchmarks.gpu_models import MODELS, make_samples
 from benchmarks.report import RESULTS
 from qvl_pipeline.engine.spec import RecomputeSpec
@@ -41,8 +41,8 @@ def expected_gib(name: str, row: dict[str, Any]) -> float:
             torch_compile=row["blocks"] == "compiled",
         ),
         recompute=RecomputeSpec(**full, every=1, offload=False),
-        parallel=replace(_PARALLEL, reshard_after_forward="weights" in kept),
-        optim=_OPTIM,
+        parallel=replace(PARALLEL, reshard_after_forward="weights" in kept),
+        optim=OPTIM,
         adapter=SimpleNamespace(used=False),
         data=SimpleNamespace(use_rmpad=True, per_device_train_batch_size=1),
     )

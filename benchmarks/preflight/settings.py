@@ -8,29 +8,43 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
-from benchmarks.gpu import _OPTIM, _PARALLEL
-from benchmarks.gpu_models import _IDS, _ROPE3, _ROPE25, _sizes
+from benchmarks.gpu import OPTIM, PARALLEL
+from benchmarks.gpu_models import IDS, ROPE3, ROPE25, sizes
 from qvl_pipeline.engine.spec import AdapterSpec, RecomputeSpec
 
-_TEXT = _sizes(128, 384, 6, 4, 2) | {"vocab_size": 4096, "max_position_embeddings": 8192}
+_TEXT = sizes(128, 384, 6, 4, 2) | {"vocab_size": 4096, "max_position_embeddings": 8192}
 _TEXT |= {"bos_token_id": None, "eos_token_id": None}
 _VISION = {"depth": 6, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128}
 CONFIGS: dict[str, Any] = {
     "qwen3_vl": Qwen3VLConfig(
-        text_config=_TEXT | {"head_dim": 32, "rope_parameters": _ROPE3 | {"mrope_section": [6, 5, 5]}},
+        text_config=_TEXT | {"head_dim": 32, "rope_parameters": ROPE3 | {"mrope_section": [6, 5, 5]}},
         vision_config=_VISION | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 3]},
         tie_word_embeddings=True,
-        **_IDS,
+        **IDS,
     ),
     "qwen2_5_vl": Qwen2_5_VLConfig(
-        text_config=_TEXT | {"rope_parameters": _ROPE25 | {"mrope_section": [4, 6, 6]}},
+        text_config=_TEXT | {"rope_parameters": ROPE25 | {"mrope_section": [4, 6, 6]}},
         vision_config=_VISION
         | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [2, 5], "tokens_per_second": 2},
         tie_word_embeddings=False,
-        **_IDS,
+        **IDS,
     ),
 }
-_NO_ADAPTER = AdapterSpec("none", 8, 16.0, False, 0.0, "zeros_b", {"llm": "all"}, (), "", "both")
+_NO_ADAPTER = AdapterSpec(
+    type="none",
+    r=8,
+    alpha=16.0,
+    rslora=False,
+    dropout=0.0,
+    init="zeros_b",
+    targets={"llm": "all"},
+    train_fully=(),
+    start_from="",
+    quantize_base="none",
+    double_quant=False,
+    quantize_parts=(),
+    export="both",
+)
 
 
 @dataclass(frozen=True)
@@ -65,13 +79,13 @@ class Setting:
             ),
             recompute=RecomputeSpec(self.llm, self.vit, every=1, offload=False),
             parallel=replace(
-                _PARALLEL,
+                PARALLEL,
                 reshard_after_forward=self.reshard,
                 accumulate_sharded=self.accumulate_sharded,
                 bf16=self.bf16,
                 sp_ulysses_degree=self.degree,
             ),
-            optim=replace(_OPTIM, optim=self.optim),
+            optim=replace(OPTIM, optim=self.optim),
             adapter=replace(_NO_ADAPTER, type=self.adapter),
             data=SimpleNamespace(use_rmpad=True, per_device_train_batch_size=1),
         )

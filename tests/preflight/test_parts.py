@@ -14,14 +14,19 @@ from benchmarks.preflight.settings import CONFIGS, Setting
 from pydantic import ValidationError
 
 from qvl_pipeline.config import BatchingConfig, ModelConfig, PreflightConfig, TrainConfig
+from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.preflight.asking import expected_peak_bytes, refuse_what_cannot_fit, with_chosen_recomputation
-from qvl_pipeline.preflight.duration import duration_of
+from qvl_pipeline.preflight.duration import duration_of, total_flops
 from qvl_pipeline.preflight.hardware import GIB, Hardware, named_hardware
 from qvl_pipeline.preflight.ledger import Ledger
-from qvl_pipeline.preflight.packs import heaviest_allowed
+from qvl_pipeline.preflight.model import Kernels, config_of, prepare
+from qvl_pipeline.preflight.packs import heaviest_allowed, make_batch, work_of
 from qvl_pipeline.preflight.units import units_of
 from qvl_pipeline.preflight.versions import known_bad
+from tests.engine.training import make_training
 
 
 def test_the_ledger_counts_what_is_held_and_no_longer() -> None:
@@ -89,7 +94,8 @@ def test_shards_are_those_of_fsdp() -> None:
     from qvl_pipeline.families import FAMILIES
 
     model = PackedVLM(skeleton_of(CONFIGS["qwen3_vl"]), FAMILIES["qwen3_vl"], [0.5] * 3, [0.5] * 3)
-    whole, shared = units_of(model, 1, torch.float32), units_of(model, 3, torch.float32)
+    spec = Setting("").spec()
+    whole, shared = units_of(model, 1, spec), units_of(model, 3, spec)
     assert sum(unit.trained for unit in whole.values()) == sum(p.numel() for p in model.parameters())
     layer = model.hf.model.language_model.layers[0]
     # Rows are padded to a multiple of the ranks.
@@ -120,6 +126,19 @@ def test_time_is_that_of_the_last_training_on_such_a_device(tmp_path: Path) -> N
     (tmp_path / "train_result.json").write_text(json.dumps({"device": hardware.name, "world_size": 2}))
     found = duration_of(8 * 350e12, hardware, recorded, 0.0)
     assert found.seconds == pytest.approx(1), "each second of the recorded training counts the same"
+
+
+def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
+    CONFIGS["qwen2_5_vl"].save_pretrained(tmp_path / "model")
+    spec = make_training(tmp_path / "data", tmp_path / "model", "qwen2_5_vl")
+    config, family = config_of(spec.model.path), FAMILIES["qwen2_5_vl"]
+    flops = flops_of(prepare(spec, config, Kernels("cpu", "sdpa", "sdpa", fused=False)))
+    plan, tokenized = pd.read_parquet(spec.data.pack_plan), Path(spec.data.tokenized)
+    work, rows = work_of(plan, tokenized), TokenizedSamples(tokenized)
+    packs = [[rows.row(int(row)) for row in numbers] for numbers in plan["sample_rows"]]
+    batches = [make_batch(pack, config, family, degree=1, rmpad=True) for pack in packs]
+    assert (work.steps, work.images, work.frames) == (3, 4, 16)
+    assert total_flops(flops, work) == pytest.approx(sum(flops.count(batch) for batch in batches), rel=1e-9)
 
 
 def test_a_training_that_cannot_fit_is_refused_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ def answer(tmp_path: Path, hardware: str, *, length: int = 4096, **train: Any) -
         TrainConfig(bf16=True, use_liger_kernel=True, **train),
         AdapterConfig(),
         PreflightConfig(hardware=hardware, gpu_hour_price=2.0),
-        tmp_path / "scratch",
+        tmp_path / "base",
         [],
     )
 

@@ -36,7 +36,7 @@ class Change:
 def changes(
     spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware, estimate: Estimator
 ) -> list[Change]:
-    """Make changes one after the other until the run fits, and leave out those that the last did not need.
+    """Make changes one after the other until the run fits.
 
     Args:
         spec: The run.
@@ -46,19 +46,23 @@ def changes(
         estimate: From a run and micro-batches to what it needs.
 
     Returns:
-        The changes that are needed, in order. If the last does not fit, nothing that is known does.
+        The changes, in order. If the last does not fit, nothing that is known does.
     """
-    made: list[tuple[Change, Callable[[TrainSpec], TrainSpec]]] = []
+    made: list[Change] = []
     for what, parameters, costs, apply, lighter in _ladder(spec, config, heaviest, hardware):
         spec, heaviest = apply(spec), lighter or heaviest
         needed = estimate(spec, heaviest)
         change = Change(what, parameters, costs, needed, needed.high <= hardware.memory)
-        kind = parameters.split("=")[0]
         # More of one thing takes the place of less of it.
-        made = [(old, how) for old, how in made if old.parameters.split("=")[0] != kind] + [(change, apply)]
+        made = [old for old in made if _kind(old) != _kind(change)] + [change]
         if change.fits:
             break
-    return [change for change, _ in made]
+    return made
+
+
+def _kind(change: Change) -> str:
+    """What a change is more or less of: the parameter that it sets, without keys of it."""
+    return ".".join(change.parameters.split("=")[0].split(".")[:2])
 
 
 def _ladder(
@@ -73,7 +77,7 @@ def _ladder(
         parameters = (
             "train.gradient_checkpointing=true"
             if kind == "full"
-            else "train.gradient_checkpointing={llm: selective, vit: selective}"
+            else "train.gradient_checkpointing.llm=selective,train.gradient_checkpointing.vit=selective"
         )
         yield f"{kind} recomputation of both towers", parameters, costs, _recomputing(kind), None
     heads = config.text_config.num_attention_heads

@@ -8,11 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
+
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, PreflightConfig, SampleConfig, TrainConfig
 from qvl_pipeline.config.recomputation import GradientCheckpointingConfig
-from qvl_pipeline.data.base_model import write_manifest
+from qvl_pipeline.data.base_model import MANIFEST, read_base_model, write_manifest
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.preflight.verdict import DOES_NOT_FIT, FITS, OFF, Plan, look_ahead
+from qvl_pipeline.storage.digests import read_sealed
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.spec import Inputs, make_spec
 
@@ -27,7 +30,7 @@ def ask(
     train: TrainConfig,
     adapter: AdapterConfig,
     preflight: PreflightConfig,
-    scratch: Path,
+    base_model: Path,
     recorded: Sequence[Path],
 ) -> dict[str, Any]:
     """Answer what the training of a profile needs; reads no weights, and of a published model nothing at all.
@@ -40,7 +43,8 @@ def ask(
         train: Parameters of training.
         adapter: Parameters of the adapter.
         preflight: On what it is to run.
-        scratch: Folder in which it would work.
+        base_model: Folder of the profile's base model, which need not be there: without it, its sizes are those of the
+            parameters.
         recorded: Files `train_result.json` of earlier trainings, those to be preferred first.
 
     Returns:
@@ -52,13 +56,16 @@ def ask(
     if preflight.mode == OFF:
         return {"verdict": OFF, "sentence": "the preflight is off"}
     processes = training_processes(train, batching)
+    scratch = base_model.parent / "scratch"
     with TemporaryDirectory() as temporary:
-        base_model, nowhere = Path(temporary), Path(temporary) / "not made yet"
-        write_manifest(base_model, model)
-        if model.load_from_pretrained_path is None:
-            from qvl_pipeline.demo.tiny_model import write_tiny_config
+        nowhere = Path(temporary) / "not made yet"
+        if not _is_prepared(base_model, model):
+            base_model = Path(temporary)
+            write_manifest(base_model, model)
+            if model.load_from_pretrained_path is None:
+                from qvl_pipeline.demo.tiny_model import write_tiny_config
 
-            write_tiny_config(base_model, model.processor_type)
+                write_tiny_config(base_model, model.processor_type)
         steps = int(plan.packs["step"].iloc[-1]) + 1 if plan.there else max(0, batching.max_steps)
         summary = {"steps": steps, "epochs": None, "samples_per_epoch": 0.0}
         spec = make_spec(
@@ -76,6 +83,30 @@ def ask(
         ranks = processes.per_node, processes.nodes.nnodes
         automatic = train.gradient_checkpointing == "auto"
         return look_ahead(spec, model, batching, preflight, plan, ranks, recorded, automatic=automatic)
+
+
+def plan_of(model_input: Path, summary: Path, batching: BatchingConfig) -> Plan:
+    """Return the plan of a profile, if there is one and it was made for packs of this length.
+
+    Args:
+        model_input: Folder of the plan.
+        summary: Its `plan_summary`.
+        batching: Parameters of the packs.
+    """
+    packs, tokenized, frames = (model_input / name for name in ("pack_plan.parquet", "tokenized.arrow", "video_frames"))
+    if not (packs.exists() and tokenized.exists() and summary.exists()):
+        return Plan(None, None, frames)
+    if read_sealed(summary)["packing_length"] != batching.packing_length:
+        logger.warning("the plan that is there is of packs of another length, and is not looked at: run 'tokenize'")
+        return Plan(None, None, frames)
+    return Plan(pd.read_parquet(packs), tokenized, frames)
+
+
+def _is_prepared(base_model: Path, model: ModelConfig) -> bool:
+    """Whether the base model is there and was prepared for these parameters."""
+    if not (base_model / MANIFEST).exists():
+        return False
+    return read_base_model(base_model).parameters == model.decisive("tokens")
 
 
 def recorded_trainings(reports: Path, profile: str) -> list[Path]:

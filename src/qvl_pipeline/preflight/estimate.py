@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvl_pipeline.engine.model.flops import ModelFlops, flops_of
-from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.preflight.hardware import GIB, Hardware, kernels_on
@@ -88,7 +87,7 @@ def estimate(
     flops, parameters, trained = flops_of(model), number_of(model), number_of(model, trained=True)
     stands_for = cut(model)
     shards = spec.parallel.hsdp_shard_size or hardware.ranks
-    units = units_of(model, shards, compute_dtype(spec.parallel))
+    units = units_of(model, shards, spec)
     data_ranks = max(1, hardware.ranks // degree)
     micro_batches = -(-packs_per_step // (data_ranks * spec.data.per_device_train_batch_size))
     offloaded = spec.parallel.cpu_offload and hardware.device == "cuda"
@@ -109,7 +108,7 @@ def estimate(
         heavy=heavy,
         parameters=parameters,
         trained=trained,
-        checkpoint=shards * (states + FLOAT32 * step.total("trained")),
+        checkpoint=shards * (states + step.total("gradients")),
         offloaded=kept if offloaded else 0,
         flops=flops,
         config=config,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.preflight.rehearsal import Span
-from qvl_pipeline.preflight.units import FLOAT32, Unit
+from qvl_pipeline.preflight.units import BFLOAT16, FLOAT32, Unit
 
 Place = tuple[str, int]
 ROOT: Place = ("", -1)
@@ -90,7 +90,7 @@ def optimizer_bytes(step: Step, spec: TrainSpec) -> int:
     if spec.optim.optim == "muon":
         hidden = matrices - step.units[ROOT].matrices
         return FLOAT32 * hidden + 2 * FLOAT32 * (trained - hidden)
-    return 2 * FLOAT32 * trained
+    return 2 * (BFLOAT16 if spec.optim.in_bfloat16 else FLOAT32) * trained
 
 
 class _Course:
@@ -104,6 +104,7 @@ class _Course:
         self.highest = Peak(0, {}, "")
         self._flat = self._summed = 0  # of the last unit: gathered in one piece, and gradients on their way
         self._open: set[Place] = set()
+        self._tower = ""
 
     def run(self) -> None:
         step, spec = self._step, self._spec
@@ -150,10 +151,11 @@ class _Course:
             index += len(row)
 
     def _forward(self, moment: str, place: Place, span: Span) -> None:
-        first = place == ROOT and not self._open
-        if first:
+        if place == ROOT and not self._open:
             for outer in (ROOT, *([TOWER] if self._calls_tower() else [])):
                 self._gather(outer, moment)
+        if place[0] == "llm" and TOWER in self._open and self._reshards:
+            self._free(TOWER)
         if place[0]:
             self._gather(place, moment)
         self._pass(moment, place, span)
@@ -170,44 +172,42 @@ class _Course:
             self.held["exchange buffers"] += unit.gathered * (1 + self._spec.parallel.forward_prefetch) - self._flat
             self._flat = unit.gathered * (1 + self._spec.parallel.forward_prefetch)
         else:
-            self._see(moment, unit.gathered + (unit.width * unit.largest if unit.width < FLOAT32 else 0))
+            self._see(moment, unit.gathered + (unit.width * unit.largest if unit.width < unit.held else 0))
         self.held["gathered weights"] += unit.gathered
         self._open.add(place)
         self._see(moment, 0)
 
     def _sent(self, unit: Unit) -> int:
         """Bytes of a rank's part that is cast before it is sent; of offloaded weights, all of it is copied."""
-        return unit.sliced if self._offloaded else unit.width * unit.trained if unit.width < FLOAT32 else 0
+        return unit.sliced if self._offloaded else unit.width * unit.trained if unit.width < unit.held else 0
 
     def _free(self, place: Place) -> None:
         self.held["gathered weights"] -= self._step.units[place].gathered
         self._open.discard(place)
 
     def _backward(self, moment: str, place: Place, span: Span) -> None:
-        if self._flat and not self._turned():
-            self.held["exchange buffers"] -= self._flat
-            self._flat = 0
-        if place[0]:
-            unit = self._step.units[place]
-            if self._reshards:
-                self.held["gathered weights"] += unit.gathered
-                if unit.shards > 1:  # and the next one on its way, of the same size
-                    ahead = max(1, self._spec.parallel.backward_prefetch) * unit.gathered
-                    self.held["exchange buffers"] += ahead
-                    self._see(moment, self._sent(unit))
-                    self._pass(moment, place, span)
-                    self._free(place)
-                    self._reduce(place, moment, in_ledger=False)
-                    self.held["exchange buffers"] -= ahead
-                    return
+        self.held["exchange buffers"] -= self._flat
+        self._flat = 0
+        if place == ("", 0) and self._tower == "llm" and self._calls_tower() and TOWER not in self._open:
+            self._regather(TOWER)
+        if not place[0]:
             self._pass(moment, place, span)
-            self._free(place)
-            self._reduce(place, moment, in_ledger=False)
-        else:
-            self._pass(moment, place, span)
+            return
+        unit, ahead = self._step.units[place], 0
+        if place not in self._open:
+            self._regather(place)
+            if unit.shards > 1:  # and the next one is on its way, of the same size
+                ahead = max(1, self._spec.parallel.backward_prefetch) * unit.gathered
+                self.held["exchange buffers"] += ahead
+                self._see(moment, self._sent(unit))
+        self._pass(moment, place, span)
+        self._free(place)
+        self._reduce(place, moment, in_ledger=False)
+        self.held["exchange buffers"] -= ahead
 
-    def _turned(self) -> bool:
-        return not self._flat
+    def _regather(self, place: Place) -> None:
+        self.held["gathered weights"] += self._step.units[place].gathered
+        self._open.add(place)
 
     def _reduce(self, place: Place, moment: str, *, in_ledger: bool) -> None:
         """Exchange the gradients of a unit; the ones before it are let go now."""
@@ -228,8 +228,9 @@ class _Course:
 
     def _pass(self, moment: str, place: Place, span: Span) -> None:
         self._see(moment, span.peak)
-        # What lies between blocks is mostly what embeds, merges and scores.
-        self.held[_ACTIVATIONS[place[0]]] += span.kept
+        # What is kept between blocks embeds, merges and scores; what is let go there, a block has put out.
+        self._tower = place[0] or self._tower
+        self.held[_ACTIVATIONS[place[0] or (self._tower if span.kept < 0 else "")]] += span.kept
 
     def _see(self, moment: str, extra: int) -> None:
         total = sum(self.held.values()) + extra

@@ -74,7 +74,8 @@ def prepare(spec: TrainSpec, config: PreTrainedConfig, kernels: Kernels) -> Pack
     use_linear_patch_embedding(hf)
     degree = spec.parallel.sp_ulysses_degree
     group: Any = _Group(degree) if degree > 1 else None
-    use_kernels(hf, kernels.text, kernels.vision, STAND_INS, rmpad=spec.data.use_rmpad, sp_group=group)
+    rmpad = spec.data.use_rmpad
+    use_kernels(hf, kernels.text, kernels.vision, STAND_INS, rmpad=rmpad, sp_group=group, called="_stand_in")
     freeze(hf, family, spec.model.freeze_modules)
     if spec.adapter.used:
         inject(hf, family, spec.adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ def make_batch(samples: Sequence[Sample], config: Any, family: ModelFamily, *, d
         placeholder_ids=(config.image_token_id, config.video_token_id),
         tokens_per_second=family.tokens_per_second(config),
         sources=tuple(sorted({sample["source"] for sample in samples})),
+        vision_inputs=partial(family.vision_inputs, vision),
         rmpad=rmpad,
         share=SequenceShare(int(np.argmax(sizes)), degree),
     )

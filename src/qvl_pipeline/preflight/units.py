@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.parallel.sharding import compute_dtype
+from qvl_pipeline.engine.spec import TrainSpec
 
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,22 @@ class Unit:
 
     Attributes:
         trained: Numbers of the trained parameters on one rank.
-        frozen: Bytes of the frozen ones on one rank.
+        frozen: Bytes of the frozen ones on one rank, as far as they are sharded.
+        replicated: Bytes of those that every rank has whole.
         matrices: Those of `trained` that are in matrices.
         shards: Ranks that they are sharded over.
         width: Bytes of a number in the type of the computation.
+        held: Bytes of a trained number between steps, and of its gradient.
         largest: Numbers of the largest parameter.
     """
 
     trained: int
     frozen: int
+    replicated: int
     matrices: int
     shards: int
     width: int
+    held: int
     largest: int
 
     @property
@@ -51,21 +57,21 @@ class Unit:
     @property
     def weights(self) -> int:
         """Bytes of its weights on one rank, between steps."""
-        return FLOAT32 * self.trained + self.frozen
+        return self.held * self.trained + self.frozen + self.replicated
 
     @property
     def gradients(self) -> int:
         """Bytes of its gradients on one rank, between micro-batches."""
-        return FLOAT32 * self.trained
+        return self.held * self.trained
 
 
-def units_of(model: PackedVLM, shards: int, dtype: torch.dtype) -> dict[tuple[str, int], Unit]:
+def units_of(model: PackedVLM, shards: int, spec: TrainSpec) -> dict[tuple[str, int], Unit]:
     """Return the units by tower and number of block; `("vit", -1)` is the rest of the tower, `("", -1)` all else.
 
     Args:
-        model: The model on the meta device, frozen and adapted as in the run.
+        model: The model on the meta device, frozen and adapted as in the run, in the type of the computation.
         shards: Ranks that share one copy of it.
-        dtype: Type of the computation.
+        spec: The run.
     """
     visual, text = model.hf.model.visual, model.hf.model.language_model
     blocks = {("vit", number): list(block.parameters()) for number, block in enumerate(visual.blocks)}
@@ -74,19 +80,23 @@ def units_of(model: PackedVLM, shards: int, dtype: torch.dtype) -> dict[tuple[st
     tower = [parameter for parameter in visual.parameters() if parameter not in in_blocks]
     rest = [parameter for parameter in model.parameters() if parameter not in in_blocks.union(tower)]
     parts = {**blocks, ("vit", -1): tower, ("", -1): rest}
-    width = torch.empty(0, dtype=dtype).element_size()
-    return {place: _unit(parameters, shards, width) for place, parameters in parts.items()}
+    return {place: _unit(parameters, shards, spec) for place, parameters in parts.items()}
 
 
-def _unit(parameters: Iterable[nn.Parameter], shards: int, width: int) -> Unit:
-    trained = frozen = matrices = largest = 0
+def _unit(parameters: Iterable[nn.Parameter], shards: int, spec: TrainSpec) -> Unit:
+    trained = frozen = replicated = matrices = largest = 0
     for parameter in parameters:
         rows = parameter.shape[0] if parameter.ndim else 1
         own = -(-rows // shards) * (parameter.numel() // rows)
         if parameter.requires_grad:
             trained += own
             matrices += own if parameter.ndim >= 2 else 0
+        elif spec.parallel.frozen_sharding == "replicated":
+            replicated += parameter.nbytes
+            continue
         else:
             frozen += own * parameter.element_size()
         largest = max(largest, parameter.numel())
-    return Unit(trained, frozen, matrices, shards, width, largest)
+    width = torch.empty(0, dtype=compute_dtype(spec.parallel)).element_size()
+    held = BFLOAT16 if spec.optim.in_bfloat16 else FLOAT32
+    return Unit(trained, frozen, replicated, matrices, shards, width, held, largest)

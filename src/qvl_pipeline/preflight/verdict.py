@@ -70,7 +70,11 @@ def look_ahead(
     """
     named = preflight.hardware != "auto"
     hardware = named_hardware(preflight.hardware) if named else this_hardware(*processes)
-    config = config_of(spec.model.path)
+    try:
+        config = config_of(spec.model.path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the sizes of the model '{spec.model.path}' cannot be read here: {reason}") from error
     heaviest = _heaviest(spec, config, model, batching, plan, hardware)
     count = partial(_estimated, config=config, hardware=hardware, packs_per_step=batching.packs_per_step)
     spec, needed = least_recomputation(spec, heaviest, hardware, count) if automatic else (spec, count(spec, heaviest))

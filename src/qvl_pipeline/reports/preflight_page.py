@@ -8,7 +8,6 @@ from qvl_pipeline.reports.page import count, percent, render
 
 _GIB = 1 << 30
 _RESERVE = "context, communication and fragments"
-_SHARE_SHOWN = 0.002
 
 
 def render_preflight(profile: str, report: dict[str, Any]) -> str:
@@ -68,7 +67,7 @@ def _bar(memory: dict[str, Any], scale: float) -> list[dict[str, Any]]:
                 "width": f"{width:.3f}",
                 "size": gib(size),
                 "share": percent(max(0, size) / memory["needed_bytes"]),
-                "shown": size > _SHARE_SHOWN * memory["needed_bytes"],
+                "shown": size > 0,
             }
         )
         left += width
@@ -163,6 +162,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             ],
         ),
     ]
+    if not disk["enough"]:
+        groups[1][1].append(("Too little", gib(disk["needed_bytes"] - disk["free_bytes"])))
     if time := report["time"]:
         work = report["work"]
         share = percent(time["mfu"]) if time["mfu"] else "no peak is known"

@@ -65,18 +65,30 @@ def use_kernels(
     *,
     rmpad: bool,
     sp_group: dist.ProcessGroup | None,
+    called: str = "",
 ) -> None:
-    """Switch a model to kernels that are chosen already, by their names in `kernels`."""
-    _register(VISION_ATTENTION, kernels[vision], None)
+    """Switch a model to kernels that are chosen already.
+
+    Args:
+        model: A transformers model.
+        text: Kernel of the language model.
+        vision: Kernel of the vision tower.
+        kernels: What they are, by name.
+        rmpad: Batches are packs.
+        sp_group: Ranks that share the tokens of a pack, if any.
+        called: What to register them as, beside the kernels of other models: all models of a process share the names.
+    """
+    text_attention, vision_attention = TEXT_ATTENTION + called, VISION_ATTENTION + called
+    _register(vision_attention, kernels[vision], None)
     if rmpad:
-        _register(TEXT_ATTENTION, kernels[text], sp_group)
+        _register(text_attention, kernels[text], sp_group)
     # The setter that checks for an installed flash-attn is passed by: the kernels are ours.
     model.config._attn_implementation_internal = model.config.text_config._attn_implementation_internal = (
-        TEXT_ATTENTION if rmpad else text
+        text_attention if rmpad else text
     )
-    model.config.vision_config._attn_implementation_internal = VISION_ATTENTION
+    model.config.vision_config._attn_implementation_internal = vision_attention
     if hasattr(model.config, "audio_config"):  # chunks of sound see each other as frames do
-        model.config.audio_config._attn_implementation_internal = VISION_ATTENTION
+        model.config.audio_config._attn_implementation_internal = vision_attention
 
 
 def _register(name: str, kernel: Kernel, sp_group: dist.ProcessGroup | None) -> None:

@@ -34,18 +34,13 @@ def preflight_of_profile(
     Raises:
         UserError: Says what is wrong and what to do.
     """
-    import pandas as pd
-
-    from qvl_pipeline.preflight.asking import ask, recorded_trainings
-    from qvl_pipeline.preflight.verdict import Plan
+    from qvl_pipeline.preflight.asking import ask, plan_of, recorded_trainings
     from qvl_pipeline.reports.preflight_page import render_preflight
 
-    packs, tokenized = model_input / "pack_plan.parquet", model_input / "tokenized.arrow"
-    there = packs.exists() and tokenized.exists()
-    plan = Plan(pd.read_parquet(packs) if there else None, tokenized if there else None, model_input / "video_frames")
     data, name = model_input.parent.parent, model_input.name
-    recorded = recorded_trainings(data / "08_reporting", name)
+    reports = data / "08_reporting"
+    plan = plan_of(model_input, reports / name / "plan_summary.json", batching)
     blocks = sample, model, batching, train, adapter, preflight
-    report = ask(plan, *blocks, data / "06_models" / name / "scratch", recorded)
+    report = ask(plan, *blocks, data / "06_models" / name / "base", recorded_trainings(reports, name))
     print(f"preflight: {report['sentence']}", flush=True)
     return render_preflight(name, report), report

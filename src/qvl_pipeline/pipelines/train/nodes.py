@@ -63,7 +63,7 @@ def preflight(
     recorded = recorded_trainings(data / "08_reporting", profile)
     plan = Plan(pack_plan, tokenized_samples, video_frames)
     blocks = sample, model, batching, train, adapter, preflight
-    report = ask(plan, *blocks, base_model.parent / "scratch", recorded)
+    report = ask(plan, *blocks, base_model, recorded)
     page = render_preflight(profile, report)
     print(f"preflight: {report['sentence']}", flush=True)
     refuse_what_cannot_fit(report, preflight)
