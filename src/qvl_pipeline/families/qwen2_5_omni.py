@@ -70,6 +70,10 @@ FAMILY = ModelFamily(
         ("thinker.audio_tower.", "model.audio_tower."),
         ("thinker.model.", "model.language_model."),
         ("thinker.lm_head.", "lm_head."),
+        # A thinker alone, as transformers saves it.
+        ("visual.", "model.visual."),
+        ("audio_tower.", "model.audio_tower."),
+        ("model.", "model.language_model."),
     ),
     kept_prefixes=("talker.", "token2wav."),
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
