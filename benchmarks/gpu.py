@@ -35,8 +35,8 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
 from benchmarks.report import report
 from qvl_pipeline.engine.feed.batch import Batch
-from qvl_pipeline.engine.model.attention import use_packed_attention
-from qvl_pipeline.engine.model.attention_kernels import why_not
+from qvl_pipeline.engine.model.attention.kernels import why_not
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
@@ -83,6 +83,7 @@ OPTIM = OptimSpec(
     lr_scheduler_kwargs={},
     warmup_steps=0,
     ema_decay=0.0,
+    router_aux_loss_coef=None,
 )
 PARALLEL = ParallelSpec(
     transformer_layer_cls_to_wrap=(),

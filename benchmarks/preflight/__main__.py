@@ -10,6 +10,7 @@ from typing import Any
 import benchmarks.preflight
 from benchmarks.preflight.cpu import expected, measured
 from benchmarks.preflight.gpu_rows import expected_gib, measured_rows
+from benchmarks.preflight.profiles import rows
 from benchmarks.preflight.settings import GRID
 from benchmarks.report import report
 
@@ -17,12 +18,14 @@ from benchmarks.report import report
 def main() -> None:
     """Run the benchmark and report."""
     parser = argparse.ArgumentParser(description=benchmarks.preflight.__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("cpu", "gpu"))
+    parser.add_argument("--only", choices=("cpu", "gpu", "profiles"))
     options = parser.parse_args()
-    if options.only != "gpu":
+    if options.only in (None, "profiles"):
+        report("preflight_profiles", list(rows()), ratios={}, targets={})
+    if options.only in (None, "cpu"):
         _report("preflight_cpu", cpu_rows(), {"median": "<= 0.05", "worst": "<= 0.12"})
-    if options.only != "cpu":
-        rows = [
+    if options.only in (None, "gpu"):
+        found = [
             _row(
                 f"{name}, {row['blocks']}, recomputed: {row['recomputed']}",
                 expected_gib(name, row) * 2**30,
@@ -30,18 +33,18 @@ def main() -> None:
             )
             for name, row in measured_rows()
         ]
-        _report("preflight_gpu", rows, {"worst": "<= 0.10"})
+        _report("preflight_gpu", found, {"worst": "<= 0.10"})
 
 
 def cpu_rows() -> list[dict[str, Any]]:
     """Measure the grid; settings with the same number of ranks in the same processes."""
-    rows = []
+    found = []
     for _, group in groupby(sorted(GRID, key=lambda setting: setting.ranks), key=lambda setting: setting.ranks):
         settings = list(group)
         for setting, peak in zip(settings, measured(settings), strict=True):
-            rows.append(_row(f"{setting.name}, {setting.family}", expected(setting), peak))
-            print(rows[-1], flush=True)
-    return rows
+            found.append(_row(f"{setting.name}, {setting.family}", expected(setting), peak))
+            print(found[-1], flush=True)
+    return found
 
 
 def _row(setting: str, expected_bytes: float, measured_bytes: float) -> dict[str, Any]:

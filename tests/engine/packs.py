@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.sounds import SoundReader
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
@@ -54,8 +55,10 @@ class RandomPatches:
 def load_packed(
     folder: Path, family: str, *, rmpad: bool = True, sp_group: dist.ProcessGroup | None = None
 ) -> PackedVLM:
-    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    use_packed_attention(hf, "auto", "auto", torch.device("cpu"), rmpad=rmpad, sp_group=sp_group)
+    hf, cpu = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), torch.device("cpu")
+    use_packed_attention(hf, "auto", "auto", cpu, rmpad=rmpad, sp_group=sp_group)
+    if FAMILIES[family].linear_attention:
+        use_packed_linear_attention(hf, FAMILIES[family], "auto", cpu, sp_group=sp_group)
     use_linear_patch_embedding(hf)
     return PackedVLM(hf, FAMILIES[family], MEAN, STD, sp_group)
 
@@ -79,9 +82,9 @@ def make_samples(config: Any, family: str) -> dict[str, dict[str, Any]]:
     """Make one sample of every modality; sizes differ, and the longest answer is not the last."""
     image, video = config.image_token_id, config.video_token_id
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    # Qwen3-VL has a block of placeholders for each temporal patch; Qwen2.5-VL has one for the whole clip.
+    # With times in the text there is a block of placeholders for each temporal patch; Qwen2.5-VL has one for the clip.
     frames = [start, *[video] * 6, end]
-    clip = [30, *frames, 31, *frames] if family == "qwen3_vl" else [start, *[video] * 12, end]
+    clip = [30, *frames, 31, *frames] if family != "qwen2_5_vl" else [start, *[video] * 12, end]
     small, large = (1, 4, 4), (1, 4, 8)
     prompts: dict[str, tuple[list[int], list[tuple]]] = {
         "text": ([40, 41, 42], []),

@@ -97,6 +97,9 @@ def make_training(
             family=family,
             attn_implementation="auto",
             vit_attn_implementation="auto",
+            linear_attn_implementation="auto",
+            experts_implementation="auto",
+            ignore_empty_think=True,
             freeze_modules=(),
             use_liger_kernel=False,
             image_min_pixels=3136,
@@ -148,6 +151,7 @@ def make_training(
             lr_scheduler_kwargs={},
             warmup_steps=1,
             ema_decay=0.0,
+            router_aux_loss_coef=None,
         ),
         parallel=spec.ParallelSpec(
             transformer_layer_cls_to_wrap=(),

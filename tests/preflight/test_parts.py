@@ -55,7 +55,12 @@ def test_integers_that_go_to_the_device_can_still_be_read() -> None:
 
 @pytest.mark.parametrize(
     ("text", "ranks", "gib", "peak"),
-    [("8xH100-80GB", 8, 78.8, 9.89e14), ("2x4xA100-40GB", 8, 39.4, 3.12e14), ("1xH200", 1, 138.9, 9.89e14)],
+    [
+        ("8xH100-80GB", 8, 78.8, 9.89e14),
+        ("2x4xA100-40GB", 8, 39.4, 3.12e14),
+        ("1xH200", 1, 138.9, 9.89e14),
+        ("1xRTX4090", 1, 23.6, 1.652e14),
+    ],
 )
 def test_hardware_is_read_from_its_name(text: str, ranks: int, gib: float, peak: float) -> None:
     hardware = named_hardware(text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.preflight import profiles
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, PreflightConfig, SampleConfig, TrainConfig
 from qvl_pipeline.preflight.asking import ask
@@ -66,7 +68,7 @@ def test_without_a_plan_it_is_the_heaviest_pack_that_is_allowed(small: dict[str,
 def test_the_least_recomputation_that_fits_is_chosen(tmp_path: Path) -> None:
     roomy = answer(tmp_path, "1xH200", gradient_checkpointing="auto")
     assert (roomy["verdict"], roomy["recompute"]["llm"]) == ("fits", "none")
-    tight = answer(tmp_path, "1xH100-60GB", length=16_384, gradient_checkpointing="auto")
+    tight = answer(tmp_path, "1xH100-64GB", length=16_384, gradient_checkpointing="auto")
     assert (tight["verdict"], tight["recompute"]["llm"]) == ("fits", "selective")
 
 
@@ -76,3 +78,11 @@ def test_the_page_shows_it(small: dict[str, Any]) -> None:
         assert shown in page
     assert render_preflight("mine", small) == page
     assert "The preflight is off" in render_preflight("mine", {"verdict": "off", "sentence": ""})
+
+
+@pytest.mark.parametrize("profile", ["qwen3_vl_2b", "qwen2_5_vl_72b"])
+def test_a_profile_fits_the_hardware_that_it_names(profile: str) -> None:
+    started = time.process_time()
+    report = profiles.answer(profile, profiles.named_hardware()[profile])
+    assert report["verdict"] == "fits", report["sentence"]
+    assert time.process_time() - started < 20

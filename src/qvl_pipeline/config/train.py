@@ -80,6 +80,9 @@ class TrainConfig(Block):
         bf16: Compute in bfloat16; weights and optimizer state stay float32.
         fp16: Compute in float16, for GPUs without bfloat16: the loss is scaled so that small gradients do not vanish,
             and a step whose gradients overflow is skipped and counted. Weights and optimizer state stay float32.
+        router_aux_loss_coef: Weight of the loss that keeps experts evenly used, over all tokens of a step and all
+            layers at once; `None` takes the checkpoint's, 0 leaves it out. With several micro-batches a step it takes a
+            forward pass more of each.
         ema_decay: Decay of a float32 moving average of the weights, such as 0.999; 0 keeps none.
         export_ema: Export that average instead of the last weights.
         export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
@@ -153,6 +156,7 @@ class TrainConfig(Block):
     warmup_steps: int = Field(default=0, ge=0)
     bf16: bool = False
     fp16: bool = False
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     export_ema: bool = False
     export_dtype: Literal["fp32", "bf16"] = "fp32"

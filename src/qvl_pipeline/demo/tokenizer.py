@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = (
@@ -46,20 +46,23 @@ OMNI_TOKENS = {
 }
 
 
-def train_tokenizer(corpus: Iterable[str], *, omni: bool = False) -> Qwen2Tokenizer:
+def train_tokenizer(
+    corpus: Iterable[str], tokenizer_class: type[PreTrainedTokenizerBase] = Qwen2Tokenizer, *, omni: bool = False
+) -> PreTrainedTokenizerBase:
     """Train the tokenizer of the tiny models.
 
-    Normaliser and splitting expression (each digit stands alone) are those of `Qwen2Tokenizer`, the class of the real
-    models. The result depends only on how often each word occurs in `corpus`, not on the order of texts.
+    Normaliser and splitting expression (each digit stands alone) are those of the class of the real models. The result
+    depends only on how often each word occurs in `corpus`, not on the order of texts.
 
     Args:
         corpus: Texts the model will meet.
+        tokenizer_class: Class of the real models' tokenizer.
         omni: Have the tokens and the template of Qwen2.5-Omni.
 
     Returns:
         A tokenizer of at most `VOCAB_SIZE` tokens, with the ChatML template set.
     """
-    untrained = Qwen2Tokenizer().backend_tokenizer
+    untrained = tokenizer_class().backend_tokenizer
     bpe = Tokenizer(BPE())
     bpe.normalizer = untrained.normalizer
     bpe.pre_tokenizer = untrained.pre_tokenizer
@@ -70,7 +73,7 @@ def train_tokenizer(corpus: Iterable[str], *, omni: bool = False) -> Qwen2Tokeni
     )
     bpe.train_from_iterator(chain(SCAFFOLD, corpus), trainer)
     trained = json.loads(bpe.to_str())["model"]
-    return Qwen2Tokenizer(
+    return tokenizer_class(
         vocab=trained["vocab"],
         merges=[tuple(pair) for pair in trained["merges"]],
         unk_token=None,

@@ -57,6 +57,9 @@ class ModelSpec:
         family: Name of a module in `engine.families`.
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
+        linear_attn_implementation: Kernels of linear attention, or `auto`; only read where a family has any.
+        experts_implementation: How experts are computed, or `auto`; only read where a family has any.
+        ignore_empty_think: Empty thoughts before answers are not trained on; of a stream, which is tokenised here.
         freeze_modules: Short names or globs of parts that stay as they are.
         use_liger_kernel: Use Liger's fused kernels where they run.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
@@ -71,6 +74,9 @@ class ModelSpec:
     family: str
     attn_implementation: str
     vit_attn_implementation: str
+    linear_attn_implementation: str
+    experts_implementation: str
+    ignore_empty_think: bool
     freeze_modules: tuple[str, ...]
     use_liger_kernel: bool
     image_min_pixels: int
@@ -178,6 +184,7 @@ class OptimSpec:
         lr_scheduler_kwargs: Its arguments.
         warmup_steps: Steps of warmup.
         ema_decay: Decay of the average of the weights; 0 keeps none.
+        router_aux_loss_coef: Weight of the loss that balances experts; `None` takes the checkpoint's.
     """
 
     optim: str
@@ -192,6 +199,7 @@ class OptimSpec:
     lr_scheduler_kwargs: dict[str, Any]
     warmup_steps: int
     ema_decay: float
+    router_aux_loss_coef: float | None
 
     @property
     def in_bfloat16(self) -> bool:

@@ -26,6 +26,7 @@ from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.freezing import OF_SOUND, OF_VISION
 from qvl_pipeline.engine.model.loading import build_model, load_processor, make_builder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.routing import StepBalance
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import load_weights
 from qvl_pipeline.engine.optim.ema import WeightAverage
@@ -81,6 +82,7 @@ class Trainer:
         self.builder = make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
+        self.router_aux_loss_coef = _router_aux_loss_coef(spec, self.model)
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.feed = self._make_feed()
@@ -107,8 +109,14 @@ class Trainer:
         always = _always_called(self.model)
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
-            stores = Path(data.video_frames), self.model.family.hearing
-            samples = RawSamples(Path(stream.samples), self.processor, *stores, skip_bad_samples=skips)
+            samples = RawSamples(
+                Path(stream.samples),
+                self.processor,
+                Path(data.video_frames),
+                self.model.family.hearing,
+                skip_bad_samples=skips,
+                ignore_empty_think=self.spec.model.ignore_empty_think,
+            )
             sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers != 0
 
             def exchange(values: Sequence[int]) -> list[int]:
@@ -350,21 +358,27 @@ class Trainer:
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
         """Take one optimizer step; return the gradient norm."""
-        for number, self.micro_batch in enumerate(step.micro_batches, start=1):
-            asked = time.perf_counter()
-            with self.watchdog.load():
-                batch = next(batches)
-            window.add_batch(batch, waited_s=time.perf_counter() - asked)
-            self.skipped.add(step.number, batch.skipped)
+        balance = None
+        if self.router_aux_loss_coef:
+            balance = StepBalance(self.model.routing, lambda: self.skipped.tokens / step.supervised_tokens)
+        loaded = (self._load(micro_batch, step, batches, window) for micro_batch in step.micro_batches)
+        if balance and len(step.micro_batches) > 1:
+            loaded = list(loaded)
+            balance.count(self._forward_passes(step, loaded))
+        for number, (batch, self.micro_batch) in enumerate(zip(loaded, step.micro_batches, strict=True), start=1):
             batch = batch.to(self.device)
             # Gradients are exchanged once a step, after its last micro-batch; or after each, to hold none whole.
             is_last = number == len(step.micro_batches)
             self.model.set_requires_gradient_sync(is_last or self.spec.parallel.accumulate_sharded)
             losses = self.model(batch)
             loss = losses.sum() / step.supervised_tokens
+            if balance:
+                loss = loss + self.router_aux_loss_coef * balance.loss()
             (loss * self.loss_scale.value if self.loss_scale else loss).backward()
             window.losses.add(losses, batch.target_source)
             self.finite.add_losses(step.number, batch.sample_ids, losses)
+        if balance:
+            window.choices.append(balance.totals)
         self.skipped.correct_gradients(self.model.parameters(), step.supervised_tokens)
         grad_norm = self._clip()
         if self.loss_scale is None or self.loss_scale.accepts(grad_norm):
@@ -376,6 +390,20 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _load(self, micro_batch: MicroBatch, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> Batch:
+        """Take the next micro-batch, in host memory."""
+        self.micro_batch = micro_batch
+        asked = time.perf_counter()
+        with self.watchdog.load():
+            batch = next(batches)
+        window.add_batch(batch, waited_s=time.perf_counter() - asked)
+        self.skipped.add(step.number, batch.skipped)
+        return batch
+
+    def _forward_passes(self, step: Step, loaded: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        for self.micro_batch, batch in zip(step.micro_batches, loaded, strict=True):
+            yield self.model(batch.to(self.device))
 
     def _clip(self) -> torch.Tensor:
         if self.loss_scale:
@@ -427,3 +455,11 @@ def _always_called(model: PackedVLM) -> dict[str, bool]:
         "always_vision": only_towers and bool(trained & OF_VISION),
         "always_sound": only_towers and bool(trained & OF_SOUND),
     }
+
+
+def _router_aux_loss_coef(spec: TrainSpec, model: PackedVLM) -> float:
+    """Weight of the balance loss: that of the run, or of the checkpoint."""
+    if model.routing is None:
+        return 0.0
+    given = spec.optim.router_aux_loss_coef
+    return model.hf.config.text_config.router_aux_loss_coef if given is None else given

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from qvl_pipeline.families import qwen2_5_omni, qwen2_5_vl, qwen3_vl
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families import qwen2_5_omni, qwen2_5_vl, qwen3_5, qwen3_vl, qwen3_vl_moe
+from qvl_pipeline.families.family import ModelFamily, divided_heads
 
 FAMILIES: dict[str, ModelFamily] = {
-    family.name: family for family in (qwen3_vl.FAMILY, qwen2_5_vl.FAMILY, qwen2_5_omni.FAMILY)
+    family.name: family
+    for family in (qwen3_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_5.FAMILY, qwen3_vl_moe.FAMILY, qwen2_5_omni.FAMILY)
 }
 
 
@@ -22,4 +23,4 @@ def family_of(model_type: str) -> ModelFamily:
     raise KeyError(model_type)
 
 
-__all__ = ["FAMILIES", "ModelFamily", "family_of"]
+__all__ = ["FAMILIES", "ModelFamily", "divided_heads", "family_of"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qvl_pipeline.families.hearing import Hearing
@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     ]
 
 
+# Why a family of dense models has no use for a capability.
+NO_EXPERTS = {"ep": "it has no experts"}
 # Side of the square of patches that becomes one token, in all families so far.
 MERGE_SIZE = 2
 
@@ -44,8 +46,18 @@ class ModelFamily:
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
-        liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
+        liger_kernels: Kernel (`rms_norm`, `rms_norm_zero_centred` or `swiglu`) of liger-kernel for each module class
+            that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
+        linear_attention: Class name of a layer whose state runs on from token to token, which packs must cut; `None`
+            where all attention is softmax attention.
+        unsupported: Why a capability (`families.capabilities`) does not work with the family, by its name. Those that
+            are not named do.
+        notes: What to know of one that does.
+        experts: Class name of a layer's experts, whose weights are fused tensors `[experts, out, in]`; FSDP2 shards
+            each by itself. `None` where there are none.
+        router: Class name of what chooses experts for a token; its output begins with logits `[tokens, experts]`.
+        transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
         kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
             exported as they were.
         model_types: What `model_type` of a `config.json` may be; empty is the family's name.
@@ -66,6 +78,12 @@ class ModelFamily:
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+    linear_attention: str | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    experts: str | None = None
+    router: str | None = None
+    transposed_in_hub: tuple[str, ...] = ()
     kept_prefixes: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
     hearing: Hearing | None = None
@@ -98,9 +116,27 @@ class ModelFamily:
                     return prefix + stored.removeprefix(published)
         return stored
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether published checkpoints hold a tensor of the module with its last two dimensions exchanged."""
+        return name.endswith(self.transposed_in_hub)
+
     def hub_name(self, name: str) -> str:
         """Name in published checkpoints of a tensor of the module."""
         for published, prefix in self.hub_prefixes:
             if name.startswith(prefix):
                 return published + name.removeprefix(prefix)
         return name
+
+
+def divided_heads(text: Any) -> dict[str, int]:
+    """Numbers of the heads that ranks of sequence parallelism divide among them, by what they are called.
+
+    Key and value heads of softmax attention may be fewer than the degree: they are repeated. A key head of linear
+    attention has a state of its own for each of its value heads, which would be computed and trained twice.
+
+    Args:
+        text: `text_config` of a model, or what is known of its language model.
+    """
+    linear = getattr(text, "linear_num_key_heads", None)
+    heads = {"attention heads": text.num_attention_heads}
+    return heads | ({"key heads of linear attention": linear} if linear else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
 
 if TYPE_CHECKING:
     import torch
@@ -74,5 +74,6 @@ FAMILY = ModelFamily(
     # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.
     liger_kernels={"Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
     # Published before transformers moved the decoder to `language_model`.
+    unsupported=NO_EXPERTS,
     hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
 )

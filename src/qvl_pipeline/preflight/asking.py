@@ -55,6 +55,8 @@ def ask(
     """
     if preflight.mode == OFF:
         return {"verdict": OFF, "sentence": "the preflight is off"}
+    if reason := model.family.unsupported.get("preflight"):
+        return {"verdict": OFF, "sentence": f"nothing is foretold of {model.family.title}: {reason}"}
     processes = training_processes(train, batching)
     scratch = base_model.parent / "scratch"
     with TemporaryDirectory() as temporary:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from qvl_pipeline.config.preflight import HARDWARE
-from qvl_pipeline.engine.model.attention_kernels import choose_kernels, installed
+from qvl_pipeline.engine.model.attention.kernels import choose_kernels, installed
 from qvl_pipeline.engine.model.flops import peak_flops_by_name
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
@@ -67,7 +68,7 @@ def named_hardware(text: str) -> Hardware:
     """
     match = HARDWARE.fullmatch(text)
     assert match is not None, text  # the parameter was checked
-    name = match["name"].strip()
+    name = re.sub(r"^RTX(?=\w)", "RTX ", match["name"].strip())
     gigabytes = int(match["gb"] or _GIGABYTES.get(name, 0))
     if not gigabytes:
         raise UserError(

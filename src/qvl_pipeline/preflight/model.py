@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
-from qvl_pipeline.engine.model.attention import use_kernels
+from qvl_pipeline.engine.model.attention.packed import use_kernels
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding

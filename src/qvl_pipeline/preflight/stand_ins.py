@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvl_pipeline.engine.model.attention_kernels import KERNELS, Segments, by_length
+from qvl_pipeline.engine.model.attention.kernels import KERNELS, Segments, by_length
 from qvl_pipeline.families import ModelFamily
 
 # Operations of their own, under a name that selective recomputation knows as attention.

@@ -150,7 +150,11 @@ class MediaGrids:
 
 
 def encode_samples(
-    samples: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin
+    samples: Sequence[Mapping[str, Any]],
+    grids: MediaGrids,
+    processor: ProcessorMixin,
+    *,
+    ignore_empty_think: bool = True,
 ) -> list[dict[str, Any] | Unusable]:
     """Tokenise samples.
 
@@ -158,6 +162,7 @@ def encode_samples(
         samples: Rows of `valid_samples`.
         grids: Sizes of all media.
         processor: The model's processor.
+        ignore_empty_think: Empty thoughts before answers are not trained on.
 
     Returns:
         Rows of `tokenized_samples`, in which `input_ids` is an array and a span a pair; in the place of a sample that
@@ -167,23 +172,27 @@ def encode_samples(
         UserError: A medium is not in the media index or the frame store.
     """
     media = [[grids.medium(item) for item in row["media"]] for row in samples]
-    return _encode(samples, media, processor)
+    return _encode(samples, media, processor, ignore_empty_think)
 
 
 def _encode(
-    samples: Sequence[Mapping[str, Any]], media: Sequence[Sequence[Medium]], processor: ProcessorMixin
+    samples: Sequence[Mapping[str, Any]],
+    media: Sequence[Sequence[Medium]],
+    processor: ProcessorMixin,
+    ignore_empty_think: bool,
 ) -> list[dict[str, Any] | Unusable]:
     conversations = [json.loads(row["messages"]) for row in samples]
     try:
-        chats = render_chats(processor, conversations, [row["sample_id"] for row in samples])
+        names = [row["sample_id"] for row in samples]
+        chats = render_chats(processor, conversations, names, ignore_empty_think=ignore_empty_think)
         encoded = encode_chats(processor, chats, media)
     except UnusableSampleError as error:
         if len(samples) == 1:
             return [Unusable(samples[0]["sample_id"], error.rule, error.detail)]
         half = len(samples) // 2  # halved again, until it stands alone: few are bad
         return [
-            *_encode(samples[:half], media[:half], processor),
-            *_encode(samples[half:], media[half:], processor),
+            *_encode(samples[:half], media[:half], processor, ignore_empty_think),
+            *_encode(samples[half:], media[half:], processor, ignore_empty_think),
         ]
     rows = [_table_row(*parts) for parts in zip(samples, encoded, media, strict=True)]
     for row, messages, found in zip(rows, conversations, encoded, strict=True):

@@ -32,6 +32,7 @@ class RawSamples:
         hearing: Hearing | None = None,
         *,
         skip_bad_samples: bool,
+        ignore_empty_think: bool = True,
     ) -> None:
         """Open the file.
 
@@ -42,12 +43,13 @@ class RawSamples:
             hearing: How the model hears; `None` does not.
             skip_bad_samples: Return an `Unusable` for a sample whose media are not there, too; otherwise that is an
                 error.
+            ignore_empty_think: Empty thoughts before answers are not trained on.
         """
         self._opened = path, processor, frame_store, hearing
         self._file = open_table(path, memory_map=True)
         self._processor, self._store = processor, FrameStore(frame_store)
         self._sounds = SoundStore(frame_store, hearing) if hearing else None
-        self._skips = skip_bad_samples
+        self._skips, self._ignores_empty_think = skip_bad_samples, ignore_empty_think
         groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
         self._starts = list(accumulate(groups, initial=0))
         self.num_shards = len(groups)
@@ -56,7 +58,8 @@ class RawSamples:
 
     def __reduce__(self) -> tuple[partial[RawSamples], tuple[Path, ProcessorMixin, Path, Hearing | None]]:
         """Pickle as what it was opened with: the process aside opens the file anew."""
-        return partial(RawSamples, skip_bad_samples=self._skips), self._opened
+        options = {"skip_bad_samples": self._skips, "ignore_empty_think": self._ignores_empty_think}
+        return partial(RawSamples, **options), self._opened
 
     def _read(self, number: int) -> list[dict[str, Any]]:
         # Without Arrow's threads: this runs in a forked process.
@@ -92,7 +95,7 @@ class RawSamples:
 
     def _encode(self, raw: Sequence[dict[str, Any]], grids: MediaGrids) -> Iterator[dict[str, Any] | Unusable]:
         try:
-            encoded = encode_samples(raw, grids, self._processor)
+            encoded = encode_samples(raw, grids, self._processor, ignore_empty_think=self._ignores_empty_think)
         except UserError as error:
             if not self._skips:
                 raise

@@ -37,15 +37,17 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
 
     from qvl_pipeline.engine.model.adapters.injection import inject
     from qvl_pipeline.engine.model.adapters.start import check_start
-    from qvl_pipeline.engine.model.attention_kernels import choose_kernels
+    from qvl_pipeline.engine.model.attention.kernels import choose_kernels
+    from qvl_pipeline.engine.model.attention.linear import choose_linear_kernel
     from qvl_pipeline.engine.model.freezing import freeze
     from qvl_pipeline.engine.model.kernels import use_liger_kernels
+    from qvl_pipeline.engine.model.routing import choose_experts_kernel
     from qvl_pipeline.engine.model.sharded import frozen_parameters, layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
     from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
     from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
     from qvl_pipeline.engine.parallel.sharding import check_shard_size
-    from qvl_pipeline.families import FAMILIES
+    from qvl_pipeline.families import FAMILIES, divided_heads
 
     _check_settings(spec, steps)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,9 +55,13 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
         kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.use_rmpad)
+        if family.experts:
+            choose_experts_kernel(spec.model.experts_implementation, device)
+        if family.linear_attention:
+            choose_linear_kernel(spec.model.linear_attn_implementation, device, half=spec.parallel.half)
         check_shard_size(spec.parallel.hsdp_shard_size, ranks)
         model = build_skeleton(spec.model.path)
-        check_degree(spec.parallel.sp_ulysses_degree, ranks, model.config.text_config.num_attention_heads)
+        check_degree(spec.parallel.sp_ulysses_degree, ranks, divided_heads(model.config.text_config))
         layers_to_wrap(model, family, spec.parallel.transformer_layer_cls_to_wrap)
         freeze(model, family, spec.model.freeze_modules)
         if spec.adapter.used:

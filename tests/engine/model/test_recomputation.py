@@ -19,7 +19,7 @@ from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import SharedSteps, read_plan
 from qvl_pipeline.engine.model.adapters.injection import inject
 from qvl_pipeline.engine.model.adapters.linear import adapted_layers
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM

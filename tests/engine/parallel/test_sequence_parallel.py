@@ -208,8 +208,8 @@ def test_work_of_the_ranks_adds_up_to_that_of_one(family: str, packed: PackedVLM
 class TestDegree:
     def test_that_does_not_divide_the_heads_is_refused(self) -> None:
         with pytest.raises(ValueError, match="8 does not divide the model's 28 attention heads"):
-            check_degree(8, world_size=8, attention_heads=28)
+            check_degree(8, world_size=8, heads={"attention heads": 28})
 
     def test_that_does_not_divide_the_processes_is_refused(self) -> None:
         with pytest.raises(ValueError, match="4 does not divide the number of processes, 6"):
-            check_degree(4, world_size=6, attention_heads=32)
+            check_degree(4, world_size=6, heads={"attention heads": 32})

@@ -71,7 +71,12 @@ def media_grids(
 
 
 def tokenize_samples(
-    samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, *, workers: int = 1
+    samples: pd.DataFrame,
+    grids: MediaGrids,
+    processor: ProcessorMixin,
+    *,
+    workers: int = 1,
+    ignore_empty_think: bool = True,
 ) -> Iterator[Tokenized]:
     """Tokenise samples, a bounded number at a time.
 
@@ -80,6 +85,7 @@ def tokenize_samples(
         grids: Sizes of all media.
         processor: The model's processor.
         workers: Processes that do it; with 1, this one does.
+        ignore_empty_think: Empty thoughts before answers are not trained on.
 
     Yields:
         Batches in the order of `samples`; the same ones for any number of workers.
@@ -90,9 +96,9 @@ def tokenize_samples(
     starts = range(0, len(samples), ROWS_PER_BATCH)
     chunks = (samples.iloc[start : start + ROWS_PER_BATCH].to_dict("records") for start in starts)
     if workers > 1:
-        yield from _in_parallel(chunks, grids, processor, workers)
+        yield from _in_parallel(chunks, grids, processor, workers, ignore_empty_think)
     else:
-        yield from (_tokenized(rows, grids, processor) for rows in chunks)
+        yield from (_tokenized(rows, grids, processor, ignore_empty_think) for rows in chunks)
 
 
 def useful_workers(n_samples: int) -> int:
@@ -118,8 +124,10 @@ def quarantine_table(unusable: Sequence[Unusable], samples: pd.DataFrame) -> pa.
     return pa.Table.from_pylist(rows, QUARANTINE)
 
 
-def _tokenized(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin) -> Tokenized:
-    encoded = encode_samples(rows, grids, processor)
+def _tokenized(
+    rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin, ignore_empty_think: bool
+) -> Tokenized:
+    encoded = encode_samples(rows, grids, processor, ignore_empty_think=ignore_empty_think)
     unusable = [sample for sample in encoded if isinstance(sample, Unusable)]
     usable = [sample for sample in encoded if not isinstance(sample, Unusable)]
     for row in usable:
@@ -128,13 +136,18 @@ def _tokenized(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: 
 
 
 def _in_parallel(
-    chunks: Iterable[list[dict[str, Any]]], grids: MediaGrids, processor: ProcessorMixin, workers: int
+    chunks: Iterable[list[dict[str, Any]]],
+    grids: MediaGrids,
+    processor: ProcessorMixin,
+    workers: int,
+    ignore_empty_think: bool,
 ) -> Iterator[Tokenized]:
     """Tokenise each chunk in one of some processes, no further ahead of the reader than two chunks for each."""
     # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(processor).__module__])
-    with ProcessPoolExecutor(workers, context, _start_worker, (processor, grids.store, grids.sounds)) as pool:
+    start = processor, grids.store, grids.sounds, ignore_empty_think
+    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
         waiting: deque[Future[Tokenized]] = deque()
         try:
             for rows in chunks:
@@ -154,17 +167,19 @@ def _in_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-# What a worker process tokenises with: the processor, and the sampled clips and sounds.
-_worker: tuple[ProcessorMixin, FrameStore, SoundStore | None]
+# What a worker process tokenises with: the processor, the sampled clips and sounds, what is done with empty thoughts.
+_worker: tuple[ProcessorMixin, FrameStore, SoundStore | None, bool]
 
 
-def _start_worker(processor: ProcessorMixin, store: FrameStore, sounds: SoundStore | None) -> None:
+def _start_worker(
+    processor: ProcessorMixin, store: FrameStore, sounds: SoundStore | None, ignore_empty_think: bool
+) -> None:
     global _worker
     end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
-    _worker = processor, store, sounds
+    _worker = processor, store, sounds, ignore_empty_think
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
 def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
-    processor, store, sounds = _worker
-    return _tokenized(rows, MediaGrids(processor, images, store, sounds), processor)
+    processor, store, sounds, ignore_empty_think = _worker
+    return _tokenized(rows, MediaGrids(processor, images, store, sounds), processor, ignore_empty_think)

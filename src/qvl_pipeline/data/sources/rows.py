@@ -23,6 +23,7 @@ from qvl_pipeline.data.sources.forms.conversations import TURN_COLUMNS, read_col
 from qvl_pipeline.data.sources.forms.tools import without_null_keys
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.tables import MEDIA
+from qvl_pipeline.tokens.thoughts import without_thoughts
 
 DEFAULT_TASK = "exact_match"
 SPLITS = ("train", "eval")
@@ -168,7 +169,8 @@ def _last_answer(messages: Sequence[Message]) -> str:
     turns = [message for message in messages if message["role"] == "assistant"]
     if not turns or turns[-1].get("tool_calls"):
         return ""  # how a call is written is the template's business: `tokenize` fills it in
-    text = "".join(item["text"] for item in turns[-1]["content"] if item["type"] == "text")
+    said = "".join(item["text"] for item in turns[-1]["content"] if item["type"] == "text")
+    text = without_thoughts(said)
     # A JSON list of texts would be a choice of acceptable answers. This one is what the assistant says.
     return orjson.dumps([text]).decode() if text.lstrip().startswith('["') else text
 

@@ -47,6 +47,7 @@ class Batch:
         position_ids: M-RoPE's t, h, w of each token, `[3, B, T]`. Text positions are left out: they would only make the
             language model look for the bounds of the samples, which it is given.
         attention_mask: True where there is a token, `[B, T]`; `None` for packs, which have no padding.
+        real_tokens: True where there is a token of a sample, of the whole rows or of this rank's share, `[B, T]`.
         cu_seqlens: Bounds of the samples in the whole pack, `[samples + 1]`, int32; `None` for padded rows.
         lengths: Tokens of each sample.
         max_length: Tokens of the longest sample, or of the padding behind the last.
@@ -72,6 +73,7 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    real_tokens: torch.Tensor
     cu_seqlens: torch.Tensor | None
     lengths: list[int]
     max_length: int
@@ -160,7 +162,7 @@ class BatchBuilder:
         samples = samples or [_NOTHING]
         lengths = [len(sample["input_ids"]) for sample in samples]
         tokens = self._lay_out([self._token_columns(sample) for sample in samples])
-        attention_mask = torch.from_numpy(tokens.pop("attention_mask"))
+        attention_mask, real = torch.from_numpy(tokens.pop("attention_mask")), tokens.pop("real")
         input_ids = tokens["input_ids"]
         starts = np.cumsum([0, *lengths[:-1]]) if self.rmpad else np.arange(len(samples)) * input_ids.shape[1]
         target_index = [_target_index(s["label_spans"]) + start for s, start in zip(samples, starts, strict=True)]
@@ -185,6 +187,7 @@ class BatchBuilder:
         return Batch(
             **{name: torch.from_numpy(values[..., mine]) for name, values in tokens.items()},
             attention_mask=None if self.rmpad else attention_mask,
+            real_tokens=torch.from_numpy(real[..., mine]),
             cu_seqlens=_bounds(lengths, padding) if self.rmpad else None,
             lengths=lengths,
             max_length=max(*lengths, padding),
@@ -214,6 +217,7 @@ class BatchBuilder:
             "visual_mask": np.isin(ids, self.placeholder_ids[:2]),
             "heard_mask": np.isin(ids, self.placeholder_ids[2:]),
             "attention_mask": np.ones(len(ids), dtype=bool),
+            "real": np.full(len(ids), sample is not _NOTHING),
         }
 
     def _lay_out(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

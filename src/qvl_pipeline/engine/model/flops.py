@@ -2,8 +2,9 @@
 
 Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products of the forward and backward pass; what gradient
 checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the
-query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2. Frozen matrices have no weight
-gradient, and below the lowest trained parameter there is no activation gradient either.
+query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2; linear attention by what its state
+costs a token, not by what a kernel computes to work on many tokens at once; experts by those that a token goes to.
+Frozen matrices have no weight gradient, and below the lowest trained parameter there is no activation gradient either.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ _PEAK_FLOPS = {
     "MI300X": 1.3074e15,
 }
 # Matrices that read the same input: none of them stands between another one and the loss.
-_SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"q", "k", "v"}, {"gate_proj", "up_proj"})
+_SIDE_BY_SIDE = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"q", "k", "v"},
+    {"gate_proj", "up_proj"},
+    {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -210,6 +216,8 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
     """Add up the matrices of a module in the order of the forward pass, and its attention behind the first of them."""
     modules = [(name.split(".")[-1], part) for name, part in module.named_modules()]
     parts = [(name, part) for name, part in modules if _is_matrix(part) or not list(part.children())]
+    # transformers declares the inputs of linear attention after what comes behind them.
+    parts.sort(key=lambda named: not named[0].startswith("in_proj_"))
     # Norms are taken to lie at the entrance.
     reaches_trained |= any(_trains(part) for _, part in parts if not _is_matrix(part))
     matrices = [(name, part) for name, part in parts if _is_matrix(part)]
@@ -224,13 +232,26 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
                 per_row += _update_cost(part, reaches_trained)
                 per_pass += _lengths_cost(part)
         reaches_trained |= any(_trains(part) for _, part in step)
-        for name, part in step:
-            if name not in ("q_proj", "q", "qkv"):
-                continue
-            width = _shape(part)[0] // (3 if name == "qkv" else 1)
+        name, names = step[0][0], dict(step)
+        if query := next((query for query in ("q_proj", "q", "qkv") if query in names), None):
+            outer = next(dict(parts)[output] for output in ("o_proj", "out_proj", "proj") if output in dict(parts))
+            width = _shape(names[query])[0] // 3 if query == "qkv" else _shape(outer)[1]
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
+        if name == "gate" and hasattr(module.mlp, "experts"):
+            experts, active = module.mlp.experts, module.mlp.gate.top_k
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                share = weight.numel() * active // experts.num_experts
+                per_row += 2 * share * (1 + reaches_trained + weight.requires_grad)
+                reaches_trained |= weight.requires_grad
+        if name == "conv1d":
+            per_row += _state_cost(module.linear_attn) * (3 if reaches_trained else 1)
     return _Cost(per_row, per_pair, per_pass, reaches_trained)
+
+
+def _state_cost(layer: nn.Module) -> int:
+    """FLOPs a token of a gated delta rule: a head's state is read by the key, written to, and read by the query."""
+    return 3 * 2 * layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
 
 
 def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:

@@ -15,18 +15,20 @@ from transformers import AutoProcessor
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.routing import use_experts_kernel
 from qvl_pipeline.engine.model.weights import build_skeleton
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, check_degree
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalization
@@ -62,7 +64,7 @@ def build_model(
     family = FAMILIES[spec.model.family]
     hf = build_skeleton(spec.model.path)
     if sp_group is not None:
-        check_degree(sp_group.size(), dist.get_world_size(), hf.config.text_config.num_attention_heads)
+        check_degree(sp_group.size(), dist.get_world_size(), divided_heads(hf.config.text_config))
     hf.train()
     use_linear_patch_embedding(hf)
     facts: dict[str, Any] = {
@@ -81,6 +83,13 @@ def build_model(
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
         "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
     }
+    if family.experts:
+        facts["experts"] = use_experts_kernel(hf, spec.model.experts_implementation, device)
+    if family.linear_attention:
+        chosen, half = spec.model.linear_attn_implementation, spec.parallel.half
+        facts["linear_attention"] = use_packed_linear_attention(
+            hf, family, chosen, device, half=half, sp_group=sp_group
+        )
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
     trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32

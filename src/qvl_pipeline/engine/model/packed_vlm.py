@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qvl_pipeline.engine.model.loss import token_losses
+from qvl_pipeline.engine.model.routing import Routing
 from qvl_pipeline.engine.parallel.sequence_parallel import exchange_features
 from qvl_pipeline.media.pixels import normalize_patches
 
@@ -51,6 +53,7 @@ class PackedVLM(nn.Module):
         self.image_mean = nn.Buffer(torch.tensor(image_mean), persistent=False)
         self.image_std = nn.Buffer(torch.tensor(image_std), persistent=False)
         self.sp_group = sp_group
+        self.routing = Routing(hf, family) if family.router else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy of each supervised token of the batch: `[S]`, float32."""
@@ -71,13 +74,14 @@ class PackedVLM(nn.Module):
             heard = self.family.hearing.forward(model, batch.sound_inputs)
             [heard] = exchange_features([heard], batch.heard_to, batch.heard_from, self.sp_group)
             embeds = _put(heard, batch.heard_index, embeds)
-        hidden = model.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **batch.attention_inputs(),
-            **(self.family.decoder_kwargs(deepstack) if deepstack else {}),
-        ).last_hidden_state
+        with self.routing.recorded(batch.real_tokens) if self.routing else nullcontext():
+            hidden = model.language_model(
+                inputs_embeds=embeds,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **batch.attention_inputs(),
+                **(self.family.decoder_kwargs(deepstack) if deepstack else {}),
+            ).last_hidden_state
         hidden = hidden.flatten(0, 1)
         return token_losses(hidden.index_select(0, batch.target_index), self.hf.lm_head.weight, batch.targets)
 

@@ -56,8 +56,8 @@ def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
 def layers_to_wrap(model: nn.Module, family: ModelFamily, wrap: Sequence[str]) -> list[str]:
     """Name the classes of the layers that are sharded one by one.
 
-    Blocks of the towers always are: as a part of the root they would stay gathered from the forward to the end of the
-    backward pass.
+    Experts always are: most of a layer, of which attention has no need. So are blocks of the towers: as a part of the
+    root they would stay gathered from the forward to the end of the backward pass.
 
     Args:
         model: The model; a skeleton on the meta device will do.
@@ -67,8 +67,9 @@ def layers_to_wrap(model: nn.Module, family: ModelFamily, wrap: Sequence[str]) -
     Raises:
         ValueError: A name is not the class of any module.
     """
-    towers = [family.vision_block, *([family.hearing.encoder_layer] if family.hearing else [])]
-    names = list(dict.fromkeys([*(wrap or (family.decoder_layer,)), *towers]))
+    experts = (family.experts,) if family.experts else ()
+    towers = (family.vision_block, *((family.hearing.encoder_layer,) if family.hearing else ()))
+    names = list(dict.fromkeys([*(wrap or (family.decoder_layer,)), *towers, *experts]))
     present = {type(module).__name__ for module in model.modules()}
     for name in names:
         if name not in present:

@@ -57,7 +57,7 @@ class StoredWeights:
         for file in sorted(weights_folder(path).glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                    self._files[stored if family.keeps(stored) else family.module_name(stored, known)] = file, stored
+                    self._files[family.module_name(stored, known)] = file, stored
                     if family.keeps(stored):
                         self.kept[stored] = _bytes_of(tensors, stored)
 

@@ -67,11 +67,16 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     compute_buffers(hf, device)
     names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    published = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
-    stored = {family.module_name(name, names): name for name in published}
+    names_stored = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
+    stored = {family.module_name(name, names): name for name in names_stored}
     _compare(path, [name for name in names if name not in tied], stored, tied)
     parameters = {name: tensor for name, tensor in hf.state_dict().items() if name in names - tied}
-    dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
+    published = {
+        # Read into a view of the parameter, of which each rank holds the same experts.
+        stored[name]: parameter.transpose(-1, -2) if family.is_transposed(name) else parameter
+        for name, parameter in parameters.items()
+    }
+    dcp.load(published, storage_reader=reader)
     weights = StoredWeights(path, family, names)
     for name, layer in quantized_layers(hf):
         fill_quantized(layer, weights.read(f"{name}.weight").to(device))

@@ -12,7 +12,7 @@ all ranks of the job gives what one rank alone would compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,23 @@ from qvl_pipeline.families.hearing import audio_tokens
 PATCHES_PER_TOKEN = 4
 
 
-def check_degree(degree: int, world_size: int, attention_heads: int) -> None:
+def check_degree(degree: int, world_size: int, heads: Mapping[str, int]) -> None:
     """Refuse a degree of sequence parallelism that cannot work.
 
     Args:
         degree: `sp_ulysses_degree`.
         world_size: Ranks of the whole job.
-        attention_heads: Query heads of the language model. Key and value heads may be fewer than the degree.
+        heads: What `families.divided_heads` says of the model.
 
     Raises:
         ValueError: The degree divides the ranks or the heads not evenly.
     """
-    if attention_heads % degree:
-        raise ValueError(
-            f"sp_ulysses_degree {degree} does not divide the model's {attention_heads} attention heads, which so many "
-            f"ranks would share: use a divisor of {attention_heads}"
-        )
+    for kind, number in heads.items():
+        if number % degree:
+            raise ValueError(
+                f"sp_ulysses_degree {degree} does not divide the model's {number} {kind}, which so many ranks would "
+                f"share: use a divisor of {math.gcd(*heads.values())}"
+            )
     if world_size % degree:
         raise ValueError(
             f"sp_ulysses_degree {degree} does not divide the number of processes, {world_size}: start a multiple of "
@@ -222,6 +223,23 @@ def gather_tokens(query: Tensor, key: Tensor, value: Tensor, group: dist.Process
     # From [rank that sent, head, token of that rank, D] to [head, token, D].
     heads = received.transpose(0, 1).flatten(1, 2)
     return tuple(part[None] for part in heads.split([part.shape[1] for part in parts]))
+
+
+def trade_channels(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Trade channels for tokens: what `gather_tokens` is for heads, for anything else that heads divide evenly.
+
+    Args:
+        parts: Each `[1, T / degree, C]`, of one type; the channels of a head lie together, in the order of the heads.
+        group: The group.
+
+    Returns:
+        Each part as `[1, T, C / degree]`: all tokens, and the channels of this rank's heads.
+    """
+    degree = group.size()
+    shares = [part[0].unflatten(-1, (degree, -1)) for part in parts]
+    sent = torch.cat(shares, dim=-1).transpose(0, 1)
+    received = _AllToAll.apply(sent, None, None, group).flatten(0, 1)
+    return tuple(part[None] for part in received.split([share.shape[-1] for share in shares], dim=-1))
 
 
 def gather_heads(output: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -81,10 +81,12 @@ def log_model(
         dataset: Name and digest of the data that they are on.
     """
     model = _find(client, source_run, pointer["weights"]) or _create(client, name, pointer, parameters, source_run)
-    if points:
-        data_name, digest = dataset or (None, None)
-        metrics = [Metric(*point, model.model_id, data_name, digest, run_id) for point in points]
-        client.log_batch(run_id, metrics=metrics)
+    # Databases take the same score of a model once only, and refuse it with all others the second time.
+    there = {(metric.key, metric.timestamp, metric.step) for metric in model.metrics or []}
+    data_name, digest = dataset or (None, None)
+    metrics = [Metric(*point, model.model_id, data_name, digest, run_id) for point in points]
+    if new := [each for each in metrics if (each.key, each.timestamp, each.step) not in there]:
+        client.log_batch(run_id, metrics=new)
 
 
 def register(

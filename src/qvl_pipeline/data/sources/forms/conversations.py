@@ -11,6 +11,7 @@ from qvl_pipeline.data.sources.forms.items import MEDIA_COLUMNS, listed_media, r
 from qvl_pipeline.data.sources.forms.preferences import refuse_preferences
 from qvl_pipeline.data.sources.forms.tools import is_call, read_calls, read_tools
 from qvl_pipeline.data.sources.forms.unknown_form import no_form, other_form
+from qvl_pipeline.tokens.thoughts import thought
 
 TURN_COLUMNS = ("messages", "conversations")
 _MEDIA = [column for names in MEDIA_COLUMNS.values() for column in names]
@@ -21,9 +22,10 @@ _TEXT_COLUMNS = frozenset({"text"})
 
 # Keys of a turn: role and content, in OpenAI form and in ShareGPT form; and what else is read of one.
 _OPENAI, _SHAREGPT = ("role", "content"), ("from", "value")
+_THOUGHT = "reasoning_content"
 _TRAINED_KEYS = ("weight", "train", "loss_mask", "loss_weight")
 _TURN_KEYS = {
-    _OPENAI: {*_OPENAI, "name", "tool_calls", "tool_call_id", "function_call", *_TRAINED_KEYS},
+    _OPENAI: {*_OPENAI, _THOUGHT, "name", "tool_calls", "tool_call_id", "function_call", *_TRAINED_KEYS},
     _SHAREGPT: {*_SHAREGPT, *_TRAINED_KEYS},
 }
 _PLAIN_KEYS = {keys: frozenset(keys) for keys in _TURN_KEYS}
@@ -98,8 +100,9 @@ def read_columns(row: Row, form: str) -> frozenset[str]:
 def openai(row: Row) -> Conversation:
     """Turns have `role` and `content`: a text, or a list of items that name their files.
 
-    Items without a file take theirs from the columns `image`, `images`, `video`, `videos`, `audio`, `audios`, in
-    order; when there is such a column, so do the markers `<image>`, `<video>` and `<audio>` in texts.
+    Items without a file take theirs from the columns `image`, `images`, `video`, `videos`, `audio`, `audios`, in order;
+    when there is such a column, so do the markers `<image>`, `<video>` and `<audio>` in texts. A thought in
+    `reasoning_content` goes before its answer, as Qwen's templates read and write it.
     """
     return _conversation(row, _OPENAI, _MEDIA, marked=any(is_given(row.get(column)) for column in _MEDIA))
 
@@ -232,6 +235,9 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
     if "tool_calls" in message and role != "assistant":
         raise unknown(f"{where} has a call of a tool, and the role '{role}': only the assistant calls tools")
     if not plain:
+        message["content"] += _thought_of(turn, role, where)
+        if message["content"] and content is None:
+            content = ""
         message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
         if not _is_trained(turn, role, where):
             message["trained"] = False
@@ -240,6 +246,15 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
 
 def _call_key(turn: Row) -> str | None:
     return next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None)
+
+
+def _thought_of(turn: Row, role: str, where: str) -> list[Row]:
+    """Return the text item of what the assistant thought before this turn, if it says so."""
+    if not is_given(turn.get(_THOUGHT)):
+        return []
+    if role != "assistant":
+        raise unknown(f"{where} has '{_THOUGHT}', and the role '{role}': only the assistant thinks")
+    return [{"type": "text", "text": thought(expect(str, turn[_THOUGHT], f"{where}.{_THOUGHT}"))}]
 
 
 def _is_trained(turn: Row, role: str, where: str) -> bool:

@@ -12,7 +12,9 @@ from qvl_pipeline.engine.model.weight_files import StoredWeights
 
 
 class WholeWeights:
-    """Weights under the names of the plain model, adapters merged; and those beside it, which are kept as they are.
+    """Weights as published checkpoints have them, under the names of the module, adapters merged.
+
+    Those that published checkpoints have beside the model are among them, and kept as they are.
 
     Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
     computation, or quantised. An adapter is merged into the stored weight for the same reason.
@@ -34,13 +36,14 @@ class WholeWeights:
         self._trained = {name: p for name, p in model.hf.state_dict(keep_vars=True).items() if p.requires_grad}
         self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
         self._stored = StoredWeights(base, model.family, self._sizes) if leads else None
+        self._family = model.family
 
     def sizes(self, dtype: torch.dtype) -> dict[str, int]:
         """Return the bytes of each weight in some type, in the order of the model; what is kept has its own type.
 
         Ranks that only take part have no part in what is kept.
         """
-        sizes = {name: number * dtype.itemsize for name, number in self._sizes.items()}
+        sizes = {name: elements * dtype.itemsize for name, elements in self._sizes.items()}
         return sizes | (self._stored.kept if self._stored else {})
 
     def name_in_base(self, name: str) -> str:
@@ -64,5 +67,5 @@ class WholeWeights:
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
         if name in self._trained:
             whole = gathered(self._trained[name])
-            return whole if self._leads else None
+            return (whole.transpose(-1, -2) if self._family.is_transposed(name) else whole) if self._leads else None
         return self._stored.read(name) if self._stored else None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qvl_pipeline.engine.model.attention_kernels import KERNELS, Kernel, Segments, choose_kernels
+from qvl_pipeline.engine.model.attention.kernels import KERNELS, Kernel, Segments, choose_kernels
 from qvl_pipeline.engine.parallel.sequence_parallel import gather_heads, gather_tokens
 
 # transformers hands the vision tower's segment bounds to an attention function only if "flash" is in its name.

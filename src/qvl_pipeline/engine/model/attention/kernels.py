@@ -9,13 +9,14 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from itertools import pairwise
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qvl_pipeline.engine.model.attention.equal_lengths import eighths, equal_lengths
 
 Kernel = Callable[..., Tensor]
 
@@ -180,7 +181,7 @@ def by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool,
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
     not matter, and its output is dropped. Others are batched only with sequences of exactly their length.
     """
-    batches, order = _batches(tuple(segments.cu_seqlens.tolist()), causal, q.device)
+    batches, order = equal_lengths(tuple(segments.cu_seqlens.tolist()), eighths if causal else None, q.device)
     if order is None:
         output = attend(*(x[0].unflatten(1, (-1, batches[0].length)).transpose(0, 1) for x in (q, k, v)))
         return output.permute(0, 2, 1, 3).flatten(0, 1)[None]
@@ -189,50 +190,6 @@ def by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool,
         rows = (x[0].index_select(1, batch.gather).unflatten(1, (-1, batch.length)).transpose(0, 1) for x in (q, k, v))
         outputs.append(attend(*rows).permute(0, 2, 1, 3).flatten(0, 1).index_select(0, batch.keep))
     return torch.cat(outputs).index_select(0, order)[None]
-
-
-@dataclass(frozen=True)
-class _SameLength:
-    """Sequences attended to as one batch of rows.
-
-    Attributes:
-        length: Tokens of a row.
-        gather: Tokens of the pack that the rows consist of, one row after the other.
-        keep: Which of these are no filling.
-    """
-
-    length: int
-    gather: Tensor
-    keep: Tensor
-
-
-@lru_cache(maxsize=4)  # every layer of a tower asks for the same; a pack has at most three kinds of bounds
-def _batches(bounds: tuple[int, ...], causal: bool, device: torch.device) -> tuple[list[_SameLength], Tensor | None]:
-    """Group the sequences of a pack by length.
-
-    Returns:
-        The batches, and the order that brings their tokens back into that of the pack: `None` if they are in it.
-    """
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(bounds):
-        length = end - start
-        by_length.setdefault(_rounded(length) if causal else length, []).append((start, end))
-    batches, tokens = [], []
-    for length, sequences in by_length.items():
-        starts, ends = torch.tensor(sequences).T
-        index = starts[:, None] + torch.arange(length)
-        real = index < ends[:, None]
-        gather, keep = index.clamp(max=bounds[-1] - 1).flatten(), real.flatten().nonzero()[:, 0]
-        batches.append(_SameLength(length, gather.to(device), keep.to(device)))
-        tokens.append(index[real])
-    in_order = len(batches) == 1 and not causal
-    return batches, None if in_order else torch.cat(tokens).argsort().to(device)
-
-
-def _rounded(length: int) -> int:
-    """Round a length up to a multiple of an eighth of the power of two above it, so that at most 1/8 is wasted."""
-    step = max(8, 2 ** (length - 1).bit_length() // 8)
-    return -(-length // step) * step
 
 
 KERNELS: dict[str, Kernel] = {
