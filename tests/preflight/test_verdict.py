@@ -68,7 +68,7 @@ def test_without_a_plan_it_is_the_heaviest_pack_that_is_allowed(small: dict[str,
 def test_the_least_recomputation_that_fits_is_chosen(tmp_path: Path) -> None:
     roomy = answer(tmp_path, "1xH200", gradient_checkpointing="auto")
     assert (roomy["verdict"], roomy["recompute"]["llm"]) == ("fits", "none")
-    tight = answer(tmp_path, "1xH100-64GB", length=16_384, gradient_checkpointing="auto")
+    tight = answer(tmp_path, "1xH100-110GB", length=16_384, gradient_checkpointing="auto")
     assert (tight["verdict"], tight["recompute"]["llm"]) == ("fits", "selective")
 
 
