@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
 from qvl_pipeline.families.hearing import Hearing, convolved
 from qvl_pipeline.families.qwen2_5_vl import vision_forward, vision_inputs, vision_pairs
 
@@ -77,6 +77,11 @@ FAMILY = ModelFamily(
     ),
     kept_prefixes=("talker.", "token2wav."),
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
+    unsupported=NO_EXPERTS,
+    notes={
+        "adapters": "of the decoder and the vision side, not of the audio tower",
+        "preflight": "what sounds take has not been measured on a GPU",
+    },
     hearing=Hearing(
         sampling_rate=16_000,
         mel_bins=128,
