@@ -25,7 +25,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import report as reports
-from benchmarks.gpu import MEAN_AND_STD, OPTIM, PARALLEL, RECOMPUTED, one_rank
+from benchmarks.gpu import MEAN_AND_STD, NOTHING_RECOMPUTED, OPTIM, PARALLEL, RECOMPUTED, one_rank
 from benchmarks.gpu_models import IDS, TINY, make_batch, make_clip, make_samples
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
@@ -171,13 +171,14 @@ def measure(config: Any, form: str, media: str, device: torch.device, tokens: in
         except (ValueError, ImportError, RuntimeError, TypeError) as error:  # what does not run here
             note = str(error).splitlines()[0][:80]
             break
-        less = ", ".join([*(f"activations of {part}" for part in recomputed), *(["weights"] if reshard else [])])
+        kept_less = [f"activations of {part} ({kind})" for part, kind in recomputed.items()]
+        less = ", ".join([*kept_less, *(["weights"] if reshard else [])])
         return row | fixed | found | {"kept_less": less or "nothing", "kernels": kernels, "note": ""}
     return row | fixed | {"kernels": "", "note": note}
 
 
 def _build(
-    config: Any, form: str, device: torch.device, recomputed: Sequence[str], reshard: bool
+    config: Any, form: str, device: torch.device, recomputed: Mapping[str, str], reshard: bool
 ) -> tuple[PackedVLM, ModelFlops, str]:
     """Build a model as the engine does, of random weights; say what its FLOPs are, and its kernels."""
     family, cuda = FAMILIES[config.model_type], device.type == "cuda"
@@ -200,7 +201,7 @@ def _build(
     hold_parameters(hf, trained=torch.float32, frozen=torch.bfloat16)
     if adapter and adapter.quantizes:
         quantize_base(hf, family, adapter)
-    recompute_activations(hf, recomputed)
+    recompute_activations(hf, dataclasses.replace(NOTHING_RECOMPUTED, **recomputed))
     model = PackedVLM(hf, family, MEAN_AND_STD, MEAN_AND_STD)
     flops, normalization = flops_of(model), (model.image_mean, model.image_std)
     shard_model(model, device, dataclasses.replace(PARALLEL, reshard_after_forward=reshard))
