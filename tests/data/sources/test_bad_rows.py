@@ -169,6 +169,10 @@ BAD: dict[str, list[bytes]] = {
         _item(type="audio_url", audio_url={"url": "../a.wav"}),
         _sharegpt("<image>", images=["../../a.png"]),
     ],
+    "url_with_secret": [
+        _image("https://example.org/a.png?X-Amz-Signature=aa&X-Amz-Credential=bb"),
+        _image("https://ann:secret@example.org/a.png"),
+    ],
     "url_not_allowed": [
         _image("http://example.org/a.png"),
         _image("HTTPS://example.org/a.png"),

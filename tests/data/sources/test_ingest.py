@@ -185,6 +185,7 @@ REJECTED = {
         "row 0: '../a.png' is outside of 'media'",
     ),
     orjson.dumps(_row("Which?", "/etc/passwd")): ("path_outside_data_folder", "row 0: '/etc/passwd' is outside"),
+    orjson.dumps(_row("Which?", "https://a:b@example.org/a.png")): ("url_with_secret", "name the file alone"),
     orjson.dumps(_row("Which?", "https://example.org/a.png")): ("url_not_allowed", "a.png' is a URL"),
     orjson.dumps(_row("Which?", "data:video/mp4;base64,AAAA")): ("embedded_media_invalid", "AAAA' is of type"),
 }
@@ -472,7 +473,7 @@ def test_what_was_finished_otherwise_is_not_taken(
     source = _write("a.jsonl", _many(5000))
     assert len(_ingest_until(2, source)) == 2
     if change == "split":
-        source |= {"split": "eval"}
+        source |= {"split": "train"}
     elif change == "file":
         _write("a.jsonl", _many(5001))
     else:

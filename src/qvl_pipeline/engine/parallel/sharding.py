@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from qvl_pipeline.engine.spec import ParallelSpec
 
@@ -115,7 +116,7 @@ def shard(
 
 def sharding_mesh_of(model: nn.Module) -> DeviceMesh:
     """The mesh over which a model is sharded: `shard`, or `replicate` and `shard`."""
-    return next(model.parameters()).device_mesh
+    return next(parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
 
 
 def compute_dtype(spec: ParallelSpec) -> torch.dtype:
