@@ -201,7 +201,7 @@ def test_files_that_code_reads_are_dependencies_of_a_stage() -> None:
         for path in (ROOT / "src").rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc"} and ".egg-info" not in str(path)
     ]
-    of_no_stage = {"compare.html.j2", "preflight.html.j2", "known_bad.toml"}
+    of_no_stage = {"compare.html.j2", "sweep.html.j2", "preflight.html.j2", "known_bad.toml"}
     of_no_stage |= {"slurm.sbatch.j2", "kubeflow.yaml.j2", "skypilot.yaml.j2"}
     assert {path.name for path in others if not any(path.is_relative_to(of) for of in known)} == of_no_stage
 
