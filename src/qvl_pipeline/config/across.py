@@ -21,8 +21,8 @@ Problem = tuple[tuple[str, ...], str]
 
 # Memory of the largest GPU there is (B300, MI355X), GB.
 _LARGEST_GPU = 288
-# Bytes a trained parameter takes: its weight and gradient in float32, and the optimizer's state.
-_STATE_BYTES = {"adamw_torch_fused": 16, "adamw_torch": 16, "adamw_8bit": 10, "muon": 12}
+# Fewest bytes a trained parameter takes: its weight and gradient, and the optimizer's state.
+_STATE_BYTES = {"adamw_torch_fused": 16, "adamw_torch": 16, "adamw_8bit": 10, "adamw_bf16": 8, "muon": 12}
 # Kernels that compute in bfloat16 or float16 only.
 _HALF_ONLY = ("flash_attention_2", "flash_attention_3", "torch_varlen")
 

@@ -11,13 +11,15 @@ from typing import Any
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.profiles.lmms.rules import Noted, Refused, Rule, Same, To, Together, only
 
-_NO_AUDIO = "there is no audio here: take a dataset_type without it, of vision, vision_iterable, qwen3_vl, …_iterable"
+# Names that LMMS Engine has for what has another here.
+_DATASET_TYPES = {"qwen_omni": "vision_audio"}
+_FAMILIES = {"Qwen2_5OmniProcessor": "qwen2_5_omni"}
 
 
 def _dataset_type(value: Any) -> Any:
-    if "audio" in str(value) or "omni" in str(value):
-        raise ValueError(_NO_AUDIO)
-    return value
+    if value == "qwen_omni_iterable":
+        raise ValueError("sound is not read as a stream here: take vision_audio, which is planned beforehand")
+    return _DATASET_TYPES.get(value, value)
 
 
 def _strategy(value: Any) -> Any:
@@ -27,9 +29,10 @@ def _strategy(value: Any) -> Any:
 
 
 def _family(value: Any) -> Any:
-    if value not in FAMILIES:
-        raise ValueError(f"the families here are {' and '.join(FAMILIES)}")
-    return value
+    family = _FAMILIES.get(value, value)
+    if family not in FAMILIES:
+        raise ValueError(f"the families here are {', '.join(FAMILIES)}")
+    return family
 
 
 def _parts(value: Any) -> Any:
