@@ -103,7 +103,7 @@ class _Course:
         self.held: Counter[str] = Counter()
         self.highest = Peak(0, {}, "")
         self._flat = self._summed = 0  # of the last unit: gathered in one piece, and gradients on their way
-        self._open: set[Place] = set()
+        self._open: Counter[Place] = Counter()  # a block that stands for several is gathered as often
         self._tower = ""
 
     def run(self) -> None:
@@ -151,10 +151,10 @@ class _Course:
             index += len(row)
 
     def _forward(self, moment: str, place: Place, span: Span) -> None:
-        if place == ROOT and not self._open:
+        if place == ROOT and not self._open[ROOT]:
             for outer in (ROOT, *([TOWER] if self._calls_tower() else [])):
                 self._gather(outer, moment)
-        if place[0] == "llm" and TOWER in self._open and self._reshards:
+        if place[0] == "llm" and self._open[TOWER] and self._reshards:
             self._free(TOWER)
         if place[0]:
             self._gather(place, moment)
@@ -174,7 +174,7 @@ class _Course:
         else:
             self._see(moment, unit.gathered + (unit.width * unit.largest if unit.width < unit.held else 0))
         self.held["gathered weights"] += unit.gathered
-        self._open.add(place)
+        self._open[place] += 1
         self._see(moment, 0)
 
     def _sent(self, unit: Unit) -> int:
@@ -183,18 +183,18 @@ class _Course:
 
     def _free(self, place: Place) -> None:
         self.held["gathered weights"] -= self._step.units[place].gathered
-        self._open.discard(place)
+        self._open[place] -= 1
 
     def _backward(self, moment: str, place: Place, span: Span) -> None:
         self.held["exchange buffers"] -= self._flat
         self._flat = 0
-        if place == ("", 0) and self._tower == "llm" and self._calls_tower() and TOWER not in self._open:
+        if place == ("", 0) and self._tower == "llm" and self._calls_tower() and not self._open[TOWER]:
             self._regather(TOWER)
         if not place[0]:
             self._pass(moment, place, span)
             return
         unit, ahead = self._step.units[place], 0
-        if place not in self._open:
+        if not self._open[place]:
             self._regather(place)
             if unit.shards > 1:  # and the next one is on its way, of the same size
                 ahead = max(1, self._spec.parallel.backward_prefetch) * unit.gathered
@@ -207,7 +207,7 @@ class _Course:
 
     def _regather(self, place: Place) -> None:
         self.held["gathered weights"] += self._step.units[place].gathered
-        self._open.add(place)
+        self._open[place] += 1
 
     def _reduce(self, place: Place, moment: str, *, in_ledger: bool) -> None:
         """Exchange the gradients of a unit; the ones before it are let go now."""
