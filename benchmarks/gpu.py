@@ -98,7 +98,7 @@ PARALLEL = ParallelSpec(
     fp16=False,
     sp_ulysses_degree=1,
 )
-_NOTHING_RECOMPUTED = RecomputeSpec(llm="none", vit="none", every=1, offload=False)
+NOTHING_RECOMPUTED = RecomputeSpec(llm="none", vit="none", every=1, offload=False)
 
 
 def main() -> None:
@@ -198,7 +198,7 @@ class _Bench:
 
         def make_step(recomputed: dict[str, str], reshard: bool) -> Callable[[], None]:
             model = build(self._config, self._device, torch.float32, attention, blocks == "liger", half=True)
-            recompute_activations(model.hf, dataclasses.replace(_NOTHING_RECOMPUTED, **recomputed))
+            recompute_activations(model.hf, dataclasses.replace(NOTHING_RECOMPUTED, **recomputed))
             if blocks == "compiled":
                 compile_blocks(model.hf, model.family, backend="inductor", mode="default")
             shard_model(model, self._device, dataclasses.replace(PARALLEL, reshard_after_forward=reshard))

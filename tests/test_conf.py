@@ -17,6 +17,7 @@ from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS
 from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
+from qvl_pipeline.preflight.hardware import named_hardware
 from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import ProfileLoader, profile_names
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
@@ -181,8 +182,8 @@ def test_a_real_profile_is_of_a_known_model_and_says_for_which_hardware(profile:
         assert blocks["batching"].packs_per_step >= 8
     lines = (CONF / profile / "parameters.yml").read_text().splitlines()
     (hardware,) = [line for line in lines if line.startswith("# Hardware: ")]
-    gpus = int(re.fullmatch(r"# Hardware: (\d+)x[A-Z]\w*-\d+GB, .+", hardware)[1])
-    assert gpus == blocks["batching"].data_parallel_size * blocks["train"].sp_ulysses_degree
+    named = named_hardware(re.fullmatch(r"# Hardware: (\S+), .+", hardware)[1])
+    assert named.ranks == blocks["batching"].data_parallel_size * blocks["train"].sp_ulysses_degree
 
 
 def test_long_video_has_room_for_an_hour_of_frames() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from qvl_pipeline.demo import tiny_model
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, ModelFamily
 from tests.engine.packs import load_packed, make_builder, make_samples
 
 # Few blocks, but of every kind: with and without DeepStack, of windows and of whole images, of softmax and of linear
@@ -25,6 +25,7 @@ FEW_BLOCKS = {
     # A weight of the balance loss with which it is no small part of every gradient.
     "qwen3_vl_moe": ({"router_aux_loss_coef": 0.2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]}),
     "qwen2_5_vl": ({}, {"depth": 2, "fullatt_block_indexes": [1]}),
+    "qwen2_5_omni": ({}, {"depth": 2, "fullatt_block_indexes": [1]}),
     "qwen3_5": (
         # What a head reads from a state that is still empty is next to nothing, and the norm behind it would make of
         # the rounding of that a difference of more than 1e-5.
@@ -34,14 +35,16 @@ FEW_BLOCKS = {
 }
 
 
-def add_kept_weights(folder: Path, prefixes: Sequence[str]) -> None:
-    """Put weights into a checkpoint that transformers has no module for, as published ones have them."""
-    if prefixes:
-        weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
-        for prefix in prefixes:
-            weights[f"{prefix}fc.weight"] = torch.randn(6, 4, generator=generator).bfloat16()
-            weights[f"{prefix}norm.weight"] = torch.randn(4, generator=generator)
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def publish(folder: Path, family: ModelFamily) -> None:
+    """Give a checkpoint the form of published ones: weights that transformers has no module for, experts transposed."""
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for prefix in family.kept_prefixes:
+        weights[f"{prefix}fc.weight"] = torch.randn(6, 4, generator=generator).bfloat16()
+        weights[f"{prefix}norm.weight"] = torch.randn(4, generator=generator)
+    for name, weight in weights.items():
+        if name.endswith(family.transposed_in_hub):
+            weights[name] = weight.transpose(-1, -2).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +61,14 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             ):
                 corpus = ["which digit is this?", "seven"]
                 tiny_model.build_tiny_model(folders[family], family=family, seed=0, corpus=corpus)
-            add_kept_weights(folders[family], FAMILIES[family].kept_prefixes)
+            publish(folders[family], FAMILIES[family])
         return folders[family]
 
     return folder
 
 
-@pytest.fixture(params=list(FEW_BLOCKS))
+# A family that hears has tests of its own, with sounds in the packs.
+@pytest.fixture(params=[name for name in FEW_BLOCKS if not FAMILIES[name].hearing])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -15,6 +15,7 @@ from qvl_pipeline.families.facts import MODELS, ModelFacts
 SIZES = {
     "qwen2_5_vl": {"3B", "7B", "32B", "72B"},
     "qwen3_vl": {"2B", "4B", "8B", "32B"},
+    "qwen3_vl_moe": {"30B-A3B", "235B-A22B"},
     "qwen3_5": {"0.8B", "2B", "4B", "9B", "27B"},
 }
 

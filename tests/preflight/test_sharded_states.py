@@ -13,6 +13,7 @@ import torch.distributed as dist
 from benchmarks.gpu import OPTIM, PARALLEL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -20,6 +21,7 @@ from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.optim.optimization import make_optimizers
+from qvl_pipeline.engine.parallel import sharding
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS
 from qvl_pipeline.preflight.memory import Step, optimizer_bytes
@@ -48,7 +50,11 @@ def ranks() -> Iterator[None]:
 
 @pytest.mark.parametrize("frozen", [(), ("visual",)], ids=["all trained", "vision frozen"])
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct"])
-def test_states_of_a_rank_are_exact(name: str, frozen: tuple[str, ...], ranks: None) -> None:
+def test_states_of_a_rank_are_exact(
+    name: str, frozen: tuple[str, ...], ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("shard",))  # its numbers must not be fake
+    monkeypatch.setattr(sharding, "_sharding_mesh", lambda *_: mesh)
     family = FAMILIES[MODELS[name].family]
     spec = SimpleNamespace(optim=OPTIM, parallel=replace(PARALLEL, bf16=True))
     with FakeTensorMode():

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qvl_pipeline.families.hearing import Hearing
+
 if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     import torch
     from torch import nn
@@ -58,6 +60,8 @@ class ModelFamily:
         transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
         kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
             exported as they were.
+        model_types: What `model_type` of a `config.json` may be; empty is the family's name.
+        hearing: What it does with sound; `None` does not hear.
     """
 
     name: str
@@ -81,6 +85,8 @@ class ModelFamily:
     router: str | None = None
     transposed_in_hub: tuple[str, ...] = ()
     kept_prefixes: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    hearing: Hearing | None = None
 
     @property
     def token_pixels(self) -> int:
@@ -110,9 +116,18 @@ class ModelFamily:
                     return prefix + stored.removeprefix(published)
         return stored
 
-    def is_transposed(self, name: str) -> bool:
-        """Whether published checkpoints hold a tensor of the module with its last two dimensions exchanged."""
-        return name.endswith(self.transposed_in_hub)
+    def is_transposed(self, name: str, stored: Sequence[int], shape: Sequence[int]) -> bool:
+        """Whether a checkpoint holds a tensor of the module with its last two dimensions exchanged.
+
+        Published ones do so with some; what transformers has written since may or may not, which its shape tells.
+
+        Args:
+            name: Name in the module.
+            stored: Shape in the checkpoint.
+            shape: Shape in the module.
+        """
+        turned = [*shape[:-2], *shape[:-3:-1]]
+        return name.endswith(self.transposed_in_hub) and list(stored) == turned
 
     def hub_name(self, name: str) -> str:
         """Name in published checkpoints of a tensor of the module."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.routing import StepBalance, choose_experts_kernel, expert_load
+from qvl_pipeline.engine.spec import RecomputeSpec
 from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
 from tests.engine.packs import load_packed, make_builder, make_samples
 
@@ -71,7 +72,7 @@ def test_one_unpadded_batch_has_the_loss_of_transformers(model: PackedVLM, tiny_
 )
 def test_any_split_of_a_step_has_the_same_loss_and_gradients(model: PackedVLM, split: list[list[str]]) -> None:
     expected, whole = of_a_step(model, [KINDS])
-    recompute_activations(model.hf, ("llm",))
+    recompute_activations(model.hf, RecomputeSpec("full", "none", 1, False))
     model.train()
     loss, grads = of_a_step(model, split)
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -83,6 +84,14 @@ def test_padding_is_no_token(model: PackedVLM, tiny_folders: Callable[[str], Pat
     (expected, whole), (loss, grads) = of_a_step(model, [KINDS]), of_a_step(padded, [KINDS], rmpad=False)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert_same_gradients(grads, whole)
+
+
+def test_samples_that_are_left_out_do_not_raise_its_weight(model: PackedVLM) -> None:
+    """Gradients of a step are divided again by what is left of its tokens."""
+    builder, samples = make_builder(model.hf.config, MOE), make_samples(model.hf.config, MOE)
+    model(builder.build([samples["text"]], vision=False))
+    whole, some = StepBalance(model.routing).loss(), StepBalance(model.routing, lambda: 0.25).loss()
+    assert some.item() == pytest.approx(0.75 * whole.item())
 
 
 def test_load_of_experts_is_told_by_layer() -> None:

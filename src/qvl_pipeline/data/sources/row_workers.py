@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -37,6 +38,8 @@ class RowWorkers:
         by_memory = int((engine.memory_limit_gib - _OWN_GIB) / _WORKER_GIB + 1e-9)
         self._workers = min(len(os.sched_getaffinity(0)), by_memory)
         self._pool: ProcessPoolExecutor | None = None
+        # Of this run: a reader knows the links of the folders that it has been to, as they were then.
+        self._readers: dict[str, RowReader] = {}
 
     def __enter__(self) -> Self:
         """Return the workers."""
@@ -72,11 +75,11 @@ class RowWorkers:
         if self._engine.runner == "ray":
             return lambda: by_daft(RowReader(source, config), split, pieces, batch_rows, path)
         if len(pieces) == 1 or self._workers < 2:
-            # A reader of its own: it knows the links of the folders that it has been to, as they were.
-            reader = RowReader(source, config)
+            reader = self._readers.setdefault(source.name, RowReader(source, config))
             return lambda: _joined((_read(reader, split, piece) for piece in pieces), path)
         pool, given = self._processes(), pickle.dumps((source, config))
-        futures = [pool.submit(_read_there, given, split, piece) for piece in pieces]
+        with _named(path):
+            futures = [pool.submit(_read_there, given, split, piece) for piece in pieces]
         return lambda: _joined((future.result() for future in futures), path)
 
     def _processes(self) -> ProcessPoolExecutor:
@@ -97,8 +100,15 @@ def _copied(rows: pa.Table, start: int, count: int) -> pa.RecordBatch:
 
 
 def _joined(pieces: Iterable[pa.RecordBatch], path: str) -> pa.Table:
-    try:
+    with _named(path):
         return pa.Table.from_batches(list(pieces), pa.schema(READ_ROW))
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Name the file whose rows cannot be read."""
+    try:
+        yield
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that reads '{path}' was ended from outside, most likely because memory ran out: run the "
@@ -137,11 +147,9 @@ def by_daft(reader: RowReader, split: str | None, pieces: list[pa.RecordBatch], 
         return _rows(reader, split, records, problems)
 
     rows = sum(piece.num_rows for piece in pieces)
-    try:
+    with _named(path):
         frame = daft.from_arrow([pa.Table.from_batches([piece]) for piece in pieces])
         table = frame.select(read_rows(daft.col("record"), daft.col("problem"))).to_arrow()
-    except (DaftCoreException, pa.ArrowInvalid) as error:
-        raise UserError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
     if table.num_rows != rows:
         raise RuntimeError(f"only {table.num_rows} of {rows} rows of '{path}' were read: Daft was interrupted")
     return table.cast(pa.schema(READ_ROW))

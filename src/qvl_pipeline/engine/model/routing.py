@@ -8,7 +8,7 @@ before the backward pass of its first micro-batch; probabilities may then be add
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,10 +93,17 @@ class StepBalance:
         totals: Choices of the whole step over all ranks, by layer `[layers, experts]`; `None` until they are known.
     """
 
-    def __init__(self, routing: Routing) -> None:
-        """Begin a step."""
-        self._routing = routing
+    def __init__(self, routing: Routing, left_out: Callable[[], float] = lambda: 0.0) -> None:
+        """Begin a step.
+
+        Args:
+            routing: What routers decide.
+            left_out: Share of the step's supervised tokens that this rank could not load. Gradients will be divided by
+                what is left of them, which this loss is no mean over.
+        """
+        self._routing, self._left_out = routing, left_out
         self.totals: Tensor | None = None
+        self._weight: Tensor | float = 1.0
 
     def count(self, forwards: Iterable[object]) -> None:
         """Count the choices of all micro-batches, by a forward pass of each; called by all ranks.
@@ -108,8 +115,7 @@ class StepBalance:
         with torch.no_grad():
             for _ in forwards:
                 totals = totals + self._routing.counts
-        dist.all_reduce(totals)
-        self.totals = totals
+        self._sum(totals)
 
     def loss(self) -> Tensor:
         """Return the share of the last forward pass in the loss of the step; the first call is one of all ranks.
@@ -117,11 +123,17 @@ class StepBalance:
         Without `count` before, that forward pass is taken to be this rank's only one of the step.
         """
         if self.totals is None:
-            self.totals = self._routing.counts.clone()
-            dist.all_reduce(self.totals)
+            self._sum(self._routing.counts)
         chosen = self.totals.sum(0)
         rows = chosen.sum() / self._routing.top_k
-        return self._routing.num_experts * (chosen / rows * self._routing.probabilities / rows).sum()
+        return self._weight * self._routing.num_experts * (chosen / rows * self._routing.probabilities / rows).sum()
+
+    def _sum(self, counts: Tensor) -> None:
+        """Add up over all ranks, in one exchange. A number is filled in: a copy from the host would be waited for."""
+        lost = torch.full((1,), self._left_out(), device=counts.device)
+        summed = torch.cat([counts.flatten(), lost])
+        dist.all_reduce(summed)
+        self.totals, self._weight = summed[:-1].view_as(counts), 1 - summed[-1]
 
 
 def expert_load(totals: Tensor) -> dict[str, dict[str, float]]:

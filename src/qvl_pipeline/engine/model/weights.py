@@ -29,6 +29,8 @@ def build_skeleton(path: str) -> PreTrainedModel:
         ValueError: The checkpoint is quantised.
     """
     config = AutoConfig.from_pretrained(path)
+    # Of a model that also speaks, the part that reads, sees and hears.
+    config = getattr(config, "thinker_config", config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
     return skeleton_of(config)
@@ -65,13 +67,15 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     compute_buffers(hf, device)
     names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    names_stored = [name for name in reader.read_metadata().state_dict_metadata if not family.keeps(name)]
-    stored = {family.module_name(name, names): name for name in names_stored}
+    found = {name: own for name, own in reader.read_metadata().state_dict_metadata.items() if not family.keeps(name)}
+    stored = {family.module_name(name, names): name for name in found}
     _compare(path, [name for name in names if name not in tied], stored, tied)
     parameters = {name: tensor for name, tensor in hf.state_dict().items() if name in names - tied}
     published = {
         # Read into a view of the parameter, of which each rank holds the same experts.
-        stored[name]: parameter.transpose(-1, -2) if family.is_transposed(name) else parameter
+        stored[name]: parameter.transpose(-1, -2)
+        if family.is_transposed(name, found[stored[name]].size, parameter.shape)
+        else parameter
         for name, parameter in parameters.items()
     }
     dcp.load(published, storage_reader=reader)

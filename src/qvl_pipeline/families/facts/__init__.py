@@ -141,6 +141,8 @@ class ModelFacts:
         )
         rope = {name: text.pop(name) for name in _OF_ROPE if name in text}
         rope["mrope_section"] = list(rope["mrope_section"])
+        if not rope["mrope_interleaved"]:  # a family that does not know the word
+            del rope["mrope_interleaved"]
         return {
             "model_type": self.family,
             "tie_word_embeddings": self.text.tie_word_embeddings,

@@ -162,7 +162,7 @@ def _fla(
 
 
 @torch.compiler.disable(reason="the lengths of samples are read on the host")
-def _torch(
+def _by_sample(
     module: nn.Module, qkv: Tensor, filters: Tensor, log_decay: Tensor, strength: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
     """Compute the samples of a pack each in a row of its own, those of nearly one length together."""
@@ -194,4 +194,4 @@ def _whole_chunks(length: int) -> int:
     return -(-eighths(length) // _CHUNK) * _CHUNK
 
 
-KERNELS: dict[str, Mix] = {"fla": _fla, "torch": _torch}
+KERNELS: dict[str, Mix] = {"fla": _fla, "torch": _by_sample}

@@ -46,6 +46,10 @@ class WholeWeights:
         sizes = {name: elements * dtype.itemsize for name, elements in self._sizes.items()}
         return sizes | (self._stored.kept if self._stored else {})
 
+    def name_in_base(self, name: str) -> str:
+        """Return what a weight is called in the base model's files; asked by the rank that wants the weights."""
+        return self._stored.stored_name(name)
+
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Return a weight on the CPU, converted unless it is kept.
 
@@ -63,5 +67,8 @@ class WholeWeights:
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
         if name in self._trained:
             whole = gathered(self._trained[name])
-            return (whole.transpose(-1, -2) if self._family.is_transposed(name) else whole) if self._leads else None
+            if not self._leads:
+                return None
+            turned = self._family.is_transposed(name, self._stored.shape(name), whole.shape)
+            return whole.transpose(-1, -2) if turned else whole
         return self._stored.read(name) if self._stored else None
