@@ -187,7 +187,8 @@ class MlflowHook:
         self._finish("KILLED")
         atexit.register(self._finish, "KILLED")
         names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
-        changed = dict(flattened(without_secrets(run_params.get("runtime_params") or {}), "."))
+        given = flattened(without_secrets(run_params.get("runtime_params") or {}), ".")
+        changed = {key: value for key, value in given if value != {}}
         experiment = dvc_tags().get("dvc_experiment")
         title = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
         self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, title)
