@@ -18,6 +18,7 @@ FAMILY = replace(
     liger_kernels={"Qwen3VLMoeTextRMSNorm": "rms_norm"},
     unsupported={
         "ep": "not built, experts are sharded by FSDP2 alone",
+        "qlora": "experts, which are most of the model, are no linear layers that it could quantise",
         "preflight": "the memory of experts has not been measured",
         "compile": "what routers decide is recorded outside of the graphs",
     },
