@@ -1,6 +1,6 @@
 """Bytes a rank holds for weights, gradients, optimizer state and activations, by what is trained and how.
 
-`python -m benchmarks.memory [--tokens 2048]`: the tiny Qwen3-VL in bfloat16 on two gloo ranks, with steps of two
+`python -m benchmarks.memory [--tokens 256]`: the tiny Qwen3-VL in bfloat16 on two gloo ranks, with steps of two
 micro-batches. Weights and optimizer state are the storages of a rank's shards. Gradients and activations are what
 torch's allocator still holds, of what was allocated meanwhile: activations after the forward pass of a micro-batch,
 without the parameters that are gathered then; gradients after the first of the two micro-batches. What lives for the
@@ -64,7 +64,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
 def main() -> None:
     """Run the benchmark and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="of a pack")
+    parser.add_argument("--tokens", type=int, default=256, help="of a pack")
     rows = {row["training"]: row for row in measure(ROWS, parser.parse_args().tokens)}
     ratios = {
         "lora_over_full": rows["lora"]["bytes"] / rows["full"]["bytes"],

@@ -185,7 +185,8 @@ def _sample(folder: Path, config: Any, rng: np.random.Generator, number: int) ->
         key = str(folder / f"{number}.png")
         pixels = rng.integers(0, 256, (height * 16, width * 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(key, compress_level=1)
-        media = [{"type": "image", "key": key, "grid_t": 1, "grid_h": height, "grid_w": width, "seconds_per_grid": 0.0}]
+        grid = {"grid_t": 1, "grid_h": height, "grid_w": width, "seconds_per_grid": 0.0}
+        media = [{"type": "image", "key": key, "spectra": 0, **grid}]
         image = [config.image_token_id] * (height * width // 4)
         prompt = [config.vision_start_token_id, *image, config.vision_end_token_id]
     ids = [*prompt, *rng.integers(50, 250, size=length).tolist()]
@@ -198,6 +199,7 @@ def _sample(folder: Path, config: Any, rng: np.random.Generator, number: int) ->
         "length": len(ids),
         "supervised_tokens": supervised,
         "vit_patches": sum(item["grid_h"] * item["grid_w"] for item in media),
+        "spectra": 0,
         "prompt_length": len(ids) - supervised,
         "media": media,
     }

@@ -25,7 +25,8 @@ REAL = [
     *("frozen_vision", "long_video"),
 ]
 ADAPTED = ["qwen2_5_vl_7b_lora", "qwen3_vl_8b_lora", "qwen3_vl_8b_qlora"]
-SHIPPED = REAL + ADAPTED + TINY
+HEARING = ["qwen2_5_omni_7b", "tiny_qwen2_5_omni"]
+SHIPPED = REAL + ADAPTED + TINY + HEARING
 # A seed with which the training takes a second.
 WAITS = 1234
 # And one with which it fails by a bug.

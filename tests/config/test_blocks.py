@@ -142,6 +142,11 @@ def test_misspelt_key_names_the_nearest() -> None:
         ),
         (config.TrainConfig, {"gradient_checkpointing": {"lm": "full"}}, "unknown key 'lm': did you mean 'llm'"),
         (config.TrainConfig, {"gradient_checkpointing": {"every": 2}}, "every and offload are for recomputed towers"),
+        (
+            config.TrainConfig,
+            {"gradient_checkpointing": {"llm": "full", "offload": True}, "torch_compile": True},
+            "offload copies from within blocks.*, or torch_compile, to false",
+        ),
         (config.TrainConfig, {"optim": "adamw_bf16"}, "holds weights in bfloat16, so set bf16 to true"),
         (config.FSDPConfig, {"frozen_sharding": "replicated", "cpu_offload": True}, "cpu_offload .*: choose one"),
         (config.TrainConfig, {"torch_compile_mode": "reduce-overhead"}, "Input should be 'default'"),

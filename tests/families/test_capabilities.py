@@ -40,6 +40,13 @@ def test_what_does_not_work_is_refused_with_the_reason_of_the_family(monkeypatch
     reason = FAMILIES["qwen3_vl_moe"].unsupported["compile"]
     assert found == {("train", "torch_compile"): f"torch.compile does not work with Qwen3-VL-MoE: {reason}"}
     assert dict(find_conflicts(blocks("qwen3_vl", train={"torch_compile": True}))) == {}
+    qlora = {"type": "lora", "quantize_base": "nf4"}
+    [(key, sentence)] = find_conflicts(blocks("qwen3_vl_moe", adapter=qlora))
+    assert (key, sentence.partition(":")[0]) == (
+        ("adapter", "quantize_base"),
+        "a quantised base (QLoRA) does not work with Qwen3-VL-MoE",
+    )
+    assert dict(find_conflicts(blocks("qwen3_5", adapter=qlora))) == {}
     alone = dataclasses.replace(FAMILIES["qwen3_vl"], unsupported={"sp": "so it is", "adapters": "nor are they"})
     monkeypatch.setitem(FAMILIES, "qwen3_vl", alone)
     asked = blocks("qwen3_vl", train={"sp_ulysses_degree": 2}, adapter={"type": "lora"})

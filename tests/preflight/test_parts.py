@@ -31,7 +31,7 @@ from tests.engine.training import make_training
 
 def test_the_ledger_counts_what_is_held_and_no_longer() -> None:
     weight = torch.empty(8, 4, device="meta", requires_grad=True)
-    with Ledger(0, [weight], "cpu") as ledger:
+    with Ledger([weight], "cpu") as ledger:
         x = torch.ones(16, 8, device="meta")
         assert ledger.live == 16 * 8 * 4
         y = (x @ weight).relu()
@@ -42,14 +42,8 @@ def test_the_ledger_counts_what_is_held_and_no_longer() -> None:
         assert ledger.live == weight.grad.nbytes
 
 
-def test_a_mask_selects_as_many_as_it_is_told() -> None:
-    with Ledger(3, [], "cpu"):
-        hidden, mask = torch.empty(1, 7, 4, device="meta"), torch.zeros(1, 7, dtype=torch.bool)
-        assert hidden[mask, :].shape == (3, 4)
-
-
 def test_integers_that_go_to_the_device_can_still_be_read() -> None:
-    with Ledger(0, [], "cpu"):
+    with Ledger([], "cpu"):
         assert torch.tensor([1, 2]).to("meta").tolist() == [1, 2]
 
 

@@ -77,7 +77,7 @@ def test_the_page_shows_it(small: dict[str, Any]) -> None:
     for shown in ("Does not fit", small["changes"][-1]["parameters"], "One block at work", "Weights"):
         assert shown in page
     assert render_preflight("mine", small) == page
-    assert "The preflight is off" in render_preflight("mine", {"verdict": "off", "sentence": ""})
+    assert "nobody asked" in render_preflight("mine", {"verdict": "off", "sentence": "nobody asked"})
 
 
 @pytest.mark.parametrize("profile", ["qwen3_vl_2b", "qwen2_5_vl_72b"])

@@ -37,7 +37,7 @@ def find_conflicts(blocks: Mapping[str, Block]) -> Iterator[Problem]:
         `((block, key), sentence)`.
     """
     facts = MODELS.get(blocks["model"].load_from_pretrained_path or "")
-    for check in (_names, _kernels, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
+    for check in (_names, _hearing, _kernels, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
         yield from check(blocks)
     if facts is not None:
         for check_facts in (_context, _heads, _memory, _rank_of_update):
@@ -51,6 +51,18 @@ def _names(blocks: Mapping[str, Any]) -> Iterator[Problem]:
         facts = MODELS.get(getattr(model, key) or "")
         if facts is not None and facts.family != model.processor_type:
             yield ("model", key), f"'{facts.name}' is of the family {facts.family}, not of {model.processor_type}"
+
+
+def _hearing(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """Who is to hear, can."""
+    if blocks["model"].family.hearing:
+        return
+    able = " or ".join(name for name, family in FAMILIES.items() if family.hearing)
+    remedy = f"model.processor_type {blocks['model'].processor_type} does not hear: use {able}"
+    if blocks["batching"].dataset_type == "vision_audio":
+        yield ("batching", "dataset_type"), f"vision_audio is for models that hear, and {remedy}, or vision"
+    if blocks["sample"].use_audio_in_video:
+        yield ("sample", "use_audio_in_video"), f"it is for models that hear, and {remedy}, or drop it"
 
 
 def _kernels(blocks: Mapping[str, Any]) -> Iterator[Problem]:

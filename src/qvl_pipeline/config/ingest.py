@@ -92,12 +92,13 @@ class DatasetSource(Block):
 
 
 DemoKind = Literal[
-    "single_image", "two_images", "video", "image_and_video", "two_videos", "text", "multi_turn", "next_digit"
+    *("single_image", "two_images", "video", "image_and_video", "two_videos", "text", "multi_turn", "next_digit"),
+    *("audio", "audio_and_image"),
 ]
 
 
 class DigitsDemoConfig(Block):
-    """The embedded dataset of real handwritten digits, drawn into images and clips.
+    """The embedded dataset of real handwritten digits, drawn into images and clips, and of spoken ones.
 
     Attributes:
         folder: Where the files are written, relative to the project root.
@@ -105,7 +106,8 @@ class DigitsDemoConfig(Block):
         train_samples: Number of good training samples, all kinds together.
         eval_samples: Number of good evaluation samples, all kinds together.
         kinds: Kinds of questions and their weights in training; in the evaluation all weigh the same. Empty takes the
-            mix of the embedded example: all but `next_digit`, which is for an adapter to learn.
+            mix of the embedded example: all but `next_digit`, which is for an adapter to learn, and
+            `audio` and `audio_and_image`, whose spoken digits are for a model that hears.
     """
 
     folder: str = "data/01_raw/digits"

@@ -235,6 +235,15 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _what_is_offloaded_is_not_compiled(self) -> TrainConfig:
+        if self.torch_compile and self.recomputed.offload:
+            raise ValueError(
+                "gradient_checkpointing.offload copies from within blocks, and nobody has tried to compile that: set "
+                "it, or torch_compile, to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_in_bfloat16_compute_in_it(self) -> TrainConfig:
         if self.optim == "adamw_bf16" and not self.bf16:
             raise ValueError("optim 'adamw_bf16' holds weights in bfloat16, so set bf16 to true to compute in it too")

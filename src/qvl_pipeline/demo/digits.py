@@ -15,6 +15,7 @@ from qvl_pipeline.demo.drawing import draw_motion, draw_picture, draw_sequence, 
 from qvl_pipeline.demo.planted import PLANTED, plant
 from qvl_pipeline.demo.questions import KINDS, Part, Sample, Studio
 from qvl_pipeline.demo.sources import SOURCES, write_sources
+from qvl_pipeline.demo.speech import speak, write_speech
 
 # Of every 20 samples, 14 go to Parquet, 3 to JSONL and 3 to ShareGPT.
 SOURCE_CYCLE = ("digits_parquet",) * 14 + ("digits_jsonl",) * 3 + ("digits_sharegpt",) * 3
@@ -28,6 +29,8 @@ TRAIN_WEIGHTS = {
     "text": 2,
     "multi_turn": 2,
 }
+# Kinds with spoken digits.
+SPOKEN = {"audio", "audio_and_image"}
 EVAL_SHARE = 0.2  # of scikit-learn's 1797 digit images, and of the numbers asked about in texts
 PLANTED_FILE = "planted.json"
 
@@ -37,9 +40,10 @@ def build_digits(
 ) -> None:
     """Draw the dataset and write it: three sources, their media, and the list of planted bad rows.
 
-    `folder` receives `messages.parquet` and `messages.jsonl` (OpenAI messages), `sharegpt.json`, `images/`, `videos/`
-    and `planted.json` (`source`, `row`, `stage`, `rule` of each bad row). Media paths in rows are relative to `folder`.
-    The same arguments give the same bytes. The folder appears complete or not at all; an earlier build is replaced.
+    `folder` receives `messages.parquet` and `messages.jsonl` (OpenAI messages), `sharegpt.json`, `images/`, `videos/`,
+    `sounds/` where a kind has any, and `planted.json` (`source`, `row`, `stage`, `rule` of each bad row). Media paths
+    in rows are relative to `folder`. The same arguments give the same bytes. The folder appears complete or not at all;
+    an earlier build is replaced.
 
     Args:
         folder: Folder to write.
@@ -55,7 +59,7 @@ def build_digits(
         raise FileExistsError(f"'{folder}' holds files that are not the digits dataset: name a new or empty folder")
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    for media in ("images", "videos"):
+    for media in ("images", "videos", *(["sounds"] if SPOKEN & kinds.keys() else [])):
         (building / media).mkdir(parents=True)
 
     train = _draw(building, "train", "train", seed, _kinds(seed, train_samples, kinds))
@@ -104,12 +108,18 @@ def _studio(folder: Path, name: str, split: str, seed: int) -> Studio:
         write_clip(folder / path, frames)
         return Part("video", path)
 
+    def spoken(digit: int) -> Part:
+        path = f"sounds/{name}-{next(numbering):05d}.wav"
+        write_speech(folder / path, speak(rng, digit))
+        return Part("audio", path)
+
     return Studio(
         rng=rng,
         numbers=cycle(_of_split(np.arange(1000, 10_000), split, seed).tolist()),
         picture=picture,
         sequence=lambda shown: clip(draw_sequence(rng, [ink(digit) for digit in shown])),
         motion=lambda digit, direction: clip(draw_motion(rng, ink(digit), direction)),
+        spoken=spoken,
     )
 
 

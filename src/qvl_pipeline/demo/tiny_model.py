@@ -15,15 +15,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
+    Qwen2_5OmniProcessor,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
     Qwen3_5Tokenizer,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    WhisperFeatureExtractor,
 )
 
-from qvl_pipeline.demo.tokenizer import VOCAB_SIZE, train_tokenizer
+from qvl_pipeline.demo.tokenizer import OMNI_TOKENS, VOCAB_SIZE, train_tokenizer
 from qvl_pipeline.families import FAMILIES
 
 HIDDEN_SIZE = 128
@@ -109,11 +111,29 @@ QWEN3_5 = {
 QWEN3_VL_MOE = QWEN3_VL | {
     "text_config": QWEN3_VL["text_config"] | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 }
+# The thinker alone. Chunks of 40 spectra (0.4 s) in the audio tower, where the published model has 200.
+QWEN2_5_OMNI = {
+    "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
+    "vision_config": VISION
+    | {"patch_size": FAMILIES["qwen2_5_omni"].patch_size, "window_size": 28, "fullatt_block_indexes": [1, 3]},
+    "audio_config": {
+        "num_mel_bins": FAMILIES["qwen2_5_omni"].hearing.mel_bins,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 192,
+        "d_model": 96,
+        "n_window": 20,
+        "max_source_positions": 100,
+        "output_dim": HIDDEN_SIZE,
+        "initializer_range": 0.08,
+    },
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_vl": QWEN3_VL,
     "qwen2_5_vl": QWEN2_5_VL,
     "qwen3_5": QWEN3_5,
     "qwen3_vl_moe": QWEN3_VL_MOE,
+    "qwen2_5_omni": QWEN2_5_OMNI,
 }
 
 
@@ -134,11 +154,14 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
     """
     if family not in CONFIGS:
         raise ValueError(f"family '{family}': there are tiny models of {', '.join(sorted(CONFIGS))} only")
-    tokenizer = train_tokenizer(corpus, Qwen3_5Tokenizer if family == "qwen3_5" else Qwen2Tokenizer)
-    processor = (_qwen2_5_vl_processor if family == "qwen2_5_vl" else _qwen3_vl_processor)(tokenizer, family)
+    omni = family == "qwen2_5_omni"
+    tokenizer = train_tokenizer(corpus, Qwen3_5Tokenizer if family == "qwen3_5" else Qwen2Tokenizer, omni=omni)
+    of_processor = {"qwen2_5_vl": _qwen2_5_vl_processor, "qwen2_5_omni": _qwen2_5_omni_processor}
+    processor = of_processor.get(family, _qwen3_vl_processor)(tokenizer, family)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(_config(family, **_token_ids(tokenizer)))
+        ids = _omni_token_ids(tokenizer) if omni else _token_ids(tokenizer)
+        model = AutoModelForImageTextToText.from_config(_config(family, **ids))
         for module in model.modules():
             if isinstance(module, torch.nn.Conv1d):
                 # transformers draws these four weights a channel as if they were hundreds: little would pass them.
@@ -162,7 +185,8 @@ def write_tiny_config(folder: Path, family: str) -> None:
 
 
 def _config(family: str, **token_ids: int) -> PreTrainedConfig:
-    return AutoConfig.for_model(family, **CONFIGS[family], **token_ids, tie_word_embeddings=True)
+    model_type = FAMILIES[family].model_types[-1] if FAMILIES[family].model_types else family
+    return AutoConfig.for_model(model_type, **CONFIGS[family], **token_ids, tie_word_embeddings=True)
 
 
 def _qwen3_vl_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> ProcessorMixin:
@@ -203,6 +227,25 @@ def _qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> Pr
     )
 
 
+def _qwen2_5_omni_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> ProcessorMixin:
+    """Processor of Qwen2.5-VL, and Whisper's feature extractor."""
+    hearing, seeing = FAMILIES[family].hearing, _qwen2_5_vl_processor(tokenizer, family)
+    return Qwen2_5OmniProcessor(
+        image_processor=seeing.image_processor,
+        video_processor=seeing.video_processor,
+        feature_extractor=WhisperFeatureExtractor(
+            feature_size=hearing.mel_bins,
+            sampling_rate=hearing.sampling_rate,
+            hop_length=hearing.hop_length,
+            n_fft=hearing.n_fft,
+            chunk_length=hearing.longest_s,
+            return_attention_mask=True,
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
 def _pixel_limits(unit: int, frames: int = 1) -> dict[str, int]:
     """Between 2 x 2 and 8 x 8 merged tokens of `unit` pixels a side, for each frame."""
     return {"shortest_edge": (2 * unit) ** 2, "longest_edge": (8 * unit) ** 2 * frames}
@@ -212,3 +255,14 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)}
+
+
+def _omni_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    names = {
+        **{f"{kind}_token_index": f"{kind}_token" for kind in ("image", "video", "audio")},
+        "audio_start_token_id": "audio_bos_token",
+        "audio_end_token_id": "audio_eos_token",
+        "vision_start_token_id": "vision_bos_token",
+        "vision_end_token_id": "vision_eos_token",
+    }
+    return {key: tokenizer.convert_tokens_to_ids(OMNI_TOKENS[name]) for key, name in names.items()}

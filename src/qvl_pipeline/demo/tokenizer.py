@@ -34,8 +34,20 @@ SPECIAL_TOKENS = (
 SCAFFOLD = ("system\n", "user\n", "assistant\n", "<0.5 seconds>") * 10_000
 
 
+# Qwen2.5-Omni's, by the names that its processor asks for.
+OMNI_TOKENS = {
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+    "image_token": "<|IMAGE|>",
+    "video_token": "<|VIDEO|>",
+    "audio_token": "<|AUDIO|>",
+}
+
+
 def train_tokenizer(
-    corpus: Iterable[str], tokenizer_class: type[PreTrainedTokenizerBase] = Qwen2Tokenizer
+    corpus: Iterable[str], tokenizer_class: type[PreTrainedTokenizerBase] = Qwen2Tokenizer, *, omni: bool = False
 ) -> PreTrainedTokenizerBase:
     """Train the tokenizer of the tiny models.
 
@@ -45,6 +57,7 @@ def train_tokenizer(
     Args:
         corpus: Texts the model will meet.
         tokenizer_class: Class of the real models' tokenizer.
+        omni: Have the tokens and the template of Qwen2.5-Omni.
 
     Returns:
         A tokenizer of at most `VOCAB_SIZE` tokens, with the ChatML template set.
@@ -54,7 +67,7 @@ def train_tokenizer(
     bpe.normalizer = untrained.normalizer
     bpe.pre_tokenizer = untrained.pre_tokenizer
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS) - omni * len(OMNI_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -67,10 +80,11 @@ def train_tokenizer(
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS),
-        chat_template=chat_template(),
+        chat_template=chat_template("chat_template_omni.jinja" if omni else "chat_template.jinja"),
+        **({"model_specific_special_tokens": OMNI_TOKENS} if omni else {}),
     )
 
 
-def chat_template() -> str:
+def chat_template(name: str = "chat_template.jinja") -> str:
     """The ChatML template (jinja) of the tiny models."""
-    return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
+from qvl_pipeline.engine.model.freezing import OF_SOUND, OF_VISION
 from qvl_pipeline.engine.model.loading import build_model, load_processor, make_builder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.routing import StepBalance
@@ -105,13 +106,14 @@ class Trainer:
         """Take this rank's share of the plan, or of the stream where there is none."""
         data, dp = self.spec.data, self.mesh["dp"]
         share = dp.get_local_rank(), dp.size(), data.per_device_train_batch_size
-        always_vision = _trains_vision_only(self.model)
+        always = _always_called(self.model)
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
             samples = RawSamples(
                 Path(stream.samples),
                 self.processor,
                 Path(data.video_frames),
+                self.model.family.hearing,
                 skip_bad_samples=skips,
                 ignore_empty_think=self.spec.model.ignore_empty_think,
             )
@@ -121,9 +123,9 @@ class Trainer:
                 with self.watchdog.wait_for_ranks():
                     return sums(values)
 
-            return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
+            return StreamedFeed(samples, stream, *share, exchange, **always, aside=aside)
         plan = read_plan(Path(data.pack_plan))
-        return PlannedFeed(SharedSteps(plan, *share, always_vision=always_vision, epochs=data.epochs))
+        return PlannedFeed(SharedSteps(plan, *share, **always, epochs=data.epochs))
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -445,9 +447,14 @@ class Trainer:
         write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it
 
 
-def _trains_vision_only(model: PackedVLM) -> bool:
+def _always_called(model: PackedVLM) -> dict[str, bool]:
+    """Which towers are called in every micro-batch, because nothing but towers is trained, and they are."""
     trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
-    return trained <= {"vit", "merger", "deepstack"}
+    only_towers = trained <= OF_VISION | OF_SOUND
+    return {
+        "always_vision": only_towers and bool(trained & OF_VISION),
+        "always_sound": only_towers and bool(trained & OF_SOUND),
+    }
 
 
 def _router_aux_loss_coef(spec: TrainSpec, model: PackedVLM) -> float:

@@ -30,7 +30,9 @@ CAPABILITIES: Mapping[str, Capability] = {
     "sp": Capability("sequence parallelism", ("train", "sp_ulysses_degree"), lambda value: value > 1),
     "ep": Capability("expert parallelism", ("", ""), lambda value: False),  # no parameter asks for it yet
     "adapters": Capability("LoRA and DoRA", ("adapter", "type"), lambda value: value != "none"),
-    "qlora": Capability("a quantised base", ("adapter", "quantize_base"), lambda value: value != "none"),
+    "quantized_base": Capability(
+        "a quantised base (QLoRA)", ("adapter", "quantize_base"), lambda value: value != "none"
+    ),
     "compile": Capability("torch.compile", ("train", "torch_compile"), bool),
     "liger": Capability("Liger's kernels", ("train", "use_liger_kernel"), bool),
     "recompute": Capability("gradient checkpointing", ("train", "gradient_checkpointing"), bool),

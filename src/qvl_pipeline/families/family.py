@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qvl_pipeline.families.hearing import Hearing
+
 if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     import torch
     from torch import nn
@@ -58,6 +60,8 @@ class ModelFamily:
         transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
         kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
             exported as they were.
+        model_types: What `model_type` of a `config.json` may be; empty is the family's name.
+        hearing: What it does with sound; `None` does not hear.
     """
 
     name: str
@@ -81,6 +85,8 @@ class ModelFamily:
     router: str | None = None
     transposed_in_hub: tuple[str, ...] = ()
     kept_prefixes: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    hearing: Hearing | None = None
 
     @property
     def token_pixels(self) -> int:

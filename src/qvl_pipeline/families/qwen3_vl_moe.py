@@ -17,8 +17,8 @@ FAMILY = replace(
     # Experts are one fused matrix product, which no kernel of Liger's takes.
     liger_kernels={"Qwen3VLMoeTextRMSNorm": "rms_norm"},
     unsupported={
+        "quantized_base": "its experts, most of the model, are fused tensors, and only linear layers are quantised",
         "ep": "not built, experts are sharded by FSDP2 alone",
-        "qlora": "experts, which are most of the model, are no linear layers that it could quantise",
         "preflight": "the memory of experts has not been measured",
         "compile": "what routers decide is recorded outside of the graphs",
     },

@@ -14,7 +14,7 @@ from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, Pref
 from qvl_pipeline.config.recomputation import GradientCheckpointingConfig
 from qvl_pipeline.data.base_model import MANIFEST, read_base_model, write_manifest
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.preflight.verdict import DOES_NOT_FIT, FITS, OFF, Plan, look_ahead
+from qvl_pipeline.preflight.verdict import DOES_NOT_FIT, FITS, OFF, UNKNOWN, Plan, look_ahead
 from qvl_pipeline.storage.digests import read_sealed
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.spec import Inputs, make_spec
@@ -84,7 +84,14 @@ def ask(
         )
         ranks = processes.per_node, processes.nodes.nnodes
         automatic = train.gradient_checkpointing == "auto"
-        return look_ahead(spec, model, batching, preflight, plan, ranks, recorded, automatic=automatic)
+        try:
+            return look_ahead(spec, model, batching, preflight, plan, ranks, recorded, automatic=automatic)
+        except UserError:
+            raise
+        except Exception as error:  # of a model that computes with what the meta device has not: it trains all the same
+            logger.warning("what this training needs cannot be foretold", exc_info=True)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return {"verdict": UNKNOWN, "sentence": f"what this training needs cannot be foretold: {reason}"}
 
 
 def plan_of(model_input: Path, summary: Path, batching: BatchingConfig) -> Plan:
@@ -128,7 +135,7 @@ def refuse_what_cannot_fit(report: dict[str, Any], preflight: PreflightConfig) -
             f"the training {report['sentence']}. All figures are in preflight.html; to start it all the same, set "
             "preflight.mode to warn"
         )
-    if report["verdict"] not in (FITS, OFF):
+    if report["verdict"] not in (FITS, OFF, UNKNOWN):
         logger.warning("the training %s", report["sentence"])
 
 
@@ -140,16 +147,15 @@ def with_chosen_recomputation(train: TrainConfig, report: dict[str, Any]) -> Tra
     """
     if train.gradient_checkpointing != "auto":
         return train
-    if report["verdict"] == OFF:
-        raise UserError(
-            "train.gradient_checkpointing 'auto' is chosen by the preflight, which is off: switch it on, or set true"
-        )
+    if report["verdict"] in (OFF, UNKNOWN):
+        why = "is off: switch it on" if report["verdict"] == OFF else "cannot foretell what this training needs"
+        raise UserError(f"train.gradient_checkpointing 'auto' is chosen by the preflight, which {why}, or set true")
     chosen = GradientCheckpointingConfig(**report["recompute"])
     return train.model_copy(update={"gradient_checkpointing": chosen})
 
 
 def expected_peak_bytes(report: dict[str, Any]) -> int:
     """Peak of a rank's tensors that was foretold for this machine; 0 where none was."""
-    if report["verdict"] == OFF or not report["hardware"]["this_machine"]:
+    if report["verdict"] in (OFF, UNKNOWN) or not report["hardware"]["this_machine"]:
         return 0
     return int(report["memory"]["tensors_bytes"])

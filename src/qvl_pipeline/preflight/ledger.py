@@ -26,16 +26,15 @@ class Ledger(TorchDispatchMode):
         peak: Most bytes held since `restart`.
     """
 
-    def __init__(self, masked: int, ignored: Iterable[torch.Tensor], device: str) -> None:
+    def __init__(self, ignored: Iterable[torch.Tensor], device: str) -> None:
         """Start with nothing.
 
         Args:
-            masked: Elements that any boolean mask selects: without values nobody can count them.
             ignored: Tensors that are counted elsewhere, such as parameters.
             device: Type of the device that is stood in for, `cuda` or `cpu`.
         """
         super().__init__()
-        self._masked, self._multiple = masked, _MULTIPLE[device]
+        self._multiple = _MULTIPLE[device]
         self._held: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in ignored}
         self.live = self.peak = 0
 
@@ -52,10 +51,7 @@ class Ledger(TorchDispatchMode):
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         if on_meta:
             args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        if on_meta and func is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
-            output = args[0].new_empty(self._masked, *args[0].shape[args[1][0].ndim :])
-        else:
-            output = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.is_meta:
                 self.add(leaf)

@@ -9,11 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
+from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
 from qvl_pipeline.engine.model.attention.packed import use_kernels
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -38,12 +40,14 @@ class Kernels:
         text: Attention kernel of the language model.
         vision: Attention kernel of the vision tower.
         fused: Whether norms and gated MLPs are fused, by Liger or by `torch.compile`.
+        experts: Kernel of experts, where there are some.
     """
 
     device: str
     text: str
     vision: str
     fused: bool
+    experts: str = "grouped_mm"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class _Group:
 
     def size(self) -> int:
         return self.degree
+
+    def rank(self) -> int:
+        return 0
 
 
 def config_of(path: str) -> PreTrainedConfig:
@@ -76,6 +83,11 @@ def prepare(spec: TrainSpec, config: PreTrainedConfig, kernels: Kernels) -> Pack
     group: Any = _Group(degree) if degree > 1 else None
     rmpad = spec.data.use_rmpad
     use_kernels(hf, kernels.text, kernels.vision, STAND_INS, rmpad=rmpad, sp_group=group, called="_stand_in")
+    if family.experts:
+        hf.config.text_config._experts_implementation_internal = kernels.experts
+    if family.linear_attention:  # the packages' kernels keep less
+        half = spec.parallel.half
+        use_packed_linear_attention(hf, family, "torch", torch.device("cpu"), half=half, sp_group=group)
     freeze(hf, family, spec.model.freeze_modules)
     if spec.adapter.used:
         inject(hf, family, spec.adapter)

@@ -15,13 +15,17 @@ import torch
 
 from qvl_pipeline.config import BatchingConfig, ModelConfig
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
-from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, split_media, temporal_patches
+from qvl_pipeline.engine.feed.sounds import SoundReader
+from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, heard_spectra, split_media, temporal_patches
 from qvl_pipeline.families import ModelFamily
 from qvl_pipeline.families.family import MERGE_SIZE
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 Sample = dict[str, Any]
 _SOURCE = "preflight"
+# What a micro-batch may have most of, by column of the plan.
+_AMOUNTS = {"tokens": "most tokens", "vit_patches": "most patches", "spectra": "most sound"}
 # Of an assumed sample: its text, half of which is trained on.
 _TEXT = 32
 
@@ -75,7 +79,7 @@ class Work:
 
 
 def heaviest_planned(plan: pd.DataFrame, tokenized: Path, ranks: int, packs_at_once: int) -> list[Heavy]:
-    """Find the micro-batches with most tokens and with most patches.
+    """Find the micro-batches with most tokens, with most patches and, where there is any, with most sound.
 
     Args:
         plan: The pack plan.
@@ -86,12 +90,12 @@ def heaviest_planned(plan: pd.DataFrame, tokenized: Path, ranks: int, packs_at_o
     rows = TokenizedSamples(tokenized)
     heaviest: dict[str, tuple[int, pd.DataFrame]] = {}
     for packs in _micro_batches(plan, ranks, packs_at_once):
-        for column in ("tokens", "vit_patches"):
+        for column in _AMOUNTS:
             total = int(packs[column].sum())
             if total > heaviest.get(column, (0, None))[0]:
                 heaviest[column] = total, packs
     found = []
-    for column, name in (("tokens", "most tokens"), ("vit_patches", "most patches")):
+    for column, name in _AMOUNTS.items():
         if column in heaviest:
             packs = heaviest[column][1]
             place = f"step {int(packs['step'].iloc[0]) + 1}, pack {int(packs['pack'].iloc[0]) + 1}"
@@ -103,7 +107,7 @@ def heaviest_planned(plan: pd.DataFrame, tokenized: Path, ranks: int, packs_at_o
 def _micro_batches(plan: pd.DataFrame, ranks: int, packs_at_once: int) -> Iterator[pd.DataFrame]:
     """Yield what the ranks have at once; of one pack each, only the heaviest need be looked at."""
     if packs_at_once == 1:
-        for column in ("tokens", "vit_patches"):
+        for column in _AMOUNTS:
             yield plan.nlargest(1, column)
         return
     for _, packs in plan.groupby("step"):
@@ -173,6 +177,13 @@ class _NoPixels:
         return torch.empty(patches, self._values, dtype=torch.uint8, device="meta")
 
 
+class _NoSounds(SoundReader):
+    """Stands in for the sounds: spectrograms on the meta device."""
+
+    def log_mel(self, item: dict[str, Any]) -> torch.Tensor:
+        return torch.empty(self.hearing.mel_bins, heard_spectra(item), device="meta")
+
+
 def make_batch(samples: Sequence[Sample], config: Any, family: ModelFamily, *, degree: int, rmpad: bool) -> Batch:
     """Lay samples out as the rank has them that has most patches of them.
 
@@ -188,15 +199,17 @@ def make_batch(samples: Sequence[Sample], config: Any, family: ModelFamily, *, d
     """
     vision = config.vision_config
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
-    shares = split_media([item for sample in samples for item in sample["media"]], degree)
+    seen = [item for sample in samples for item in sample["media"] if item["grid_t"]]
+    shares = split_media(seen, degree)
     sizes = [sum(temporal_patches(item) * item["grid_h"] * item["grid_w"] for item in share) for share in shares]
     builder = BatchBuilder(
         loader=_NoPixels(values),
         patch_values=values,
-        placeholder_ids=(config.image_token_id, config.video_token_id),
+        placeholder_ids=placeholder_ids(config),
         tokens_per_second=family.tokens_per_second(config),
         sources=tuple(sorted({sample["source"] for sample in samples})),
         vision_inputs=partial(family.vision_inputs, vision),
+        sounds=_NoSounds(None, family.hearing, config) if family.hearing else None,
         rmpad=rmpad,
         share=SequenceShare(int(np.argmax(sizes)), degree),
     )

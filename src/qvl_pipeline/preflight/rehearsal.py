@@ -52,8 +52,7 @@ def rehearse(model: PackedVLM, batch: Batch, device: str) -> list[Span]:
     """
     blocks = [("vit", block) for block in model.hf.model.visual.blocks]
     blocks += [("llm", layer) for layer in model.hf.model.language_model.layers]
-    visual = int(sum(batch.features_from))
-    with Ledger(visual, [*model.parameters(), *model.buffers()], device) as ledger:
+    with Ledger([*model.parameters(), *model.buffers()], device) as ledger:
         ledger.live += sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
         timeline = _Timeline(ledger)
         handles = [handle for place in _numbered(blocks) for handle in timeline.watch(*place)]

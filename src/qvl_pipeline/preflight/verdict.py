@@ -22,7 +22,9 @@ from qvl_pipeline.preflight.packs import Heavy, Work, heaviest_allowed, heaviest
 from qvl_pipeline.preflight.places import disk, host
 from qvl_pipeline.preflight.versions import bad_versions
 
-FITS, MAY_NOT_FIT, DOES_NOT_FIT, OFF = "fits", "may not fit", "does not fit", "off"
+FITS, MAY_NOT_FIT, DOES_NOT_FIT = "fits", "may not fit", "does not fit"
+# Nothing was asked, or nobody knows.
+OFF, UNKNOWN = "off", "unknown"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def render_preflight(profile: str, report: dict[str, Any]) -> str:
         profile: Name of the profile.
         report: The entry `preflight_report`.
     """
-    if report["verdict"] == "off":
+    if report["verdict"] in ("off", "unknown"):
         return render("preflight", profile=profile, report=report, off=True)
     memory = report["memory"]
     scale = 1.04 * max(memory["device_bytes"], memory["high_bytes"])

@@ -23,6 +23,7 @@ from qvl_pipeline.engine.parallel.sequence_parallel import (
     gather_tokens,
     split_media,
     temporal_patches,
+    visual_tokens,
 )
 from qvl_pipeline.engine.spec import RecomputeSpec
 from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
@@ -179,7 +180,7 @@ def test_routes_lead_each_feature_from_its_maker_to_its_placeholder() -> None:
     # Two ranks of eight tokens; the clip's features are made half and half, but five of six are used by the second.
     mask = np.array([0] * 7 + [1] * 6 + [0] * 3, dtype=bool)
     shares = split_media([medium(2, 2, 6)], 2)
-    assert feature_routes(mask, shares).tolist() == [[1, 2], [0, 3]]
+    assert feature_routes(mask, [visual_tokens(share) for share in shares]).tolist() == [[1, 2], [0, 3]]
 
 
 def test_targets_are_shifted_before_the_pack_is_cut(tiny_folders: Callable[[str], Path]) -> None:

@@ -48,7 +48,7 @@ def test_the_heaviest_are_found_over_all_ranks(
     world_size: int, packs_per_micro_batch: int, heaviest: list[tuple[int, int]]
 ) -> None:
     tokens, patches = np.array([9, 5, 4, 3, 6, 7]), np.array([0, 0, 0, 8, 0, 0])
-    plan = PackPlan(np.array([0, 4, 6]), np.arange(7), np.arange(6), tokens, patches, np.ones(6))
+    plan = PackPlan(np.array([0, 4, 6]), np.arange(7), np.arange(6), tokens, patches, np.ones(6), np.zeros(6))
     steps = SharedSteps(plan, 0, world_size, packs_per_micro_batch)
     assert steps.heaviest() == heaviest
     assert (
@@ -57,5 +57,7 @@ def test_the_heaviest_are_found_over_all_ranks(
 
 
 def test_the_heaviest_of_a_later_step() -> None:
-    plan = PackPlan(np.array([0, 1, 4]), np.arange(5), np.arange(4), np.array([1, 1, 1, 5]), np.zeros(4), np.ones(4))
+    plan = PackPlan(
+        np.array([0, 1, 4]), np.arange(5), np.arange(4), np.array([1, 1, 1, 5]), np.zeros(4), np.ones(4), np.zeros(4)
+    )
     assert SharedSteps(plan, 0, 2, 1).heaviest() == [(1, 1), (0, 0)]

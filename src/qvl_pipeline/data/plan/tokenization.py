@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from qvl_pipeline.data.tables import QUARANTINE
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.orphans import end_with_client
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
@@ -35,13 +36,14 @@ _MEDIUM = pa.struct(
         ("grid_h", pa.int32()),
         ("grid_w", pa.int32()),
         ("seconds_per_grid", pa.float64()),
+        ("spectra", pa.int32()),
         ("content_hash", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in COPIED]
     + [("input_ids", pa.list_(pa.int32())), ("label_spans", pa.list_(_SPAN))]
-    + [(name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "prompt_length")]
+    + [(name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "spectra", "prompt_length")]
     + [("media", pa.list_(_MEDIUM))]
 )
 
@@ -58,12 +60,14 @@ class Tokenized(NamedTuple):
     unusable: list[Unusable]
 
 
-def media_grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore) -> MediaGrids:
+def media_grids(
+    processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore, sounds: SoundStore | None = None
+) -> MediaGrids:
     """Take the facts about images from `media_index`: its `width` and `height` are those of the upright image."""
     known = media_index.loc[media_index["type"] == "image", ["path", "height", "width", "content_hash"]]
     known = known.dropna(subset=["height", "width"])
     facts = zip(known["height"].astype(int), known["width"].astype(int), known["content_hash"], strict=True)
-    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store)
+    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store, sounds)
 
 
 def tokenize_samples(
@@ -142,7 +146,7 @@ def _in_parallel(
     # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(processor).__module__])
-    start = processor, grids.store, ignore_empty_think
+    start = processor, grids.store, grids.sounds, ignore_empty_think
     with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
         waiting: deque[Future[Tokenized]] = deque()
         try:
@@ -163,17 +167,19 @@ def _in_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-# What a worker process tokenises with: the processor, the sampled clips, and what is done with empty thoughts.
-_worker: tuple[ProcessorMixin, FrameStore, bool]
+# What a worker process tokenises with: the processor, the sampled clips and sounds, what is done with empty thoughts.
+_worker: tuple[ProcessorMixin, FrameStore, SoundStore | None, bool]
 
 
-def _start_worker(processor: ProcessorMixin, store: FrameStore, ignore_empty_think: bool) -> None:
+def _start_worker(
+    processor: ProcessorMixin, store: FrameStore, sounds: SoundStore | None, ignore_empty_think: bool
+) -> None:
     global _worker
     end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
-    _worker = processor, store, ignore_empty_think
+    _worker = processor, store, sounds, ignore_empty_think
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
 def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
-    processor, store, ignore_empty_think = _worker
-    return _tokenized(rows, MediaGrids(processor, images, store), processor, ignore_empty_think)
+    processor, store, sounds, ignore_empty_think = _worker
+    return _tokenized(rows, MediaGrids(processor, images, store, sounds), processor, ignore_empty_think)

@@ -13,14 +13,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.families.hearing import Hearing, convolved
 
 # Dense bfloat16 FLOPs a second by words of the device name, the more specific first; from the vendors' data sheets.
 _PEAK_FLOPS = {
@@ -52,6 +55,7 @@ _PEAK_FLOPS = {
 # Matrices that read the same input: none of them stands between another one and the loss.
 _SIDE_BY_SIDE = (
     {"q_proj", "k_proj", "v_proj"},
+    {"q", "k", "v"},
     {"gate_proj", "up_proj"},
     {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
 )
@@ -81,6 +85,10 @@ class ModelFlops:
         per_vision_pass: FLOPs of the vision side once a batch, however long: the lengths of DoRA's rows.
         per_text_pass: The same of the decoder.
         vision_pairs: Query-key pairs of each vision block, from the media's grids `(t, h, w)`.
+        per_spectrum: FLOPs of the audio tower for each spectrum.
+        per_sound_pair: FLOPs of its attention, all layers, for each query-key pair.
+        per_sound_pass: FLOPs of it once a batch.
+        sound_chunk: Spectra that see each other in it.
     """
 
     per_patch: float
@@ -91,6 +99,10 @@ class ModelFlops:
     per_vision_pass: int
     per_text_pass: int
     vision_pairs: Callable[[Sequence[Sequence[int]]], list[int]]
+    per_spectrum: float = 0.0
+    per_sound_pair: int = 0
+    per_sound_pass: int = 0
+    sound_chunk: int = 1
 
     def count(self, batch: Batch) -> float:
         """Count this rank's FLOPs of a batch that is still in host memory.
@@ -106,7 +118,36 @@ class ModelFlops:
             flops += self.per_patch * len(batch.patches) + self.per_vision_pass
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
+        if sum(batch.heard_to):
+            flops += self.per_spectrum * sum(batch.spectra) + self.per_sound_pass
+            flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in batch.spectra)
         return flops
+
+
+def _chunk_pairs(spectra: int, chunk: int) -> int:
+    """Query-key pairs of a layer of the audio tower that see each other, within chunks of one sound."""
+    whole, rest = divmod(spectra, chunk)
+    return whole * convolved(chunk) ** 2 + (convolved(rest) ** 2 if rest else 0)
+
+
+def _of_sound(hearing: Hearing, tower: nn.Module, config: PreTrainedConfig) -> tuple[dict[str, Any], bool]:
+    """FLOPs of the audio tower, and whether its features depend on a trained parameter."""
+    cost = _cost(tower.conv1, False)
+    per_spectrum = float(cost.per_row)
+    cost = _cost(tower.conv2, cost.reaches_trained)
+    per_position, per_pair, per_pass, reaches_trained = cost.per_row, 0, 0, cost.reaches_trained
+    for layer in tower.layers:
+        cost = _cost(layer, reaches_trained)
+        per_position, per_pair = per_position + cost.per_row, per_pair + cost.per_pair
+        per_pass, reaches_trained = per_pass + cost.per_pass, cost.reaches_trained
+    cost = _cost(tower.proj, reaches_trained or _trains(tower.ln_post))
+    return {
+        # Every other spectrum becomes a position, and every other position a token.
+        "per_spectrum": per_spectrum + per_position / 2 + cost.per_row / 4,
+        "per_sound_pair": per_pair,
+        "per_sound_pass": per_pass + cost.per_pass,
+        "sound_chunk": hearing.chunk_of(config),
+    }, cost.reaches_trained
 
 
 def flops_of(model: PackedVLM) -> ModelFlops:
@@ -138,7 +179,9 @@ def flops_of(model: PackedVLM) -> ModelFlops:
             deepstack_trained.append(level.reaches_trained)
     cost = _cost(visual.merger, reaches_trained)
     per_patch, per_vision_pass = per_patch + cost.per_row / merged, per_vision_pass + cost.per_pass
-    reaches_trained = cost.reaches_trained or _trains(text.embed_tokens)
+    hearing = model.family.hearing
+    sound, hears_trained = _of_sound(hearing, hf.model.audio_tower, hf.config) if hearing else ({}, False)
+    reaches_trained = cost.reaches_trained or hears_trained or _trains(text.embed_tokens)
     per_token = per_text_pair = per_text_pass = 0
     for number, layer in enumerate(text.layers):
         cost = _cost(layer, reaches_trained)
@@ -155,6 +198,7 @@ def flops_of(model: PackedVLM) -> ModelFlops:
         per_vision_pass=per_vision_pass,
         per_text_pass=per_text_pass,
         vision_pairs=partial(model.family.vision_pairs, visual.config),
+        **sound,
     )
 
 
@@ -188,9 +232,10 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
                 per_row += _update_cost(part, reaches_trained)
                 per_pass += _lengths_cost(part)
         reaches_trained |= any(_trains(part) for _, part in step)
-        name, part = step[0]
-        if name in ("q_proj", "qkv"):
-            width = _shape(part)[0] // 3 if name == "qkv" else _shape(dict(parts)["o_proj"])[1]
+        name, names = step[0][0], dict(step)
+        if query := next((query for query in ("q_proj", "q", "qkv") if query in names), None):
+            outer = next(dict(parts)[output] for output in ("o_proj", "out_proj", "proj") if output in dict(parts))
+            width = _shape(names[query])[0] // 3 if query == "qkv" else _shape(outer)[1]
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
         if name == "gate" and hasattr(module.mlp, "experts"):

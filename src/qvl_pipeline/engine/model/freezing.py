@@ -12,6 +12,8 @@ from qvl_pipeline.families import ModelFamily
 
 # The guide's `visual` is the whole vision side: encoder, merger and DeepStack mergers.
 ALIASES = {"visual": ("vit", "merger", "deepstack")}
+# Groups that not every micro-batch takes part in, by tower.
+OF_VISION, OF_SOUND = frozenset(ALIASES["visual"]), frozenset({"audio", "audio_projector"})
 
 
 def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> dict[str, int]:
@@ -20,7 +22,8 @@ def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> di
     Args:
         model: The transformers model.
         family: Its family.
-        patterns: Group names (`vit`, `merger`, `deepstack`, `llm`, `embed`, `head`), `visual`, or globs over names.
+        patterns: Group names (`vit`, `merger`, `deepstack`, `audio`, `audio_projector`, `llm`, `embed`, `head`),
+            `visual`, or globs over names.
 
     Returns:
         Number of frozen parameters (scalars) by pattern.

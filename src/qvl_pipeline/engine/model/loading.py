@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoProcessor
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
 from qvl_pipeline.engine.model.attention.packed import use_packed_attention
@@ -31,6 +32,8 @@ from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalization
+from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ def make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Device
     """
     config, image_processor = model.hf.config, processor.image_processor
     patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
-    sources = spec.stream.weights
+    hearing, sources = model.family.hearing, spec.stream.weights
     if not spec.stream.max_steps:
         sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].unique().to_pylist()
     return BatchBuilder(
@@ -122,10 +125,11 @@ def make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Device
             frame_store=Path(spec.data.video_frames),
         ),
         patch_values=3 * temporal_patch_size * patch_size**2,
-        placeholder_ids=(config.image_token_id, config.video_token_id),
+        placeholder_ids=placeholder_ids(config),
         tokens_per_second=model.family.tokens_per_second(config),
         vision_inputs=partial(model.family.vision_inputs, config.vision_config),
         sources=tuple(sorted(sources)),
+        sounds=SoundReader(SoundStore(Path(spec.data.video_frames), hearing), hearing, config) if hearing else None,
         rmpad=spec.data.use_rmpad,
         share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class PackedVLM(nn.Module):
-    """Token losses of a micro-batch: embed, one vision call, scatter, decode, cross-entropy on supervised positions.
+    """Token losses of a micro-batch: embed, call each tower once, scatter, decode, cross-entropy where supervised.
 
-    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its vision call covers
-    its share of the media.
+    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its calls of the
+    towers cover its share of the media.
 
     No forward of transformers is replaced. This module is the FSDP root, because FSDP2 cannot initialise lazily when a
     submodule is called outside of the root's forward.
@@ -70,6 +70,10 @@ class PackedVLM(nn.Module):
             )
             embeds = _put(features, batch.visual_index, embeds)
             deepstack = [_put(level, batch.visual_index, torch.zeros_like(embeds)) for level in deepstack]
+        if batch.sound_inputs:
+            heard = self.family.hearing.forward(model, batch.sound_inputs)
+            [heard] = exchange_features([heard], batch.heard_to, batch.heard_from, self.sp_group)
+            embeds = _put(heard, batch.heard_index, embeds)
         with self.routing.recorded(batch.real_tokens) if self.routing else nullcontext():
             hidden = model.language_model(
                 inputs_embeds=embeds,

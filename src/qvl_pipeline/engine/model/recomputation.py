@@ -37,7 +37,10 @@ def recompute_activations(hf: nn.Module, spec: RecomputeSpec) -> dict[str, int]:
         Number of blocks that recompute, by tower.
     """
     recomputed = {}
-    for tower, module, kind in (("llm", hf.model.language_model, spec.llm), ("vit", hf.model.visual, spec.vit)):
+    towers = [("llm", hf.model.language_model, spec.llm), ("vit", hf.model.visual, spec.vit)]
+    if hasattr(hf.model, "audio_tower"):
+        towers.append(("audio", hf.model.audio_tower, spec.vit))  # it is worked as a vision tower is
+    for tower, module, kind in towers:
         if kind == "none":
             continue
         run = _RUN[kind]

@@ -67,6 +67,10 @@ class StoredWeights:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.get_slice(stored).get_shape())
 
+    def stored_name(self, name: str) -> str:
+        """Return what a weight is called in the files."""
+        return self._files[name][1]
+
     def read(self, name: str) -> torch.Tensor:
         """Return a weight in the type that it is stored in."""
         file, stored = self._files[name]

@@ -29,6 +29,8 @@ def build_skeleton(path: str) -> PreTrainedModel:
         ValueError: The checkpoint is quantised.
     """
     config = AutoConfig.from_pretrained(path)
+    # Of a model that also speaks, the part that reads, sees and hears.
+    config = getattr(config, "thinker_config", config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
     return skeleton_of(config)

@@ -99,20 +99,21 @@ class MetricsWindow:
 
     def close(self) -> ClosedWindow:
         """End the window here and start the next one, without waiting for the device."""
-        started, losses, excluded_s = self._started, self.losses, self._excluded_s
-        counts = self._tokens, self._packs, self._steps, self._waited_s, self._work
-        choices = OnItsWay(torch.stack(self.choices).sum(0)) if self.choices else None
-        self._reset()
-        return ClosedWindow(
-            losses,
-            OnItsWay(losses.sums),
-            (started, self._started, excluded_s),
-            *counts,
-            capacity=counts[1] * self._packing_length,
+        closed = ClosedWindow(
+            losses=self.losses,
+            sums=OnItsWay(self.losses.sums),
+            span=(self._started, Moment(self._device), self._excluded_s),
+            tokens=self._tokens,
+            steps=self._steps,
+            waited_s=self._waited_s,
+            work=self._work,
+            capacity=self._packs * self._packing_length,
             peak_flops=self._peak_flops,
             peak_memory_gib=_peak_memory_gib(self._device),
-            choices=choices,
+            choices=OnItsWay(torch.stack(self.choices).sum(0)) if self.choices else None,
         )
+        self._reset()
+        return closed
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,6 @@ class ClosedWindow:
         sums: This rank's sums of losses and tokens by source.
         span: The moments of beginning and end, and seconds in between that do not count.
         tokens: Of all ranks.
-        packs: Of all ranks.
         steps: Steps taken.
         waited_s: Seconds that this rank waited for batches.
         work: FLOPs of this rank.
@@ -140,7 +140,6 @@ class ClosedWindow:
     sums: OnItsWay
     span: tuple[Moment, Moment, float]
     tokens: int
-    packs: int
     steps: int
     waited_s: float
     work: float

@@ -84,16 +84,19 @@ def tokenize(
     from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples, useful_workers
     from qvl_pipeline.data.plan.turns import with_prompts_of_turns
     from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.media.sound_store import SoundStore
 
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
     last_turn_only = model.thinking == "last_turn_only"
     valid_samples = with_prompts_of_turns(valid_samples, processor, last_turn_only=last_turn_only)
-    grids = media_grids(processor, media_index, store)
+    hearing = model.family.hearing
+    sounds = SoundStore(video_frames, hearing) if hearing else None
+    grids = media_grids(processor, media_index, store, sounds)
     first_of_type: dict[str, Any] = {}
     for items in valid_samples["media"]:
         for item in items:
             first_of_type.setdefault(item["type"], item)
-    check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store)
+    check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store, sounds)
     streamed, now = valid_samples.iloc[:0], valid_samples
     if batching.streamed:
         streamed, now = valid_samples, tokenized_beforehand(valid_samples)

@@ -189,8 +189,8 @@ class MlflowHook:
         names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
         changed = dict(flattened(without_secrets(run_params.get("runtime_params") or {}), "."))
         experiment = dvc_tags().get("dvc_experiment")
-        name = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
-        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, name)
+        title = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, title)
         if TRAIN_RESULT in pipeline.inputs():
             self._training_run = self._known(catalog.load(TRAIN_RESULT).get("mlflow_run_id"))
         self._evaluated = self._blocks["evaluate"].model_validate(self._parameters["evaluate"]).evaluated
@@ -215,7 +215,7 @@ class MlflowHook:
             self._run.log_text(environment_freeze(), "environment.txt")
         with going_on("the run above those of this chain"):
             self._go_below(run_name(config.run_name, [], experiment, changed), tags)
-        logger.info("MLflow run %s (%s)", name, self._run.id)
+        logger.info("MLflow run %s (%s)", title, self._run.id)
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:

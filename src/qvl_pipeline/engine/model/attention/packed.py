@@ -87,6 +87,8 @@ def use_kernels(
         text_attention if rmpad else text
     )
     model.config.vision_config._attn_implementation_internal = vision_attention
+    if hasattr(model.config, "audio_config"):  # chunks of sound see each other as frames do
+        model.config.audio_config._attn_implementation_internal = vision_attention
 
 
 def _register(name: str, kernel: Kernel, sp_group: dist.ProcessGroup | None) -> None:

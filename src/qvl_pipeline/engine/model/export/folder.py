@@ -97,11 +97,11 @@ def _write_weights(
         for name in names:
             tensor = weights.read(name, dtype)
             if tensor is not None:
-                tensors[model.family.hub_name(name)] = tensor.contiguous()
+                tensors[weights.name_in_base(name)] = tensor.contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:
-        weight_map = {model.family.hub_name(name): file for file, names in files.items() for name in names}
+        weight_map = {weights.name_in_base(name): file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

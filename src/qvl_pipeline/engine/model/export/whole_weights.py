@@ -46,6 +46,10 @@ class WholeWeights:
         sizes = {name: elements * dtype.itemsize for name, elements in self._sizes.items()}
         return sizes | (self._stored.kept if self._stored else {})
 
+    def name_in_base(self, name: str) -> str:
+        """Return what a weight is called in the base model's files; asked by the rank that wants the weights."""
+        return self._stored.stored_name(name)
+
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Return a weight on the CPU, converted unless it is kept.
 
