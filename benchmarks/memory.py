@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -106,7 +107,7 @@ def measure(names: Iterable[str], tokens: int) -> list[dict[str, Any]]:
 
 def _measure(path: Path) -> dict[str, int]:
     """Take a step for the optimizer's state and all caches to be there; then look at the next one."""
-    torch._dynamo.config.disable = True  # torchao's step is compiled, which takes minutes on a CPU and holds nothing
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchao's step is compiled, which takes minutes on a CPU
     spec = TrainSpec.load(path)
     trainer = Trainer(spec, StopRequest(), Watchdog(spec.run.ddp_timeout, lambda *_: None))
     model, samples = trainer.model, TokenizedSamples(Path(spec.data.tokenized))
