@@ -82,9 +82,9 @@ def make_samples(config: Any, family: str) -> dict[str, dict[str, Any]]:
     """Make one sample of every modality; sizes differ, and the longest answer is not the last."""
     image, video = config.image_token_id, config.video_token_id
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    # With times in the text there is a block of placeholders for each temporal patch; Qwen2.5-VL has one for the clip.
+    # With times in the text there is a block of placeholders for each temporal patch; Qwen2.5 has one for the clip.
     frames = [start, *[video] * 6, end]
-    clip = [30, *frames, 31, *frames] if family != "qwen2_5_vl" else [start, *[video] * 12, end]
+    clip = [30, *frames, 31, *frames] if not family.startswith("qwen2_5_") else [start, *[video] * 12, end]
     small, large = (1, 4, 4), (1, 4, 8)
     prompts: dict[str, tuple[list[int], list[tuple]]] = {
         "text": ([40, 41, 42], []),
