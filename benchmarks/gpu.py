@@ -35,8 +35,8 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.gpu_models import MODELS, TINY, make_batch, make_samples
 from benchmarks.report import report
 from qvl_pipeline.engine.feed.batch import Batch
-from qvl_pipeline.engine.model.attention import use_packed_attention
-from qvl_pipeline.engine.model.attention_kernels import why_not
+from qvl_pipeline.engine.model.attention.kernels import why_not
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
@@ -46,7 +46,7 @@ from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel.sharding import start_process_group
-from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec
+from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec, RecomputeSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.pixels import normalize_patches
 
@@ -58,12 +58,13 @@ WARMUP_STEPS = 2
 # What to try until a step fits into memory: of ours, whose activations to recompute, and whether the weights are cast
 # to bfloat16 once more for the backward pass (`reshard_after_forward`); of the comparator, which has one switch for
 # all, how many rows to do at once as well.
-RECOMPUTED: tuple[tuple[tuple[str, ...], bool], ...] = (
-    ((), False),
-    ((), True),
-    (("llm",), False),
-    (("llm", "vit"), False),
-    (("llm", "vit"), True),
+RECOMPUTED: tuple[tuple[dict[str, str], bool], ...] = (
+    ({}, False),
+    ({}, True),
+    ({"llm": "selective"}, False),
+    ({"llm": "full"}, False),
+    ({"llm": "full", "vit": "full"}, False),
+    ({"llm": "full", "vit": "full"}, True),
 )
 ROWS_AT_ONCE = ((8, False), (4, False), (2, False), (1, False), (8, True), (2, True), (1, True))
 MEAN_AND_STD = [0.5] * 3
@@ -82,6 +83,7 @@ OPTIM = OptimSpec(
     lr_scheduler_kwargs={},
     warmup_steps=0,
     ema_decay=0.0,
+    router_aux_loss_coef=None,
 )
 PARALLEL = ParallelSpec(
     transformer_layer_cls_to_wrap=(),
@@ -91,10 +93,12 @@ PARALLEL = ParallelSpec(
     backward_prefetch=0,
     accumulate_sharded=False,
     cpu_offload=False,
+    frozen_sharding="sharded",
     bf16=True,
     fp16=False,
     sp_ulysses_degree=1,
 )
+NOTHING_RECOMPUTED = RecomputeSpec(llm="none", vit="none", every=1, offload=False)
 
 
 def main() -> None:
@@ -174,6 +178,11 @@ def one_rank() -> Iterator[None]:
             del os.environ[key]
 
 
+def _named(towers: dict[str, str], reshard: bool) -> str:
+    named = [tower if kind == "full" else f"{tower} ({kind})" for tower, kind in towers.items()]
+    return ", ".join([*named, *(["weights"] if reshard else [])]) or "nothing"
+
+
 class _Bench:
     """One model on one device: the same samples for everyone."""
 
@@ -187,9 +196,9 @@ class _Bench:
     def ours(self, attention: str, blocks: str) -> dict[str, Any]:
         """Time steps of the engine's model on a pack, with its blocks as they are, with Liger's kernels or compiled."""
 
-        def make_step(recomputed: Sequence[str], reshard: bool) -> Callable[[], None]:
+        def make_step(recomputed: dict[str, str], reshard: bool) -> Callable[[], None]:
             model = build(self._config, self._device, torch.float32, attention, blocks == "liger", half=True)
-            recompute_activations(model.hf, recomputed)
+            recompute_activations(model.hf, dataclasses.replace(NOTHING_RECOMPUTED, **recomputed))
             if blocks == "compiled":
                 compile_blocks(model.hf, model.family, backend="inductor", mode="default")
             shard_model(model, self._device, dataclasses.replace(PARALLEL, reshard_after_forward=reshard))
@@ -197,10 +206,7 @@ class _Bench:
             targets = len(self._pack.targets)
             return lambda: _step(model, optimizer, [lambda: model(self._pack.to(self._device)).sum() / targets])
 
-        ladder = {
-            ", ".join([*parts, *(["weights"] if reshard else [])]) or "nothing": partial(make_step, parts, reshard)
-            for parts, reshard in RECOMPUTED
-        }
+        ladder = {_named(towers, reshard): partial(make_step, towers, reshard) for towers, reshard in RECOMPUTED}
         return {"attention": attention, "blocks": blocks} | self._measure(ladder)
 
     def padded(self, attention: str, linear: bool) -> dict[str, Any]:

@@ -16,14 +16,15 @@ from qvl_pipeline.families import FAMILIES
 
 IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
 _TEXT = {"vocab_size": 151_936, "max_position_embeddings": 128_000, "bos_token_id": None, "eos_token_id": None}
-_ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-_ROPE25 = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-_TINY_ROPE25 = _ROPE25 | {"mrope_section": [4, 6, 6]}
+ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+ROPE25 = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_TINY_ROPE25 = ROPE25 | {"mrope_section": [4, 6, 6]}
 _VISION25 = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
 _VISION25 |= {"fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14, "tokens_per_second": 2}
 
 
-def _sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+def sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    """Name the dimensions of a decoder."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return dict(zip(names, (hidden, intermediate, layers, heads, kv_heads), strict=True))
 
@@ -31,7 +32,7 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 # The dimensions of the models' own configs.
 MODELS: dict[str, Any] = {
     "qwen3_vl_4b": Qwen3VLConfig(
-        text_config=_TEXT | _sizes(2560, 9728, 36, 32, 8) | {"head_dim": 128, "rope_parameters": _ROPE3},
+        text_config=_TEXT | sizes(2560, 9728, 36, 32, 8) | {"head_dim": 128, "rope_parameters": ROPE3},
         vision_config={"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16}
         | {"out_hidden_size": 2560, "patch_size": 16}
         | {"deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304},
@@ -39,13 +40,13 @@ MODELS: dict[str, Any] = {
         **IDS,
     ),
     "qwen2_5_vl_3b": Qwen2_5_VLConfig(
-        text_config=_TEXT | _sizes(2048, 11008, 36, 16, 2) | {"rope_parameters": _ROPE25},
+        text_config=_TEXT | sizes(2048, 11008, 36, 16, 2) | {"rope_parameters": ROPE25},
         vision_config=_VISION25 | {"out_hidden_size": 2048},
         tie_word_embeddings=True,
         **IDS,
     ),
     "qwen2_5_vl_7b": Qwen2_5_VLConfig(
-        text_config=_TEXT | _sizes(3584, 18944, 28, 28, 4) | {"rope_parameters": _ROPE25, "vocab_size": 152_064},
+        text_config=_TEXT | sizes(3584, 18944, 28, 28, 4) | {"rope_parameters": ROPE25, "vocab_size": 152_064},
         vision_config=_VISION25 | {"out_hidden_size": 3584},
         tie_word_embeddings=False,
         **IDS,
@@ -53,14 +54,14 @@ MODELS: dict[str, Any] = {
 }
 TINY = {
     "tiny_qwen3_vl": Qwen3VLConfig(
-        text_config=_TEXT | _sizes(64, 128, 2, 4, 2) | {"head_dim": 128, "rope_parameters": _ROPE3, "vocab_size": 512},
+        text_config=_TEXT | sizes(64, 128, 2, 4, 2) | {"head_dim": 128, "rope_parameters": ROPE3, "vocab_size": 512},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
         | {"patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
         tie_word_embeddings=True,
         **IDS,
     ),
     "tiny_qwen2_5_vl": Qwen2_5_VLConfig(
-        text_config=_TEXT | _sizes(64, 128, 2, 2, 1) | {"rope_parameters": _TINY_ROPE25, "vocab_size": 512},
+        text_config=_TEXT | sizes(64, 128, 2, 2, 1) | {"rope_parameters": _TINY_ROPE25, "vocab_size": 512},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
         | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2},
         tie_word_embeddings=True,

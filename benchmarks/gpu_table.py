@@ -25,7 +25,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,20 +34,22 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import report as reports
-from benchmarks.gpu import MEAN_AND_STD, OPTIM, PARALLEL, RECOMPUTED, one_rank
+from benchmarks.gpu import MEAN_AND_STD, NOTHING_RECOMPUTED, OPTIM, PARALLEL, RECOMPUTED, one_rank
 from benchmarks.gpu_models import IDS, TINY, make_batch, make_clip, make_samples
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.adapters.linear import adapted_layers
 from qvl_pipeline.engine.model.adapters.values import fill_quantized
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import ModelFlops, flops_of, peak_flops
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.routing import use_experts_kernel
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import compute_buffers
 from qvl_pipeline.engine.optim.optimization import make_optimizers
@@ -58,7 +60,12 @@ from qvl_pipeline.families.facts import MODELS
 
 FORMS = ("full", "frozen vision", "lora", "qlora")
 MEDIA = ("images", "video")
-PUBLISHED = tuple(f"Qwen/{name}-Instruct" for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-8B"))
+# Of these only so many decoder layers: the whole would not fit one GPU.
+CUT = {"Qwen/Qwen3-VL-30B-A3B-Instruct": 8}
+PUBLISHED = (
+    *(f"Qwen/{name}-Instruct" for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-8B")),
+    *("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", *CUT),
+)
 WARMUP_STEPS = 2
 _LORA = AdapterSpec(
     type="lora",
@@ -164,13 +171,14 @@ def measure(config: Any, form: str, media: str, device: torch.device, tokens: in
         except (ValueError, ImportError, RuntimeError, TypeError) as error:  # what does not run here
             note = str(error).splitlines()[0][:80]
             break
-        less = ", ".join([*(f"activations of {part}" for part in recomputed), *(["weights"] if reshard else [])])
+        kept_less = [f"activations of {part} ({kind})" for part, kind in recomputed.items()]
+        less = ", ".join([*kept_less, *(["weights"] if reshard else [])])
         return row | fixed | found | {"kept_less": less or "nothing", "kernels": kernels, "note": ""}
     return row | fixed | {"kernels": "", "note": note}
 
 
 def _build(
-    config: Any, form: str, device: torch.device, recomputed: Sequence[str], reshard: bool
+    config: Any, form: str, device: torch.device, recomputed: Mapping[str, str], reshard: bool
 ) -> tuple[PackedVLM, ModelFlops, str]:
     """Build a model as the engine does, of random weights; say what its FLOPs are, and its kernels."""
     family, cuda = FAMILIES[config.model_type], device.type == "cuda"
@@ -179,6 +187,10 @@ def _build(
     hf.train()
     use_linear_patch_embedding(hf)
     kernels = use_packed_attention(hf, "auto", "auto", device, half=True)
+    if family.linear_attention:
+        kernels["text"] += f", {use_packed_linear_attention(hf, family, 'auto', device, half=True)}"
+    if family.experts:
+        kernels["text"] += f", {use_experts_kernel(hf, 'auto', device)}"
     adapter = _ADAPTERS.get(form)
     if adapter:
         inject(hf, family, adapter)
@@ -186,10 +198,10 @@ def _build(
         freeze(hf, family, ("vit", "merger") if form == "frozen vision" else ())
     if cuda:
         use_liger_kernels(hf, family, device)
-    hold_frozen_in(hf, torch.bfloat16)
+    hold_parameters(hf, trained=torch.float32, frozen=torch.bfloat16)
     if adapter and adapter.quantizes:
         quantize_base(hf, family, adapter)
-    recompute_activations(hf, recomputed)
+    recompute_activations(hf, dataclasses.replace(NOTHING_RECOMPUTED, **recomputed))
     model = PackedVLM(hf, family, MEAN_AND_STD, MEAN_AND_STD)
     flops, normalization = flops_of(model), (model.image_mean, model.image_std)
     shard_model(model, device, dataclasses.replace(PARALLEL, reshard_after_forward=reshard))
@@ -248,7 +260,11 @@ def _watts(device: torch.device) -> list[float]:
 
 
 def _config(model: str) -> Any:
-    return TINY[model] if model in TINY else AutoConfig.for_model(**MODELS[model].config(), **IDS)
+    if model in TINY:
+        return TINY[model]
+    said = MODELS[model].config()
+    said["text_config"]["num_hidden_layers"] = CUT.get(model, MODELS[model].text.num_hidden_layers)
+    return AutoConfig.for_model(**said, **IDS)
 
 
 @contextlib.contextmanager

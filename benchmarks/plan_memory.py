@@ -142,6 +142,7 @@ def _write_samples(path: Path, count: int) -> None:
                 "media": [[]] * rows,
                 "length": lengths,
                 "supervised_tokens": lengths // 2,
+                "spectra": np.zeros(rows, np.int32),
                 "vit_patches": np.where(rng.random(rows) < 0.5, 4 * (lengths // 8), 0).astype(np.int32),
             }
             batch = pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)

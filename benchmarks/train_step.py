@@ -114,9 +114,9 @@ def compare(
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
-            training = _make_training(Path(folder) / str(number), samples // rounds, number, packing_length)
+            training = make_training(Path(folder) / str(number), samples // rounds, number, packing_length)
             for name in names if number % 2 == 0 else names[::-1]:
-                turns[name].append(_on_ranks(CONTENDERS[name], training))
+                turns[name].append(on_ranks(CONTENDERS[name], training))
     rows = [
         {
             "contender": name,
@@ -136,8 +136,10 @@ def compare(
     return rows, ratios
 
 
-def _make_training(folder: Path, count: int, seed: int, packing_length: int) -> Path:
-    """Write model, samples, images and plan; return the path of the spec."""
+def make_training(
+    folder: Path, count: int, seed: int, packing_length: int = PACKING_LENGTH, micro_batches: int = 1
+) -> Path:
+    """Write model, samples, images and plan, with so many micro-batches a step; return the path of the spec."""
     from qvl_pipeline.training.scratch import PACK_PLAN
     from qvl_pipeline.training.spec import Inputs, make_spec
 
@@ -152,7 +154,9 @@ def _make_training(folder: Path, count: int, seed: int, packing_length: int) -> 
     tokenized = folder / "tokenized.arrow"
     with pa.ipc.new_file(str(tokenized), SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    batching = BatchingConfig(packing_length=packing_length, data_parallel_size=RANKS)
+    batching = BatchingConfig(
+        packing_length=packing_length, data_parallel_size=RANKS, gradient_accumulation_steps=micro_batches
+    )
     plan, summary = make_plan(tokenized, batching, {"benchmark": 1.0})
     run = folder / "run"
     run.mkdir()
@@ -181,7 +185,8 @@ def _sample(folder: Path, config: Any, rng: np.random.Generator, number: int) ->
         key = str(folder / f"{number}.png")
         pixels = rng.integers(0, 256, (height * 16, width * 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(key, compress_level=1)
-        media = [{"type": "image", "key": key, "grid_t": 1, "grid_h": height, "grid_w": width, "seconds_per_grid": 0.0}]
+        grid = {"grid_t": 1, "grid_h": height, "grid_w": width, "seconds_per_grid": 0.0}
+        media = [{"type": "image", "key": key, "spectra": 0, **grid}]
         image = [config.image_token_id] * (height * width // 4)
         prompt = [config.vision_start_token_id, *image, config.vision_end_token_id]
     ids = [*prompt, *rng.integers(50, 250, size=length).tolist()]
@@ -194,6 +199,7 @@ def _sample(folder: Path, config: Any, rng: np.random.Generator, number: int) ->
         "length": len(ids),
         "supervised_tokens": supervised,
         "vit_patches": sum(item["grid_h"] * item["grid_w"] for item in media),
+        "spectra": 0,
         "prompt_length": len(ids) - supervised,
         "media": media,
     }
@@ -361,8 +367,8 @@ _RATIOS = {
 }
 
 
-def _on_ranks(run: Callable[[Path], _Turn], spec_path: Path) -> _Turn:
-    """Fork the ranks, with everything imported, and return what they measured."""
+def on_ranks(run: Callable[[Path], Any], spec_path: Path) -> Any:
+    """Fork the ranks, with everything imported, and return what the first one measured."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -377,13 +383,13 @@ def _on_ranks(run: Callable[[Path], _Turn], spec_path: Path) -> _Turn:
     return results.get()
 
 
-def _rank(run: Callable[[Path], _Turn], spec_path: Path, rank: int, port: int, results: Any) -> None:
+def _rank(run: Callable[[Path], Any], spec_path: Path, rank: int, port: int, results: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0")
-    turn = run(spec_path)
+    measured = run(spec_path)
     dist.destroy_process_group()
     if rank == 0:
-        results.put(turn)
+        results.put(measured)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from qvl_pipeline.config import CompareConfig, EvaluateConfig, IngestConfig, Mod
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-TINY = ["tiny_qwen2_5_vl", "tiny_qwen3_vl"]
+TINY = ["tiny_qwen2_5_vl", "tiny_qwen3_5", "tiny_qwen3_vl", "tiny_qwen3_vl_lora"]
 REAL = [
     *("qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_72b"),
     *("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b"),
+    *("qwen3_5_4b", "qwen3_5_9b", "qwen3_5_27b"),
     *("frozen_vision", "long_video"),
 ]
 ADAPTED = ["qwen2_5_vl_7b_lora", "qwen3_vl_8b_lora", "qwen3_vl_8b_qlora"]
-SHIPPED = REAL + ADAPTED + TINY
+HEARING = ["qwen2_5_omni_7b", "tiny_qwen2_5_omni"]
+SHIPPED = REAL + ADAPTED + TINY + HEARING
 # A seed with which the training takes a second.
 WAITS = 1234
 # And one with which it fails by a bug.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import time
@@ -11,8 +12,12 @@ from typing import Any
 
 import boto3
 import mlflow
+import pandas as pd
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.reports.compare import compare_runs
 from tests.dvc_repository import command
@@ -63,6 +68,13 @@ def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
     assert not (copy / "data" / "06_models" / "tiny_qwen3_vl" / "scratch").exists(), "nothing was trained"
     # The report tells which run it is of, so that alone may differ.
     assert "changed deps" not in command(copy, "dvc status")
+    # Of two steps, the first; nothing of it is in the clone but what came from the server.
+    command(copy, "kedro run --pipelines evaluate --params evaluate.checkpoint=step-1")
+    early = json.loads((copy / METRICS).read_text())
+    assert early["base"] == committed["base"]
+    assert early["trained"]["overall"]["loss"] > committed["trained"]["overall"]["loss"]
+    command(copy, "kedro run --pipelines evaluate --params evaluate.checkpoint=step-2")
+    assert json.loads((copy / METRICS).read_text())["trained"] == committed["trained"], "the last step"
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +145,38 @@ def test_loss_curves_are_drawn_together(experiments: Path, table: dict[str, dict
         last = table[name]["metrics"][RESULT]["data"]["final_loss"]
         assert f'"rev": "{name}"' in page
         assert str(last) in page
+
+
+def test_a_registered_model_is_loaded_from_the_remote_and_answers(
+    trained: Path, tmp_path: Path, tracking_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(trained, project, symlinks=True)
+    (project / "conf/local/mlflow.yml").write_text("register_model: loaded\npromote: {alias: champion, on: overall}\n")
+    command(project, "kedro run --pipelines evaluate")
+    # The model is in a remote, and nowhere else.
+    shutil.move(project / ".dvc/cache", tmp_path / "storage")
+    shutil.rmtree(project / "data/06_models")
+    command(project, f"dvc remote add --default storage {tmp_path / 'storage'}")
+    monkeypatch.chdir(project)
+    mlflow.set_tracking_uri(tracking_database)
+    model = mlflow.pyfunc.load_model("models:/loaded@champion")
+    picture = next((project / "data/01_raw/digits").rglob("*.png"))
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    question = "Which digit is this?"
+    rows = [{"question": question, "image": str(picture)}, {"question": question, "image": encoded}]
+    answers = model.predict(pd.DataFrame([*rows, {"question": question, "image": None}]), params={"max_new_tokens": 4})
+    served = trained / "data/06_models/tiny_qwen3_vl/trained"
+    processor = AutoProcessor.from_pretrained(served)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+    tokens = AutoModelForImageTextToText.from_pretrained(served, dtype=torch.float32).generate(
+        **inputs, max_new_tokens=4, do_sample=False
+    )
+    expected = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answers[:2] == [expected, expected]
+    assert len(answers) == 3
 
 
 def test_the_comparison_agrees_with_dvc(table: dict[str, dict[str, Any]], tracking_database: str) -> None:

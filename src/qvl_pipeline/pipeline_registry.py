@@ -7,7 +7,7 @@ from importlib import import_module
 from kedro.pipeline import Pipeline
 
 STAGES = ("ingest", "validate", "sample", "tokenize", "train", "evaluate")
-TOOLS = ("compare", "sync_metrics", "replay")
+TOOLS = ("preflight", "compare", "sync_metrics", "replay")
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -135,6 +135,20 @@ def test_misspelt_key_names_the_nearest() -> None:
         (config.TrainConfig, {"learning_rates": {"lm": 1e-5}}, "Input should be 'vit'"),
         (config.TrainConfig, {"export_ema": True}, "set ema_decay"),
         (config.TrainConfig, {"gradient_checkpointing": ["llms"]}, "Input should be 'llm' or 'vit'"),
+        (
+            config.TrainConfig,
+            {"gradient_checkpointing": {"llm": "some"}},
+            "Input should be 'none', 'selective' or 'full",
+        ),
+        (config.TrainConfig, {"gradient_checkpointing": {"lm": "full"}}, "unknown key 'lm': did you mean 'llm'"),
+        (config.TrainConfig, {"gradient_checkpointing": {"every": 2}}, "every and offload are for recomputed towers"),
+        (
+            config.TrainConfig,
+            {"gradient_checkpointing": {"llm": "full", "offload": True}, "torch_compile": True},
+            "offload copies from within blocks.*, or torch_compile, to false",
+        ),
+        (config.TrainConfig, {"optim": "adamw_bf16"}, "holds weights in bfloat16, so set bf16 to true"),
+        (config.FSDPConfig, {"frozen_sharding": "replicated", "cpu_offload": True}, "cpu_offload .*: choose one"),
         (config.TrainConfig, {"torch_compile_mode": "reduce-overhead"}, "Input should be 'default'"),
         (config.IngestConfig, {"datasets": []}, "at least 1 item"),
         (
@@ -159,9 +173,18 @@ def test_one_tracker_may_be_given_as_a_string() -> None:
 
 
 def test_gradient_checkpointing_is_of_both_towers_or_of_those_named() -> None:
-    assert config.TrainConfig().checkpointed_towers == ()
-    assert config.TrainConfig(gradient_checkpointing=True).checkpointed_towers == ("llm", "vit")
-    assert config.TrainConfig(gradient_checkpointing=["vit"]).checkpointed_towers == ("vit",)
+    def towers(given: object) -> tuple[str, str]:
+        recomputed = config.TrainConfig(gradient_checkpointing=given).recomputed
+        assert (recomputed.every, recomputed.offload) == (1, False)
+        return recomputed.llm, recomputed.vit
+
+    assert towers(False) == towers([]) == towers({}) == ("none", "none")
+    assert towers(True) == ("full", "full")
+    assert towers(["vit"]) == ("none", "full")
+    assert towers({"llm": "selective"}) == ("selective", "none")
+    given = {"llm": "full", "every": 2, "offload": True}
+    recomputed = config.TrainConfig(gradient_checkpointing=given).recomputed
+    assert recomputed.model_dump() == {"llm": "full", "vit": "none", "every": 2, "offload": True}
 
 
 @pytest.mark.parametrize(("family", "side"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])

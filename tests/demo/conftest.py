@@ -20,7 +20,7 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["qwen3_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="session", params=["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

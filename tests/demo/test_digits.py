@@ -4,6 +4,7 @@ import filecmp
 import json
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from qvl_pipeline.demo.digits import _of_split, build_digits
+from qvl_pipeline.config.ingest import DemoKind
+from qvl_pipeline.demo.digits import TRAIN_WEIGHTS, _of_split, build_digits
 from qvl_pipeline.demo.questions import KINDS
 
 SOURCES = {"digits_parquet": "messages.parquet", "digits_jsonl": "messages.jsonl", "digits_sharegpt": "sharegpt.json"}
@@ -78,8 +80,19 @@ def test_good_rows_are_as_many_as_asked_for(digits_folder: Path) -> None:
 
 def test_every_kind_is_in_both_splits_and_eval_has_equal_shares(digits_folder: Path) -> None:
     kinds = Counter((row["split"], row["kind"]) for row in good_rows(digits_folder))
-    assert {kind for split, kind in kinds if split == "train"} == set(KINDS)
-    assert {kind: kinds["eval", kind] for kind in KINDS} == dict.fromkeys(KINDS, 10)
+    assert {kind for split, kind in kinds if split == "train"} == set(TRAIN_WEIGHTS)
+    assert {kind: kinds["eval", kind] for kind in TRAIN_WEIGHTS} == dict.fromkeys(TRAIN_WEIGHTS, 10)
+
+
+def test_kinds_that_are_asked_for_are_all_there_is(tmp_path: Path) -> None:
+    assert set(get_args(DemoKind)) == set(KINDS)
+    assert set(KINDS) - set(TRAIN_WEIGHTS) == {"next_digit"}
+    build_digits(tmp_path / "digits", seed=0, train_samples=24, eval_samples=8, kinds={"next_digit": 1})
+    rows = good_rows(tmp_path / "digits")
+    assert {row["kind"] for row in rows} == {"next_digit"}
+    texts = [[item["text"] for item in items(row) if item["type"] == "text"] for row in rows if "messages" in row]
+    assert {question for question, _ in texts} == {"Which digit comes after this one?"}
+    assert {answer for _, answer in texts} == set("0123456789")
 
 
 def test_most_samples_are_in_the_parquet_source(digits_folder: Path) -> None:

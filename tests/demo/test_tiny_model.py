@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.families import FAMILIES
 
 CASES = {
     "text": [],
@@ -53,7 +54,7 @@ def test_placeholders_are_the_product_of_the_grid(model_folder: Path, media: lis
 
 
 def test_processor_keeps_to_small_sizes(model_folder: Path, family: str) -> None:
-    unit = {"qwen3_vl": 16, "qwen2_5_vl": 14}[family]
+    unit = FAMILIES[family].patch_size
     processor = AutoProcessor.from_pretrained(model_folder)
     huge, speck = (processor.image_processor(Image.new("RGB", (side, side))) for side in (2000, 10))
     assert huge["image_grid_thw"].tolist() == [[1, 16, 16]]
@@ -100,11 +101,15 @@ def test_two_million_parameters(model_folder: Path) -> None:
 def test_mechanisms_of_the_real_models(model_folder: Path, family: str) -> None:
     config = AutoModelForImageTextToText.from_pretrained(model_folder).config
     vision = config.vision_config
-    if family == "qwen3_vl":
-        assert len(vision.deepstack_visual_indexes) >= 2
+    if family != "qwen2_5_vl":
+        assert len(getattr(vision, "deepstack_visual_indexes", ())) >= (2 if family == "qwen3_vl" else 0)
         assert config.text_config.rope_parameters["mrope_interleaved"] is True
         assert vision.num_position_embeddings > 0
-    else:
+    if family == "qwen3_5":
+        assert config.text_config.layer_types == [*["linear_attention"] * 3, "full_attention"]
+        assert config.text_config.linear_num_value_heads > config.text_config.linear_num_key_heads
+        assert config.text_config.rope_parameters["partial_rotary_factor"] < 1
+    if family == "qwen2_5_vl":
         assert 0 < len(vision.fullatt_block_indexes) < vision.depth
         assert vision.window_size < 56
 
@@ -144,5 +149,5 @@ def test_another_seed_gives_other_weights_and_global_state_stays(
 
 
 def test_unknown_family_is_an_error(tmp_path: Path, corpus: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"family 'llava'.*qwen2_5_vl and qwen3_vl"):
+    with pytest.raises(ValueError, match=r"family 'llava'.*qwen2_5_vl, qwen3_5, qwen3_vl"):
         build_tiny_model(tmp_path, family="llava", seed=0, corpus=corpus)

@@ -26,6 +26,7 @@ _FORKSERVER.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
+        "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
         __name__,

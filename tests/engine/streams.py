@@ -14,6 +14,7 @@ from qvl_pipeline.data.plan.tokenization import SCHEMA as TOKENIZED
 from qvl_pipeline.data.plan.tokenization import tokenize_samples
 from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.tokens.encoding import ImageFacts, MediaGrids
@@ -45,7 +46,7 @@ def make_streamed(folder: Path, model: Path, family: str, samples: int = 12) -> 
     kinds = ("text", "image", "video") * (samples // 3)
     base = make_training(folder, model, family, kinds=kinds, packs_per_step=2)
     table = samples_table([_row(folder, kind, number) for number, kind in enumerate(kinds)])
-    side = 4 * {"qwen3_vl": 16, "qwen2_5_vl": 14}[family]
+    side = 4 * FAMILIES[family].patch_size
     sizes = {str(folder / f"{number}.png"): ImageFacts(side, side, None) for number in range(len(kinds))}
     write_stream_samples(folder / "stream_samples.parquet", table, sizes)
     spec = changed(

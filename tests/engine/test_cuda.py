@@ -29,15 +29,19 @@ def _attention(kernel: str) -> dict[str, Any]:
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "inductor"}
-RECOMPUTED = {"checkpointed_towers": ("llm", "vit")}
+RECOMPUTED = {"llm": "full", "vit": "full"}
+SELECTIVE = {"llm": "selective", "vit": "selective"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": BF16,
     "fp16": {"parallel": {"fp16": True}},
     **{kernel: _attention(kernel) for kernel in ("torch_varlen", "sdpa", "eager")},
     "liger": BF16 | {"model": {"use_liger_kernel": True}},
-    "recomputed": BF16 | {"model": RECOMPUTED},
+    "recomputed": BF16 | {"recompute": RECOMPUTED},
+    "recomputed, selective": BF16 | {"recompute": SELECTIVE},
+    "recomputed, offloaded": BF16 | {"recompute": RECOMPUTED | {"offload": True}},
     "compiled": BF16 | {"model": COMPILED},
-    "compiled, recomputed": BF16 | {"model": COMPILED | RECOMPUTED},
+    "compiled, recomputed": BF16 | {"model": COMPILED, "recompute": RECOMPUTED},
+    "compiled, selective": BF16 | {"model": COMPILED, "recompute": SELECTIVE},
     "cpu_offload": {"parallel": {"bf16": True, "cpu_offload": True}},
     "padded": BF16 | {"data": {"use_rmpad": False}},
     "loader processes": BF16 | {"data": {"dataloader_num_workers": 2}},

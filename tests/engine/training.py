@@ -18,9 +18,11 @@ from transformers import AutoConfig
 
 from qvl_pipeline.engine import spec
 from qvl_pipeline.engine.__main__ import main
+from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.frame_encoding import encode_frame
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
 from qvl_pipeline.media.pixels import open_image
+from qvl_pipeline.media.sound_store import SoundStoreWriter, StoredSound
 from tests.engine.ranks import run_ranks
 
 SCHEMA = pa.schema(
@@ -28,14 +30,14 @@ SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("sample_id", "source", "split", "kind", "task", "answer")),
         ("input_ids", pa.list_(pa.int32())),
         ("label_spans", pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))),
-        *((name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "prompt_length")),
+        *((name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "spectra", "prompt_length")),
         (
             "media",
             pa.list_(
                 pa.struct(
                     [("type", pa.string()), ("key", pa.string())]
                     + [(name, pa.int32()) for name in ("grid_t", "grid_h", "grid_w")]
-                    + [("seconds_per_grid", pa.float64())]
+                    + [("seconds_per_grid", pa.float64()), ("spectra", pa.int32())]
                 )
             ),
         ),
@@ -53,8 +55,8 @@ def make_training(
     """Write a training of one pack a sample, `packs_per_step` packs a step, in the order of `kinds`."""
     config = AutoConfig.from_pretrained(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with FrameStoreWriter(folder / "video_frames") as frames:
-        samples = [_sample(folder, frames, config, family, kind, number) for number, kind in enumerate(kinds)]
+    with FrameStoreWriter(folder / "video_frames") as frames, SoundStoreWriter(folder / "video_frames", 128) as sounds:
+        samples = [_sample(folder, frames, sounds, config, family, kind, number) for number, kind in enumerate(kinds)]
     table = pa.Table.from_pylist(samples, schema=SCHEMA)
     with pa.ipc.new_file(str(folder / "tokenized.arrow"), SCHEMA) as writer:
         writer.write_table(table)
@@ -65,6 +67,7 @@ def make_training(
             "sample_rows": [number],
             "tokens": sample["length"],
             "vit_patches": sample["vit_patches"],
+            "spectra": sample["spectra"],
             "supervised_tokens": sample["supervised_tokens"],
         }
         for number, sample in enumerate(samples)
@@ -85,6 +88,8 @@ def make_training(
             seed=0,
             profile_steps=(),
             memory_snapshot_on_oom=False,
+            worst_case_first=False,
+            expected_peak_bytes=0,
         ),
         model=spec.ModelSpec(
             path=str(model),
@@ -92,8 +97,10 @@ def make_training(
             family=family,
             attn_implementation="auto",
             vit_attn_implementation="auto",
+            linear_attn_implementation="auto",
+            experts_implementation="auto",
+            ignore_empty_think=True,
             freeze_modules=(),
-            checkpointed_towers=(),
             use_liger_kernel=False,
             image_min_pixels=3136,
             image_max_pixels=50176,
@@ -101,6 +108,7 @@ def make_training(
             torch_compile_backend="eager",
             torch_compile_mode="default",
         ),
+        recompute=spec.RecomputeSpec(llm="none", vit="none", every=1, offload=False),
         data=spec.DataSpec(
             tokenized=str(folder / "tokenized.arrow"),
             pack_plan=str(folder / "pack_plan.parquet"),
@@ -143,6 +151,7 @@ def make_training(
             lr_scheduler_kwargs={},
             warmup_steps=1,
             ema_decay=0.0,
+            router_aux_loss_coef=None,
         ),
         parallel=spec.ParallelSpec(
             transformer_layer_cls_to_wrap=(),
@@ -152,6 +161,7 @@ def make_training(
             backward_prefetch=0,
             accumulate_sharded=False,
             cpu_offload=False,
+            frozen_sharding="sharded",
             bf16=False,
             fp16=False,
             sp_ulysses_degree=1,
@@ -188,7 +198,15 @@ def make_training(
     )
 
 
-def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, kind: str, number: int) -> dict[str, Any]:
+def _sample(
+    folder: Path,
+    frames: FrameStoreWriter,
+    sounds: SoundStoreWriter,
+    config: Any,
+    family: str,
+    kind: str,
+    number: int,
+) -> dict[str, Any]:
     rng = np.random.default_rng(number)
     side = config.vision_config.patch_size * 4
     start, end = config.vision_start_token_id, config.vision_end_token_id
@@ -204,9 +222,16 @@ def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, ki
         seconds = [0.0, 0.5, 1.0, 1.5]
         frames.add(StoredClip(key, None, None, side, side, 2.0, "png", [0, 1, 2, 3], seconds, encoded))
         blocks = [[start, *[config.video_token_id] * 4, end]] * 2
-        if family == "qwen2_5_vl":
+        if family in ("qwen2_5_vl", "qwen2_5_omni"):
             blocks = [[start, *[config.video_token_id] * 8, end]]
         media, prompt = [_medium("video", key, 2, 1.0)], [*(token for block in blocks for token in block), *prompt]
+    if kind == "audio":
+        key, spectra = f"{number}.wav", 30 + 11 * number
+        log_mel = rng.normal(size=(spectra, 128)).astype(np.float32)
+        sounds.add(StoredSound("audio", key, None, None, "", spectra, log_mel))
+        media = [_medium("audio", key, 0, 0.0) | {"grid_h": 0, "grid_w": 0, "spectra": spectra}]
+        placeholders = [config.audio_token_id] * audio_tokens(spectra)
+        prompt = [config.audio_start_token_id, *placeholders, config.audio_end_token_id, *prompt]
     # No special token: those that stand for media would have to have some.
     answer = rng.integers(50, 280, size=2 + number % 5).tolist()
     ids = [*prompt, *answer, 60]
@@ -222,13 +247,15 @@ def _sample(folder: Path, frames: FrameStoreWriter, config: Any, family: str, ki
         "length": len(ids),
         "supervised_tokens": len(answer),
         "vit_patches": sum(m["grid_t"] * m["grid_h"] * m["grid_w"] for m in media),
+        "spectra": sum(m["spectra"] for m in media),
         "prompt_length": len(prompt),
         "media": media,
     }
 
 
 def _medium(kind: str, key: str, frames: int, seconds: float) -> dict[str, Any]:
-    return {"type": kind, "key": key, "grid_t": frames, "grid_h": 4, "grid_w": 4, "seconds_per_grid": seconds}
+    grid = {"grid_t": frames, "grid_h": 4, "grid_w": 4}
+    return {"type": kind, "key": key, **grid, "seconds_per_grid": seconds, "spectra": 0}
 
 
 def changed(base: spec.TrainSpec, output_dir: Path, **groups: dict[str, Any]) -> spec.TrainSpec:

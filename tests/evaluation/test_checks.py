@@ -12,9 +12,16 @@ from tests.evaluation.world import write_tokenized
 def test_answers_that_will_be_cut_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"sample_id": f"made/{answer}", "source": "made", "kind": "text", "task": "exact_match", "split": "eval"}
-        | {"answer": "x", "input_ids": [1] * (12 + answer), "label_spans": [], "media": [], "vit_patches": 0}
+        | {
+            "answer": "x",
+            "input_ids": [1] * (12 + answer),
+            "label_spans": [],
+            "media": [],
+            "vit_patches": 0,
+            "spectra": 0,
+        }
         # A prompt of ten tokens, the answer, and the two tokens that end it.
-        | {"length": 12 + answer, "supervised_tokens": answer + 1, "prompt_length": 10}
+        | {"length": 12 + answer, "supervised_tokens": answer + 1, "spectra": 0, "prompt_length": 10}
         for answer in (3, 4, 6, 5)
     ]
     write_tokenized(tmp_path / "tokenized.arrow", rows)

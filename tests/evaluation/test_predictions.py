@@ -19,7 +19,7 @@ ANSWER_COLUMNS += ["base_loss", "trained_loss"]
 def tokenized(tmp_path: Path) -> TokenizedSamples:
     """Twenty samples, every other one in the eval split."""
     empty = {"source": "made", "kind": "text", "task": "exact_match", "label_spans": [], "media": []}
-    counts = {"length": 2, "supervised_tokens": 0, "vit_patches": 0, "prompt_length": 1}
+    counts = {"length": 2, "supervised_tokens": 0, "vit_patches": 0, "spectra": 0, "prompt_length": 1}
     rows = [
         {"sample_id": f"made/{n}", "split": ("train", "eval")[n % 2], "answer": str(n), "input_ids": [1, 2]}
         | empty
@@ -38,7 +38,7 @@ def test_the_eval_split_alone_is_evaluated(tokenized: TokenizedSamples) -> None:
 
 def test_plain_texts_ask_nothing(tmp_path: Path) -> None:
     row = {"source": "made", "split": "eval", "kind": "text", "task": "exact_match", "answer": "", "input_ids": [1, 2]}
-    counts = {"label_spans": [], "media": [], "length": 2, "supervised_tokens": 1, "vit_patches": 0}
+    counts = {"label_spans": [], "media": [], "length": 2, "supervised_tokens": 1, "vit_patches": 0, "spectra": 0}
     rows = [row | counts | {"sample_id": f"made/{length}", "prompt_length": length} for length in (0, 1)]
     write_tokenized(tmp_path / "tokenized.arrow", rows)
     assert eval_samples(TokenizedSamples(tmp_path / "tokenized.arrow"), None)["sample_id"].tolist() == ["made/1"]

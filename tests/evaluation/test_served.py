@@ -42,6 +42,7 @@ FRAMES = {"fps": 2.5, "video_min_frames": 3, "video_max_frames": 9, "frame_cache
 # code after a clip that is longer in time than that (docs/evaluation.md).
 SAMPLE = {
     "qwen3_vl": SampleConfig(**FRAMES, video_min_pixels=1024, video_max_pixels=64 * 64),
+    "qwen3_5": SampleConfig(**FRAMES, video_min_pixels=1024, video_max_pixels=64 * 64),
     "qwen2_5_vl": SampleConfig(**FRAMES, video_min_pixels=128 * 128, video_max_pixels=160 * 160),
 }
 # Frames and their rate. At 2.5 a second these are 4, 8 and 4 frames; of an odd number Qwen3-VL's processor alone would
@@ -62,7 +63,7 @@ class Served:
     answers: list[str]
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl-5", "qwen3_vl-4", "qwen2_5_vl-5", "qwen2_5_vl-4"])
+@pytest.fixture(scope="module", params=["qwen3_vl-5", "qwen3_vl-4", "qwen2_5_vl-5", "qwen2_5_vl-4", "qwen3_5-5"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Sampled, tokenised, exported and evaluated, from a base in the form of transformers 5 or 4."""
     family, version = request.param.split("-")

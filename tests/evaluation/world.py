@@ -144,6 +144,7 @@ def _planned(picture: dict[str, Any], patch: int) -> dict[str, Any]:
         "grid_h": height // patch,
         "grid_w": width // patch,
         "seconds_per_grid": times[1],
+        "spectra": 0,
     }
 
 
@@ -164,6 +165,7 @@ def _row(
         "length": len(ids),
         "supervised_tokens": 2,
         "vit_patches": sum(item["grid_t"] * item["grid_h"] * item["grid_w"] for item in media),
+        "spectra": sum(item["spectra"] for item in media),
         "prompt_length": len(prompt),
         "media": media,
     }

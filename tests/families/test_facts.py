@@ -12,7 +12,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS, ModelFacts
 
-SIZES = {"qwen2_5_vl": {"3B", "7B", "32B", "72B"}, "qwen3_vl": {"2B", "4B", "8B", "32B"}}
+SIZES = {
+    "qwen2_5_vl": {"3B", "7B", "32B", "72B"},
+    "qwen3_vl": {"2B", "4B", "8B", "32B"},
+    "qwen3_vl_moe": {"30B-A3B", "235B-A22B"},
+    "qwen3_5": {"0.8B", "2B", "4B", "9B", "27B"},
+}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
@@ -24,7 +29,7 @@ def test_every_published_size_is_there() -> None:
     for family, sizes in SIZES.items():
         assert {model.size for model in MODELS.values() if model.family == family} == sizes
     for name, model in MODELS.items():
-        assert name.endswith(f"-{model.size}-Instruct")
+        assert name.removesuffix("-Instruct").endswith(f"-{model.size}")
         assert model.family in FAMILIES
 
 
@@ -32,7 +37,8 @@ def test_model_builds_from_facts_with_the_published_number_of_parameters(facts: 
     config = AutoConfig.for_model(**facts.config())
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    assert sum(tensor.numel() for tensor in model.parameters()) == pytest.approx(facts.parameters, rel=1e-3)
+    built = sum(tensor.numel() for tensor in model.parameters())
+    assert built + facts.kept_parameters == pytest.approx(facts.parameters, rel=1e-3)
     family = FAMILIES[facts.family]
     classes = [type(module).__name__ for module in model.modules()]
     assert classes.count(family.decoder_layer) == facts.text.num_hidden_layers
@@ -58,11 +64,13 @@ def test_everything_said_reaches_the_config(facts: ModelFacts) -> None:
 
 def test_facts_agree_with_themselves_and_with_the_family(facts: ModelFacts) -> None:
     text, vision = facts.text, facts.vision
-    assert sum(text.mrope_section) == text.head_dim // 2
+    assert sum(text.mrope_section) == text.head_dim * (text.partial_rotary_factor or 1) // 2
     assert text.num_attention_heads % text.num_key_value_heads == 0
     assert vision.patch_size == FAMILIES[facts.family].patch_size
-    assert max(vision.fullatt_block_indexes or vision.deepstack_visual_indexes) < vision.depth
-    assert (vision.tokens_per_second is None) == (facts.family == "qwen3_vl")
+    assert max(vision.fullatt_block_indexes or vision.deepstack_visual_indexes or (0,)) < vision.depth
+    assert (vision.tokens_per_second is None) == (facts.family != "qwen2_5_vl")
+    assert (text.linear_num_key_heads is None) == (FAMILIES[facts.family].linear_attention is None)
+    assert (facts.kept_parameters == 0) == (FAMILIES[facts.family].kept_prefixes == ())
 
 
 def test_facts_need_no_torch() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.families.facts import MODELS, ModelFacts
 from tests.kedro_project import REAL
 
@@ -77,32 +77,36 @@ def numbers(blocks: tuple[int, ...]) -> str:
 
 
 def comparison() -> list[Row]:
-    one, other = (
-        next(facts for facts in MODELS.values() if facts.family == name) for name in ("qwen2_5_vl", "qwen3_vl")
+    one, other, third = (
+        next(facts for facts in MODELS.values() if facts.family == name)
+        for name in ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
     )
     sizes = {name: [facts.size for facts in MODELS.values() if facts.family == name] for name in FAMILIES}
     windows = f"windows of {one.vision.window_size} pixels, but for {len(one.vision.fullatt_block_indexes)} blocks"
-    sections = [f"{numbers(facts.text.mrope_section)} of {facts.text.head_dim // 2}" for facts in (one, other)]
+    sections = [f"{numbers(facts.text.mrope_section)} of {facts.text.head_dim // 2}" for facts in (one, other, third)]
+    linear = FAMILIES["qwen3_5"].linear_attention is not None
     return [
-        ["position encoding", "M-RoPE (time, height, width)", "interleaved M-RoPE"],
+        ["position encoding", "M-RoPE (time, height, width)", "interleaved M-RoPE", "interleaved M-RoPE"],
+        ["attention of the language model", *["softmax"] * 2, "linear, and softmax in each fourth layer" * linear],
         ["rotary frequencies of time, height, width", *sections],
-        ["their base", f"{one.text.rope_theta:,.0f}", f"{other.text.rope_theta:,.0f}"],
+        ["their base", *(f"{facts.text.rope_theta:,.0f}" for facts in (one, other, third))],
         [
             "visual feature fusion",
             "the last block's features",
             f"DeepStack: those of {len(other.vision.deepstack_visual_indexes)} more blocks, into the first layers",
+            "the last block's features",
         ],
-        ["vision attention", windows, "each frame as a whole"],
+        ["vision attention", windows, *["each frame as a whole"] * 2],
         [
             "time of video",
             f"in positions, {one.vision.tokens_per_second} a second",
-            "in the text, a second before each pair of frames",
+            *["in the text, a second before each pair of frames"] * 2,
         ],
-        ["pixels of a token", *(f"{FAMILIES[facts.family].token_pixels:,}" for facts in (one, other))],
-        ["context", f"{one.context:,} tokens", f"{other.context:,} tokens, extendable to 1M"],
-        ["long video", "good", "excellent (> 1 hour)"],
-        ["sizes", ", ".join(sizes["qwen2_5_vl"]), ", ".join(sizes["qwen3_vl"])],
-        ["primary use", "general multimodal", "long video and documents"],
+        ["pixels of a token", *(f"{FAMILIES[facts.family].token_pixels:,}" for facts in (one, other, third))],
+        ["context", f"{one.context:,} tokens", *[f"{other.context:,} tokens, extendable to 1M"] * 2],
+        ["long video", "good", *["excellent (> 1 hour)"] * 2],
+        ["sizes", *(", ".join(sizes[facts.family]) for facts in (one, other, third))],
+        ["primary use", "general multimodal", "long video and documents", "the same, with thoughts before answers"],
     ]
 
 
@@ -133,7 +137,8 @@ def test_the_table_is_what_is_known(number: int, expected: object) -> None:
 
 def test_degrees_of_sequence_parallelism_are_as_the_page_says() -> None:
     degrees = {
-        short(facts): [n for n in (2, 4, 8) if facts.text.num_attention_heads % n == 0] for facts in MODELS.values()
+        short(facts): [n for n in (2, 4, 8) if not any(heads % n for heads in divided_heads(facts.text).values())]
+        for facts in MODELS.values()
     }
     assert degrees.pop("Qwen2.5-VL-7B-Instruct") == [2, 4]
     assert set(map(tuple, degrees.values())) == {(2, 4, 8)}

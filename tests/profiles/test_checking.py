@@ -101,3 +101,13 @@ def test_a_cross_check_names_its_block(conf: Path) -> None:
 
 def test_a_block_that_is_no_mapping_is_refused(conf: Path) -> None:
     assert "train: Input should be a valid dictionary" in message(conf, train=3)
+
+
+def test_who_is_to_hear_must_be_able_to(conf: Path) -> None:
+    """The guide's `vision_audio` with a model that has no ears: a sentence that names one that has."""
+    text = message(conf, batching={"dataset_type": "vision_audio"}, sample={"use_audio_in_video": True})
+    lines = text.splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["batching.dataset_type", "sample.use_audio_in_video"]
+    assert all("model.processor_type qwen3_vl does not hear: use qwen2_5_omni" in line for line in lines)
+    hears = {"model": {"processor_type": "qwen2_5_omni"}, "sample": {"use_audio_in_video": True}}
+    check_parameters(parameters(**hears, batching={"dataset_type": "vision_audio"}), Origins({}, [conf / "base"]))

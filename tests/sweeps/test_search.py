@@ -50,6 +50,10 @@ def test_optuna_finds_a_minimum_and_learns_from_trials_that_are_known() -> None:
     assert best.objective < 0.3
     later = all_of(Optuna(config, trials[:20]), loss)
     assert len(later) == 10, "twenty of thirty were tried"
+    begun = [*trials[:20], Trial({"train.learning_rate": 0.5, "train.seed": 1})]
+    search = Optuna(config, begun)
+    search.tell(Trial(begun[-1].values, "done", 9.0))
+    assert len(all_of(search, loss)) == 9, "one of them was cut off, and is counted"
     mean = sum(trial.objective for trial in later) / 10
     assert mean < sum(trial.objective for trial in trials[:10]) / 10, "it does not begin anew"
 

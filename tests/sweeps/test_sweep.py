@@ -56,10 +56,8 @@ def test_optuna_finds_a_better_rate_than_the_default_in_a_few_trials(trained: Pa
     above = client.get_run(json.loads((trained / "data/sweeps/rates/above.json").read_text())["run_id"])
     assert (above.info.run_name, above.info.status) == (f"{PROFILE} rates", "FINISHED")
     assert above.data.metrics["best/train/loss"] == found[0]["objective"]
-    below = client.search_runs(
-        [above.info.experiment_id],
-        f"tags.`mlflow.parentRunId` = '{above.info.run_id}' and attributes.status = 'FINISHED'",
-    )
+    condition = f"tags.`mlflow.parentRunId` = '{above.info.run_id}' and attributes.status = 'FINISHED'"
+    below = client.search_runs([above.info.experiment_id], condition)
     assert {json.loads(run.data.params[RATE]) for run in below} == {trial["values"][RATE] for trial in found}
     assert all(run.info.run_name.startswith(f"{PROFILE} learning_rate=") for run in below)
     # The project's own results are as they were.

@@ -35,7 +35,7 @@ def option(text: str, name: str) -> Any:
     return json.loads(words[words.index(name) + 1])
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
 def test_a_card_says_what_was_trained_on_which_code_and_what_it_saw(family: str) -> None:
     text = card(family)
     _, front, body = text.split("---\n", 2)
@@ -68,7 +68,7 @@ def test_a_local_base_model_is_no_hub_id(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("sample", [SAMPLE, FIXED])
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
 def test_engines_are_told_the_sampling_of_the_training(family: str, sample: SampleConfig) -> None:
     text, item = card(family, sample), sampling_item(sample)
     assert ast.literal_eval(re.search(r"^sampling = (.*)$", text, re.MULTILINE)[1]) == item
@@ -78,7 +78,7 @@ def test_engines_are_told_the_sampling_of_the_training(family: str, sample: Samp
         assert loader == {"num_frames": 8}
         assert "--mm-processor-kwargs" not in text
     else:
-        assert loader == ({"num_frames": -1} if family == "qwen3_vl" else {"num_frames": 64, "fps": 1.5})
+        assert loader == ({"num_frames": -1} if family != "qwen2_5_vl" else {"num_frames": 64, "fps": 1.5})
         assert option(text, "--mm-processor-kwargs") == {"fps": 1.5}
 
 

@@ -63,6 +63,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
             "torch_compile_backend 'inducter' is not there: did you mean 'inductor'",
         ),
         ({"optim": {"optim": "adamw_8bit"}}, "needs the package torchao: install it"),
+        ({"optim": {"optim": "adamw_bf16"}}, "'adamw_bf16' needs the package torchao: install it"),
+        (
+            {"parallel": {"frozen_sharding": "replicated"}},
+            "'replicated' is for frozen weights, and this run trains all",
+        ),
         ({"optim": {"warmup_steps": 11}}, "warmup_steps is 11, but there are 10 steps: the learning rate would never"),
     ],
 )

@@ -46,7 +46,7 @@ def check(scratch: Path, *, sources: list[dict[str, Any]] | None = None, **block
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
 def test_a_tiny_model_that_is_not_built_yet_passes_and_nothing_is_left(family: str, tmp_path: Path) -> None:
     check(tmp_path / "scratch", model={"processor_type": family}, train={"eval_strategy": "epoch"})
     assert list(tmp_path.iterdir()) == []

@@ -46,6 +46,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "pack_plan": pd.read_parquet(training.data.pack_plan),
         "plan_summary": {"steps": 8, "epochs": 1.0, "samples_per_epoch": 8.0, "fingerprint": fingerprint},
         "video_frames": Path(training.data.video_frames),
+        "preflight_report": {"verdict": "off"},
         "sample": SampleConfig(),
         "model": model,
         "batching": BatchingConfig(),

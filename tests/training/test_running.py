@@ -195,7 +195,7 @@ class TestSpec:
         spec = self.spec(tmp_path, {"path": ".", "family": "qwen3_vl"}, MODEL, train)
         assert {key: getattr(spec.optim, key) for key in values} == values
         assert spec.export.export_ema
-        assert spec.model.checkpointed_towers == ("llm",)
+        assert (spec.recompute.llm, spec.recompute.vit) == ("full", "none")
         assert (spec.model.torch_compile, spec.model.torch_compile_backend) == (True, "inductor")
 
     def test_hub_model_is_passed_on_by_name(self, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ TRAIN: dict[str, Any] = {
     "on_bad_sample": "skip",
     "profile_steps": [2, 3],
     "memory_snapshot_on_oom": True,
+    "worst_case_first": True,
     "seed": 7,
 }
 # What some of them need beside them.
@@ -83,7 +85,9 @@ FSDP = {
     "backward_prefetch": 2,
     "accumulate_sharded": True,
     "cpu_offload": True,
+    "frozen_sharding": "replicated",
 }
+RECOMPUTED = {"llm": "selective", "vit": "selective", "every": 2, "offload": True}
 LAUNCH = {"ddp_timeout": 99, "step_timeout_s": 77}
 MODEL = {
     "processor_name": "org/processor",
@@ -177,6 +181,12 @@ def test_training(name: str, folder: Path) -> None:
 )
 def test_sharding_and_timeouts(block: str, name: str, value: Any, folder: Path) -> None:
     assert spec(folder, {block: {name: value}}) != spec(folder)
+
+
+def test_what_is_recomputed(folder: Path) -> None:
+    assert asdict(spec(folder, {"gradient_checkpointing": RECOMPUTED}).recompute) == RECOMPUTED
+    everything = {"llm": "full", "vit": "full", "every": 1, "offload": False}
+    assert asdict(spec(folder, {"gradient_checkpointing": True}).recompute) == everything
 
 
 @pytest.mark.parametrize("name", MODEL)

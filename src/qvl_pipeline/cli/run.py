@@ -39,6 +39,8 @@ def _run(**options: Any) -> dict[str, Any]:
         options["pipelines"], options["pipeline"] = [options["pipeline"]], None
     if options["pipelines"] == ["replay"] and "run_id" in options["params"]:
         options["params"]["replay"] = {"run_id": options["params"].pop("run_id")}
+    if "hardware" in options["params"]:
+        options["params"].setdefault("preflight", {})["hardware"] = options["params"].pop("hardware")
     try:
         with one_sentence():
             options["params"] = with_blocks(options["params"] or {})

@@ -8,6 +8,7 @@ from qvl_pipeline.config.data_engine import DataEngineConfig
 from qvl_pipeline.config.evaluate import EvaluateConfig
 from qvl_pipeline.config.ingest import DatasetSource, DigitsDemoConfig, IngestConfig
 from qvl_pipeline.config.model import ModelConfig
+from qvl_pipeline.config.preflight import PreflightConfig
 from qvl_pipeline.config.replay import ReplayConfig
 from qvl_pipeline.config.sample import SampleConfig
 from qvl_pipeline.config.train import FSDPConfig, TrainConfig
@@ -23,6 +24,7 @@ BLOCKS: dict[str, type[Block]] = {
     "adapter": AdapterConfig,
     "evaluate": EvaluateConfig,
     "data_engine": DataEngineConfig,
+    "preflight": PreflightConfig,
     "compare": CompareConfig,
     "replay": ReplayConfig,
 }
@@ -40,6 +42,7 @@ __all__ = [
     "FSDPConfig",
     "IngestConfig",
     "ModelConfig",
+    "PreflightConfig",
     "ReplayConfig",
     "SampleConfig",
     "TrainConfig",

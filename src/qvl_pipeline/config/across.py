@@ -6,11 +6,13 @@ launch (`training/checks.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qvl_pipeline.config.base import Block
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, divided_heads
+from qvl_pipeline.families.capabilities import CAPABILITIES
 from qvl_pipeline.families.facts import MODELS, ModelFacts
 from qvl_pipeline.families.family import MERGE_SIZE
 
@@ -35,7 +37,7 @@ def find_conflicts(blocks: Mapping[str, Block]) -> Iterator[Problem]:
         `((block, key), sentence)`.
     """
     facts = MODELS.get(blocks["model"].load_from_pretrained_path or "")
-    for check in (_names, _kernels, _sizes, _ranks, _parts, _sources):
+    for check in (_names, _hearing, _kernels, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
         yield from check(blocks)
     if facts is not None:
         for check_facts in (_context, _heads, _memory, _rank_of_update):
@@ -51,6 +53,18 @@ def _names(blocks: Mapping[str, Any]) -> Iterator[Problem]:
             yield ("model", key), f"'{facts.name}' is of the family {facts.family}, not of {model.processor_type}"
 
 
+def _hearing(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """Who is to hear, can."""
+    if blocks["model"].family.hearing:
+        return
+    able = " or ".join(name for name, family in FAMILIES.items() if family.hearing)
+    remedy = f"model.processor_type {blocks['model'].processor_type} does not hear: use {able}"
+    if blocks["batching"].dataset_type == "vision_audio":
+        yield ("batching", "dataset_type"), f"vision_audio is for models that hear, and {remedy}, or vision"
+    if blocks["sample"].use_audio_in_video:
+        yield ("sample", "use_audio_in_video"), f"it is for models that hear, and {remedy}, or drop it"
+
+
 def _kernels(blocks: Mapping[str, Any]) -> Iterator[Problem]:
     model, train = blocks["model"], blocks["train"]
     for key in ("attn_implementation", "vit_attn_implementation"):
@@ -61,6 +75,32 @@ def _kernels(blocks: Mapping[str, Any]) -> Iterator[Problem]:
                 f"'{kernel}' computes in bfloat16 or float16 only, and train.bf16 and train.fp16 are both false: set "
                 "one of them, or choose sdpa",
             )
+
+
+def _capabilities(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is asked for works with the family."""
+    family = blocks["model"].family
+    for name, reason in family.unsupported.items():
+        (block, key), asked = CAPABILITIES[name].key, CAPABILITIES[name].asked
+        if key and asked(getattr(blocks[block], key)):
+            yield (block, key), f"{CAPABILITIES[name].title} does not work with {family.title}: {reason}"
+
+
+def _experts(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is said of experts, or of linear attention, is said of a family that has them."""
+    model, train = blocks["model"], blocks["train"]
+    said = {
+        ("train", "router_aux_loss_coef"): (train.router_aux_loss_coef, model.family.experts, "experts"),
+        ("model", "experts_implementation"): (model.experts_implementation != "auto", model.family.experts, "experts"),
+        ("model", "linear_attn_implementation"): (
+            model.linear_attn_implementation != "auto",
+            model.family.linear_attention,
+            "linear attention",
+        ),
+    }
+    for key, (value, there, what) in said.items():
+        if value and not there:
+            yield key, f"{model.family.title} has no {what}: leave it out"
 
 
 def _sizes(blocks: Mapping[str, Any]) -> Iterator[Problem]:
@@ -157,14 +197,16 @@ def _context(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _heads(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
-    degree, heads = blocks["train"].sp_ulysses_degree, facts.text.num_attention_heads
-    if heads % degree:
-        fitting = [str(number) for number in (2, 4, 8) if heads % number == 0]
-        yield (
-            ("train", "sp_ulysses_degree"),
-            f"{degree} does not divide the {heads} attention heads of {facts.name}, which so many processes would "
-            f"share: choose {' or '.join(fitting)}",
-        )
+    degree, heads = blocks["train"].sp_ulysses_degree, divided_heads(facts.text)
+    fitting = [str(number) for number in (2, 4, 8) if math.gcd(*heads.values()) % number == 0]
+    for kind, number in heads.items():
+        if number % degree:
+            yield (
+                ("train", "sp_ulysses_degree"),
+                f"{degree} does not divide the {number} {kind} of {facts.name}, which so many processes would share: "
+                f"choose {' or '.join(fitting)}",
+            )
+            return
 
 
 def _memory(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
@@ -175,7 +217,7 @@ def _memory(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:
     if not whole or "auto" in (processes, nodes):
         return
     share = shard or processes * nodes
-    each = facts.parameters * _STATE_BYTES[train.optim] / share / 1e9
+    each = (facts.parameters - facts.kept_parameters) * _STATE_BYTES[train.optim] / share / 1e9
     if each > _LARGEST_GPU:
         yield (
             ("train", "nproc_per_node"),

@@ -13,7 +13,8 @@ class BatchingConfig(Block):
     """The declared batches. They are the same on any number of ranks; ranks only share them out.
 
     Attributes:
-        dataset_type: `vision` and `qwen3_vl` are map-style: the whole training is planned before it starts. Of the
+        dataset_type: `vision`, `vision_audio` and `qwen3_vl` are map-style: the whole training is planned before it
+            starts. Sounds are data of any type; `vision_audio` says that the model must hear. Of the
             iterable types `vision_iterable` and `qwen3_vl_iterable`, samples are tokenised, shuffled and packed as they
             are read, without a plan, for `max_steps` steps, however many passes that takes.
         packing: Several samples per pack; otherwise each pack is one sample.
@@ -39,7 +40,7 @@ class BatchingConfig(Block):
         seed: Seed of the order of samples.
     """
 
-    dataset_type: Literal["vision", "vision_iterable", "qwen3_vl", "qwen3_vl_iterable"] = "vision"
+    dataset_type: Literal["vision", "vision_audio", "vision_iterable", "qwen3_vl", "qwen3_vl_iterable"] = "vision"
     packing: bool = True
     packing_strategy: Literal["best_fit", "first_fit", "balanced"] = "best_fit"
     packing_length: int = Field(default=16_384, ge=16)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from qvl_pipeline.config.base import Block, Indifferent
 from qvl_pipeline.secrets import url_holds_secret
@@ -91,20 +91,30 @@ class DatasetSource(Block):
         return kept | {key: _from_project(place) for key, place in places.items()}
 
 
+DemoKind = Literal[
+    *("single_image", "two_images", "video", "image_and_video", "two_videos", "text", "multi_turn", "next_digit"),
+    *("audio", "audio_and_image"),
+]
+
+
 class DigitsDemoConfig(Block):
-    """The embedded dataset of real handwritten digits, drawn into images and clips.
+    """The embedded dataset of real handwritten digits, drawn into images and clips, and of spoken ones.
 
     Attributes:
         folder: Where the files are written, relative to the project root.
         seed: Seed of every choice made while drawing.
         train_samples: Number of good training samples, all kinds together.
         eval_samples: Number of good evaluation samples, all kinds together.
+        kinds: Kinds of questions and their weights in training; in the evaluation all weigh the same. Empty takes the
+            mix of the embedded example: all but `next_digit`, which is for an adapter to learn, and
+            `audio` and `audio_and_image`, whose spoken digits are for a model that hears.
     """
 
     folder: str = "data/01_raw/digits"
     seed: int = Field(default=0, ge=0)
     train_samples: int = Field(default=4000, ge=1)
     eval_samples: int = Field(default=280, ge=1)
+    kinds: dict[DemoKind, PositiveInt] = Field(default_factory=dict)
 
 
 class IngestConfig(Block):

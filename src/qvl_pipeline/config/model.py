@@ -31,6 +31,17 @@ class ModelConfig(Block):
         tiny_seed: Seed of the tiny model's weights; only read when `load_from_pretrained_path` is `None`.
         attn_implementation: Attention kernel; `auto` takes the fastest that runs here and says which.
         vit_attn_implementation: Attention kernel of the vision tower in training; `None` is the same.
+        linear_attn_implementation: Kernels of linear attention, where a family has it (Qwen3.5): `fla` is the packages
+            flash-linear-attention and causal-conv1d on a GPU; `torch` needs neither, and trains 1.5 to 2.5 times slower
+            there. `auto` takes `fla` on a GPU, and refuses to start where a package is missing.
+        experts_implementation: How experts are computed, where a family has any (Qwen3-VL-MoE): `grouped_mm` is one
+            product for all of them, `eager` one after the other; `auto` takes the former where it runs.
+        thinking: How conversations are trained on whose earlier thoughts (or empty ones) the chat template leaves out
+            once they go on. `each_turn` makes a prompt of its own of each answer that comes out differently later, as
+            the model is served, and the plan says how many; `last_turn_only` trains on no answer but the last. Of the
+            eval split it is always the last, which is the one that is evaluated.
+        ignore_empty_think: Leave empty thoughts before answers out of the loss: they are part of the prompt, as when
+            the model is served with thinking off (`enable_thinking: false`).
         image_min_pixels: Fewest pixels an image is scaled up to.
         image_max_pixels: Most pixels an image is scaled down to; by default those of 1,280 tokens, 1,003,520 for
             Qwen2.5-VL (28 x 28 each) and 1,310,720 for Qwen3-VL (32 x 32).
@@ -42,6 +53,14 @@ class ModelConfig(Block):
     tiny_seed: Annotated[int, Indifferent("frames")] = 0
     attn_implementation: Annotated[Attention, Indifferent("frames"), Indifferent("tokens")] = "auto"
     vit_attn_implementation: Annotated[Attention | None, Indifferent("frames"), Indifferent("tokens")] = None
+    linear_attn_implementation: Annotated[
+        Literal["auto", "fla", "torch"], Indifferent("frames"), Indifferent("tokens")
+    ] = "auto"
+    experts_implementation: Annotated[
+        Literal["auto", "grouped_mm", "eager"], Indifferent("frames"), Indifferent("tokens")
+    ] = "auto"
+    thinking: Annotated[Literal["each_turn", "last_turn_only"], Indifferent("frames")] = "each_turn"
+    ignore_empty_think: Annotated[bool, Indifferent("frames")] = True
     image_min_pixels: Annotated[int, Indifferent("frames")] = Field(default=56 * 56, ge=1)
     image_max_pixels: Annotated[int, Indifferent("frames")] = Field(default_factory=_default_max_pixels, ge=1)
 

@@ -23,8 +23,11 @@ class SampleConfig(Block):
         video_min_pixels: Fewest pixels (height x width) per frame.
         video_max_pixels: Most pixels per frame.
         video_total_pixels: Most pixels per clip, all frames together.
-        materialize: Store the frames. Otherwise only which frames they are is stored, and the training loader decodes
-            them every time it reads a clip: the same pixels, without the space and with far more CPU time.
+        use_audio_in_video: Of models that hear (Qwen2.5-Omni): hear a clip as well as see it; clips without sound stay
+            as they are. Sounds of their own are heard in any case.
+        materialize: Store the frames, and the spectrograms of sounds. Otherwise only which frames they are is
+            stored, and the training loader decodes them every time it reads a clip or sound: the same numbers, without
+            the space and with far more CPU time.
         frame_encoding: How frames are stored: `zstd` (filtered like PNG, compressed with Zstandard; smaller than `png`
             and read several times as fast), `png` or `raw`, which change no pixel, or `jpeg`, which is smallest.
         jpeg_quality: Quality of `jpeg`, 1 to 100.
@@ -46,6 +49,7 @@ class SampleConfig(Block):
     video_min_pixels: int = Field(default=128 * 28 * 28, ge=1)
     video_max_pixels: int = Field(default=768 * 28 * 28, ge=1)
     video_total_pixels: int = Field(default=128_000 * 28 * 28 * 9 // 10, ge=1)
+    use_audio_in_video: bool = False
     materialize: bool = True
     frame_encoding: Literal["zstd", "png", "raw", "jpeg"] = "zstd"
     jpeg_quality: int = Field(default=95, ge=1, le=100)

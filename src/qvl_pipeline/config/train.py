@@ -8,10 +8,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from qvl_pipeline.config.base import Block, Indifferent
 from qvl_pipeline.config.launch import LaunchConfig
+from qvl_pipeline.config.recomputation import ALL_RECOMPUTED, NOTHING_RECOMPUTED, GradientCheckpointingConfig
 from qvl_pipeline.config.schedules import check_schedule
 
 Tracker = Literal["mlflow", "tensorboard", "wandb", "none"]
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bf16", "muon"]
 Kept = Literal["best", "last"] | dict[Literal["every"], PositiveInt]
 Part = Literal["vit", "merger", "deepstack", "visual", "llm", "embed", "head"]
 
@@ -33,6 +34,8 @@ class FSDPConfig(Block):
             accumulates. The gradients are the same.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory, and step there: much slower,
             for models that fit no other way. Without a GPU it changes nothing, and `result.json` says so.
+        frozen_sharding: Frozen weights are `sharded` like the others, or `replicated`: every rank holds them whole and
+            nothing of them is gathered, for frozen parts that fit beside all else. The results are the same.
     """
 
     transformer_layer_cls_to_wrap: list[str] = Field(default_factory=list)
@@ -42,6 +45,16 @@ class FSDPConfig(Block):
     backward_prefetch: int = Field(default=0, ge=0)
     accumulate_sharded: bool = False
     cpu_offload: bool = False
+    frozen_sharding: Literal["sharded", "replicated"] = "sharded"
+
+    @model_validator(mode="after")
+    def _replicas_are_where_they_are_used(self) -> FSDPConfig:
+        if self.frozen_sharding == "replicated" and self.cpu_offload:
+            raise ValueError(
+                "frozen_sharding 'replicated' keeps frozen weights on the GPU, and cpu_offload moves all of them off "
+                "it: choose one"
+            )
+        return self
 
 
 class TrainConfig(Block):
@@ -49,7 +62,9 @@ class TrainConfig(Block):
 
     Attributes:
         optim: `adamw_torch_fused`; `adamw_torch`, the same unfused; `adamw_8bit`, with 8-bit state (needs
-            torchao); or `muon`, Muon for the matrices of hidden layers and AdamW for embeddings, head and vectors.
+            torchao); `adamw_bf16`, with weights and state in bfloat16, half the memory: steps are rounded up or down
+            by chance, so that small ones count on average (needs torchao, and `bf16`); or `muon`, Muon for the
+            matrices of hidden layers and AdamW for embeddings, head and vectors.
         learning_rate: Peak learning rate.
         learning_rates: Peak learning rate of single parts: `vit`, `merger`, `deepstack`, `visual` (these three), `llm`,
             `embed`, `head`; the others have `learning_rate`. A part that is not there or not trained is an error.
@@ -65,12 +80,16 @@ class TrainConfig(Block):
         bf16: Compute in bfloat16; weights and optimizer state stay float32.
         fp16: Compute in float16, for GPUs without bfloat16: the loss is scaled so that small gradients do not vanish,
             and a step whose gradients overflow is skipped and counted. Weights and optimizer state stay float32.
+        router_aux_loss_coef: Weight of the loss that keeps experts evenly used, over all tokens of a step and all
+            layers at once; `None` takes the checkpoint's, 0 leaves it out. With several micro-batches a step it takes a
+            forward pass more of each.
         ema_decay: Decay of a float32 moving average of the weights, such as 0.999; 0 keeps none.
         export_ema: Export that average instead of the last weights.
         export_dtype: Type of the exported weights: `fp32` as they were trained, or `bf16`, half the size.
         max_shard_size: Most bytes of one exported weights file, such as `5GB` or `500MB`.
-        gradient_checkpointing: Recompute activations in the backward pass; a list `[llm]` or `[vit]` does so in that
-            tower only.
+        gradient_checkpointing: Recompute activations in the backward pass: those of all blocks, with a list `[llm]` or
+            `[vit]` those of that tower, or as a block says; `auto` lets the preflight choose the least that fits the
+            device. The gradients are the same.
         torch_compile: Compile each decoder layer and vision block; pays off over many steps.
         torch_compile_backend: Backend of `torch.compile`.
         torch_compile_mode: Mode of `torch.compile`. Modes with CUDA graphs are not there: FSDP2 gathers weights into
@@ -92,8 +111,8 @@ class TrainConfig(Block):
         save_total_limit: Checkpoints kept. While training goes on two are, whatever it says: the newest may be damaged.
         save_async: Write checkpoints in the background; training waits only while they are copied to host memory. With
             `adamw_8bit` it waits until they are written, and says so.
-        keep_checkpoints: Steps whose models are kept, exported like the trained one, in `data/06_models/<profile>/
-            checkpoints/step-<n>`: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as `[best, every: 500]`.
+        keep_checkpoints: Steps whose models are kept, each exported like the trained one to `checkpoints/step-<n>`
+            beside it: `best` (lowest `eval_loss`), `last`, and `every: <steps>`, as in `[best, every: 500]`.
         resume_from_checkpoint: `auto` continues the newest complete checkpoint of the very same configuration and plan;
             `none` starts anew; a path starts from that checkpoint of another run. Base model, plan, frozen parts,
             optimizer and average must then be the same; rates, schedule, precision and processes may differ.
@@ -116,6 +135,9 @@ class TrainConfig(Block):
             `profile/` in the run's folder. Empty traces nothing.
         memory_snapshot_on_oom: Record GPU allocations, and write them to `memory/` in the run's folder when memory
             runs out. Slows training a little.
+        worst_case_first: Before the first step of a training with a plan, take one on the pack with most tokens and one
+            on that with most patches, and undo them bit for bit: memory runs out at once or never. `result.json` has
+            the measured peak and its ratio to what the preflight foretold.
         seed: Seed of everything random in training.
     """
 
@@ -134,11 +156,12 @@ class TrainConfig(Block):
     warmup_steps: int = Field(default=0, ge=0)
     bf16: bool = False
     fp16: bool = False
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     export_ema: bool = False
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(MB|GB)$")
-    gradient_checkpointing: bool | list[Literal["llm", "vit"]] = False
+    gradient_checkpointing: bool | Literal["auto"] | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
     torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
@@ -167,6 +190,7 @@ class TrainConfig(Block):
     on_bad_sample: Annotated[Literal["raise", "skip"], Indifferent()] = "raise"
     profile_steps: Annotated[list[int], Indifferent()] = Field(default_factory=list)
     memory_snapshot_on_oom: Annotated[bool, Indifferent()] = False
+    worst_case_first: Annotated[bool, Indifferent()] = False
     seed: int = Field(default=42, ge=0)
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:
@@ -211,6 +235,21 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _what_is_offloaded_is_not_compiled(self) -> TrainConfig:
+        if self.torch_compile and self.recomputed.offload:
+            raise ValueError(
+                "gradient_checkpointing.offload copies from within blocks, and nobody has tried to compile that: set "
+                "it, or torch_compile, to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_in_bfloat16_compute_in_it(self) -> TrainConfig:
+        if self.optim == "adamw_bf16" and not self.bf16:
+            raise ValueError("optim 'adamw_bf16' holds weights in bfloat16, so set bf16 to true to compute in it too")
+        return self
+
+    @model_validator(mode="after")
     def _only_packs_are_shared(self) -> TrainConfig:
         if self.sp_ulysses_degree > 1 and not self.use_rmpad:
             raise ValueError(
@@ -251,13 +290,6 @@ class TrainConfig(Block):
         return self
 
     @model_validator(mode="after")
-    def _compilation_is_asked_for(self) -> TrainConfig:
-        for key in ("torch_compile_backend", "torch_compile_mode"):
-            if key in self.model_fields_set and not self.torch_compile:
-                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
-        return self
-
-    @model_validator(mode="after")
     def _what_is_kept_can_be_told(self) -> TrainConfig:
         if "best" in self.keep_checkpoints and self.eval_strategy == "no":
             raise ValueError(
@@ -276,17 +308,27 @@ class TrainConfig(Block):
         """`keep_checkpoints` as the engine has it: `best`, `last`, `every:<steps>`."""
         return tuple(kind if isinstance(kind, str) else f"every:{kind['every']}" for kind in self.keep_checkpoints)
 
+    @model_validator(mode="after")
+    def _compilation_is_asked_for(self) -> TrainConfig:
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if key in self.model_fields_set and not self.torch_compile:
+                raise ValueError(f"{key} is for torch_compile, which is false: set that to true, or drop {key}")
+        return self
+
     @property
     def max_shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
         return int(self.max_shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.max_shard_size[-2:]]
 
     @property
-    def checkpointed_towers(self) -> tuple[str, ...]:
-        """Towers whose activations are recomputed."""
-        if isinstance(self.gradient_checkpointing, bool):
-            return ("llm", "vit") if self.gradient_checkpointing else ()
-        return tuple(self.gradient_checkpointing)
+    def recomputed(self) -> GradientCheckpointingConfig:
+        """`gradient_checkpointing`, however it was given; `auto`, until the preflight has chosen, as all of it."""
+        given = self.gradient_checkpointing
+        if given == "auto":
+            return ALL_RECOMPUTED
+        if isinstance(given, bool):
+            return ALL_RECOMPUTED if given else NOTHING_RECOMPUTED
+        return GradientCheckpointingConfig(**dict.fromkeys(given, "full")) if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _prefetching_needs_workers(self) -> TrainConfig:

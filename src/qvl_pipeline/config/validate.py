@@ -13,13 +13,16 @@ Severity = Literal["error", "warn", "off"]
 # stay so: their samples could not be decoded, sized or tokenised.
 SEVERITIES: dict[str, Severity] = {
     "absurd_fps": "error",
+    "absurd_sample_rate": "error",
     "animated_image": "warn",
     "deep_image": "error",
     "duplicate": "warn",
     "duration_mismatch": "error",
     "empty_turn": "error",
     "leakage": "error",
+    "silent_sound": "error",
     "too_long": "error",
+    "too_many_channels": "error",
     "variable_frame_rate": "warn",
 }
 
@@ -37,10 +40,17 @@ class ValidateConfig(Block):
         max_fps: Highest mean frame rate of a clip that is believed.
         max_duration_mismatch: How far the frames of a clip may fall short of the duration that its file claims, as a
             share of it; a second is always allowed. More, and the end of the clip is missing.
+        audio_max_seconds: Longest sound, or part of one, that is used; longer ones are listed, and never cut. Models
+            hear 300 s and no more.
+        audio_min_seconds: Shortest one.
+        audio_min_peak: Peak, of a full scale of 1, that a sound must reach: else it is silence.
+        min_sample_rate: Fewest samples a second of a sound that are believed.
+        max_sample_rate: Most samples a second.
+        max_channels: Most channels of a sound; they are averaged.
         severity: By rule, `error` (the sample is quarantined), `warn` (it is used, and listed) or `off`, for the rules
-            `absurd_fps`, `animated_image`, `deep_image`, `duplicate`, `duration_mismatch`, `empty_turn`, `leakage`,
-            `too_long` and `variable_frame_rate`. When nothing is said, `animated_image`, `duplicate` and
-            `variable_frame_rate` warn; the others are errors.
+            `absurd_fps`, `absurd_sample_rate`, `animated_image`, `deep_image`, `duplicate`, `duration_mismatch`,
+            `empty_turn`, `leakage`, `silent_sound`, `too_long`, `too_many_channels` and `variable_frame_rate`. When
+            nothing is said, `animated_image`, `duplicate` and `variable_frame_rate` warn; the others are errors.
         probe_timeout_s: Wall-clock seconds one media file may take to probe before it is quarantined.
     """
 
@@ -53,6 +63,12 @@ class ValidateConfig(Block):
     min_fps: float = Field(default=0.01, gt=0)
     max_fps: float = Field(default=1000.0, gt=0)
     max_duration_mismatch: float = Field(default=0.1, ge=0, le=1)
+    audio_max_seconds: float = Field(default=300.0, gt=0, le=300)
+    audio_min_seconds: float = Field(default=0.1, ge=0.03)
+    audio_min_peak: float = Field(default=1e-4, ge=0, le=1)
+    min_sample_rate: int = Field(default=4000, ge=1)
+    max_sample_rate: int = Field(default=384_000, ge=1)
+    max_channels: int = Field(default=8, ge=1)
     severity: dict[str, Severity] = Field(default_factory=dict)
     probe_timeout_s: Annotated[float, Indifferent()] = Field(default=60.0, gt=0)
 
@@ -66,6 +82,9 @@ class ValidateConfig(Block):
                 )
         if self.min_fps > self.max_fps:
             raise ValueError(f"min_fps ({self.min_fps:g}) is above max_fps ({self.max_fps:g})")
+        for low, high in (("min_sample_rate", "max_sample_rate"), ("audio_min_seconds", "audio_max_seconds")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} ({getattr(self, low):g}) is above {high} ({getattr(self, high):g})")
         return self
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:

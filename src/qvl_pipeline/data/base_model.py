@@ -9,6 +9,7 @@ from typing import Any
 
 from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families import FAMILIES
 
 MANIFEST = "manifest.json"
 
@@ -74,7 +75,7 @@ def check_family(name: str, family: str) -> None:
             f"model.load_from_pretrained_path '{name}' is neither a model folder nor a hub id that can be read here: "
             f"{reason}"
         ) from error
-    if config.model_type != family:
+    if config.model_type not in (FAMILIES[family].model_types or (family,)):
         raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")
 
 

@@ -11,10 +11,10 @@ class Media(NamedTuple):
     """One use of a media file.
 
     Attributes:
-        type: `image` or `video`.
+        type: `image`, `video` or `audio`.
         path: Path of the file; while a row is read, also a URL or the content itself (bytes, or a data URL).
-        start: First second used of a clip; `None` is its beginning.
-        end: Last second used of a clip; `None` is its end.
+        start: First second used of a clip or sound; `None` is its beginning.
+        end: Last second used; `None` is its end.
     """
 
     type: str

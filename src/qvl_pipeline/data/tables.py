@@ -53,6 +53,8 @@ MEDIA_INDEX = pa.schema(
         "fps": pa.float64(),
         "duration_s": pa.float64(),
         "codec": pa.string(),
+        "sample_rate": pa.int64(),
+        "channels": pa.int64(),
     }
 )
 
@@ -63,6 +65,7 @@ PACK_PLAN = pa.schema(
         "sample_rows": pa.list_(pa.int32()),
         "tokens": pa.int64(),
         "vit_patches": pa.int64(),
+        "spectra": pa.int64(),
         "supervised_tokens": pa.int64(),
     }
 )

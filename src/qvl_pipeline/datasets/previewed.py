@@ -9,6 +9,7 @@ import pandas as pd
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets.pandas import CSVDataset
 
+from qvl_pipeline.datasets.another import OfAnotherNode
 from qvl_pipeline.storage.whole import whole, write_whole
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class PageDataset(AbstractDataset[str, str]):
         return self._filepath.read_text(encoding="utf-8")
 
     def save(self, data: str) -> None:
-        """Write the page."""
-        write_whole(self._filepath, data)
+        """Write the page, unless another node of the job does."""
+        if not isinstance(data, OfAnotherNode):
+            write_whole(self._filepath, data)
 
     def preview(self) -> HTMLPreview:
         """Return the page."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset, DatasetError
 
+from qvl_pipeline.datasets.another import OfAnotherNode
 from qvl_pipeline.storage.digests import read_sealed, sealed
 from qvl_pipeline.storage.whole import write_whole
 
@@ -27,6 +28,7 @@ class JsonDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
         """
         self._filepath = Path(filepath)
         self.metadata = metadata
+        self._of_another: dict[str, Any] | None = None
 
     def load(self) -> dict[str, Any]:
         """Load the object.
@@ -34,16 +36,21 @@ class JsonDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
         Raises:
             DamagedError: The file is not what was written.
         """
+        if self._of_another is not None:
+            return self._of_another
         if not self._exists():
             raise DatasetError(f"{self._filepath} does not exist")
         return read_sealed(self._filepath)
 
     def save(self, data: dict[str, Any]) -> None:
-        """Write the object with its digest.
+        """Write the object with its digest; one that another node of the job writes is kept in memory.
 
         Raises:
             NoRoomError: There is no room for it.
         """
+        if isinstance(data, OfAnotherNode):
+            self._of_another = dict(data)
+            return
         write_whole(self._filepath, json.dumps(sealed(data), indent=4))
 
     def preview(self) -> JSONPreview:
@@ -51,7 +58,7 @@ class JsonDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
         return json.dumps(self.load())
 
     def _exists(self) -> bool:
-        return self._filepath.exists()
+        return self._of_another is not None or self._filepath.exists()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._filepath)}

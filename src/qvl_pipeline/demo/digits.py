@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from itertools import count, cycle
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from qvl_pipeline.demo.drawing import draw_motion, draw_picture, draw_sequence, 
 from qvl_pipeline.demo.planted import PLANTED, plant
 from qvl_pipeline.demo.questions import KINDS, Part, Sample, Studio
 from qvl_pipeline.demo.sources import SOURCES, write_sources
+from qvl_pipeline.demo.speech import speak, write_speech
 
 # Of every 20 samples, 14 go to Parquet, 3 to JSONL and 3 to ShareGPT.
 SOURCE_CYCLE = ("digits_parquet",) * 14 + ("digits_jsonl",) * 3 + ("digits_sharegpt",) * 3
-# Weights of the kinds in the training split; in the eval split all kinds weigh the same.
+# What is asked, where nothing else is asked for: kinds of questions and their weights.
 TRAIN_WEIGHTS = {
     "single_image": 4,
     "two_images": 3,
@@ -27,22 +29,28 @@ TRAIN_WEIGHTS = {
     "text": 2,
     "multi_turn": 2,
 }
+# Kinds with spoken digits.
+SPOKEN = {"audio", "audio_and_image"}
 EVAL_SHARE = 0.2  # of scikit-learn's 1797 digit images, and of the numbers asked about in texts
 PLANTED_FILE = "planted.json"
 
 
-def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: int) -> None:
+def build_digits(
+    folder: Path, *, seed: int, train_samples: int, eval_samples: int, kinds: Mapping[str, int] = TRAIN_WEIGHTS
+) -> None:
     """Draw the dataset and write it: three sources, their media, and the list of planted bad rows.
 
-    `folder` receives `messages.parquet` and `messages.jsonl` (OpenAI messages), `sharegpt.json`, `images/`, `videos/`
-    and `planted.json` (`source`, `row`, `stage`, `rule` of each bad row). Media paths in rows are relative to `folder`.
-    The same arguments give the same bytes. The folder appears complete or not at all; an earlier build is replaced.
+    `folder` receives `messages.parquet` and `messages.jsonl` (OpenAI messages), `sharegpt.json`, `images/`, `videos/`,
+    `sounds/` where a kind has any, and `planted.json` (`source`, `row`, `stage`, `rule` of each bad row). Media paths
+    in rows are relative to `folder`. The same arguments give the same bytes. The folder appears complete or not at all;
+    an earlier build is replaced.
 
     Args:
         folder: Folder to write.
         seed: Seed of every choice.
         train_samples: Good training samples, all kinds together.
         eval_samples: Good evaluation samples; no digit image of theirs occurs in a training sample.
+        kinds: Kinds of samples, and their weights in the training split; in the eval split all weigh the same.
 
     Raises:
         FileExistsError: `folder` holds something other than an earlier build.
@@ -51,11 +59,11 @@ def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: i
         raise FileExistsError(f"'{folder}' holds files that are not the digits dataset: name a new or empty folder")
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    for media in ("images", "videos"):
+    for media in ("images", "videos", *(["sounds"] if SPOKEN & kinds.keys() else [])):
         (building / media).mkdir(parents=True)
 
-    train = _draw(building, "train", "train", seed, _kinds(seed, train_samples, TRAIN_WEIGHTS))
-    evaluation = _draw(building, "eval", "eval", seed, _kinds(seed, eval_samples, dict.fromkeys(KINDS, 1)))
+    train = _draw(building, "train", "train", seed, _kinds(seed, train_samples, kinds))
+    evaluation = _draw(building, "eval", "eval", seed, _kinds(seed, eval_samples, dict.fromkeys(kinds, 1)))
     spoilt = _draw(building, "planted", "train", seed, [bad.kind for bad in PLANTED])
     rows = {source: [] for source in SOURCES}
     for sample, source in zip(train + evaluation, cycle(SOURCE_CYCLE), strict=False):
@@ -67,7 +75,7 @@ def build_digits(folder: Path, *, seed: int, train_samples: int, eval_samples: i
     building.replace(folder)
 
 
-def _kinds(seed: int, samples: int, weights: dict[str, int]) -> list[str]:
+def _kinds(seed: int, samples: int, weights: Mapping[str, int]) -> list[str]:
     """One kind per sample in random order, in the proportions of `weights` to within one sample each."""
     bounds = [round(samples * total / sum(weights.values())) for total in np.cumsum([0, *weights.values()])]
     kinds = np.repeat(list(weights), np.diff(bounds))
@@ -100,12 +108,18 @@ def _studio(folder: Path, name: str, split: str, seed: int) -> Studio:
         write_clip(folder / path, frames)
         return Part("video", path)
 
+    def spoken(digit: int) -> Part:
+        path = f"sounds/{name}-{next(numbering):05d}.wav"
+        write_speech(folder / path, speak(rng, digit))
+        return Part("audio", path)
+
     return Studio(
         rng=rng,
         numbers=cycle(_of_split(np.arange(1000, 10_000), split, seed).tolist()),
         picture=picture,
         sequence=lambda shown: clip(draw_sequence(rng, [ink(digit) for digit in shown])),
         motion=lambda digit, direction: clip(draw_motion(rng, ink(digit), direction)),
+        spoken=spoken,
     )
 
 

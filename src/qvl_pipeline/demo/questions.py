@@ -14,9 +14,9 @@ DIRECTIONS = ("left", "right", "up", "down")
 
 
 class Part(NamedTuple):
-    """One piece of a turn: a text, or the path of a picture or clip relative to the dataset's folder."""
+    """One piece of a turn: a text, or the path of a picture, clip or sound relative to the dataset's folder."""
 
-    type: Literal["text", "image", "video"]
+    type: Literal["text", "image", "video", "audio"]
     value: str
 
 
@@ -38,7 +38,7 @@ class Sample:
 
     @property
     def media(self) -> list[Part]:
-        """Pictures and clips in reading order."""
+        """Pictures, clips and sounds in reading order."""
         return [part for turn in self.turns for part in turn.parts if part.type != "text"]
 
 
@@ -52,6 +52,7 @@ class Studio:
         picture: Draws a picture of a digit (0 to 9).
         sequence: Draws a clip of digits that follow one another.
         motion: Draws a clip of a digit that moves in a direction.
+        spoken: Says a digit.
     """
 
     rng: np.random.Generator
@@ -59,6 +60,7 @@ class Studio:
     picture: Callable[[int], Part]
     sequence: Callable[[list[int]], Part]
     motion: Callable[[int, str], Part]
+    spoken: Callable[[int], Part]
 
     def digits(self, count: int) -> list[int]:
         """Different digits, in random order."""
@@ -83,6 +85,11 @@ def _text(studio: Studio) -> list[Turn]:
 def _single_image(studio: Studio) -> list[Turn]:
     (digit,) = studio.digits(1)
     return _ask(studio.picture(digit), "Which digit is this?", answer=digit)
+
+
+def _next_digit(studio: Studio) -> list[Turn]:
+    (digit,) = studio.digits(1)
+    return _ask(studio.picture(digit), "Which digit comes after this one?", answer=(digit + 1) % 10)
 
 
 def _two_images(studio: Studio) -> list[Turn]:
@@ -120,6 +127,16 @@ def _multi_turn(studio: Studio) -> list[Turn]:
     return turns
 
 
+def _audio(studio: Studio) -> list[Turn]:
+    (digit,) = studio.digits(1)
+    return _ask(studio.spoken(digit), "Which digit is this?", answer=digit)
+
+
+def _audio_and_image(studio: Studio) -> list[Turn]:
+    digits = studio.digits(2)
+    return _ask(studio.spoken(digits[0]), studio.picture(digits[1]), LARGER, answer=max(digits))
+
+
 KINDS: dict[str, Callable[[Studio], list[Turn]]] = {
     "single_image": _single_image,
     "two_images": _two_images,
@@ -128,4 +145,9 @@ KINDS: dict[str, Callable[[Studio], list[Turn]]] = {
     "two_videos": _two_videos,
     "text": _text,
     "multi_turn": _multi_turn,
+    # What no other kind teaches: for an adapter to learn.
+    "next_digit": _next_digit,
+    # For a model that hears.
+    "audio": _audio,
+    "audio_and_image": _audio_and_image,
 }

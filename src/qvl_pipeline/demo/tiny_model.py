@@ -8,22 +8,24 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     GenerationConfig,
-    PreTrainedModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2_5OmniProcessor,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
+    Qwen3_5Tokenizer,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    WhisperFeatureExtractor,
 )
 
-from qvl_pipeline.demo.tokenizer import VOCAB_SIZE, train_tokenizer
+from qvl_pipeline.demo.tokenizer import OMNI_TOKENS, VOCAB_SIZE, train_tokenizer
 from qvl_pipeline.families import FAMILIES
 
 HIDDEN_SIZE = 128
@@ -83,6 +85,56 @@ QWEN2_5_VL = {
         "tokens_per_second": 2,
     },
 }
+# Three layers of linear attention, then one of gated softmax attention with half-rotated heads; no DeepStack.
+QWEN3_5 = {
+    "text_config": TEXT
+    | {
+        "head_dim": 32,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": VISION | {"patch_size": FAMILIES["qwen3_5"].patch_size, "num_position_embeddings": 64},
+}
+
+
+# Qwen3-VL with eight experts in each layer, two for each token.
+QWEN3_VL_MOE = QWEN3_VL | {
+    "text_config": QWEN3_VL["text_config"] | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+}
+# The thinker alone. Chunks of 40 spectra (0.4 s) in the audio tower, where the published model has 200.
+QWEN2_5_OMNI = {
+    "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
+    "vision_config": VISION
+    | {"patch_size": FAMILIES["qwen2_5_omni"].patch_size, "window_size": 28, "fullatt_block_indexes": [1, 3]},
+    "audio_config": {
+        "num_mel_bins": FAMILIES["qwen2_5_omni"].hearing.mel_bins,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 192,
+        "d_model": 96,
+        "n_window": 20,
+        "max_source_positions": 100,
+        "output_dim": HIDDEN_SIZE,
+        "initializer_range": 0.08,
+    },
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": QWEN3_VL,
+    "qwen2_5_vl": QWEN2_5_VL,
+    "qwen3_5": QWEN3_5,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
+    "qwen2_5_omni": QWEN2_5_OMNI,
+}
 
 
 def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[str]) -> None:
@@ -93,20 +145,27 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
 
     Args:
         folder: Folder to write into; made when missing.
-        family: `qwen3_vl` or `qwen2_5_vl`.
+        family: A key of `CONFIGS`.
         seed: Seed of the weights.
         corpus: Texts the tokenizer is trained on.
 
     Raises:
-        ValueError: `family` is not one of the two.
+        ValueError: There is no tiny model of that family.
     """
-    builders = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
-    if family not in builders:
-        raise ValueError(f"family '{family}': there are tiny models of {' and '.join(sorted(builders))} only")
-    tokenizer = train_tokenizer(corpus)
+    if family not in CONFIGS:
+        raise ValueError(f"family '{family}': there are tiny models of {', '.join(sorted(CONFIGS))} only")
+    omni = family == "qwen2_5_omni"
+    tokenizer = train_tokenizer(corpus, Qwen3_5Tokenizer if family == "qwen3_5" else Qwen2Tokenizer, omni=omni)
+    of_processor = {"qwen2_5_vl": _qwen2_5_vl_processor, "qwen2_5_omni": _qwen2_5_omni_processor}
+    processor = of_processor.get(family, _qwen3_vl_processor)(tokenizer, family)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model, processor = builders[family](tokenizer)
+        ids = _omni_token_ids(tokenizer) if omni else _token_ids(tokenizer)
+        model = AutoModelForImageTextToText.from_config(_config(family, **ids))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv1d):
+                # transformers draws these four weights a channel as if they were hundreds: little would pass them.
+                module.reset_parameters()
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -120,17 +179,21 @@ def write_tiny_config(folder: Path, family: str) -> None:
 
     Args:
         folder: Folder to write into.
-        family: `qwen3_vl` or `qwen2_5_vl`.
+        family: A key of `CONFIGS`.
     """
-    configs = {"qwen3_vl": (Qwen3VLConfig, QWEN3_VL), "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VL)}
-    config, settings = configs[family]
-    config(**settings, tie_word_embeddings=True).save_pretrained(folder)
+    _config(family).save_pretrained(folder)
 
 
-def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
-    patch_size = QWEN3_VL["vision_config"]["patch_size"]
+def _config(family: str, **token_ids: int) -> PreTrainedConfig:
+    model_type = FAMILIES[family].model_types[-1] if FAMILIES[family].model_types else family
+    return AutoConfig.for_model(model_type, **CONFIGS[family], **token_ids, tie_word_embeddings=True)
+
+
+def _qwen3_vl_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> ProcessorMixin:
+    """Processor of Qwen3-VL, which Qwen3.5 has too."""
+    patch_size = FAMILIES[family].patch_size
     unit = MERGE * patch_size  # pixels of one merged token's side
-    processor = Qwen3VLProcessor(
+    return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(
             patch_size=patch_size, size=_pixel_limits(unit), image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
@@ -144,14 +207,12 @@ def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixi
         ),
         chat_template=tokenizer.chat_template,
     )
-    config = Qwen3VLConfig(**QWEN3_VL, **_token_ids(tokenizer), tie_word_embeddings=True)
-    return Qwen3VLForConditionalGeneration(config), processor
 
 
-def _qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
-    patch_size = QWEN2_5_VL["vision_config"]["patch_size"]
+def _qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> ProcessorMixin:
+    patch_size = FAMILIES[family].patch_size
     unit = MERGE * patch_size
-    processor = Qwen2_5_VLProcessor(
+    return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=patch_size, size=_pixel_limits(unit)),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(
@@ -164,8 +225,25 @@ def _qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMi
         ),
         chat_template=tokenizer.chat_template,
     )
-    config = Qwen2_5_VLConfig(**QWEN2_5_VL, **_token_ids(tokenizer), tie_word_embeddings=True)
-    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def _qwen2_5_omni_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> ProcessorMixin:
+    """Processor of Qwen2.5-VL, and Whisper's feature extractor."""
+    hearing, seeing = FAMILIES[family].hearing, _qwen2_5_vl_processor(tokenizer, family)
+    return Qwen2_5OmniProcessor(
+        image_processor=seeing.image_processor,
+        video_processor=seeing.video_processor,
+        feature_extractor=WhisperFeatureExtractor(
+            feature_size=hearing.mel_bins,
+            sampling_rate=hearing.sampling_rate,
+            hop_length=hearing.hop_length,
+            n_fft=hearing.n_fft,
+            chunk_length=hearing.longest_s,
+            return_attention_mask=True,
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def _pixel_limits(unit: int, frames: int = 1) -> dict[str, int]:
@@ -173,7 +251,18 @@ def _pixel_limits(unit: int, frames: int = 1) -> dict[str, int]:
     return {"shortest_edge": (2 * unit) ** 2, "longest_edge": (8 * unit) ** 2 * frames}
 
 
-def _token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)}
+
+
+def _omni_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    names = {
+        **{f"{kind}_token_index": f"{kind}_token" for kind in ("image", "video", "audio")},
+        "audio_start_token_id": "audio_bos_token",
+        "audio_end_token_id": "audio_eos_token",
+        "vision_start_token_id": "vision_bos_token",
+        "vision_end_token_id": "vision_eos_token",
+    }
+    return {key: tokenizer.convert_tokens_to_ids(OMNI_TOKENS[name]) for key, name in names.items()}

@@ -27,6 +27,8 @@ class RunSpec:
         seed: Seed of everything random in training.
         profile_steps: First and last step that rank 0 traces; empty traces none.
         memory_snapshot_on_oom: Record GPU allocations, and write them when memory runs out.
+        worst_case_first: Try the heaviest micro-batches before the first step.
+        expected_peak_bytes: Peak of a rank's tensors that the preflight foretold; 0 where nothing was.
     """
 
     output_dir: str
@@ -41,6 +43,8 @@ class RunSpec:
     seed: int
     profile_steps: tuple[int, ...]
     memory_snapshot_on_oom: bool
+    worst_case_first: bool
+    expected_peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,10 @@ class ModelSpec:
         family: Name of a module in `engine.families`.
         attn_implementation: Attention kernel of the language model, or `auto`.
         vit_attn_implementation: Attention kernel of the vision tower, or `auto`.
+        linear_attn_implementation: Kernels of linear attention, or `auto`; only read where a family has any.
+        experts_implementation: How experts are computed, or `auto`; only read where a family has any.
+        ignore_empty_think: Empty thoughts before answers are not trained on; of a stream, which is tokenised here.
         freeze_modules: Short names or globs of parts that stay as they are.
-        checkpointed_towers: Towers (`llm`, `vit`) whose activations are recomputed in the backward pass.
         use_liger_kernel: Use Liger's fused kernels where they run.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
         image_max_pixels: Most pixels of an image.
@@ -68,14 +74,33 @@ class ModelSpec:
     family: str
     attn_implementation: str
     vit_attn_implementation: str
+    linear_attn_implementation: str
+    experts_implementation: str
+    ignore_empty_think: bool
     freeze_modules: tuple[str, ...]
-    checkpointed_towers: tuple[str, ...]
     use_liger_kernel: bool
     image_min_pixels: int
     image_max_pixels: int
     torch_compile: bool
     torch_compile_backend: str
     torch_compile_mode: str
+
+
+@dataclass(frozen=True)
+class RecomputeSpec:
+    """Which activations are recomputed in the backward pass.
+
+    Attributes:
+        llm: Of the language model: `none`, `selective` (not those of matrix products and attention) or `full`.
+        vit: Of the vision tower.
+        every: Blocks from one that recomputes to the next.
+        offload: Keep the inputs of recomputed blocks in the CPU's memory.
+    """
+
+    llm: str
+    vit: str
+    every: int
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -147,7 +172,7 @@ class OptimSpec:
     """The optimizer and its schedule; names as in transformers' `TrainingArguments`.
 
     Attributes:
-        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit` or `muon`.
+        optim: `adamw_torch_fused`, `adamw_torch`, `adamw_8bit`, `adamw_bf16` or `muon`.
         learning_rate: Peak rate of what `learning_rates` does not name.
         learning_rates: Peak rate by part of the model (`vit`, `merger`, …, or `visual`).
         weight_decay: Decay of matrices.
@@ -159,6 +184,7 @@ class OptimSpec:
         lr_scheduler_kwargs: Its arguments.
         warmup_steps: Steps of warmup.
         ema_decay: Decay of the average of the weights; 0 keeps none.
+        router_aux_loss_coef: Weight of the loss that balances experts; `None` takes the checkpoint's.
     """
 
     optim: str
@@ -173,6 +199,12 @@ class OptimSpec:
     lr_scheduler_kwargs: dict[str, Any]
     warmup_steps: int
     ema_decay: float
+    router_aux_loss_coef: float | None
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether trained weights and their state are held in bfloat16 too, and not in float32."""
+        return self.optim == "adamw_bf16"
 
 
 @dataclass(frozen=True)
@@ -187,6 +219,7 @@ class ParallelSpec:
         backward_prefetch: Layers gathered ahead in the backward pass; 0 leaves it to FSDP2.
         accumulate_sharded: Exchange gradients after every micro-batch instead of once a step.
         cpu_offload: Keep parameters, gradients and optimizer state in the CPU's memory.
+        frozen_sharding: Frozen weights are `sharded`, or `replicated` on every rank.
         bf16: Compute in bfloat16.
         fp16: Compute in float16 with a dynamic loss scale.
         sp_ulysses_degree: Ranks that share the tokens of one micro-batch; the data-parallel ranks are fewer by it.
@@ -199,6 +232,7 @@ class ParallelSpec:
     backward_prefetch: int
     accumulate_sharded: bool
     cpu_offload: bool
+    frozen_sharding: str
     bf16: bool
     fp16: bool
     sp_ulysses_degree: int
@@ -322,6 +356,7 @@ class TrainSpec:
 
     run: RunSpec
     model: ModelSpec
+    recompute: RecomputeSpec
     data: DataSpec
     stream: StreamSpec
     optim: OptimSpec

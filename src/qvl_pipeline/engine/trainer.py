@@ -23,8 +23,10 @@ from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
+from qvl_pipeline.engine.model.freezing import OF_SOUND, OF_VISION
 from qvl_pipeline.engine.model.loading import build_model, load_processor, make_builder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.routing import StepBalance
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import load_weights
 from qvl_pipeline.engine.optim.ema import WeightAverage
@@ -46,6 +48,7 @@ from qvl_pipeline.engine.run.skipped import SkippedSamples
 from qvl_pipeline.engine.run.stopping import StopRequest, write_stopped
 from qvl_pipeline.engine.run.validation import Validation
 from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
+from qvl_pipeline.engine.run.worst_case import WorstCase, try_worst_case
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.storage.whole import write_whole
@@ -79,6 +82,7 @@ class Trainer:
         self.builder = make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
+        self.router_aux_loss_coef = _router_aux_loss_coef(spec, self.model)
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
         self.feed = self._make_feed()
@@ -102,19 +106,26 @@ class Trainer:
         """Take this rank's share of the plan, or of the stream where there is none."""
         data, dp = self.spec.data, self.mesh["dp"]
         share = dp.get_local_rank(), dp.size(), data.per_device_train_batch_size
-        always_vision = _trains_vision_only(self.model)
+        always = _always_called(self.model)
         if self.spec.stream.max_steps:
             stream, skips = self.spec.stream, data.on_bad_sample == "skip"
-            samples = RawSamples(Path(stream.samples), self.processor, Path(data.video_frames), skip_bad_samples=skips)
+            samples = RawSamples(
+                Path(stream.samples),
+                self.processor,
+                Path(data.video_frames),
+                self.model.family.hearing,
+                skip_bad_samples=skips,
+                ignore_empty_think=self.spec.model.ignore_empty_think,
+            )
             sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers != 0
 
             def exchange(values: Sequence[int]) -> list[int]:
                 with self.watchdog.wait_for_ranks():
                     return sums(values)
 
-            return StreamedFeed(samples, stream, *share, exchange, always_vision=always_vision, aside=aside)
+            return StreamedFeed(samples, stream, *share, exchange, **always, aside=aside)
         plan = read_plan(Path(data.pack_plan))
-        return PlannedFeed(SharedSteps(plan, *share, always_vision=always_vision, epochs=data.epochs))
+        return PlannedFeed(SharedSteps(plan, *share, **always, epochs=data.epochs))
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -162,6 +173,8 @@ class Trainer:
             out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=snapshot),
             profiled(traced, done, output_dir) as end_profiled_step,
         ):
+            if spec.run.worst_case_first and isinstance(self.feed, PlannedFeed) and not done:
+                self._try_worst_case()
             batches = load_batches(micro_batches, Path(spec.data.tokenized), self.builder, options)
             try:
                 if not self._evaluate_postponed():
@@ -195,6 +208,20 @@ class Trainer:
         if self.leads:
             self._write_result(output_dir, done, exported_step, self.kept.facts(best_step, max_steps))
         dist.barrier()
+
+    def _try_worst_case(self) -> None:
+        """Take a step on the heaviest micro-batches of the plan, and undo it."""
+        spec, alone = self.spec, LoaderOptions(0, 1, False, self.spec.data.on_bad_sample == "skip")
+        shares = self.feed.shares
+
+        def load(micro_batch: MicroBatch) -> Batch:
+            self.micro_batch = micro_batch
+            return next(load_batches([micro_batch], Path(spec.data.tokenized), self.builder, alone))
+
+        heaviest = [shares[step].micro_batches[number] for step, number in shares.heaviest()]
+        case = WorstCase(heaviest, shares.accumulates, load, spec.run.expected_peak_bytes)
+        sharded = spec.parallel.accumulate_sharded
+        self.facts["worst_case"] = try_worst_case(case, self.model, self.optimizers, self.device, sharded)
 
     def _train(
         self,
@@ -331,21 +358,27 @@ class Trainer:
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
         """Take one optimizer step; return the gradient norm."""
-        for number, self.micro_batch in enumerate(step.micro_batches, start=1):
-            asked = time.perf_counter()
-            with self.watchdog.load():
-                batch = next(batches)
-            window.add_batch(batch, waited_s=time.perf_counter() - asked)
-            self.skipped.add(step.number, batch.skipped)
+        balance = None
+        if self.router_aux_loss_coef:
+            balance = StepBalance(self.model.routing, lambda: self.skipped.tokens / step.supervised_tokens)
+        loaded = (self._load(micro_batch, step, batches, window) for micro_batch in step.micro_batches)
+        if balance and len(step.micro_batches) > 1:
+            loaded = list(loaded)
+            balance.count(self._forward_passes(step, loaded))
+        for number, (batch, self.micro_batch) in enumerate(zip(loaded, step.micro_batches, strict=True), start=1):
             batch = batch.to(self.device)
             # Gradients are exchanged once a step, after its last micro-batch; or after each, to hold none whole.
             is_last = number == len(step.micro_batches)
             self.model.set_requires_gradient_sync(is_last or self.spec.parallel.accumulate_sharded)
             losses = self.model(batch)
             loss = losses.sum() / step.supervised_tokens
+            if balance:
+                loss = loss + self.router_aux_loss_coef * balance.loss()
             (loss * self.loss_scale.value if self.loss_scale else loss).backward()
             window.losses.add(losses, batch.target_source)
             self.finite.add_losses(step.number, batch.sample_ids, losses)
+        if balance:
+            window.choices.append(balance.totals)
         self.skipped.correct_gradients(self.model.parameters(), step.supervised_tokens)
         grad_norm = self._clip()
         if self.loss_scale is None or self.loss_scale.accepts(grad_norm):
@@ -357,6 +390,20 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _load(self, micro_batch: MicroBatch, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> Batch:
+        """Take the next micro-batch, in host memory."""
+        self.micro_batch = micro_batch
+        asked = time.perf_counter()
+        with self.watchdog.load():
+            batch = next(batches)
+        window.add_batch(batch, waited_s=time.perf_counter() - asked)
+        self.skipped.add(step.number, batch.skipped)
+        return batch
+
+    def _forward_passes(self, step: Step, loaded: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        for self.micro_batch, batch in zip(step.micro_batches, loaded, strict=True):
+            yield self.model(batch.to(self.device))
 
     def _clip(self) -> torch.Tensor:
         if self.loss_scale:
@@ -400,6 +447,19 @@ class Trainer:
         write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it
 
 
-def _trains_vision_only(model: PackedVLM) -> bool:
+def _always_called(model: PackedVLM) -> dict[str, bool]:
+    """Which towers are called in every micro-batch, because nothing but towers is trained, and they are."""
     trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
-    return trained <= {"vit", "merger", "deepstack"}
+    only_towers = trained <= OF_VISION | OF_SOUND
+    return {
+        "always_vision": only_towers and bool(trained & OF_VISION),
+        "always_sound": only_towers and bool(trained & OF_SOUND),
+    }
+
+
+def _router_aux_loss_coef(spec: TrainSpec, model: PackedVLM) -> float:
+    """Weight of the balance loss: that of the run, or of the checkpoint."""
+    if model.routing is None:
+        return 0.0
+    given = spec.optim.router_aux_loss_coef
+    return model.hf.config.text_config.router_aux_loss_coef if given is None else given

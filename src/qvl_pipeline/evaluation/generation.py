@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
@@ -32,7 +33,11 @@ def load_model(model_path: str, attn_implementation: str) -> PreTrainedModel:
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     attention = ATTENTION.get(attn_implementation, attn_implementation)
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, attn_implementation=attention)
+    config = AutoConfig.from_pretrained(model_path)
+    # Of a model that also speaks, the part that answers in text.
+    config = getattr(config, "thinker_config", config)
+    options = {"dtype": dtype, "attn_implementation": attention}
+    model = AutoModelForImageTextToText.from_pretrained(model_path, config=config, **options)
     return model.to(device).eval()
 
 

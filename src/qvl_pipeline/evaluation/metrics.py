@@ -20,6 +20,7 @@ from qvl_pipeline.evaluation.tasks import (
     best_reference,
     import_cider,
 )
+from qvl_pipeline.tokens.thoughts import without_thoughts
 
 OVERALL = "overall"
 # Of the teacher-forced answer: lower is better, and no score.
@@ -77,14 +78,15 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequen
     """Score each answer by the metric of its task.
 
     Args:
-        answers: Generated texts `[N]`.
+        answers: Generated texts `[N]`; a thought before the answer is not scored.
         expected: The dataset's answers `[N]`; see `references`.
         tasks: Task names `[N]`, all in `TASKS`.
 
     Returns:
         Scores `[N]`.
     """
-    table = pd.DataFrame({"answer": list(answers), "expected": [references(text) for text in expected]})
+    said = [without_thoughts(answer) for answer in answers]
+    table = pd.DataFrame({"answer": said, "expected": [references(text) for text in expected]})
     scores = pd.Series(0.0, index=table.index)
     for task, rows in table.groupby(pd.Series(list(tasks), index=table.index)):
         given, wanted = rows["answer"].tolist(), rows["expected"].tolist()

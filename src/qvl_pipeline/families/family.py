@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from qvl_pipeline.families.hearing import Hearing
 
 if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
     ]
 
 
+# Why a family of dense models has no use for a capability.
+NO_EXPERTS = {"ep": "it has no experts"}
 # Side of the square of patches that becomes one token, in all families so far.
 MERGE_SIZE = 2
 
@@ -42,8 +46,22 @@ class ModelFamily:
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
-        liger_kernels: Kernel (`rms_norm` or `swiglu`) of liger-kernel for each module class that it fits.
+        liger_kernels: Kernel (`rms_norm`, `rms_norm_zero_centred` or `swiglu`) of liger-kernel for each module class
+            that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
+        linear_attention: Class name of a layer whose state runs on from token to token, which packs must cut; `None`
+            where all attention is softmax attention.
+        unsupported: Why a capability (`families.capabilities`) does not work with the family, by its name. Those that
+            are not named do.
+        notes: What to know of one that does.
+        experts: Class name of a layer's experts, whose weights are fused tensors `[experts, out, in]`; FSDP2 shards
+            each by itself. `None` where there are none.
+        router: Class name of what chooses experts for a token; its output begins with logits `[tokens, experts]`.
+        transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
+        kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
+            exported as they were.
+        model_types: What `model_type` of a `config.json` may be; empty is the family's name.
+        hearing: What it does with sound; `None` does not hear.
     """
 
     name: str
@@ -60,6 +78,15 @@ class ModelFamily:
     vision_pairs: VisionPairs
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+    linear_attention: str | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    experts: str | None = None
+    router: str | None = None
+    transposed_in_hub: tuple[str, ...] = ()
+    kept_prefixes: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    hearing: Hearing | None = None
 
     @property
     def token_pixels(self) -> int:
@@ -77,6 +104,10 @@ class ModelFamily:
                 return group
         raise ValueError(f"parameter '{parameter_name}' belongs to no group of the family '{self.name}'")
 
+    def keeps(self, stored: str) -> bool:
+        """Whether a tensor of a checkpoint is no part of the module, and goes into an export as it was."""
+        return stored.startswith(self.kept_prefixes)
+
     def module_name(self, stored: str, known: Collection[str]) -> str:
         """Name in the module of a tensor in a checkpoint, which may be stored under either name."""
         if stored not in known:
@@ -85,9 +116,36 @@ class ModelFamily:
                     return prefix + stored.removeprefix(published)
         return stored
 
+    def is_transposed(self, name: str, stored: Sequence[int], shape: Sequence[int]) -> bool:
+        """Whether a checkpoint holds a tensor of the module with its last two dimensions exchanged.
+
+        Published ones do so with some; what transformers has written since may or may not, which its shape tells.
+
+        Args:
+            name: Name in the module.
+            stored: Shape in the checkpoint.
+            shape: Shape in the module.
+        """
+        turned = [*shape[:-2], *shape[:-3:-1]]
+        return name.endswith(self.transposed_in_hub) and list(stored) == turned
+
     def hub_name(self, name: str) -> str:
         """Name in published checkpoints of a tensor of the module."""
         for published, prefix in self.hub_prefixes:
             if name.startswith(prefix):
                 return published + name.removeprefix(prefix)
         return name
+
+
+def divided_heads(text: Any) -> dict[str, int]:
+    """Numbers of the heads that ranks of sequence parallelism divide among them, by what they are called.
+
+    Key and value heads of softmax attention may be fewer than the degree: they are repeated. A key head of linear
+    attention has a state of its own for each of its value heads, which would be computed and trained twice.
+
+    Args:
+        text: `text_config` of a model, or what is known of its language model.
+    """
+    linear = getattr(text, "linear_num_key_heads", None)
+    heads = {"attention heads": text.num_attention_heads}
+    return heads | ({"key heads of linear attention": linear} if linear else {})

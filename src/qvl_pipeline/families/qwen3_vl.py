@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import ModelFamily
+from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-def _vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
+def vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
+    """Return what the tower would compute from the grid, with the host waiting for it."""
     from transformers import vision_utils
 
     merge = config.spatial_merge_size
@@ -52,7 +53,7 @@ def _decoder_kwargs(deepstack: list[torch.Tensor]) -> dict[str, Any]:
     return {"visual_pos_masks": rows, "deepstack_visual_embeds": deepstack}
 
 
-def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+def vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
     """Every block attends within each frame."""
     return [sum(t * (h * w) ** 2 for t, h, w in grids)] * config.depth
 
@@ -72,11 +73,12 @@ FAMILY = ModelFamily(
         ("llm", "model.language_model."),
         ("head", "lm_head."),
     ),
-    vision_inputs=_vision_inputs,
+    vision_inputs=vision_inputs,
     vision_forward=_vision_forward,
     decoder_kwargs=_decoder_kwargs,
     tokens_per_second=lambda config: None,
-    vision_pairs=_vision_pairs,
+    vision_pairs=vision_pairs,
+    unsupported=NO_EXPERTS,
     # The vision tower has LayerNorms and plain MLPs.
     liger_kernels={"Qwen3VLTextRMSNorm": "rms_norm", "Qwen3VLTextMLP": "swiglu"},
 )

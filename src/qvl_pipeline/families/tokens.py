@@ -14,4 +14,12 @@ CONTROL_TOKENS = (
     "<|vision_pad|>",
     "<|image_pad|>",
     "<|video_pad|>",
+    # Qwen2.5-Omni's; the published model calls those of pictures otherwise than the other families do.
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|AUDIO|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+    "<|IMAGE|>",
+    "<|VIDEO|>",
 )

@@ -54,6 +54,8 @@ class EarlyChecks:
         """Remember where every entry is, for messages."""
         self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
         self._schemas = {name: entry.get("schema") for name, entry in conf_catalog.items()}
+        # Where something is if it is there: whoever looks there checks what he finds.
+        self._places = {name for name, entry in conf_catalog.items() if entry["type"].endswith("PlaceDataset")}
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -119,6 +121,7 @@ class EarlyChecks:
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""
         inputs = {name for name in pipeline.inputs() if name != "parameters" and not name.startswith("params:")}
+        inputs -= self._places
         there = [name for name in sorted(inputs) if catalog.exists(name)]
         problems = {name: self._damage(name) or self._made_otherwise(name) for name in there}
         missing = dict.fromkeys(sorted(inputs - problems.keys()))
@@ -240,7 +243,7 @@ def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
     if "params:train" not in pipeline.inputs():
         return
     nodes = catalog.load("params:train").launch.nodes()
-    if nodes.node_rank > 0 and {node.name for node in pipeline.nodes} != {"train"}:
+    if nodes.node_rank > 0 and not {node.name for node in pipeline.nodes} <= {"preflight", "train"}:
         raise UserError(
             f"node {nodes.node_rank} of {nodes.nnodes} can only join the training: run `kedro run --pipelines train` "
             "on every node, and the other pipelines on one"

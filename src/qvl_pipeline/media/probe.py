@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.decoding import clock_start, decode_frames, open_container, read_frame_table
 from qvl_pipeline.media.opening import NoFileError, OpenMedia, OutsideFolderError, hash_media, open_media, open_picture
+from qvl_pipeline.media.sound import SoundError, probe_sound
 
 # EXIF orientations that turn the picture by a quarter.
 _LYING = (5, 6, 7, 8)
@@ -31,12 +32,15 @@ class Probe:
         height: Height of the upright picture in pixels.
         n_frames: Frames of a clip; pictures in an image file, of which the first is used (`None`: several).
         fps: Mean frame rate of a clip.
-        duration_s: Seconds from the first frame of a clip to the end of its last.
-        codec: Codec of a clip, file format of an image.
+        duration_s: Seconds from the first frame of a clip to the end of its last; seconds of a sound.
+        codec: Codec of a clip or sound, file format of an image.
         size_bytes: Bytes of the file.
         mode: Pixel format of an image, as Pillow names it (`RGB`, `L`, `I;16`).
-        declared_duration_s: Seconds that the container claims for a clip's video.
+        declared_duration_s: Seconds that the container claims for a clip's video, or a sound.
         longest_gap: Longest time between two frames of a clip over the usual (median) one; 1 is a constant frame rate.
+        sample_rate: Samples a second of a sound, or of that of a clip; `None` where a clip has none.
+        channels: Its channels.
+        peak: Largest absolute value of a sound, the mean of its channels; 1 is full scale.
     """
 
     missing: str | None = None
@@ -52,14 +56,17 @@ class Probe:
     mode: str | None = None
     declared_duration_s: float | None = None
     longest_gap: float | None = None
+    sample_rate: int | None = None
+    channels: int | None = None
+    peak: float | None = None
 
 
 def probe_media(path: str, kind: str, max_pixels: int, folders: Sequence[str] | None = None) -> Probe:
-    """Open a file and decode it: an image whole, of a clip the first and the last frame.
+    """Open a file and decode it: an image or a sound whole, of a clip the first and the last frame.
 
     Args:
         path: File to probe.
-        kind: `image` or `video`.
+        kind: `image`, `video` or `audio`.
         max_pixels: A picture with more pixels than this is not decoded; only its size is reported.
         folders: Real paths of the folders that it must be inside of; `None` where it may be anywhere.
 
@@ -85,7 +92,7 @@ def probe_media(path: str, kind: str, max_pixels: int, folders: Sequence[str] | 
 
 def _probe_open(file: OpenMedia, kind: str, max_pixels: int) -> Probe:
     found = {"content_hash": hash_media(file), "size_bytes": file.size}
-    probe = _probe_image if kind == "image" else _probe_video
+    probe = {"image": _probe_image, "video": _probe_video, "audio": _probe_sound}[kind]
     try:
         return replace(probe(file, max_pixels), **found)
     # Decoders raise whatever their parser stumbles over (SyntaxError, struct.error, IndexError, …): the file is bad.
@@ -94,10 +101,22 @@ def _probe_open(file: OpenMedia, kind: str, max_pixels: int) -> Probe:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not isinstance(error, SoundError):
         # Written for the stages that read media later; what they advise is to validate.
         error = error.__cause__ or UserError(str(error).partition("; run the pipeline")[0])
     return getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+
+
+def _probe_sound(file: OpenMedia, max_pixels: int) -> Probe:
+    facts = probe_sound(file)
+    return Probe(
+        codec=facts.codec,
+        sample_rate=facts.sample_rate,
+        channels=facts.channels,
+        declared_duration_s=facts.declared_s,
+        duration_s=facts.duration_s,
+        peak=facts.peak,
+    )
 
 
 def _probe_image(file: OpenMedia, max_pixels: int) -> Probe:
@@ -144,6 +163,7 @@ def _probe_video(file: OpenMedia, max_pixels: int) -> Probe:
             height=stream.height,
             codec=stream.codec_context.name,
             declared_duration_s=_declared_duration(container, stream),
+            **_heard(container),
         )
         if stream.width * stream.height > max_pixels:
             return facts
@@ -165,6 +185,14 @@ def _probe_video(file: OpenMedia, max_pixels: int) -> Probe:
         duration_s=float(table.seconds[-1] - table.seconds[0] + 1 / table.fps),
         longest_gap=_longest_gap(table.seconds),
     )
+
+
+def _heard(container: av.container.InputContainer) -> dict[str, int]:
+    """What a clip says of its sound, which nothing is decoded of here: most models do not hear it."""
+    sound = container.streams.audio[0] if container.streams.audio else None
+    if sound is None or sound.codec_context is None or not sound.rate:
+        return {}
+    return {"sample_rate": sound.rate, "channels": sound.channels}
 
 
 def _declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:

@@ -49,7 +49,7 @@ class ProbeWorker:
 
         Args:
             path: File to probe.
-            kind: `image` or `video`.
+            kind: `image`, `video` or `audio`.
 
         Returns:
             What was found; a file that took too long or crashed its decoder has that as its `failure`.

@@ -29,7 +29,8 @@ def check_parameters(parameters: dict[str, Any], origins: Origins) -> dict[str, 
     blocks = {}
     for name, model in BLOCKS.items():
         try:
-            blocks[name] = model.model_validate(parameters.get(name) or {})
+            given = parameters.get(name)
+            blocks[name] = model.model_validate({} if given is None else given)
         except ValidationError as error:
             problems += _by_key(name, parameters, error).items()
     if not problems:

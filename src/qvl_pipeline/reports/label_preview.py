@@ -11,8 +11,11 @@ import numpy as np
 import pandas as pd
 from transformers import ProcessorMixin
 
+from qvl_pipeline.families.family import MERGE_SIZE
+from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.reports.page import render
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 SAMPLES = 10
 # Of a longer stretch of text, the middle is collapsed: a page is to be looked at.
@@ -28,6 +31,8 @@ _TITLES = {
     "clip_patches": ("Size of a clip", "patches"),
     "clip_steps": ("Temporal patches of a clip", "temporal patches"),
     "clip_seconds": ("Time that a clip spans", "seconds"),
+    "sounds": ("Sounds of a sample", "sounds"),
+    "sound_spectra": ("Length of a sound", "hundredths of a second"),
 }
 
 
@@ -119,7 +124,7 @@ def pieces(sample: dict[str, Any], processor: ProcessorMixin) -> Iterator[Piece]
     for start, end in sample["label_spans"]:
         trained[start:end] = True
     special = np.isin(ids, list(tokenizer.added_tokens_decoder))
-    placeholder = np.isin(ids, [processor.image_token_id, processor.video_token_id])
+    placeholder = np.isin(ids, placeholder_ids(processor))
     # A special token stands alone, unless it is one of a run of placeholders.
     joined = np.where(special[1:], placeholder[1:] & (ids[1:] == ids[:-1]), ~special[:-1])
     joined &= trained[1:] == trained[:-1]
@@ -142,6 +147,16 @@ def _chips(media: Sequence[dict[str, Any]], processor: ProcessorMixin, runs: Seq
     """Describe each run of placeholders: a whole medium, or one temporal patch of a clip where times stand between."""
     lengths = iter(runs)
     for medium in media:
+        heard = audio_tokens(medium["spectra"]) if medium["spectra"] else 0
+        if heard:  # one run; of a clip that is seen too, pictures and sound take turns
+            name = "sound" if medium["type"] == "audio" else "clip with its sound"
+            tokens = heard + medium["grid_t"] * medium["grid_h"] * medium["grid_w"] // MERGE_SIZE**2
+            run = 0
+            while run < tokens:
+                run += next(lengths)
+                so_far = f"{tokens:,}" if run == tokens else f"{run:,} of {tokens:,}"
+                yield f"{name} · {medium['spectra']:,} spectra · {so_far} tokens"
+            continue
         steps, height, width = (medium[f"grid_{axis}"] for axis in "thw")
         all_tokens = steps * height * width // getattr(processor, f"{medium['type']}_processor").merge_size ** 2
         name = {"image": "image", "video": "clip"}[medium["type"]]

@@ -42,9 +42,10 @@ class MediaThumbnails:
         self._store = FrameStore(video_frames)
 
     def __call__(self, sample_id: str) -> list[list[Thumbnail]]:
-        """Return one list of thumbnails for every image or clip of the sample, in reading order."""
+        """Return one list of thumbnails for every image, clip or sound of the sample, in reading order."""
         media = self._samples.row(self._rows[sample_id])["media"]
-        return [self._clip(item["key"]) if item["type"] == "video" else [_image(item["key"])] for item in media]
+        shown = {"video": self._clip, "image": lambda key: [_image(key)], "audio": lambda key: [_sound(key)]}
+        return [shown[item["type"]](item["key"]) for item in media]
 
     def _clip(self, key: str) -> list[Thumbnail]:
         frames, seconds = self._store.frames(key), self._store.info(key)["seconds"]
@@ -53,6 +54,10 @@ class MediaThumbnails:
             Thumbnail(png_uri(Image.fromarray(frames[number].transpose(1, 2, 0))), f"{seconds[number]:.2f} s")
             for number in shown
         ]
+
+
+def _sound(key: str) -> Thumbnail:
+    return Thumbnail(None, f"{Path(key).name} (a sound)")
 
 
 def _image(key: str) -> Thumbnail:

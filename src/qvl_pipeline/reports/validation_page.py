@@ -98,7 +98,7 @@ def _characters(messages: str) -> int:
 
 
 def _histograms(seen: _Seen, media_index: pd.DataFrame) -> list[dict[str, Any]]:
-    clips = media_index[media_index["type"] == "video"]
+    clips, sounds = (media_index[media_index["type"] == kind] for kind in ("video", "audio"))
     pixels = (media_index["width"].astype(float) * media_index["height"].astype(float)).dropna()
     wanted = [
         ("Text of a sample", "characters", seen.characters),
@@ -106,6 +106,7 @@ def _histograms(seen: _Seen, media_index: pd.DataFrame) -> list[dict[str, Any]]:
         ("Resolution of a file", "thousand pixels", pixels / 1000),
         ("Duration of a clip", "seconds", clips["duration_s"].astype(float).dropna()),
         ("Frame rate of a clip", "frames a second", clips["fps"].astype(float).dropna()),
+        ("Duration of a sound", "seconds", sounds["duration_s"].astype(float).dropna()),
     ]
     return [{"title": title, "unit": unit, "bins": bins} for title, unit, values in wanted if (bins := _bins(values))]
 

@@ -30,7 +30,7 @@ class Grid:
     """All combinations of lists, the last parameter changing first."""
 
     def __init__(self, config: SweepConfig, known: Sequence[Trial]) -> None:
-        """Begin with those that are not known."""
+        """Leave out those that are known, also those that are to go on."""
         combinations = itertools.product(*config.parameters.values())
         points = [dict(zip(config.parameters, values, strict=True)) for values in combinations]
         tried = {trial.id for trial in known}
@@ -45,7 +45,7 @@ class Grid:
 
 
 class Optuna:
-    """Optuna's tree-structured Parzen estimator, which knows all trials that are over."""
+    """Optuna's tree-structured Parzen estimator, which learns from all trials that are done."""
 
     def __init__(self, config: SweepConfig, known: Sequence[Trial]) -> None:
         """Make a study of the trials that are known.
@@ -62,7 +62,7 @@ class Optuna:
         sampler = optuna.samplers.TPESampler(seed=config.seed + len(known), n_startup_trials=min(4, config.trials))
         self.study = optuna.create_study(sampler=sampler, direction="minimize")
         self._space = {name: self._distribution(values) for name, values in config.parameters.items()}
-        self._asked: dict[str, optuna.Trial] = {}
+        self._asked: dict[str, optuna.Trial | None] = {}
         self._left = config.trials - len(known)
         for trial in known:
             self._add(trial)
@@ -82,7 +82,9 @@ class Optuna:
         """Tell the study what came of a trial."""
         states = self._optuna.trial.TrialState
         asked = self._asked[trial.id]
-        if trial.state == "done":
+        if asked is None:  # begun before this study was made
+            self._add(trial)
+        elif trial.state == "done":
             self.study.tell(asked, self._config.objective.sign * trial.objective)
         else:
             self.study.tell(asked, state=states.PRUNED if trial.state == "pruned" else states.FAIL)

@@ -77,8 +77,7 @@ class Sweep:
         self._trials = {each.id: each for each in known if set(each.values) == set(config.parameters)}
         # Those that were cut off go on, those that failed are tried again.
         self._again = [each.values for each in self._trials.values() if each.state in ("running", "failed")]
-        over = [each for each in self._trials.values() if each.state in ("done", "pruned")]
-        self._search: Search = (Grid if config.method == "grid" else Optuna)(config, over)
+        self._search: Search = (Grid if config.method == "grid" else Optuna)(config, list(self._trials.values()))
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def run(self) -> list[Trial]:
@@ -156,13 +155,9 @@ class Sweep:
             trial.objective = trials.objective_of(self._project, name, config.objective)
         with self._lock:
             trial.save(self._folder)
-            self._tell(trial)
+            self._search.tell(trial)
             self._say(self._outcome(trial))
             self._tidy(trial, name)
-
-    def _tell(self, trial: Trial) -> None:
-        with contextlib.suppress(KeyError, AttributeError):  # one from before, which the search did not choose
-            self._search.tell(trial)
 
     def _outcome(self, trial: Trial) -> str:
         if trial.state == "failed":

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from qvl_pipeline.families.tokens import END_OF_TEXT, END_OF_TURN
 from qvl_pipeline.tokens.control import mark_written
+from qvl_pipeline.tokens.thoughts import behind_empty_thought, prompt_of
 from qvl_pipeline.tokens.tools import Tools, Turns, refuse_left_out_tools
 from qvl_pipeline.tokens.unusable import UnusableSampleError
 
@@ -47,7 +48,11 @@ class RenderedChat:
 
 
 def render_chats(
-    processor: ProcessorMixin, conversations: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]
+    processor: ProcessorMixin,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    names: Sequence[str],
+    *,
+    ignore_empty_think: bool = True,
 ) -> list[RenderedChat]:
     """Render conversations and find their assistant turns.
 
@@ -59,9 +64,11 @@ def render_chats(
         processor: Processor with the chat template.
         conversations: Messages of each conversation, as `samples` has them.
         names: Their sample ids.
+        ignore_empty_think: An empty thought before an answer belongs to what the answer was given to.
 
     Returns:
-        The rendered conversations.
+        The rendered conversations. Turns that are not trained on, and that the template renders in another way once the
+        conversation goes on, are no answers.
 
     Raises:
         UnusableSampleError: The template refuses a conversation, renders its beginning in another way than the whole,
@@ -70,7 +77,7 @@ def render_chats(
     """
     chats = [_chat(name, messages) for name, messages in zip(names, conversations, strict=True)]
     spoken = [chat for chat in chats if not _is_plain_text(chat)]
-    rendered = iter(_render_spoken(processor, spoken))
+    rendered = iter(_render_spoken(processor, spoken, ignore_empty_think))
     return [_plain_text(chat) if _is_plain_text(chat) else next(rendered) for chat in chats]
 
 
@@ -91,7 +98,55 @@ def _plain_text(chat: _Chat) -> RenderedChat:
     return RenderedChat(chat.name, text, [(0, len(text))], [True])
 
 
-def _render_spoken(processor: ProcessorMixin, chats: Sequence[_Chat]) -> list[RenderedChat]:
+def prompts_of_turns(
+    processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], name: str
+) -> list[tuple[int, list[int]]]:
+    """Divide a conversation whose earlier turns the template renders in another way once it goes on.
+
+    Thinking models are served with earlier thoughts left out: each answer was given to a prompt of its own.
+
+    Args:
+        processor: Processor with the chat template.
+        messages: The conversation, as `samples` has it.
+        name: Its sample id.
+
+    Returns:
+        Of each prompt, in order, how many turns it has, and which of them are trained on there. All turns of the
+        assistant that the template leaves as they were stay together, so it is one for most conversations; and for
+        those that cannot be rendered at all, of which `render_chats` will say why.
+
+    Raises:
+        UnusableSampleError: The template refuses it.
+    """
+    chat = _chat(name, messages)
+    left = [n for n, turn in enumerate(chat.turns) if turn["role"] == "assistant" and chat.trained[n]]
+    whole, prompts = len(chat.turns), []
+    while left:
+        rendered = _render_spoken_turns(processor, _first(chat, whole), left)
+        fitting = [n for n, found in zip(left, rendered, strict=True) if found]
+        if not prompts and len(fitting) < len(left) and whole > left[-1] + 1:
+            whole = left[-1] + 1  # what is asked last, and not answered, may be what makes the template leave out more
+            continue
+        if not fitting:
+            return [(len(chat.turns), left)]
+        prompts.append((whole, fitting))
+        left = [n for n in left if n not in fitting]
+        whole = left[-1] + 1 if left else 0
+    return prompts[::-1]
+
+
+def _render_spoken_turns(processor: ProcessorMixin, chat: _Chat, turns: Sequence[int]) -> list[bool]:
+    """Say of some turns of the assistant whether the template leaves them in the whole as they were when given."""
+    [text] = _render(processor, [chat])
+    prompts = _render(processor, [_first(chat, number) for number in turns], generate=True)
+    answered = _render(processor, [_first(chat, number + 1) for number in turns])
+    return [
+        text.startswith(given) and given.startswith(prompt_of(prompt, given))
+        for prompt, given in zip(prompts, answered, strict=True)
+    ]
+
+
+def _render_spoken(processor: ProcessorMixin, chats: Sequence[_Chat], ignore_empty_think: bool) -> list[RenderedChat]:
     turns = [
         (owner, number)
         for owner, chat in enumerate(chats)
@@ -104,10 +159,16 @@ def _render_spoken(processor: ProcessorMixin, chats: Sequence[_Chat]) -> list[Re
     answered = _render(processor, [_first(chats[owner], number + 1) for owner, number in inner])
     beginnings = dict(zip(inner, answered, strict=True))
     rendered = [RenderedChat(chat.name, text, [], []) for chat, text in zip(chats, texts, strict=True)]
+    last = dict(turns)
     for (owner, number), prompt in zip(turns, prompts, strict=True):
         beginning = beginnings.get((owner, number), texts[owner])
-        rendered[owner].answers.append(_answer_range(rendered[owner], prompt, beginning))
-        rendered[owner].trained.append(chats[owner].trained[number])
+        is_trained, is_last = chats[owner].trained[number], number == last[owner]
+        if not is_trained and not is_last and not texts[owner].startswith(beginning):
+            continue
+        start, end = _answer_range(rendered[owner], prompt_of(prompt, beginning), beginning)
+        start = behind_empty_thought(texts[owner], start) if ignore_empty_think else start
+        rendered[owner].answers.append((start, end))
+        rendered[owner].trained.append(is_trained)
     for chat, found in zip(chats, rendered, strict=True):
         if not any(found.trained):
             raise UnusableSampleError(chat.name, "nothing_to_train", "it has no assistant turn to train on")
@@ -133,8 +194,9 @@ def _answer_range(chat: RenderedChat, prompt: str, answered: str) -> tuple[int, 
         raise UnusableSampleError(
             chat.name,
             "template_rewrites",
-            "the chat template renders the beginning of the conversation in another way than the whole, so the tokens "
-            "to train on cannot be found; use a template that does not rewrite earlier turns",
+            "the chat template renders the beginning of the conversation in another way than the whole, also where a "
+            "turn has a prompt of its own (model.thinking), so the tokens to train on cannot be found; use a template "
+            "that does not rewrite earlier turns",
         )
     if not prompt:
         raise UnusableSampleError(

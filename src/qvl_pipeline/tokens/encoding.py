@@ -20,15 +20,20 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.families.tokens import END_OF_TURN
 from qvl_pipeline.media.frame_store import FrameStore, clip_id
 from qvl_pipeline.media.sampling import seconds_per_grid, told_seconds_per_grid
+from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.tokens.chat import RenderedChat, render_chats
 from qvl_pipeline.tokens.control import encode_texts, without_marks
 from qvl_pipeline.tokens.unusable import Unusable, UnusableSampleError
 
 COPIED = ("sample_id", "source", "split", "kind", "task", "answer")
-_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid", "content_hash")
+_OF_A_MEDIUM = ("type", "key", "grid_t", "grid_h", "grid_w", "seconds_per_grid", "spectra", "content_hash")
+
+# Inputs of models that are told the interval between the temporal patches of a clip.
+_INTERVALS = frozenset({"second_per_grid_ts", "video_second_per_grid"})
 
 # An entry of the column `media`; a clip also has the `seconds` of its frames.
 Medium = Mapping[str, Any]
@@ -60,22 +65,30 @@ class ImageFacts(NamedTuple):
 
 
 class MediaGrids:
-    """Sizes of images and clips in patches, from the media index and the frame store."""
+    """Sizes of images and clips in patches, and of sounds in spectra, from the media index and the stores."""
 
-    def __init__(self, processor: ProcessorMixin, images: Mapping[str, ImageFacts], store: FrameStore) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        images: Mapping[str, ImageFacts],
+        store: FrameStore,
+        sounds: SoundStore | None = None,
+    ) -> None:
         """Set up the look-up.
 
         Args:
             processor: The model's processor, which says the pixel limits and the patch sizes.
             images: What is known of each image, by its path.
             store: Sampled clips.
+            sounds: Sounds, of a model that hears.
         """
         self._image_processor = processor.image_processor
         self._videos = processor.video_processor
         # Qwen2.5-VL's model is given an interval, Qwen3-VL's reads the seconds in the text.
-        self._tells_interval = "second_per_grid_ts" in processor.model_input_names
+        self._tells_interval = not _INTERVALS.isdisjoint(processor.model_input_names)
         self.images = images
         self.store = store
+        self.sounds = sounds
 
     def medium(self, item: Mapping[str, Any]) -> Medium:
         """Describe one medium of a sample.
@@ -87,13 +100,23 @@ class MediaGrids:
             Entry of the column `media` of `tokenized_samples`; a clip also has the `seconds` of its frames.
 
         Raises:
-            UserError: The image is not in the media index, or the clip not in the frame store.
+            UserError: The image is not in the media index, or the clip or sound not in its store.
         """
+        if item["type"] == "audio":
+            return self._sound(clip_id(item["path"], item["start"], item["end"]))
         return self._clip(item) if item["type"] == "video" else self._image(item["path"])
+
+    def _sound(self, key: str) -> Medium:
+        if self.sounds is None:
+            raise UserError(f"'{key}' is a sound, and the model does not hear: run the pipeline 'sample'")
+        sound = self.sounds.info("audio", key)
+        grid = {"grid_t": 0, "grid_h": 0, "grid_w": 0, "seconds_per_grid": 0.0}
+        return {"type": "audio", "key": key, **grid, **{name: sound[name] for name in ("spectra", "content_hash")}}
 
     def _clip(self, item: Mapping[str, Any]) -> Medium:
         key = clip_id(item["path"], item["start"], item["end"])
         clip = self.store.info(key)
+        heard = self.sounds.find("video", key) if self.sounds else None
         temporal_patch, seconds = self._videos.temporal_patch_size, clip["seconds"]
         interval = seconds_per_grid(seconds, temporal_patch)
         if self._tells_interval:
@@ -105,6 +128,7 @@ class MediaGrids:
             "grid_h": clip["height"] // self._videos.patch_size,
             "grid_w": clip["width"] // self._videos.patch_size,
             "seconds_per_grid": interval,
+            "spectra": heard["spectra"] if heard else 0,
             "content_hash": clip["content_hash"],
             "seconds": seconds,
         }
@@ -121,12 +145,16 @@ class MediaGrids:
             max_pixels=self._image_processor.size["longest_edge"],
         )
         grid_h, grid_w = height // self._image_processor.patch_size, width // self._image_processor.patch_size
-        grid = {"grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0}
+        grid = {"grid_t": 1, "grid_h": grid_h, "grid_w": grid_w, "seconds_per_grid": 0.0, "spectra": 0}
         return {"type": "image", "key": path, **grid, "content_hash": image.content_hash}
 
 
 def encode_samples(
-    samples: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin
+    samples: Sequence[Mapping[str, Any]],
+    grids: MediaGrids,
+    processor: ProcessorMixin,
+    *,
+    ignore_empty_think: bool = True,
 ) -> list[dict[str, Any] | Unusable]:
     """Tokenise samples.
 
@@ -134,6 +162,7 @@ def encode_samples(
         samples: Rows of `valid_samples`.
         grids: Sizes of all media.
         processor: The model's processor.
+        ignore_empty_think: Empty thoughts before answers are not trained on.
 
     Returns:
         Rows of `tokenized_samples`, in which `input_ids` is an array and a span a pair; in the place of a sample that
@@ -143,23 +172,27 @@ def encode_samples(
         UserError: A medium is not in the media index or the frame store.
     """
     media = [[grids.medium(item) for item in row["media"]] for row in samples]
-    return _encode(samples, media, processor)
+    return _encode(samples, media, processor, ignore_empty_think)
 
 
 def _encode(
-    samples: Sequence[Mapping[str, Any]], media: Sequence[Sequence[Medium]], processor: ProcessorMixin
+    samples: Sequence[Mapping[str, Any]],
+    media: Sequence[Sequence[Medium]],
+    processor: ProcessorMixin,
+    ignore_empty_think: bool,
 ) -> list[dict[str, Any] | Unusable]:
     conversations = [json.loads(row["messages"]) for row in samples]
     try:
-        chats = render_chats(processor, conversations, [row["sample_id"] for row in samples])
+        names = [row["sample_id"] for row in samples]
+        chats = render_chats(processor, conversations, names, ignore_empty_think=ignore_empty_think)
         encoded = encode_chats(processor, chats, media)
     except UnusableSampleError as error:
         if len(samples) == 1:
             return [Unusable(samples[0]["sample_id"], error.rule, error.detail)]
         half = len(samples) // 2  # halved again, until it stands alone: few are bad
         return [
-            *_encode(samples[:half], media[:half], processor),
-            *_encode(samples[half:], media[half:], processor),
+            *_encode(samples[:half], media[:half], processor, ignore_empty_think),
+            *_encode(samples[half:], media[half:], processor, ignore_empty_think),
         ]
     rows = [_table_row(*parts) for parts in zip(samples, encoded, media, strict=True)]
     for row, messages, found in zip(rows, conversations, encoded, strict=True):
@@ -187,11 +220,21 @@ def encode_chats(
     """
     compact = [_compact(processor, chat, items) for chat, items in zip(chats, media, strict=True)]
     tokens = encode_texts(processor.tokenizer, [chat.text for chat, _ in compact])
-    placeholders = (processor.image_token_id, processor.video_token_id)
+    placeholders = placeholder_ids(processor)
     return [
         _repeat_placeholders(*found, chat, repeats, placeholders)
         for found, (chat, repeats) in zip(tokens, compact, strict=True)
     ]
+
+
+def placeholder_ids(names: Any) -> tuple[int, ...]:
+    """Ids of the tokens that stand for images and clips and, where the model hears, for sounds.
+
+    Args:
+        names: Processor or configuration of the model.
+    """
+    hears = getattr(names, "audio_token_id", None) is not None
+    return (names.image_token_id, names.video_token_id, *([names.audio_token_id] if hears else []))
 
 
 def video_metadata(seconds: Sequence[float]) -> VideoMetadata:
@@ -201,22 +244,34 @@ def video_metadata(seconds: Sequence[float]) -> VideoMetadata:
 
 def _compact(processor: ProcessorMixin, chat: RenderedChat, media: Sequence[Medium]) -> tuple[RenderedChat, list[int]]:
     """Expand placeholders as if every temporal patch were one token, and say how many each of them stands for."""
-    pattern = re.compile(f"{re.escape(processor.image_token)}|{re.escape(processor.video_token)}")
+    kinds = [kind for kind in ("image", "video", "audio") if hasattr(processor, f"{kind}_token")]
+    tokens = {kind: getattr(processor, f"{kind}_token") for kind in kinds}
+    pattern = re.compile("|".join(map(re.escape, tokens.values())))
     remaining = iter(media)
     repeats: list[int] = []
 
     def expand(match: re.Match[str]) -> str:
         medium = next(remaining, None)
-        if medium is None or match[0] != getattr(processor, f"{medium['type']}_token"):
+        if medium is None or match[0] != tokens.get(medium["type"]):
             other = f"the chat template places {match[0]} where the sample has no such medium"
             raise UnusableSampleError(chat.name, "media_not_placed", other)
+        if medium["type"] == "audio":
+            repeats.append(audio_tokens(medium["spectra"]))
+            return match[0]
         merge = getattr(processor, f"{medium['type']}_processor").merge_size
-        repeats.extend([medium["grid_h"] * medium["grid_w"] // merge**2] * medium["grid_t"])
+        of_patch = medium["grid_h"] * medium["grid_w"] // merge**2
         grid = np.array([[medium["grid_t"], merge, merge]])
         if medium["type"] == "image":
+            repeats.append(of_patch)
             return processor.replace_image_token({"image_grid_thw": grid}, 0)
         inputs = {"video_grid_thw": grid, "video_metadata": [video_metadata(medium["seconds"])]}
-        return processor.replace_video_token(inputs, 0)
+        if "audio" not in tokens:
+            repeats.extend([of_patch] * medium["grid_t"])
+            return processor.replace_video_token(inputs, 0)
+        placed = _seen_and_heard(processor, inputs, medium)
+        # Each token of the sound is there by itself: which of them come between two pictures depends on their number.
+        repeats.extend(of_patch if found[0] == tokens["video"] else 1 for found in pattern.finditer(placed))
+        return placed
 
     cuts = sorted({0, len(chat.text)}.union(*chat.answers))
     pieces = [pattern.sub(expand, chat.text[start:end]) for start, end in pairwise(cuts)]
@@ -228,11 +283,25 @@ def _compact(processor: ProcessorMixin, chat: RenderedChat, media: Sequence[Medi
     return RenderedChat(chat.name, "".join(pieces), answers, chat.trained), repeats
 
 
+def _seen_and_heard(processor: ProcessorMixin, inputs: dict[str, Any], medium: Medium) -> str:
+    """The placeholders of a clip by a processor that hears; sound is placed among pictures by the time of each."""
+    heard = {"num_audio_tokens": [audio_tokens(medium["spectra"])]} if medium["spectra"] else None
+    told = {name: getattr(processor, name) for name in ("seconds_per_chunk", "position_id_per_seconds")}
+    return processor.replace_video_token(
+        inputs | {"video_second_per_grid": [medium["seconds_per_grid"]]},
+        0,
+        heard,
+        [0] if heard else [None],
+        load_audio_from_video=heard is not None,
+        **told,
+    )
+
+
 def _repeat_placeholders(
-    ids: np.ndarray, offsets: np.ndarray, chat: RenderedChat, repeats: list[int], placeholders: tuple[int, int]
+    ids: np.ndarray, offsets: np.ndarray, chat: RenderedChat, repeats: list[int], placeholders: tuple[int, ...]
 ) -> EncodedChat:
     """Finish a tokenised compact text: ids `[T]`, and where each token begins and ends in it, `[T, 2]`."""
-    is_placeholder = (ids == placeholders[0]) | (ids == placeholders[1])
+    is_placeholder = np.isin(ids, placeholders)
     counts = np.ones(len(ids), dtype=np.int64)
     counts[is_placeholder] = repeats
     position = np.concatenate([[0], np.cumsum(counts)])
@@ -267,6 +336,7 @@ def _table_row(row: Mapping[str, Any], encoded: EncodedChat, media: Sequence[Med
         "length": len(encoded.input_ids),
         "supervised_tokens": sum(end - start for start, end in encoded.label_spans),
         "vit_patches": sum(medium["grid_t"] * medium["grid_h"] * medium["grid_w"] for medium in media),
+        "spectra": sum(medium["spectra"] for medium in media),
         "prompt_length": encoded.prompt_length,
         "media": [{name: medium[name] for name in _OF_A_MEDIUM} for medium in media],
     }

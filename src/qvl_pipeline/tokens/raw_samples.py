@@ -13,7 +13,9 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families.hearing import Hearing
 from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.storage.tables import damage_named, open_table
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
@@ -22,29 +24,42 @@ from qvl_pipeline.tokens.unusable import Unusable
 class RawSamples:
     """The rows of a `stream_samples` file. No more than a few row groups of it are in memory."""
 
-    def __init__(self, path: Path, processor: ProcessorMixin, frame_store: Path, *, skip_bad_samples: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        processor: ProcessorMixin,
+        frame_store: Path,
+        hearing: Hearing | None = None,
+        *,
+        skip_bad_samples: bool,
+        ignore_empty_think: bool = True,
+    ) -> None:
         """Open the file.
 
         Args:
             path: File written by the `tokenize` stage.
             processor: The model's processor, with the image limits of the run.
-            frame_store: Folder of the sampled clips.
+            frame_store: Folder of the sampled clips and sounds.
+            hearing: How the model hears; `None` does not.
             skip_bad_samples: Return an `Unusable` for a sample whose media are not there, too; otherwise that is an
                 error.
+            ignore_empty_think: Empty thoughts before answers are not trained on.
         """
-        self._opened = path, processor, frame_store
+        self._opened = path, processor, frame_store, hearing
         self._file = open_table(path, memory_map=True)
         self._processor, self._store = processor, FrameStore(frame_store)
-        self._skips = skip_bad_samples
+        self._sounds = SoundStore(frame_store, hearing) if hearing else None
+        self._skips, self._ignores_empty_think = skip_bad_samples, ignore_empty_think
         groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
         self._starts = list(accumulate(groups, initial=0))
         self.num_shards = len(groups)
         # Lanes of a rank read the same row group at about the same time.
         self._shard = lru_cache(maxsize=4)(self._read)
 
-    def __reduce__(self) -> tuple[partial[RawSamples], tuple[Path, ProcessorMixin, Path]]:
+    def __reduce__(self) -> tuple[partial[RawSamples], tuple[Path, ProcessorMixin, Path, Hearing | None]]:
         """Pickle as what it was opened with: the process aside opens the file anew."""
-        return partial(RawSamples, skip_bad_samples=self._skips), self._opened
+        options = {"skip_bad_samples": self._skips, "ignore_empty_think": self._ignores_empty_think}
+        return partial(RawSamples, **options), self._opened
 
     def _read(self, number: int) -> list[dict[str, Any]]:
         # Without Arrow's threads: this runs in a forked process.
@@ -72,7 +87,7 @@ class RawSamples:
         raw = [self._row(row) for row in rows]
         media = [item for row in raw for item in row["media"] if item["height"] is not None]
         images = {m["path"]: ImageFacts(m["height"], m["width"], m["content_hash"]) for m in media}
-        return list(self._encode(raw, MediaGrids(self._processor, images, self._store)))
+        return list(self._encode(raw, MediaGrids(self._processor, images, self._store, self._sounds)))
 
     def _row(self, row: int) -> dict[str, Any]:
         shard = bisect_right(self._starts, row) - 1
@@ -80,7 +95,7 @@ class RawSamples:
 
     def _encode(self, raw: Sequence[dict[str, Any]], grids: MediaGrids) -> Iterator[dict[str, Any] | Unusable]:
         try:
-            encoded = encode_samples(raw, grids, self._processor)
+            encoded = encode_samples(raw, grids, self._processor, ignore_empty_think=self._ignores_empty_think)
         except UserError as error:
             if not self._skips:
                 raise

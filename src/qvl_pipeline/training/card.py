@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.config.adapter import NO_ADAPTER
+from qvl_pipeline.families import FAMILIES
 
 
 def model_card(
@@ -97,7 +98,7 @@ def with_scores(card: str, metrics: Mapping[str, Any]) -> str:
 
 def _vllm_options(family: str, item: Mapping[str, Any]) -> list[str]:
     frames = item.get("nframes")
-    if family == "qwen3_vl":
+    if FAMILIES[family].limits_are_per_clip:  # a processor that samples clips itself, from all of their frames
         loader: dict[str, Any] = {"num_frames": frames or -1}
     else:
         loader = {"num_frames": frames} if frames else {"num_frames": item["max_frames"], "fps": item["fps"]}

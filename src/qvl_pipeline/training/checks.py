@@ -37,15 +37,17 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
 
     from qvl_pipeline.engine.model.adapters.injection import inject
     from qvl_pipeline.engine.model.adapters.start import check_start
-    from qvl_pipeline.engine.model.attention_kernels import choose_kernels
+    from qvl_pipeline.engine.model.attention.kernels import choose_kernels
+    from qvl_pipeline.engine.model.attention.linear import choose_linear_kernel
     from qvl_pipeline.engine.model.freezing import freeze
     from qvl_pipeline.engine.model.kernels import use_liger_kernels
-    from qvl_pipeline.engine.model.sharded import layers_to_wrap
+    from qvl_pipeline.engine.model.routing import choose_experts_kernel
+    from qvl_pipeline.engine.model.sharded import frozen_parameters, layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
     from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, peak_rates, trained_parts
     from qvl_pipeline.engine.parallel.sequence_parallel import check_degree
     from qvl_pipeline.engine.parallel.sharding import check_shard_size
-    from qvl_pipeline.families import FAMILIES
+    from qvl_pipeline.families import FAMILIES, divided_heads
 
     _check_settings(spec, steps)
     family, device = FAMILIES[spec.model.family], torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,14 +55,20 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
         kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.use_rmpad)
+        if family.experts:
+            choose_experts_kernel(spec.model.experts_implementation, device)
+        if family.linear_attention:
+            choose_linear_kernel(spec.model.linear_attn_implementation, device, half=spec.parallel.half)
         check_shard_size(spec.parallel.hsdp_shard_size, ranks)
         model = build_skeleton(spec.model.path)
-        check_degree(spec.parallel.sp_ulysses_degree, ranks, model.config.text_config.num_attention_heads)
+        check_degree(spec.parallel.sp_ulysses_degree, ranks, divided_heads(model.config.text_config))
         layers_to_wrap(model, family, spec.parallel.transformer_layer_cls_to_wrap)
         freeze(model, family, spec.model.freeze_modules)
         if spec.adapter.used:
             inject(model, family, spec.adapter)
             check_start(model, spec.adapter)
+        if spec.parallel.frozen_sharding == "replicated":
+            frozen_parameters(model)
         peak_rates(spec.optim, trained_parts(model, family, spec.optim))
         if steps is not None:
             learning_rate_schedule(spec.optim, steps)
@@ -76,9 +84,13 @@ def _check_settings(spec: TrainSpec, steps: int | None) -> None:
     """Refuse what can be told without the model: packages, precision, and what the plan does not have."""
     import torch
 
-    if spec.optim.optim == "adamw_8bit" and find_spec("torchao") is None:
+    if (optim := spec.optim.optim) in ("adamw_8bit", "adamw_bf16") and find_spec("torchao") is None:
         raise UserError(
-            "optim 'adamw_8bit' needs the package torchao: install it (pip install torchao), or choose another"
+            f"optim '{optim}' needs the package torchao: install it (pip install torchao), or choose another"
+        )
+    if spec.optim.in_bfloat16 and spec.adapter.used:
+        raise UserError(
+            "optim 'adamw_bf16' saves next to nothing where an adapter is all that is trained: choose another optim"
         )
     if spec.parallel.fp16 and not torch.cuda.is_available():
         raise UserError("fp16 needs a GPU, and this machine has none: set it to false to train in float32")
@@ -115,6 +127,8 @@ def _warn(spec: TrainSpec, device: torch.device) -> None:
             "checkpoint is written",
             spec.optim.optim,
         )
+    if spec.run.worst_case_first and spec.stream.max_steps:
+        logger.warning("worst_case_first is not used: without a plan, nobody knows the heaviest pack beforehand")
     if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
         logger.warning("use_liger_kernel is %s", why_not)
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from qvl_pipeline.engine.spec import TrainSpec
 
 GIB = 1 << 30
-# Bytes of optimizer state for each trained parameter: two float32 moments, two of 8 bits, or (of matrices) one.
-_STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "muon": 4}
+# Bytes of optimizer state for each trained parameter: two float32 moments, two of 8 or 16 bits, or (of matrices) one.
+_STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "adamw_bf16": 4, "muon": 4}
 _FLOAT32 = 4
 
 
@@ -31,37 +31,47 @@ def check_space(spec: TrainSpec, steps: int | None, model: nn.Module) -> None:
     Raises:
         UserError: Says how much is needed, of what, and how much is free.
     """
-    checkpoint, number = checkpoint_bytes(spec, model), _checkpoints_at_once(spec, steps)
+    checkpoint, number = checkpoint_bytes(spec, model), checkpoints_at_once(spec, steps)
     exported = _numbers(model) * {"bfloat16": 2, "float32": 4}[spec.export.dtype]
-    # The export is in the scratch folder and, for as long as it is copied, in its place too.
-    needed = number * checkpoint + 2 * exported
+    kept = _kept_models(spec, steps)
+    # The export is in the scratch folder and, for as long as it is copied, in its place too; kept models are linked.
+    needed = number * checkpoint + (2 + kept) * exported
     folder = Path(spec.run.output_dir)
     left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
+    also = f", {kept} kept ones of that size" if kept else ""
     if needed > free + left:
         raise UserError(
             f"the training needs about {(needed - left) / GIB:,.1f} GiB of disk ({number} checkpoints of "
-            f"{checkpoint / GIB:,.1f} GiB, the exported model of {exported / GIB:,.1f} GiB and its copy), but "
-            f"{free / GIB:,.1f} GiB are free at {place}: free some, lower train.save_total_limit, or set "
-            "train.export_dtype: bf16"
+            f"{checkpoint / GIB:,.1f} GiB, the exported model of {exported / GIB:,.1f} GiB and its copy{also}), but "
+            f"{free / GIB:,.1f} GiB are free at {place}: free some, lower train.save_total_limit, "
+            f"{'keep fewer checkpoints, ' if kept else ''}or set train.export_dtype: bf16"
         )
 
 
 def checkpoint_bytes(spec: TrainSpec, model: nn.Module) -> int:
-    """Bytes of a checkpoint: of what is trained, float32 weights, the optimizer's state and the average."""
+    """Bytes of a checkpoint: of what is trained, weights, the optimizer's state and the average."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    each = _FLOAT32 + _STATE_BYTES[spec.optim.optim] + (_FLOAT32 if spec.optim.ema_decay else 0)
+    weights = 2 if spec.optim.in_bfloat16 else _FLOAT32
+    each = weights + _STATE_BYTES[spec.optim.optim] + (_FLOAT32 if spec.optim.ema_decay else 0)
     return each * trained
 
 
-def _checkpoints_at_once(spec: TrainSpec, steps: int | None) -> int:
+def checkpoints_at_once(spec: TrainSpec, steps: int | None) -> int:
     """Most checkpoints on disk: those kept, the one that is being written before the oldest goes, and the best."""
     run, best = spec.run, int(spec.validation.load_best_model_at_end)
     if not run.save_steps:
         return 1 + best
     saved = math.inf if steps is None else math.ceil(steps / run.save_steps)
     return int(min(run.save_total_limit + 1, saved)) + best
+
+
+def _kept_models(spec: TrainSpec, steps: int | None) -> int:
+    """Most models of steps on disk that are kept: the last is the export, and a former best goes late."""
+    every = next((int(kind.partition(":")[2]) for kind in spec.export.keep_checkpoints if ":" in kind), 0)
+    whole = not spec.adapter.used or spec.adapter.export != "adapter"
+    return ((steps or 0) // every if every else 0) + 2 * ("best" in spec.export.keep_checkpoints) if whole else 0
 
 
 def _numbers(model: nn.Module) -> int:

@@ -52,6 +52,7 @@ def make_spec(
     identity: dict[str, str],
     resume_from: str,
     adapter: AdapterConfig = NO_ADAPTER,
+    expected_peak_bytes: int = 0,
 ) -> TrainSpec:
     """Make the engine's spec.
 
@@ -66,6 +67,7 @@ def make_spec(
         identity: What the run and a checkpoint it starts from must agree in.
         resume_from: Checkpoint to start from; empty for the base model.
         adapter: Parameters of the adapter.
+        expected_peak_bytes: Peak of a rank's tensors that the preflight foretold; 0 where nothing was.
 
     Raises:
         UserError: Two blocks say different things.
@@ -81,6 +83,7 @@ def make_spec(
             output_dir=str(output_dir.resolve()),
             resume_from=resume_from,
             identity=identity,
+            expected_peak_bytes=expected_peak_bytes,
         ),
         model=_filled(
             spec.ModelSpec,
@@ -90,6 +93,7 @@ def make_spec(
             family=base_model.family,
             vit_attn_implementation=model.vit_attn_implementation or model.attn_implementation,
         ),
+        recompute=_filled(spec.RecomputeSpec, train.recomputed),
         data=_filled(
             spec.DataSpec,
             *(batching, train),

@@ -35,6 +35,7 @@ def write_tokenized(path: Path, lengths_by_source: dict[str, list[int]], patches
                     "length": length,
                     "supervised_tokens": 3,
                     "vit_patches": (patches or {}).get(source, 0),
+                    "spectra": 0,
                     "prompt_length": length - 3,
                     "media": [],
                 }
@@ -128,6 +129,7 @@ def test_columns_are_those_of_the_contract(tokenized: Path, tmp_path: Path) -> N
         "sample_rows": "list<element: int32>",
         "tokens": "int64",
         "vit_patches": "int64",
+        "spectra": "int64",
         "supervised_tokens": "int64",
     }
 

@@ -15,8 +15,8 @@ from qvl_pipeline.data.plan.steps import make_plan
 from qvl_pipeline.data.plan.token_statistics import MOST_BINS, _distribution, source_table, token_statistics
 from qvl_pipeline.data.plan.tokenization import SCHEMA
 
-IMAGE = {"type": "image", "key": "a.png", "grid_t": 1, "grid_h": 4, "grid_w": 6, "seconds_per_grid": 0.0}
-CLIP = {"type": "video", "key": "b.mp4", "grid_t": 5, "grid_h": 2, "grid_w": 4, "seconds_per_grid": 0.5}
+IMAGE = {"type": "image", "key": "a.png", "grid_t": 1, "grid_h": 4, "grid_w": 6, "seconds_per_grid": 0.0, "spectra": 0}
+CLIP = {"type": "video", "key": "b.mp4", "grid_t": 5, "grid_h": 2, "grid_w": 4, "seconds_per_grid": 0.5, "spectra": 0}
 WEIGHTS = {"text": 2.0, "pictures": 0.5, "long": 1.0}
 
 
@@ -30,6 +30,7 @@ def row(number: int, source: str, length: int, media: list[dict[str, Any]], spli
         "length": length,
         "supervised_tokens": 3,
         "vit_patches": sum(item["grid_t"] * item["grid_h"] * item["grid_w"] for item in media),
+        "spectra": sum(item["spectra"] for item in media),
         "prompt_length": length - 3,
         "media": media,
     }

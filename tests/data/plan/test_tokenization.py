@@ -258,14 +258,15 @@ def test_columns_are_those_of_the_contract(samples: pd.DataFrame, grids: MediaGr
     medium = pa.struct(
         [("type", pa.string()), ("key", pa.string())]
         + [(f"grid_{axis}", pa.int32()) for axis in "thw"]
-        + [("seconds_per_grid", pa.float64()), ("content_hash", pa.string())]
+        + [("seconds_per_grid", pa.float64()), ("spectra", pa.int32()), ("content_hash", pa.string())]
     )
     expected = {name: pa.string() for name in ("sample_id", "source", "split", "kind", "task", "answer")}
     expected |= {
         "input_ids": pa.list_(pa.int32()),
         "label_spans": pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())])),
     }
-    expected |= {name: pa.int32() for name in ("length", "supervised_tokens", "vit_patches", "prompt_length")}
+    counts = ("length", "supervised_tokens", "vit_patches", "spectra", "prompt_length")
+    expected |= {name: pa.int32() for name in counts}
     expected |= {"media": pa.list_(medium)}
     batch = next(tokenize_samples(samples, grids, processor)).rows
     assert dict(zip(batch.schema.names, batch.schema.types, strict=True)) == expected

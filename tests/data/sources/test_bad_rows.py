@@ -153,6 +153,11 @@ BAD: dict[str, list[bytes]] = {
         _sharegpt("<image>", image="a.png", images=["a.png"]),
         b'{"conversations": [{"from": "human", "value": "a", "weight": 2}]}',
         b'{"conversations": [{"from": 3, "value": "a"}]}',
+        _item(type="audio", audio={"array": [0.1, 0.2], "sampling_rate": 16_000}),
+        _item(type="audio", audio="a.wav", audio_start=3, audio_end=1),
+        _item(type="audio", audio="a.wav", video_start=1),
+        _item(type="input_audio", input_audio={"data": "AAAA"}),
+        _sharegpt("<audio>", audio="a.wav", audios=["a.wav"]),
     ],
     "path_outside_data_folder": [
         _image("../a.png"),
@@ -161,6 +166,7 @@ BAD: dict[str, list[bytes]] = {
         _image("file:///etc/passwd"),
         _image("file://../a.png"),
         _image({"url": "../media2/a.png"}),
+        _item(type="audio_url", audio_url={"url": "../a.wav"}),
         _sharegpt("<image>", images=["../../a.png"]),
     ],
     "url_not_allowed": [
@@ -169,6 +175,7 @@ BAD: dict[str, list[bytes]] = {
         _image("s3://bucket/a.png"),
         _image("ftp://example.org/a.png"),
         _column(images=["https://example.org/a.png"]),
+        _item(type="audio", audio="https://example.org/a.wav"),
     ],
     "embedded_media_invalid": [
         _image("data:image/png;base64,AAA"),
@@ -178,6 +185,8 @@ BAD: dict[str, list[bytes]] = {
         _image("data:text/html;base64,AAAA"),
         _image("data:video/mp4;base64,AAAA"),
         _image("data:"),
+        _item(type="input_audio", input_audio={"data": "AAA", "format": "wav"}),
+        _item(type="audio", audio="data:image/png;base64,AAAA"),
     ],
     "preference_data": [
         _column(chosen={"role": "assistant", "content": "This."}, rejected={"role": "assistant", "content": "That."}),
@@ -186,13 +195,6 @@ BAD: dict[str, list[bytes]] = {
         _column(kto_tag="True"),
         orjson.dumps({"prompt": "Which?", "chosen": "This.", "rejected": "That."}),
         _sharegpt("Which?", rejected={"from": "gpt", "value": "That."}),
-    ],
-    "audio_not_supported": [
-        _item(type="audio", audio="a.wav"),
-        _item(type="audio_url", audio_url={"url": "a.wav"}),
-        _item(type="input_audio", input_audio={"data": "AAAA", "format": "wav"}),
-        _column(audios=["a.wav"]),
-        _sharegpt("<audio>", audio="a.wav"),
     ],
 }
 

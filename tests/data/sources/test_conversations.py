@@ -344,3 +344,13 @@ def test_a_column_that_has_its_name_already_is_not_to_be_renamed() -> None:
     with pytest.raises(RejectedRowError) as refused:
         to_conversation({"id": 1, "kind": "a", "images": ["a.png"], "videos": []})
     assert refused.value.detail.endswith("a plain `text`"), "no column here is a misspelt one"
+
+
+def test_a_thought_goes_before_its_answer() -> None:
+    row = _openai(_text("What is this?"))
+    row["messages"][1]["reasoning_content"] = "It has <image> whiskers.\n"
+    _, answer = to_conversation(row).messages
+    assert answer["content"] == [_text("<think>\nIt has <image> whiskers.\n</think>\n\n"), _text("A cat.")]
+    row["messages"][0]["reasoning_content"] = "What may it be?"
+    with pytest.raises(RejectedRowError, match=r"messages\[0\] has 'reasoning_content'.*only the assistant thinks"):
+        to_conversation(row)

@@ -176,11 +176,6 @@ REJECTED = {
         "preference_data",
         "row 0: its column 'label' (false) makes it preference data, of which bad answers would be trained on",
     ),
-    orjson.dumps(_row(audios=["a.wav"])): ("audio_not_supported", "row 0: the row holds audio, and no supported model"),
-    orjson.dumps({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}): (
-        "audio_not_supported",
-        "row 0: messages[0].content[0] holds audio",
-    ),
     orjson.dumps(_row(split="test")): ("unknown_format", "row 0: its split is 'test'; known are train and eval"),
     orjson.dumps(_row(kind=["a"])): ("unknown_format", "row 0: 'kind' is a list, not a text"),
     orjson.dumps(_row(answer=["a", "b"])): ("unknown_format", "row 0: 'answer' is a list, not a text"),

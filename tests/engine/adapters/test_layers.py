@@ -96,19 +96,23 @@ class TestTargets:
     ) -> None:
         chosen = choose_targets(hf_model, FAMILIES[family], {"llm": "all"})
         owners = {name.removeprefix("model.language_model.layers.") for name in chosen}
-        kinds = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-        assert owners == {f"{layer}.{kind}" for layer in range(3) for kind in kinds}
+        mlp = [] if FAMILIES[family].experts else [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+        softmax = [f"self_attn.{x}_proj" for x in "qkvo"]
+        linear = [f"linear_attn.{x}" for x in (*(f"in_proj_{y}" for y in ("qkv", "z", "b", "a")), "out_proj")]
+        attention = [linear, softmax, linear] if family == "qwen3_5" else [softmax] * 3
+        assert owners == {f"{layer}.{kind}" for layer in range(3) for kind in attention[layer] + mlp}
 
     def test_kinds_and_globs_stay_in_their_part(self, hf_model: PreTrainedModel, family: str) -> None:
-        targets = {"llm": ["attention", "*.layers.0.mlp.gate_proj"], "merger": "all", "vit": "none"}
+        mlp = ["*.layers.0.mlp.gate_proj"] * (not FAMILIES[family].experts)
+        targets = {"llm": ["attention", *mlp], "merger": "all", "vit": "none"}
         chosen = choose_targets(hf_model, FAMILIES[family], targets)
         assert {n for n in chosen if "visual" in n} == {
             n for n, m in hf_model.named_modules() if n.startswith("model.visual.merger.") and isinstance(m, nn.Linear)
         }
         assert [n for n in chosen if "mlp" in n and "visual" not in n] == [
             "model.language_model.layers.0.mlp.gate_proj"
-        ]
-        assert sum(".self_attn." in n for n in chosen) == 12
+        ] * len(mlp)
+        assert sum("_attn." in n for n in chosen) == (14 if family == "qwen3_5" else 12)
 
     def test_a_suffix_that_vision_has_too_does_not_hit_it(self, tiny_folders) -> None:
         from transformers import AutoModelForImageTextToText
@@ -132,6 +136,7 @@ class TestTargets:
         ],
     )
     def test_what_matches_nothing_is_an_error(self, hf_model, family: str, targets: dict, message: str) -> None:
+        message = message.replace("attention, mlp", "attention") if FAMILIES[family].experts else message
         with pytest.raises(ValueError, match=message):
             choose_targets(hf_model, FAMILIES[family], targets)
 

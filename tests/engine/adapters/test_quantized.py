@@ -88,13 +88,23 @@ def test_twenty_steps_are_the_same_on_any_number_of_ranks(nproc: int, training: 
         assert error <= 1e-5, f"{name}: differs by {error:.1e}"
 
 
-def test_losses_are_within_two_percent_of_those_over_the_unquantised_base(training: TrainSpec, tmp_path: Path) -> None:
-    plain = changed(training, tmp_path, run={"save_steps": 0}, adapter={"quantize_base": "none"})
-    trained(plain, nproc=2)
-    assert losses(training) == pytest.approx(losses(plain), rel=0.02)
-    assert losses(training) != pytest.approx(losses(plain), rel=1e-5)
+def test_the_curve_is_within_two_percent_of_that_over_the_unquantised_base(
+    tiny_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of steps of a hundred tokens or more: the loss of a few is as much chance as curve."""
+    kinds, packs = ("text",) * 32 * STEPS, {"packs_per_step": 32}
+    base = make_training(tmp_path / "data", tiny_folders("qwen3_vl"), "qwen3_vl", kinds, **packs)
+    together = {"data": {"per_device_train_batch_size": 32}}
+    plain, quantized = (
+        changed(base, tmp_path / name, adapter={**QLORA, "quantize_base": name}, **together) for name in ("none", "nf4")
+    )
+    for training in (plain, quantized):
+        trained(training, nproc=1)
+    assert losses(quantized) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(quantized) != pytest.approx(losses(plain), rel=1e-5)
     # The curves are not two flat lines.
-    assert losses(plain)[-1] < 0.98 * losses(plain)[0]
+    for training in (plain, quantized):
+        assert sum(losses(training)[-5:]) < 0.985 * sum(losses(training)[:5])
 
 
 def with_dequantized_base(training: TrainSpec, folder: Path) -> TrainSpec:
@@ -143,12 +153,13 @@ def test_every_kind_starts_at_the_quantised_base_and_is_the_same_on_one_rank(
 @pytest.mark.parametrize(
     ("kind", "nproc", "groups"),
     [
-        ("dora", 4, {"parallel": {"hsdp_shard_size": 2}, "model": {"checkpointed_towers": ("llm", "vit")}}),
+        ("dora", 4, {"parallel": {"hsdp_shard_size": 2}, "recompute": {"llm": "selective", "vit": "full"}}),
         ("lora", 2, {"parallel": {"sp_ulysses_degree": 2, "accumulate_sharded": True}}),
         ("lora", 1, {"model": {"torch_compile": True}, "data": {"per_device_train_batch_size": 3}}),
         ("lora", 2, {"data": {"use_rmpad": False}}),
+        ("lora", 2, {"parallel": {"frozen_sharding": "replicated"}}),
     ],
-    ids=["hsdp and recomputation", "sequence parallel", "compiled, packs together", "unpacked"],
+    ids=["hsdp and recomputation", "sequence parallel", "compiled, packs together", "unpacked", "replicated"],
 )
 def test_ways_to_run_train_the_same(
     kind: str, nproc: int, groups: dict[str, Any], short: Callable[[str, str], TrainSpec], tmp_path: Path

@@ -100,6 +100,7 @@ def refused(training: TrainSpec, folder: Path, sentence: str, adapter: dict[str,
         ),
         ({}, {"model": {"freeze_modules": ("visual",)}}, "freeze_modules means nothing with adapter.type 'lora'"),
         ({}, {"optim": {"learning_rates": {"merger": 1e-3}}}, "'merger' has no trained parameters in this run"),
+        ({}, {"optim": {"optim": "adamw_bf16"}}, "optim 'adamw_bf16' saves next to nothing where an adapter"),
         ({"start_from": "nowhere"}, {}, "nowhere has no adapter_config.json: give the folder of a LoRA adapter"),
     ],
 )

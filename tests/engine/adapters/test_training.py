@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.families import FAMILIES
 from tests.engine.model.test_weights import load_sharded
 from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, make_training, trained
@@ -37,6 +38,8 @@ def trainings(
             base = make_training(tmp_path_factory.mktemp("adapter"), tiny_folders(family), family)
             run = {"save_steps": 1, "save_total_limit": 3}
             adapter = {"lora": LORA, "dora": DORA}[kind]
+            if kind == "dora" and FAMILIES[family].experts:  # which are no linear layers
+                adapter = adapter | {"targets": {"llm": ["attention"]}}
             made[family, kind] = changed(base, Path(base.run.output_dir), run=run, adapter=adapter)
             trained(made[family, kind], nproc=2)
         return made[family, kind]
@@ -136,11 +139,23 @@ def test_same_training_on_any_number_of_ranks(
     assert_same_training(actual, expected)
 
 
-@pytest.mark.parametrize(("killed_after", "nproc"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("family", "kind", "made_by", "killed_after", "nproc"),
+    [("qwen3_vl", "dora", 2, 1, 2), ("qwen3_vl", "dora", 2, 2, 1), ("qwen2_5_vl", "lora", 1, 1, 2)],
+)
 def test_resumed_equals_uninterrupted(
-    killed_after: int, nproc: int, trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+    family: str,
+    kind: str,
+    made_by: int,
+    killed_after: int,
+    nproc: int,
+    trainings: Callable[[str, str], TrainSpec],
+    tmp_path: Path,
 ) -> None:
-    expected = trainings("qwen3_vl", "dora")
+    expected = trainings(family, kind)
+    if made_by == 1:
+        expected = changed(expected, tmp_path / "whole")
+        trained(expected, nproc=1)
     actual = changed(expected, tmp_path / "run", run={"save_steps": 0})
     shutil.copytree(expected.run.output_dir, actual.run.output_dir)
     for path in (Path(actual.run.output_dir) / "checkpoints").glob("checkpoint-*"):
@@ -196,7 +211,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(
 @pytest.mark.parametrize(
     ("nproc", "groups"),
     [
-        (4, {"parallel": {"hsdp_shard_size": 2}, "model": {"checkpointed_towers": ("llm", "vit")}}),
+        (4, {"parallel": {"hsdp_shard_size": 2}, "recompute": {"llm": "selective", "vit": "full"}}),
         (2, {"parallel": {"sp_ulysses_degree": 2}}),
         (1, {"model": {"torch_compile": True}, "data": {"per_device_train_batch_size": 3}}),
     ],
@@ -222,6 +237,16 @@ def test_an_average_and_a_rate_of_lora_b_train_the_same_on_any_number_of_ranks(
     for nproc, spec in enumerate(specs, start=1):
         first, *_ = trained(spec, nproc)
         assert first["learning_rates"]["lora_b"] == pytest.approx(2 * first["learning_rates"]["llm"])
+    assert_same_training(*specs)
+
+
+def test_muon_trains_the_same_on_any_number_of_ranks(
+    trainings: Callable[[str, str], TrainSpec], tmp_path: Path
+) -> None:
+    optim = {"optim": "muon"}
+    specs = [changed(trainings("qwen3_vl", "lora"), tmp_path / str(nproc), optim=dict(optim)) for nproc in (1, 2)]
+    for nproc, spec in enumerate(specs, start=1):
+        trained(spec, nproc)
     assert_same_training(*specs)
 
 

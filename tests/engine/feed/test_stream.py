@@ -62,6 +62,7 @@ class TableOfSamples:
             "length": 200 if number % 50 == 7 else length,
             "supervised_tokens": 0 if number % 20 == 3 else 2,
             "vit_patches": 16 if number % 3 == 0 else 0,
+            "spectra": 40 if number % 7 == 0 else 0,
         }
 
     def sources(self, shard: int) -> tuple[int, list[str]]:

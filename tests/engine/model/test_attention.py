@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvl_pipeline.engine.model.attention_kernels import KERNELS, Segments, choose_kernel
+from qvl_pipeline.engine.model.attention.kernels import KERNELS, Segments, choose_kernel
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

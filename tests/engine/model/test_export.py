@@ -16,6 +16,7 @@ from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.export.folder import export, exported_files, split_into_files
 from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.families import FAMILIES
 from tests.engine.model.test_packed_vlm import reference_loss
 from tests.engine.model.test_weights import load_sharded
 from tests.engine.packs import MEAN, STD
@@ -76,6 +77,13 @@ def test_reloaded_by_plain_transformers_gives_the_same_loss_in_every_form(
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 2
     assert all(path.stat().st_size < 1_000_000 + 50_000 for path in files)
+    kept = {n: w for n, w in load_file(tiny_folders(family) / "model.safetensors").items() if FAMILIES[family].keeps(n)}
+    assert bool(kept) == bool(FAMILIES[family].kept_prefixes)
+    for exported in (Path(whole.export.output_dir), folder):
+        stored = {name: weight for path in exported.glob("*.safetensors") for name, weight in load_file(path).items()}
+        for name, weight in kept.items():
+            assert stored[name].dtype == weight.dtype
+            assert torch.equal(stored[name], weight), name
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert weight_map == {name: path.name for path in files for name in load_file(path)}
 

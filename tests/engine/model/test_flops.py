@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
 from qvl_pipeline.engine.model.adapters.values import fill_quantized
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.linear import KERNELS, use_packed_linear_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.spec import AdapterSpec
+from tests.engine.model.test_linear_attention import token_by_token
 
 # What torch counts beyond the model's work: the tables of rotary angles are a product of matrices as well.
 TOLERANCE = 1e-3
@@ -26,6 +29,11 @@ TOLERANCE = 1e-3
 def counted(packed: PackedVLM, batch: Batch) -> int:
     """FLOPs of forward and backward as torch sees them; eager attention is made of products it can count."""
     use_packed_attention(packed.hf, "eager", "eager", torch.device("cpu"))
+    if packed.family.experts:  # of grouped products torch knows no FLOPs
+        packed.hf.config.text_config._experts_implementation_internal = "eager"
+    if packed.family.linear_attention:
+        with mock.patch.dict(KERNELS, torch=token_by_token):
+            use_packed_linear_attention(packed.hf, packed.family, "torch", torch.device("cpu"))
     with FlopCounterMode(display=False) as mode:
         packed(batch).sum().backward()
     return mode.get_total_flops()
@@ -58,19 +66,35 @@ def test_flops_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("targets", "init", "base"),
+    ("kind", "targets", "init", "dropout", "train_fully", "base"),
     [
-        ({"llm": "all"}, "zeros_b", "none"),
-        ({"llm": ["mlp"], "visual": "all"}, "zeros_b", "none"),
-        ({"merger": "all"}, "pissa", "none"),
-        ({"llm": ["attention"], "merger": "all"}, "zeros_b", "nf4"),
+        # What is not named is frozen: here all of the vision side.
+        ("lora", {"llm": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": "all"}, "zeros_b", 0.1, (), "nf4"),
+        ("lora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": ["mlp"], "visual": "all"}, "zeros_b", 0.0, (), "none"),
+        ("dora", {"llm": ["attention"]}, "zeros_b", 0.0, ("visual",), "none"),
+        ("lora", {"merger": "all"}, "pissa", 0.0, (), "none"),
+        ("lora", {"llm": ["attention"], "merger": "all"}, "zeros_b", 0.0, (), "nf4"),
     ],
     ids=str,
 )
 def test_flops_of_adapters_are_those_that_torch_counts(
-    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]], targets: dict, init: str, base: str
+    packed: PackedVLM,
+    builder: BatchBuilder,
+    samples: dict[str, dict[str, Any]],
+    kind: str,
+    targets: dict,
+    init: str,
+    dropout: float,
+    train_fully: tuple[str, ...],
+    base: str,
 ) -> None:
-    spec = AdapterSpec("lora", 8, 16.0, False, 0.0, init, targets, (), "", base, True, ("llm",), "both")
+    if packed.family.experts and "mlp" in targets.get("llm", ()):
+        targets = targets | {"llm": ["attention"]}  # experts are no linear layers
+    spec = AdapterSpec(kind, 8, 16.0, False, dropout, init, targets, train_fully, "", base, True, ("llm",), "both")
+    packed.train()
     inject(packed.hf, packed.family, spec)
     if spec.quantizes:
         matrices = {name: weight.clone() for name, weight in packed.hf.named_parameters()}
@@ -93,17 +117,29 @@ def test_golden_flops_of_the_tiny_model(family: str, packed: PackedVLM, builder:
     proj 96x96; Qwen3-VL's MLP has two matrices of 96x192 and it merges three times (384x384, 384x128), Qwen2.5-VL's
     has three and it merges once. A matrix costs 2 FLOPs a weight forward and 4 backward, except the patch embedding,
     whose input is pixels and needs no gradient: 2 + 2.
+
+    Qwen3.5 has one such layer, whose q is gated (128x256), between two of linear attention: 256 channels of queries,
+    keys and values, 128 of the gate, two scalars for each of 8 heads, filters of 4, an output of 128x128, and a state
+    of 16x16 a head that is read, written and read.
     """
     config = packed.hf.config
     ids = [config.vision_start_token_id, *[config.image_token_id] * 8, config.vision_end_token_id, *range(100, 110)]
     media = [{"type": "image", "key": "a", "grid_t": 1, "grid_h": 4, "grid_w": 8, "seconds_per_grid": 0.0}]
     sample = {"sample_id": "s", "source": "a", "input_ids": ids, "label_spans": torch.tensor([[15, 20]]).numpy()}
     batch = builder.build([sample | {"media": media}], vision=True)
-    decoder = 6 * 20 * 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384) + 3 * 12 * 128 * (20 * 21 // 2)
+    softmax, mlp_of_text, pairs_of_text = 2 * 128 * 128 + 2 * 128 * 64, 3 * 128 * 384, 12 * 128 * (20 * 21 // 2)
+    if family == "qwen3_vl_moe":  # two experts of 128x96 for each token, of eight between which a matrix chooses
+        mlp_of_text = 2 * 3 * 128 * 96 + 128 * 8
+    decoder = 3 * (6 * 20 * (softmax + mlp_of_text) + pairs_of_text)
+    if family == "qwen3_5":
+        linear = 128 * (256 + 128 + 2 * 8) + 4 * 256 + 128 * 128 + 3 * 8 * 16 * 16
+        decoder = 6 * 20 * (softmax + 128 * 128 + 2 * linear + 3 * mlp_of_text) + pairs_of_text
     head = 6 * 5 * 128 * config.text_config.vocab_size
     mlp, mergers, patch, pairs = {
         # All 32 patches see each other in both blocks.
         "qwen3_vl": (2 * 96 * 192, 3, 3 * 2 * 16 * 16, 2 * 32 * 32),
+        "qwen3_vl_moe": (2 * 96 * 192, 3, 3 * 2 * 16 * 16, 2 * 32 * 32),
+        "qwen3_5": (2 * 96 * 192, 1, 3 * 2 * 16 * 16, 2 * 32 * 32),
         # Block 1 sees the image, block 0 windows of 2 x 2 patches: 8 windows of 4.
         "qwen2_5_vl": (3 * 96 * 192, 1, 3 * 2 * 14 * 14, 32 * 32 + 8 * 4 * 4),
     }[family]

@@ -22,7 +22,10 @@ CUDA = torch.device("cuda")  # only named: nothing is computed
 # of Qwen2.5-VL have two norms each, and the merger one.
 EXPECTED = {
     "qwen3_vl": {"Qwen3VLTextMLP": 3, "Qwen3VLTextRMSNorm": 13},
+    "qwen3_vl_moe": {"Qwen3VLMoeTextRMSNorm": 13},
     "qwen2_5_vl": {"Qwen2MLP": 3, "Qwen2_5_VLMLP": 2, "Qwen2_5_VLRMSNorm": 12},
+    # Of its three layers one has softmax attention, with norms of queries and keys.
+    "qwen3_5": {"Qwen3_5MLP": 3, "Qwen3_5RMSNorm": 9},
 }
 
 
@@ -34,6 +37,18 @@ def test_modules_that_compute_with_liger_are_counted(hf_model: PreTrainedModel, 
     replaced = [module for module in hf_model.modules() if getattr(module.forward, "__func__", None) in theirs]
     assert len(replaced) == sum(report.values())
     assert [name for name, _ in hf_model.named_parameters()] == names
+
+
+def test_liger_is_told_what_the_norms_of_the_model_do(hf_model: PreTrainedModel, family: str) -> None:
+    """By Liger's formula, with what the norm was told."""
+    hidden = torch.randn(5, 128)
+    norm = hf_model.model.language_model.norm
+    torch.nn.init.normal_(norm.weight)
+    expected = norm(hidden)
+    use_liger_kernels(hf_model, FAMILIES[family], CUDA)
+    normed = hidden * (hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    torch.testing.assert_close(normed * (norm.offset + norm.weight), expected)
+    assert norm.casting_mode == {0.0: "llama", 1.0: "gemma"}[norm.offset]
 
 
 def test_nothing_of_transformers_is_changed_for_other_models(hf_model: PreTrainedModel, family: str) -> None:

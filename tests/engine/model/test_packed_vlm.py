@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.media.pixels import normalize_patches
 from tests.engine.packs import MEAN, STD, load_packed, make_builder
@@ -77,6 +79,34 @@ def test_pack_equals_the_models_own_forward(
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(packed, "hf."), gradients(hf_model))
+
+
+def hidden_states(model: PackedVLM, batch: Batch) -> torch.Tensor:
+    """Last hidden states `[T, H]` of all tokens, of which the logits are a product."""
+    kept: list[torch.Tensor] = []
+    hook = model.hf.model.language_model.register_forward_hook(lambda *parts: kept.append(parts[2].last_hidden_state))
+    with torch.no_grad():
+        model(batch)
+    hook.remove()
+    return kept[0][0]
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_no_sample_of_a_pack_moves_another_by_one_bit(
+    changed: int, packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict[str, Any]]
+) -> None:
+    if packed.family.experts:  # products of many tokens round by how many they are, not by what is in the others
+        packed.hf.config.text_config._experts_implementation_internal = "batched_mm"
+    chosen = [samples[kind] for kind in ("image", "image_and_video", "two_images")]
+    before = hidden_states(packed, builder.build(chosen, vision=True))
+    ids = chosen[changed]["input_ids"].copy()
+    ids[-3:] += 1
+    media = [item | {"key": f"other/{item['key']}"} for item in chosen[changed]["media"]]
+    chosen[changed] = chosen[changed] | {"input_ids": ids, "media": media}
+    after = hidden_states(packed, builder.build(chosen, vision=True))
+    bounds = np.cumsum([0, *(len(sample["input_ids"]) for sample in chosen)]).tolist()
+    moved = [not torch.equal(before[start:end], after[start:end]) for start, end in pairwise(bounds)]
+    assert moved == [number == changed for number in range(3)]
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ["text", "video", "text"], []], ids="+".join)

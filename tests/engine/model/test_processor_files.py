@@ -48,7 +48,9 @@ PER_CLIP = {Qwen3VLVideoProcessor: True, Qwen2VLVideoProcessor: False}
 @pytest.fixture(params=["transformers 5", "4.5x"])
 def base(request: pytest.FixtureRequest, family: str, tiny_folders: Callable[[str], Path], tmp_path: Path) -> Path:
     new = tiny_folders(family)
-    return new if request.param == "transformers 5" else in_old_form(new, tmp_path / "old", pixels=family != "qwen3_vl")
+    return (
+        new if request.param == "transformers 5" else in_old_form(new, tmp_path / "old", pixels=family == "qwen2_5_vl")
+    )
 
 
 def make_spec(folder: Path, base: Path, family: str) -> TrainSpec:
@@ -92,7 +94,7 @@ def test_all_forms_of_the_processor_say_how_training_sampled_and_all_else_is_the
         image, video = AutoImageProcessor.from_pretrained(folder), AutoVideoProcessor.from_pretrained(folder)
         assert dict(image.size) == {"shortest_edge": 4096, "longest_edge": 9216}
         assert (video.fps, video.num_frames, video.min_frames, video.max_frames) == (1.0, None, 4, 512)
-        longest = 50176 * 512 if family == "qwen3_vl" else 50176
+        longest = 50176 * 512 if family != "qwen2_5_vl" else 50176
         assert dict(video.size) == {"shortest_edge": 12544, "longest_edge": longest}
         processor = AutoProcessor.from_pretrained(folder)
         assert dict(processor.video_processor.size) == dict(video.size)
@@ -214,5 +216,8 @@ def test_the_exported_processor_takes_as_many_frames_as_training_did(kind: type,
 def test_families_say_what_their_processors_do() -> None:
     assert {name: family.limits_are_per_clip for name, family in FAMILIES.items()} == {
         "qwen3_vl": PER_CLIP[Qwen3VLVideoProcessor],
+        "qwen3_vl_moe": PER_CLIP[Qwen3VLVideoProcessor],
+        "qwen3_5": PER_CLIP[Qwen3VLVideoProcessor],
         "qwen2_5_vl": PER_CLIP[Qwen2VLVideoProcessor],
+        "qwen2_5_omni": PER_CLIP[Qwen2VLVideoProcessor],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,16 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import SharedSteps, read_plan
+from qvl_pipeline.engine.model.adapters.injection import inject
+from qvl_pipeline.engine.model.adapters.linear import adapted_layers
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
+from qvl_pipeline.engine.model.flops import flops_of
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.run.stopping import StopRequest
 from qvl_pipeline.engine.run.watchdog import Watchdog
-from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.engine.spec import AdapterSpec, RecomputeSpec, TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training
@@ -42,21 +49,85 @@ def gradients(model: PackedVLM, builder: BatchBuilder, samples: Sequence[dict[st
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("towers", [("llm",), ("vit",), ("llm", "vit")])
-def test_recomputing_a_tower_leaves_every_gradient_as_it_is(
-    towers: tuple[str, ...], packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]
+@pytest.mark.parametrize(
+    ("spec", "again"),
+    [
+        (RecomputeSpec("full", "none", 1, False), {"llm": 3}),
+        (RecomputeSpec("none", "full", 1, False), {"vit": 2}),
+        (RecomputeSpec("full", "full", 1, False), {"llm": 3, "vit": 2}),
+        (RecomputeSpec("selective", "full", 1, False), {"llm": 3, "vit": 2}),
+        (RecomputeSpec("full", "selective", 2, False), {"llm": 2, "vit": 1}),
+        (RecomputeSpec("selective", "full", 1, True), {"llm": 3, "vit": 2}),
+    ],
+    ids=str,
+)
+def test_recomputing_leaves_losses_and_gradients_as_they_are_bit_for_bit(
+    spec: RecomputeSpec, again: dict[str, int], packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]
 ) -> None:
     packed.train()
     batch = [samples["text"], samples["image_and_video"]]
-    expected = gradients(packed, builder, batch)
     calls = count_blocks(packed)
-    gradients(packed, builder, batch)
-    once = dict(calls)
-    recompute_activations(packed.hf, towers)
+    expected = gradients(packed, builder, batch)
+    once = Counter(calls)
+    assert recompute_activations(packed.hf, spec) == again
     calls.clear()
     actual = gradients(packed, builder, batch)
-    assert calls == {tower: blocks * (2 if tower in towers else 1) for tower, blocks in once.items()}
+    assert calls - once == again
     assert all(torch.equal(gradient, expected[name]) for name, gradient in actual.items())
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_selective_recomputation_repeats_no_large_product(
+    kernel: str, adapted: bool, packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]
+) -> None:
+    """By torch's own count: a full one repeats the forward pass of the blocks, a selective one LoRA's second matrix."""
+    use_packed_attention(packed.hf, kernel, kernel, torch.device("cpu"))
+    low_rank = 0
+    if adapted:
+        inject(
+            packed.hf,
+            packed.family,
+            AdapterSpec("lora", 4, 8.0, False, 0.0, "zeros_b", {"llm": "all"}, (), "", "none", True, (), "both"),
+        )
+        layers = [layer for _, layer in adapted_layers(packed.hf)]
+        for parameter in [p for layer in layers for p in (layer.lora_A, layer.lora_B)]:
+            torch.nn.init.normal_(parameter)
+        low_rank = sum(2 * layer.lora_B.numel() for layer in layers)
+    packed.train()
+    batch = builder.build([samples["text"], samples["image_and_video"]], vision=True)
+
+    def flops(llm: str) -> int:
+        recompute_activations(packed.hf, RecomputeSpec(llm, "none", 1, False))
+        with FlopCounterMode(display=False) as mode, set_checkpoint_early_stop(False):
+            packed(batch).sum().backward()
+        return mode.get_total_flops()
+
+    once, selective, full = flops("none"), flops("selective"), flops("full")
+    forward = flops_of(packed)  # which counts three forward passes, two of them for the gradients
+    assert selective - once == low_rank * len(batch.input_ids[0])
+    assert full - once > 0.9 * forward.per_token / 3 * len(batch.input_ids[0])
+
+
+def test_offloaded_inputs_are_not_held_beside_their_copies(
+    packed: PackedVLM, builder: BatchBuilder, samples: dict[str, dict]
+) -> None:
+    packed.train()
+    batch = builder.build([samples["image"]], vision=True)
+    inputs: list[weakref.ref] = []
+    for block in packed.hf.model.language_model.layers[1:]:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+
+    def held(offload: bool) -> list[bool]:
+        recompute_activations(packed.hf, RecomputeSpec("full", "full", 1, offload))
+        inputs.clear()
+        loss = packed(batch).sum()
+        alive = [reference() is not None for reference in inputs]
+        loss.backward()
+        return alive
+
+    assert held(offload=False) == [True, True]
+    assert held(offload=True) == [False, False]
 
 
 def same_calls_on_all_ranks(spec: TrainSpec) -> None:
@@ -78,7 +149,7 @@ def test_text_only_rank_recomputes_the_tower_as_often_as_the_others(
     tiny_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text", "image", "text", "text"))
-    spec = changed(base, tmp_path / "run", model={"checkpointed_towers": ("llm", "vit")})
+    spec = changed(base, tmp_path / "run", recompute={"llm": "full", "vit": "full"})
     run_ranks(same_calls_on_all_ranks, 2, spec, log_dir=tmp_path / "logs", timeout_s=60)
 
 
@@ -104,8 +175,9 @@ def test_compiled_blocks_compute_the_same_for_packs_of_any_length(
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[1] == graphs[0]  # none was made anew for the other length
-    recompute_activations(packed.hf, ("llm", "vit"))
-    assert_same(gradients(packed, builder, batches[0]), expected[0])
+    for kind in ("full", "selective"):
+        recompute_activations(packed.hf, RecomputeSpec(kind, kind, 1, False))
+        assert_same(gradients(packed, builder, batches[0]), expected[0])
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

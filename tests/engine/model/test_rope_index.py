@@ -40,7 +40,7 @@ def random_sample(rng: np.random.Generator, family: str, image: int, video: int)
             {"type": kind, "grid_t": frames, "grid_h": 2 * height, "grid_w": 2 * width, "seconds_per_grid": seconds}
         )
         block = [image if kind == "image" else video] * (height * width)
-        blocks = [[*block, TEXT]] * frames if family == "qwen3_vl" else [[*block * frames, TEXT]]
+        blocks = [[*block, TEXT]] * frames if family != "qwen2_5_vl" else [[*block * frames, TEXT]]
         ids += [token for part in blocks for token in part] + [TEXT] * int(rng.integers(0, 3))
     return ids, media
 

@@ -43,6 +43,30 @@ def same_as_whole(replicas: int) -> None:
         assert torch.equal(parameter.full_tensor(), reference)
 
 
+def same_in_float32() -> None:
+    """Take a step of gradients that differ in their last bits, in float32, and one in bfloat16."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    made = [torch.nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in tensors(0) * 3]
+    sets = made[: len(SHAPES)], made[len(SHAPES) : 2 * len(SHAPES)], made[2 * len(SHAPES) :]
+    dtypes = torch.float32, torch.float32, torch.bfloat16
+    for number, (parameters, dtype) in enumerate(zip(sets, dtypes, strict=True)):
+        optimizer = ShardedMuon(parameters, dtype=dtype, **OPTIONS)
+        for parameter, gradient in zip(parameters, tensors(1), strict=True):
+            parameter.grad = distribute_tensor(gradient * (1 + number * 1e-7), mesh, [Shard(0)])
+        optimizer.step()
+    start, same, other, half = (
+        [p.full_tensor() if isinstance(p, DTensor) else p for p in each] for each in (tensors(0), *sets)
+    )
+    for before, a, b, c in zip(start, same, other, half, strict=True):
+        torch.testing.assert_close(b - before, a - before, rtol=1e-4, atol=1e-7)
+        assert (c - a).norm() < 0.05 * (a - before).norm()
+
+
+def test_in_float32_last_bits_stay_last_bits(tmp_path: Path) -> None:
+    run_ranks(same_in_float32, 2, log_dir=tmp_path)
+
+
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 1), (4, 2)])
 def test_same_as_one_process(ranks: int, replicas: int, tmp_path: Path) -> None:
     run_ranks(same_as_whole, ranks, replicas, log_dir=tmp_path)

@@ -23,7 +23,9 @@ from qvl_pipeline.engine.parallel.sequence_parallel import (
     gather_tokens,
     split_media,
     temporal_patches,
+    visual_tokens,
 )
+from qvl_pipeline.engine.spec import RecomputeSpec
 from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
 from tests.engine.packs import load_packed, make_builder, make_samples
 from tests.engine.ranks import run_ranks
@@ -72,7 +74,7 @@ def train(
     calls: list[None] = []
     hook = model.hf.model.visual.blocks[0].norm1.register_forward_pre_hook(lambda *_: calls.append(None))
     model.train()
-    recompute_activations(model.hf, ("llm", "vit"))
+    recompute_activations(model.hf, RecomputeSpec("full", "full", 1, False))
     model.zero_grad()
     losses = model(make_builder(model.hf.config, family, share=share).build(samples, vision=vision))
     losses.sum().backward()
@@ -178,7 +180,7 @@ def test_routes_lead_each_feature_from_its_maker_to_its_placeholder() -> None:
     # Two ranks of eight tokens; the clip's features are made half and half, but five of six are used by the second.
     mask = np.array([0] * 7 + [1] * 6 + [0] * 3, dtype=bool)
     shares = split_media([medium(2, 2, 6)], 2)
-    assert feature_routes(mask, shares).tolist() == [[1, 2], [0, 3]]
+    assert feature_routes(mask, [visual_tokens(share) for share in shares]).tolist() == [[1, 2], [0, 3]]
 
 
 def test_targets_are_shifted_before_the_pack_is_cut(tiny_folders: Callable[[str], Path]) -> None:
@@ -207,8 +209,8 @@ def test_work_of_the_ranks_adds_up_to_that_of_one(family: str, packed: PackedVLM
 class TestDegree:
     def test_that_does_not_divide_the_heads_is_refused(self) -> None:
         with pytest.raises(ValueError, match="8 does not divide the model's 28 attention heads"):
-            check_degree(8, world_size=8, attention_heads=28)
+            check_degree(8, world_size=8, heads={"attention heads": 28})
 
     def test_that_does_not_divide_the_processes_is_refused(self) -> None:
         with pytest.raises(ValueError, match="4 does not divide the number of processes, 6"):
-            check_degree(4, world_size=6, attention_heads=32)
+            check_degree(4, world_size=6, heads={"attention heads": 32})

@@ -38,7 +38,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     registered = quick.register_pipelines()
     inputs, outputs = ["train_result", "params:evaluate"], ["metrics", "predictions"]
     registered["evaluate"] = Pipeline(
-        [Node(_evaluate, inputs, outputs, name="generate"), Node(_gate, "metrics", None, name="gate")]
+        [Node(_evaluate, inputs, outputs, name="answer"), Node(_gate, "metrics", None, name="gate")]
     )
     return registered
 
@@ -47,7 +47,8 @@ def register_pipelines() -> dict[str, Pipeline]:
 def evaluated(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Evaluates a model that was trained at first, with so many right answers."""
     pipelines.configure(__name__)
-    quick.run(project, "ingest", "tokenize", "train")
+    quick.run(project, "ingest", "tokenize")
+    quick.run(project, "train")
     text = "register_model: {0}\nalias: candidate\npromote: {{alias: champion, on: video}}\n"
     (project / "conf/local/mlflow.yml").write_text(text.format(project.parent.name))
 

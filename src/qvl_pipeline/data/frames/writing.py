@@ -18,12 +18,15 @@ import pyarrow as pa
 
 from qvl_pipeline.config import SampleConfig
 from qvl_pipeline.data.frames.clips import Clip, clip_key, estimated_bytes, read_clip, stored_again
+from qvl_pipeline.data.frames.sounds import Sound, read_stored
 from qvl_pipeline.data.made_with import Attrs, write_record
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families.hearing import Hearing
 from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
 from qvl_pipeline.media.frame_cache import FrameCache
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.sound_store import SoundStoreWriter
 from qvl_pipeline.storage.room import size_text
 from qvl_pipeline.storage.tables import write_table
 
@@ -42,16 +45,20 @@ def write_store(
     *,
     clips: Sequence[Clip],
     unfit: Sequence[tuple[Clip, Failure]],
+    sounds: Sequence[Sound] = (),
+    hearing: Hearing | None = None,
     sample: SampleConfig,
     attrs: Attrs,
     **reading: str,
 ) -> None:
-    """Write the frame store of the clips, and `failures.parquet` with those that could not be read.
+    """Write the frame store of the clips, their sounds and others, and `failures.parquet` with what could not be read.
 
     Args:
         folder: Folder to write into.
         clips: Clips to sample.
         unfit: Clips that are known not to fit the parameters.
+        sounds: Sounds to make spectrograms of.
+        hearing: How the model hears; `None` does not.
         sample: Parameters.
         attrs: The parameters that all of it is made with.
         **reading: `patch_size` and `backend`.
@@ -61,7 +68,7 @@ def write_store(
     """
     cache = FrameCache(Path(sample.frame_cache)) if sample.frame_cache and sample.materialize else None
     keys = [clip_key(clip, sample, **reading) for clip in clips]
-    failures = list(unfit)
+    failures: list[tuple[Clip | Sound, Failure]] = list(unfit)
     with FrameStoreWriter(folder, cache=cache) as store, progress_bar() as bar:
         done = store.add_finished([(clip.path, clip.start, clip.end) for clip in clips], keys)
         rest = clips[done:]
@@ -84,11 +91,34 @@ def write_store(
                 else:
                     store.add(outcome, key)
                 bar.advance(task)
+    if hearing is not None:
+        failures += _write_sounds(folder, sounds, hearing, sample)
     rows = [{"clip_id": clip.name, "path": clip.path, **vars(failure)} for clip, failure in failures]
     write_table(pa.Table.from_pylist(rows, schema=FAILURES), folder / "failures.parquet")
     write_record(folder, attrs)
     if cache is not None:
         cache.prune()
+
+
+def _write_sounds(
+    folder: Path, sounds: Sequence[Sound], hearing: Hearing, sample: SampleConfig
+) -> list[tuple[Sound, Failure]]:
+    """Write the spectrograms beside the frames; return the sounds that there are none of."""
+    failures = []
+    read = partial(read_stored, hearing=hearing, materialize=sample.materialize)
+    workers = min(sample.num_workers or len(os.sched_getaffinity(0)), max(1, len(sounds)))
+    with SoundStoreWriter(folder, hearing.mel_bins) as store, progress_bar() as bar:
+        task = bar.add_task("Sounds", total=len(sounds), visible=bool(sounds))
+        outcomes = _read_in_order(sounds, lambda _: None, read, workers=workers, timeout_s=sample.decode_timeout_s)
+        with closing(outcomes):
+            for sound, outcome in zip(sounds, outcomes, strict=True):
+                if isinstance(outcome, Failure):
+                    logger.warning("sound '%s' is left out: %s: %s", sound.name, outcome.rule, outcome.detail)
+                    failures.append((sound, outcome))
+                else:
+                    store.add(outcome)
+                bar.advance(task)
+    return failures
 
 
 def _cached(cache: FrameCache | None, keys: dict[Clip, str], clip: Clip) -> StoredClip | None:

@@ -12,8 +12,10 @@ from transformers import AutoProcessor, ProcessorMixin
 from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families.hearing import Hearing
 from qvl_pipeline.media.frame_store import FrameStore
 from qvl_pipeline.media.pixels import normalization, open_image
+from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.tokens.chat import render_chats
 from qvl_pipeline.tokens.encoding import Medium, encode_chats, video_metadata
 
@@ -37,6 +39,8 @@ def load_processor(base_model: Path, model: ModelConfig) -> ProcessorMixin:
     except (OSError, ValueError) as error:
         raise UserError(f"the processor '{name}' cannot be loaded: {error}") from error
     images, videos = processor.image_processor, processor.video_processor
+    if hearing := model.family.hearing:
+        _check_hearing(processor, hearing, f"'{name}'")
     if (images.patch_size, videos.patch_size) != (model.family.patch_size, model.family.patch_size):
         raise UserError(
             f"the processor '{name}' cuts images into patches of {images.patch_size} pixels and videos into patches of "
@@ -50,19 +54,39 @@ def load_processor(base_model: Path, model: ModelConfig) -> ProcessorMixin:
     return processor
 
 
-def check_token_counts(processor: ProcessorMixin, media: Sequence[Medium], store: FrameStore) -> None:
+def _check_hearing(processor: ProcessorMixin, hearing: Hearing, name: str) -> None:
+    """Hold the feature extractor to the spectrograms that `sample` makes."""
+    found = processor.feature_extractor
+    for key, of_processor in (
+        ("sampling_rate", found.sampling_rate),
+        ("mel_bins", found.feature_size),
+        ("hop_length", found.hop_length),
+        ("n_fft", found.n_fft),
+        ("longest_s", found.chunk_length),
+    ):
+        if of_processor != getattr(hearing, key):
+            raise UserError(
+                f"the feature extractor of {name} has {key} {of_processor}, and the family {getattr(hearing, key)}"
+            )
+
+
+def check_token_counts(
+    processor: ProcessorMixin, media: Sequence[Medium], store: FrameStore, sounds: SoundStore | None = None
+) -> None:
     """Let the real processor handle real media, and compare its tokens and patches with what was counted.
 
     Args:
         processor: The model's processor.
-        media: One image, one clip, or both; of none, nothing is compared.
+        media: An image, a clip and a sound, or some of them; of none, nothing is compared. A clip is not heard here.
         store: Sampled clips.
+        sounds: Sounds, of a model that hears.
 
     Raises:
         UserError: It gives other token ids or another number of patches.
     """
     if not media:
         return
+    media = [medium | {"spectra": 0} if medium["type"] == "video" else medium for medium in media]
     shown = [{"type": medium["type"]} for medium in media]
     question = {"role": "user", "content": [*shown, {"type": "text", "text": "0"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
@@ -74,9 +98,11 @@ def check_token_counts(processor: ProcessorMixin, media: Sequence[Medium], store
         if m["type"] == "image"
     ]
     clips = [medium for medium in media if medium["type"] == "video"]
+    heard = [medium for medium in media if medium["type"] == "audio"]
     real = processor(
         text=[chats[0].text],
         images=images or None,
+        **({"audio": [sounds.samples("audio", medium["key"]) for medium in heard]} if heard else {}),
         videos=[torch.tensor(store.frames(clip["key"])) for clip in clips] or None,
         videos_kwargs={
             # Stored frames are sampled and resized already.

@@ -24,7 +24,7 @@ from qvl_pipeline.storage.tables import read_table
 from qvl_pipeline.tokens.work import llm_cost, vision_cost
 
 # Changed whenever the same inputs would give another plan.
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class _Samples:
     sources: np.ndarray
     tokens: np.ndarray
     patches: np.ndarray
+    spectra: np.ndarray
     supervised: np.ndarray
 
 
@@ -207,12 +208,12 @@ def _sha256(path: Path) -> str:
 
 def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) -> tuple[_Samples, list[str]]:
     """The samples of a split, and the ids of those that are too long for a pack."""
-    names = ["source", "split", "length", "vit_patches", "supervised_tokens"]
+    names = ["source", "split", "length", "vit_patches", "spectra", "supervised_tokens"]
     table = tokenized.columns(names)
     rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
     if not len(rows):
         raise UserError(f"there is no sample of the split '{split}': {_WITHOUT[split]}")
-    length, patches, supervised = (table[name].to_numpy()[rows] for name in names[2:])
+    length, patches, spectra, supervised = (table[name].to_numpy()[rows] for name in names[2:])
     too_long = length > batching.packing_length
     if batching.packing_vit_patches is not None:
         too_long |= patches > batching.packing_vit_patches
@@ -232,7 +233,8 @@ def _samples(tokenized: TokenizedSamples, split: str, batching: BatchingConfig) 
     source = table["source"].filter(pa.array(_mask(rows[kept], len(table))))
     known = sorted(source.unique().to_pylist())
     numbers = pc.index_in(source, pa.array(known, pa.string())).to_numpy()
-    return _Samples(rows[kept], known, numbers, length[kept], patches[kept], supervised[kept]), overlong
+    counts = (values[kept] for values in (length, patches, spectra, supervised))
+    return _Samples(rows[kept], known, numbers, *counts), overlong
 
 
 def _ids(tokenized: TokenizedSamples, rows: np.ndarray) -> list[str]:
@@ -315,6 +317,7 @@ def _plan_table(packs: Packs, samples: _Samples, packs_per_step: int) -> tuple[p
             "sample_rows": list(Packs(rows, packs.bounds)),
             "tokens": packs.sums(samples.tokens),
             "vit_patches": packs.sums(samples.patches),
+            "spectra": packs.sums(samples.spectra),
             "supervised_tokens": packs.sums(samples.supervised),
         }
     )

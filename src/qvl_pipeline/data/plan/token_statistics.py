@@ -60,9 +60,10 @@ def token_statistics(tokenized_path: Path) -> dict[str, dict[str, Any]]:
 
     Returns:
         Of each quantity `n`, `total`, `mean`, `median`, `p95`, `max` and `bins`, a list of {`from`, `to`, `n`} (`from`
-        is in the bin, `to` is not). `tokens`, `supervised_tokens`, `vit_patches`, `images` and `clips` are those of a
-        sample; `image_patches`, `clip_patches`, `clip_steps` (temporal patches) and `clip_seconds` (from the first of
-        them to the last) are those of each use of a medium. What no sample has is left out.
+        is in the bin, `to` is not). `tokens`, `supervised_tokens`, `vit_patches`, `images`, `clips` and `sounds` are
+        those of a sample; `image_patches`, `clip_patches`, `clip_steps` (temporal patches), `clip_seconds` (from the
+        first of them to the last) and `sound_spectra` (hundredths of a second) are those of each use of a medium. What
+        no sample has is left out.
     """
     table = TokenizedSamples(tokenized_path).columns(["split", "length", "supervised_tokens", "vit_patches", "media"])
     train = table.filter(pc.equal(table["split"], "train"))
@@ -80,14 +81,16 @@ def _media_quantities(media: pa.ChunkedArray) -> dict[str, np.ndarray]:
     fields = zip(media.type.value_type, pc.list_flatten(media).flatten(), strict=True)
     items = {field.name: column.to_numpy() for field, column in fields}
     patches = items["grid_t"] * items["grid_h"] * items["grid_w"]
-    image, clip = items["type"] == "image", items["type"] == "video"
+    image, clip, sound = (items["type"] == kind for kind in ("image", "video", "audio"))
     return {
         "images": np.bincount(owners[image], minlength=len(media)),
         "clips": np.bincount(owners[clip], minlength=len(media)),
+        "sounds": np.bincount(owners[sound], minlength=len(media)),
         "image_patches": patches[image],
         "clip_patches": patches[clip],
         "clip_steps": items["grid_t"][clip],
         "clip_seconds": ((items["grid_t"] - 1) * items["seconds_per_grid"])[clip],
+        "sound_spectra": items["spectra"][sound],
     }
 
 

@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from qvl_pipeline.data.tables import QUARANTINE
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.sound_store import SoundStore
 from qvl_pipeline.orphans import end_with_client
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
@@ -35,13 +36,14 @@ _MEDIUM = pa.struct(
         ("grid_h", pa.int32()),
         ("grid_w", pa.int32()),
         ("seconds_per_grid", pa.float64()),
+        ("spectra", pa.int32()),
         ("content_hash", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in COPIED]
     + [("input_ids", pa.list_(pa.int32())), ("label_spans", pa.list_(_SPAN))]
-    + [(name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "prompt_length")]
+    + [(name, pa.int32()) for name in ("length", "supervised_tokens", "vit_patches", "spectra", "prompt_length")]
     + [("media", pa.list_(_MEDIUM))]
 )
 
@@ -58,16 +60,23 @@ class Tokenized(NamedTuple):
     unusable: list[Unusable]
 
 
-def media_grids(processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore) -> MediaGrids:
+def media_grids(
+    processor: ProcessorMixin, media_index: pd.DataFrame, store: FrameStore, sounds: SoundStore | None = None
+) -> MediaGrids:
     """Take the facts about images from `media_index`: its `width` and `height` are those of the upright image."""
     known = media_index.loc[media_index["type"] == "image", ["path", "height", "width", "content_hash"]]
     known = known.dropna(subset=["height", "width"])
     facts = zip(known["height"].astype(int), known["width"].astype(int), known["content_hash"], strict=True)
-    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store)
+    return MediaGrids(processor, dict(zip(known["path"], map(ImageFacts._make, facts), strict=True)), store, sounds)
 
 
 def tokenize_samples(
-    samples: pd.DataFrame, grids: MediaGrids, processor: ProcessorMixin, *, workers: int = 1
+    samples: pd.DataFrame,
+    grids: MediaGrids,
+    processor: ProcessorMixin,
+    *,
+    workers: int = 1,
+    ignore_empty_think: bool = True,
 ) -> Iterator[Tokenized]:
     """Tokenise samples, a bounded number at a time.
 
@@ -76,6 +85,7 @@ def tokenize_samples(
         grids: Sizes of all media.
         processor: The model's processor.
         workers: Processes that do it; with 1, this one does.
+        ignore_empty_think: Empty thoughts before answers are not trained on.
 
     Yields:
         Batches in the order of `samples`; the same ones for any number of workers.
@@ -86,9 +96,9 @@ def tokenize_samples(
     starts = range(0, len(samples), ROWS_PER_BATCH)
     chunks = (samples.iloc[start : start + ROWS_PER_BATCH].to_dict("records") for start in starts)
     if workers > 1:
-        yield from _in_parallel(chunks, grids, processor, workers)
+        yield from _in_parallel(chunks, grids, processor, workers, ignore_empty_think)
     else:
-        yield from (_tokenized(rows, grids, processor) for rows in chunks)
+        yield from (_tokenized(rows, grids, processor, ignore_empty_think) for rows in chunks)
 
 
 def useful_workers(n_samples: int) -> int:
@@ -114,8 +124,10 @@ def quarantine_table(unusable: Sequence[Unusable], samples: pd.DataFrame) -> pa.
     return pa.Table.from_pylist(rows, QUARANTINE)
 
 
-def _tokenized(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin) -> Tokenized:
-    encoded = encode_samples(rows, grids, processor)
+def _tokenized(
+    rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: ProcessorMixin, ignore_empty_think: bool
+) -> Tokenized:
+    encoded = encode_samples(rows, grids, processor, ignore_empty_think=ignore_empty_think)
     unusable = [sample for sample in encoded if isinstance(sample, Unusable)]
     usable = [sample for sample in encoded if not isinstance(sample, Unusable)]
     for row in usable:
@@ -124,13 +136,18 @@ def _tokenized(rows: Sequence[Mapping[str, Any]], grids: MediaGrids, processor: 
 
 
 def _in_parallel(
-    chunks: Iterable[list[dict[str, Any]]], grids: MediaGrids, processor: ProcessorMixin, workers: int
+    chunks: Iterable[list[dict[str, Any]]],
+    grids: MediaGrids,
+    processor: ProcessorMixin,
+    workers: int,
+    ignore_empty_think: bool,
 ) -> Iterator[Tokenized]:
     """Tokenise each chunk in one of some processes, no further ahead of the reader than two chunks for each."""
     # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(processor).__module__])
-    with ProcessPoolExecutor(workers, context, _start_worker, (processor, grids.store)) as pool:
+    start = processor, grids.store, grids.sounds, ignore_empty_think
+    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
         waiting: deque[Future[Tokenized]] = deque()
         try:
             for rows in chunks:
@@ -150,17 +167,19 @@ def _in_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-# What a worker process tokenises with: the processor and the sampled clips.
-_worker: tuple[ProcessorMixin, FrameStore]
+# What a worker process tokenises with: the processor, the sampled clips and sounds, what is done with empty thoughts.
+_worker: tuple[ProcessorMixin, FrameStore, SoundStore | None, bool]
 
 
-def _start_worker(processor: ProcessorMixin, store: FrameStore) -> None:
+def _start_worker(
+    processor: ProcessorMixin, store: FrameStore, sounds: SoundStore | None, ignore_empty_think: bool
+) -> None:
     global _worker
     end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
-    _worker = processor, store
+    _worker = processor, store, sounds, ignore_empty_think
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
 def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
-    processor, store = _worker
-    return _tokenized(rows, MediaGrids(processor, images, store), processor)
+    processor, store, sounds, ignore_empty_think = _worker
+    return _tokenized(rows, MediaGrids(processor, images, store, sounds), processor, ignore_empty_think)

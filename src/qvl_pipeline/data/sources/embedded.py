@@ -25,7 +25,7 @@ def store_embedded(reference: str | bytes, kind: str, folder: Path) -> Path:
 
     Args:
         reference: Content as bytes, or a data URL with base64.
-        kind: `image` or `video`.
+        kind: `image`, `video` or `audio`.
         folder: Where to write.
 
     Returns:

@@ -23,6 +23,7 @@ from qvl_pipeline.data.sources.forms.conversations import TURN_COLUMNS, read_col
 from qvl_pipeline.data.sources.forms.tools import without_null_keys
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.tables import MEDIA
+from qvl_pipeline.tokens.thoughts import without_thoughts
 
 DEFAULT_TASK = "exact_match"
 SPLITS = ("train", "eval")
@@ -34,7 +35,24 @@ READ_ROW = pa.struct(
     + [("media", MEDIA)]
 )
 
-_KINDS = {(0, 0): "text", (1, 0): "single_image", (2, 0): "two_images", (0, 1): "video", (0, 2): "two_videos"}
+# By the types of the media; where there are several of one, or of different types, by which types there are.
+_KINDS = {
+    (): "text",
+    ("image",): "single_image",
+    ("image", "image"): "two_images",
+    ("video",): "video",
+    ("video", "video"): "two_videos",
+    ("audio",): "audio",
+}
+_MANY_KINDS = {
+    ("image",): "multi_image",
+    ("video",): "multi_video",
+    ("audio",): "multi_audio",
+    ("image", "video"): "image_and_video",
+    ("audio", "image"): "audio_and_image",
+    ("audio", "video"): "audio_and_video",
+    ("audio", "image", "video"): "audio_image_and_video",
+}
 
 
 class RowReader:
@@ -118,11 +136,8 @@ def assign_split(key: str, config: IngestConfig) -> str:
 
 def derive_kind(media: Sequence[Media]) -> str:
     """Name the kind of a sample by its media, when its row does not."""
-    images = sum(use.type == "image" for use in media)
-    videos = len(media) - images
-    if images and videos:
-        return "image_and_video"
-    return _KINDS.get((images, videos)) or ("multi_image" if images else "multi_video")
+    types = sorted(use.type for use in media)
+    return _KINDS.get(tuple(types)) or _MANY_KINDS[tuple(sorted(set(types)))]
 
 
 def _parse(record: bytes | Row) -> Row:
@@ -154,7 +169,8 @@ def _last_answer(messages: Sequence[Message]) -> str:
     turns = [message for message in messages if message["role"] == "assistant"]
     if not turns or turns[-1].get("tool_calls"):
         return ""  # how a call is written is the template's business: `tokenize` fills it in
-    text = "".join(item["text"] for item in turns[-1]["content"] if item["type"] == "text")
+    said = "".join(item["text"] for item in turns[-1]["content"] if item["type"] == "text")
+    text = without_thoughts(said)
     # A JSON list of texts would be a choice of acceptable answers. This one is what the assistant says.
     return orjson.dumps([text]).decode() if text.lstrip().startswith('["') else text
 

@@ -19,8 +19,8 @@ from qvl_pipeline.media.probe_worker import ProbeWorker
 _STRING_FACTS = ("missing", "failure", "content_hash", "codec", "mode")
 _FACTS = pa.struct(
     [(name, pa.string()) for name in _STRING_FACTS]
-    + [(name, pa.int64()) for name in ("width", "height", "n_frames", "size_bytes")]
-    + [(name, pa.float64()) for name in ("fps", "duration_s", "declared_duration_s", "longest_gap")]
+    + [(name, pa.int64()) for name in ("width", "height", "n_frames", "size_bytes", "sample_rate", "channels")]
+    + [(name, pa.float64()) for name in ("fps", "duration_s", "declared_duration_s", "longest_gap", "peak")]
 )
 # A batch has a process of its own, which takes as long to start as some hundred small files to probe.
 _BATCH_FILES = (16, 1024)

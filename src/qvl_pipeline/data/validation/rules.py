@@ -91,7 +91,7 @@ def no_assistant_turn(sample: Sample, config: ValidateConfig) -> str | None:
 
 
 def placeholder_mismatch(sample: Sample, config: ValidateConfig) -> str | None:
-    """Images and videos in the messages are as many, and in the same order, as the files."""
+    """Images, videos and sounds in the messages are as many, and in the same order, as the files."""
     asked = [item["type"] for message in sample.messages for item in message["content"] if item["type"] != "text"]
     given = [use.type for use in sample.media]
     if asked == given:
@@ -132,7 +132,7 @@ def empty_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
 
 
 def undecodable_media(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
-    """The file can be decoded within `probe_timeout_s`: an image whole, of a clip the first and the last frame."""
+    """The file can be decoded within `probe_timeout_s`: an image or sound whole, of a clip the first and last frame."""
     return probe.failure and f"cannot be decoded: {probe.failure}"
 
 
@@ -145,7 +145,7 @@ def too_few_frames(use: Media, probe: Probe, config: ValidateConfig) -> str | No
         first = math.ceil((use.start or 0.0) * probe.fps)
         last = probe.n_frames - 1 if use.end is None else min(math.floor(use.end * probe.fps), probe.n_frames - 1)
         frames = max(last - first + 1, 0)
-        part = f" from second {use.start or 0.0:g} to {'its end' if use.end is None else f'second {use.end:g}'}"
+        part = _part(use)
     if frames >= config.min_video_frames:
         return None
     return f"has {frames} frames{part}, fewer than min_video_frames ({config.min_video_frames})"
@@ -181,13 +181,14 @@ def absurd_fps(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
 
 
 def duration_mismatch(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
-    """The frames of a clip reach to the end that its file claims, within `max_duration_mismatch`."""
+    """What is in a clip or sound reaches to the end that its file claims, within `max_duration_mismatch`."""
     claimed, found = probe.declared_duration_s, probe.duration_s
-    if use.type != "video" or claimed is None or found is None:
+    if claimed is None or found is None:
         return None
     if claimed - found <= max(1.0, config.max_duration_mismatch * claimed):
         return None
-    return f"claims {claimed:.1f} s, but its frames end after {found:.1f} s: the file is cut off or damaged"
+    what = "frames end" if use.type == "video" else "samples end"
+    return f"claims {claimed:.1f} s, but its {what} after {found:.1f} s: the file is cut off or damaged"
 
 
 def variable_frame_rate(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
@@ -211,6 +212,51 @@ def animated_image(use: Media, probe: Probe, config: ValidateConfig) -> str | No
         return None
     pictures = probe.n_frames or "several"
     return f"holds {pictures} pictures, of which the first alone is used: to show all of them, make a video of it"
+
+
+def absurd_sample_rate(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A sound has between `min_sample_rate` and `max_sample_rate` samples a second: else its header is wrong."""
+    if use.type != "audio" or probe.sample_rate is None:
+        return None
+    if config.min_sample_rate <= probe.sample_rate <= config.max_sample_rate:
+        return None
+    return (
+        f"has {probe.sample_rate} samples a second, outside of min_sample_rate ({config.min_sample_rate}) to "
+        f"max_sample_rate ({config.max_sample_rate})"
+    )
+
+
+def too_many_channels(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A sound has at most `max_channels` channels."""
+    if use.type != "audio" or (probe.channels or 0) <= config.max_channels:
+        return None
+    return f"has {probe.channels} channels, more than max_channels ({config.max_channels})"
+
+
+def sound_too_long(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A sound, or the part of it that is used, lasts at most `audio_max_seconds`."""
+    seconds = _heard_seconds(use, probe)
+    if seconds is None or seconds <= config.audio_max_seconds:
+        return None
+    return (
+        f"lasts {seconds:.1f} s{_part(use)}, longer than audio_max_seconds ({config.audio_max_seconds:g}): use a part "
+        "of it, by audio_start and audio_end"
+    )
+
+
+def sound_too_short(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A sound, or the part of it that is used, lasts at least `audio_min_seconds`."""
+    seconds = _heard_seconds(use, probe)
+    if seconds is None or seconds >= config.audio_min_seconds:
+        return None
+    return f"lasts {seconds:.3f} s{_part(use)}, shorter than audio_min_seconds ({config.audio_min_seconds:g})"
+
+
+def silent_sound(use: Media, probe: Probe, config: ValidateConfig) -> str | None:
+    """A sound is louder somewhere than `audio_min_peak`."""
+    if use.type != "audio" or probe.peak is None or probe.peak >= config.audio_min_peak:
+        return None
+    return f"is silent: its peak is {probe.peak:.1e} of full scale, below audio_min_peak ({config.audio_min_peak:g})"
 
 
 def duplicate(sample: Sample, first: str) -> str | None:
@@ -256,6 +302,11 @@ MEDIA_RULES: dict[str, Callable[[Media, Probe, ValidateConfig], str | None]] = {
         aspect_ratio,
         deep_image,
         animated_image,
+        absurd_sample_rate,
+        too_many_channels,
+        sound_too_long,
+        sound_too_short,
+        silent_sound,
     )
 }
 RULES = (*SAMPLE_RULES, *MEDIA_RULES, leakage.__name__, duplicate.__name__)
@@ -285,6 +336,19 @@ def first_error(broken: Iterable[Broken], config: ValidateConfig) -> Broken | No
 def warnings(broken: Iterable[Broken], config: ValidateConfig) -> list[Broken]:
     """Return those of the broken rules that only warn."""
     return [found for found in broken if config.severity_of(found[0]) == "warn"]
+
+
+def _heard_seconds(use: Media, probe: Probe) -> float | None:
+    if use.type != "audio" or probe.duration_s is None:
+        return None
+    end = probe.duration_s if use.end is None else min(use.end, probe.duration_s)
+    return max(0.0, end - (use.start or 0.0))
+
+
+def _part(use: Media) -> str:
+    if use.start is None and use.end is None:
+        return ""
+    return f" from second {use.start or 0.0:g} to {'its end' if use.end is None else f'second {use.end:g}'}"
 
 
 def _texts(sample: Sample) -> Iterator[tuple[int, str]]:

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, feature_routes, split_media, temporal_patches
+from qvl_pipeline.engine.parallel.sequence_parallel import (
+    SequenceShare,
+    feature_routes,
+    heard_tokens,
+    split_media,
+    temporal_patches,
+    visual_tokens,
+)
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.mrope import mrope_positions
 
 if TYPE_CHECKING:
+    from qvl_pipeline.engine.feed.sounds import SoundReader
     from qvl_pipeline.media.loading import PatchLoader
 
 
@@ -38,15 +47,22 @@ class Batch:
         position_ids: M-RoPE's t, h, w of each token, `[3, B, T]`. Text positions are left out: they would only make the
             language model look for the bounds of the samples, which it is given.
         attention_mask: True where there is a token, `[B, T]`; `None` for packs, which have no padding.
+        real_tokens: True where there is a token of a sample, of the whole rows or of this rank's share, `[B, T]`.
         cu_seqlens: Bounds of the samples in the whole pack, `[samples + 1]`, int32; `None` for padded rows.
         lengths: Tokens of each sample.
         max_length: Tokens of the longest sample, or of the padding behind the last.
-        visual_index: Positions of the media placeholders in the flattened rows, `[V]`.
+        visual_index: Positions of the placeholders of images and clips in the flattened rows, `[V]`.
         features_to: Features that this rank's media make for each rank of its sequence-parallel group.
         features_from: Features that this rank's placeholders take from each.
         patches: Pixels of this rank's media, uint8 `[N, C*T*P*P]`; `None` when no rank has media in this micro-batch.
         grid_thw: Patches of each medium over time, height and width, `[M, 3]`; always in host memory.
         vision_inputs: What the vision tower would compute from the grid, and wait for the device to know.
+        heard_index: Positions of the placeholders of sounds in the flattened rows, `[A]`.
+        heard_to: Features that this rank's sounds make for each rank of its sequence-parallel group.
+        heard_from: Features that this rank's placeholders of sounds take from each.
+        sound_inputs: Inputs of the audio tower for this rank's sounds; none when no rank has a sound in this
+            micro-batch.
+        spectra: Spectra of each of these sounds.
         target_index: Positions in the flattened rows whose next token is trained on, `[S]`.
         targets: Those next tokens, `[S]`.
         target_source: Number of the source each target comes from, `[S]`.
@@ -57,6 +73,7 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    real_tokens: torch.Tensor
     cu_seqlens: torch.Tensor | None
     lengths: list[int]
     max_length: int
@@ -66,6 +83,11 @@ class Batch:
     patches: torch.Tensor | None
     grid_thw: torch.Tensor | None
     vision_inputs: dict[str, Any]
+    heard_index: torch.Tensor
+    heard_to: list[int]
+    heard_from: list[int]
+    sound_inputs: dict[str, Any]
+    spectra: list[int]
     target_index: torch.Tensor
     targets: torch.Tensor
     target_source: torch.Tensor
@@ -79,7 +101,8 @@ class Batch:
             return {name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
         values = mapped({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-        return Batch(**values | {"vision_inputs": mapped(self.vision_inputs)})
+        inputs = {name: mapped(getattr(self, name)) for name in ("vision_inputs", "sound_inputs")}
+        return Batch(**values | inputs)
 
     def attention_inputs(self) -> dict[str, Any]:
         """Arguments of the language model that say which tokens attend to which."""
@@ -105,29 +128,32 @@ class BatchBuilder:
     Attributes:
         loader: Reads the pixels.
         patch_values: Values of one patch, `C * T * P * P`.
-        placeholder_ids: Ids of `<|image_pad|>` and `<|video_pad|>`.
+        placeholder_ids: Ids of the tokens that stand for images and clips and, where the model hears, for sounds.
         tokens_per_second: Temporal M-RoPE positions per second, where the family has them.
         vision_inputs: From a grid `[M, 3]` to `Batch.vision_inputs`.
         sources: Names of the sources, in the order of `target_source`.
+        sounds: Reads the sounds; `None` where the model does not hear.
         rmpad: Build packs; otherwise a padded row for each sample.
         share: What of a pack is this rank's; only packs can be shared.
     """
 
     loader: PatchLoader
     patch_values: int
-    placeholder_ids: tuple[int, int]
+    placeholder_ids: tuple[int, ...]
     tokens_per_second: float | None
     vision_inputs: Callable[[torch.Tensor], dict[str, Any]]
     sources: tuple[str, ...]
+    sounds: SoundReader | None = None
     rmpad: bool = True
     share: SequenceShare = field(default_factory=SequenceShare)
 
-    def build(self, samples: Sequence[dict[str, Any]], *, vision: bool) -> Batch:
+    def build(self, samples: Sequence[dict[str, Any]], *, vision: bool, sound: bool = False) -> Batch:
         """Turn samples into one micro-batch.
 
         Args:
             samples: Rows of `tokenized_samples`; none at all makes a batch that trains on nothing.
-            vision: Some rank has media in this micro-batch, so this one must call its vision tower as well.
+            vision: Some rank has images or clips in this micro-batch, so this one must call its vision tower as well.
+            sound: Some rank has sounds in it; the same of the audio tower.
 
         Returns:
             The batch, or this rank's share of it. Targets are shifted within each sample, before anything is cut: no
@@ -136,16 +162,22 @@ class BatchBuilder:
         samples = samples or [_NOTHING]
         lengths = [len(sample["input_ids"]) for sample in samples]
         tokens = self._lay_out([self._token_columns(sample) for sample in samples])
-        attention_mask = torch.from_numpy(tokens.pop("attention_mask"))
+        attention_mask, real = torch.from_numpy(tokens.pop("attention_mask")), tokens.pop("real")
         input_ids = tokens["input_ids"]
         starts = np.cumsum([0, *lengths[:-1]]) if self.rmpad else np.arange(len(samples)) * input_ids.shape[1]
         target_index = [_target_index(s["label_spans"]) + start for s, start in zip(samples, starts, strict=True)]
         numbers = [self.sources.index(s["source"]) if len(s["label_spans"]) else 0 for s in samples]
         target_source = np.repeat(numbers, [len(index) for index in target_index])
         target_index = np.concatenate(target_index)
-        shares = split_media([item for sample in samples for item in sample["media"]], self.share.degree)
-        visual_mask = tokens.pop("visual_mask")
-        routes = feature_routes(visual_mask.ravel(), shares)
+        media = [item for sample in samples for item in sample["media"]]
+        shares = split_media([item for item in media if item["grid_t"]], self.share.degree)
+        visual_mask, heard_mask = tokens.pop("visual_mask"), tokens.pop("heard_mask")
+        routes = feature_routes(visual_mask.ravel(), [visual_tokens(share) for share in shares])
+        heard = self._sounds(media)
+        heard_routes = feature_routes(heard_mask.ravel(), [heard_tokens(share) for share in heard])
+        sound_inputs, spectra = {}, []
+        if self.sounds and (sound or any(heard)):
+            sound_inputs, spectra = self.sounds.inputs(heard[self.share.rank])
         patches, grid = self._pixels(shares[self.share.rank], vision or any(shares))
         mine = self.share.of(input_ids.shape[1])
         trained = np.ones(len(target_index), dtype=bool)
@@ -155,6 +187,7 @@ class BatchBuilder:
         return Batch(
             **{name: torch.from_numpy(values[..., mine]) for name, values in tokens.items()},
             attention_mask=None if self.rmpad else attention_mask,
+            real_tokens=torch.from_numpy(real[..., mine]),
             cu_seqlens=_bounds(lengths, padding) if self.rmpad else None,
             lengths=lengths,
             max_length=max(*lengths, padding),
@@ -164,6 +197,11 @@ class BatchBuilder:
             patches=patches,
             grid_thw=grid,
             vision_inputs={} if grid is None else self.vision_inputs(grid),
+            heard_index=torch.from_numpy(np.flatnonzero(heard_mask[..., mine])),
+            heard_to=heard_routes[self.share.rank].tolist(),
+            heard_from=heard_routes[:, self.share.rank].tolist(),
+            sound_inputs=sound_inputs,
+            spectra=spectra,
             target_index=torch.from_numpy(target_index[trained] - mine.start),
             targets=torch.from_numpy(input_ids.ravel()[target_index[trained] + 1]),
             target_source=torch.from_numpy(target_source[trained]),
@@ -176,8 +214,10 @@ class BatchBuilder:
         return {
             "input_ids": ids,
             "position_ids": self._positions(sample),
-            "visual_mask": np.isin(ids, self.placeholder_ids),
+            "visual_mask": np.isin(ids, self.placeholder_ids[:2]),
+            "heard_mask": np.isin(ids, self.placeholder_ids[2:]),
             "attention_mask": np.ones(len(ids), dtype=bool),
+            "real": np.full(len(ids), sample is not _NOTHING),
         }
 
     def _lay_out(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -214,6 +254,21 @@ class BatchBuilder:
             return None, None
         # The smallest image there is: patches are merged two by two.
         return torch.zeros(4, self.patch_values, dtype=torch.uint8), torch.tensor([[1, 2, 2]])
+
+    def _sounds(self, media: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Share out the sounds."""
+        if self.sounds:
+            return self.sounds.shares(media, self.share.degree)
+        if deaf := next((item for item in media if item.get("spectra")), None):
+            raise UserError(f"'{deaf['key']}' is to be heard, and the model does not hear: run the pipeline 'sample'")
+        return [[] for _ in range(self.share.degree)]
+
+    def check_media(self, media: list[dict[str, Any]]) -> None:
+        """Load the media of a sample, for nothing but the error that one of them raises."""
+        self._pixels([item for item in media if item["grid_t"]], vision=False)
+        for share in self._sounds(media):
+            for item in share:
+                self.sounds.log_mel(item)
 
 
 _NOTHING: dict[str, Any] = {

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qvl_pipeline.engine.feed.batch import BadSample, Batch, BatchBuilder
@@ -96,6 +97,9 @@ def load_batches(
             prefetch_factor=options.prefetch_factor if options.num_workers else None,
             worker_init_fn=start_loader,
             pin_memory=options.pin_memory,
+            # A loader draws a seed for its processes when it starts: from the generator that a checkpoint holds, a run
+            # would go on with other random numbers than without having been cut off.
+            generator=torch.Generator(),
         )
     )
     for micro_batch in awaited:
@@ -134,7 +138,7 @@ class _MicroBatches(Dataset[Batch]):
         """Build a batch, or say which sample cannot be used: an exception would reach the trainer as a wall of text."""
         rows = self._rows(micro_batch)
         try:
-            return self._builder.build(rows, vision=micro_batch.vision)
+            return self._builder.build(rows, vision=micro_batch.vision, sound=micro_batch.sound)
         except Exception:
             bad = self._bad(rows)
             if not bad:
@@ -142,14 +146,15 @@ class _MicroBatches(Dataset[Batch]):
         if not self._skips:
             return next(iter(bad.values()))
         good = [row for number, row in enumerate(rows) if number not in bad]
-        return dataclasses.replace(self._builder.build(good, vision=micro_batch.vision), skipped=tuple(bad.values()))
+        built = self._builder.build(good, vision=micro_batch.vision, sound=micro_batch.sound)
+        return dataclasses.replace(built, skipped=tuple(bad.values()))
 
     def _bad(self, rows: Sequence[dict[str, Any]]) -> dict[int, BadSample]:
         """Find the samples whose media cannot be loaded, by their number in the micro-batch."""
         bad = {}
         for number, row in enumerate(rows):
             try:
-                self._builder.loader.load(row["media"])
+                self._builder.check_media(row["media"])
             except Exception as error:  # whatever a decoder raises on a broken file
                 trained = sum(int(end - start) for start, end in row["label_spans"])
                 bad[number] = BadSample(row["sample_id"], trained, str(error) or type(error).__name__)

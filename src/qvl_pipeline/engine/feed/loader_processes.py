@@ -84,7 +84,7 @@ def measured(micro_batches: Iterable[MicroBatch], tokenized: Path, builder: Batc
             started = time.perf_counter()
             try:
                 rows = [samples.row(row) for row in micro_batch.sample_rows]
-                batches.append(builder.build(rows, vision=micro_batch.vision))
+                batches.append(builder.build(rows, vision=micro_batch.vision, sound=micro_batch.sound))
             except Exception:  # whatever a decoder raises on a broken file
                 continue
             seconds += time.perf_counter() - started

@@ -26,6 +26,7 @@ class PackPlan:
         tokens: Of each pack, `[packs]`.
         vit_patches: Of each pack.
         supervised_tokens: Of each pack.
+        spectra: Of its sounds.
     """
 
     steps: np.ndarray
@@ -34,6 +35,7 @@ class PackPlan:
     tokens: np.ndarray
     vit_patches: np.ndarray
     supervised_tokens: np.ndarray
+    spectra: np.ndarray
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -51,12 +53,14 @@ class MicroBatch:
 
     Attributes:
         sample_rows: Rows of `tokenized_samples`, or of `stream_samples`.
-        vision: Some rank has media in it.
+        vision: Some rank has images or clips in it.
+        sound: Some rank has sounds in it.
         samples: The samples themselves, where they were tokenised as they were read.
     """
 
     sample_rows: tuple[int, ...]
     vision: bool
+    sound: bool = False
     samples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
 
 
@@ -107,7 +111,7 @@ def read_plan(path: Path) -> PackPlan:
         np.append(np.flatnonzero(step != before), len(step)),
         np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         _values(pc.list_flatten(table["sample_rows"])),
-        *(_values(table[name]) for name in ("tokens", "vit_patches", "supervised_tokens")),
+        *(_values(table[name]) for name in ("tokens", "vit_patches", "supervised_tokens", "spectra")),
     )
 
 
@@ -121,7 +125,7 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
 class SharedSteps(Sequence[Step]):
     """A rank's share of every step of a plan; each `Step` is made when it is asked for.
 
-    Rank `r` of `R` takes packs `r, r+R, …`. All ranks run equally many micro-batches, and call the vision tower in the
+    Rank `r` of `R` takes packs `r, r+R, …`. All ranks run equally many micro-batches, and call each tower in the
     same ones, which each can tell from the plan: so no rank waits in a collective that another never enters.
     """
 
@@ -133,6 +137,7 @@ class SharedSteps(Sequence[Step]):
         packs_per_micro_batch: int,
         *,
         always_vision: bool = False,
+        always_sound: bool = False,
         epochs: float = 1.0,
     ) -> None:
         """Share out a plan.
@@ -142,13 +147,14 @@ class SharedSteps(Sequence[Step]):
             rank: Data-parallel rank.
             world_size: Data-parallel ranks.
             packs_per_micro_batch: Packs in one forward pass.
-            always_vision: Call the tower in every micro-batch: when nothing else is trained, one without it would have
-                no gradient at all.
+            always_vision: Call the vision tower in every micro-batch: when nothing else is trained, one without it
+                would have no gradient at all.
+            always_sound: The same of the audio tower.
             epochs: Passes over the data that the plan makes.
         """
         self.plan = plan
         self._rank, self._world_size, self._packs = rank, world_size, packs_per_micro_batch
-        self._always_vision, self._epochs = always_vision, epochs
+        self._always_vision, self._always_sound, self._epochs = always_vision, always_sound, epochs
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -169,8 +175,9 @@ class SharedSteps(Sequence[Step]):
         for start in range(first, end, together):
             stop = min(start + together, end)
             vision = self._always_vision or bool(plan.vit_patches[start:stop].any())
+            sound = self._always_sound or bool(plan.spectra[start:stop].any())
             own = range(start + self._rank, stop, self._world_size)
-            micro_batches.append(MicroBatch(plan.sample_rows(own), vision))
+            micro_batches.append(MicroBatch(plan.sample_rows(own), vision, sound))
         return Step(
             number=number + 1,
             micro_batches=tuple(micro_batches),
@@ -179,6 +186,31 @@ class SharedSteps(Sequence[Step]):
             supervised_tokens=int(plan.supervised_tokens[first:end].sum()),
             epoch=self._epochs * (number + 1) / len(plan),
         )
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has several micro-batches."""
+        return bool(np.diff(self.plan.steps).max() > self._packs * self._world_size)
+
+    def heaviest(self) -> list[tuple[int, int]]:
+        """Find the micro-batches in which some rank has most tokens, most patches, and most spectra if there are any.
+
+        Returns:
+            Number of the step and of its micro-batch, both from 0; no pair twice.
+        """
+        steps, together = self.plan.steps, self._packs * self._world_size
+        sizes = np.diff(steps)
+        step = np.repeat(np.arange(len(self)), sizes)
+        place = np.arange(len(step)) - steps[step]
+        before = np.concatenate([[0], np.cumsum(-(-sizes // together))])
+        share = (before[step] + place // together) * self._world_size + place % self._world_size
+        found = []
+        sounds = [self.plan.spectra] if self.plan.spectra.any() else []
+        for amounts in (self.plan.tokens, self.plan.vit_patches, *sounds):
+            micro_batch = int(np.bincount(share, amounts).argmax()) // self._world_size
+            number = int(np.searchsorted(before, micro_batch, side="right")) - 1
+            found.append((number, micro_batch - int(before[number])))
+        return list(dict.fromkeys(found))
 
 
 class PlannedFeed:

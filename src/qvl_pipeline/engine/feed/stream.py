@@ -82,6 +82,7 @@ class StreamedFeed:
         exchange: Exchange,
         *,
         always_vision: bool = False,
+        always_sound: bool = False,
         aside: bool = False,
     ) -> None:
         """Stand at the beginning of the stream.
@@ -96,11 +97,13 @@ class StreamedFeed:
                 step is prepared: that is how each knows the tokens of all, and in which micro-batches some rank has
                 media.
             always_vision: Call the vision tower in every micro-batch.
+            always_sound: Call the audio tower in every micro-batch.
             aside: Read, tokenise and pack in a process aside.
         """
         self.max_steps = spec.max_steps
         self.tokens = self.supervised_tokens = self._passed = 0
-        self._spec, self._exchange, self._always_vision, self._aside = spec, exchange, always_vision, aside
+        self._spec, self._exchange, self._aside = spec, exchange, aside
+        self._always_vision, self._always_sound = always_vision, always_sound
         self._packs_per_micro_batch = packs_per_micro_batch
         self._micro_batches = ceil(ceil(spec.packs_per_step / world_size) / packs_per_micro_batch)
         self._lanes = [Lane(number, samples, spec) for number in range(rank, spec.packs_per_step, world_size)]
@@ -123,16 +126,22 @@ class StreamedFeed:
             parts = [[sample for pack in part for sample in pack] for part in parts]
             mine = [sample for part in parts for sample in part]
             facts = [sum(sample[fact] for sample in mine) for fact in ("length", "supervised_tokens")]
-            patches = [sum(sample["vit_patches"] for sample in part) for part in parts]
-            facts = self._exchange([*facts, len(mine) + share.passed_over, *patches])
-            step_tokens, step_supervised, step_passed, *vision = facts
+            media = [sum(sample[of] for sample in part) for of in ("vit_patches", "spectra") for part in parts]
+            facts = self._exchange([*facts, len(mine) + share.passed_over, *media])
+            step_tokens, step_supervised, step_passed, *media = facts
+            seen, heard = media[: len(parts)], media[len(parts) :]
             tokens, supervised_tokens = tokens + step_tokens, supervised_tokens + step_supervised
             passed += step_passed
             yield Step(
                 number=number,
                 micro_batches=tuple(
-                    MicroBatch(tuple(s["row"] for s in part), self._always_vision or bool(media), tuple(part))
-                    for part, media in zip(parts, vision, strict=True)
+                    MicroBatch(
+                        tuple(s["row"] for s in part),
+                        vision=self._always_vision or bool(patches),
+                        sound=self._always_sound or bool(spectra),
+                        samples=tuple(part),
+                    )
+                    for part, patches, spectra in zip(parts, seen, heard, strict=True)
                 ),
                 packs=self._spec.packs_per_step,
                 tokens=step_tokens,

@@ -8,7 +8,7 @@ from qvl_pipeline.families import ModelFamily
 
 
 def compile_blocks(model: nn.Module, family: ModelFamily, *, backend: str, mode: str) -> dict[str, int]:
-    """Compile each decoder layer and vision block in place; call before FSDP2 shards them.
+    """Compile each decoder layer and block of a tower in place; call before FSDP2 shards them.
 
     Blocks are where the time goes, and all of a kind share one compilation. Between them lie FSDP2's gathers and the
     recomputation of gradient checkpointing, which stay outside of the graphs. Packs differ in length, so the graphs are
@@ -23,10 +23,11 @@ def compile_blocks(model: nn.Module, family: ModelFamily, *, backend: str, mode:
     Returns:
         Number of compiled blocks by class.
     """
+    blocks = {family.decoder_layer, family.vision_block, *([family.hearing.encoder_layer] if family.hearing else [])}
     compiled: dict[str, int] = {}
     for module in model.modules():
         name = type(module).__name__
-        if name in (family.decoder_layer, family.vision_block):
+        if name in blocks:
             module.compile(dynamic=True, backend=backend, mode=mode)
             compiled[name] = compiled.get(name, 0) + 1
     return compiled

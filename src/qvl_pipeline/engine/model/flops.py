@@ -2,8 +2,9 @@
 
 Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products of the forward and backward pass; what gradient
 checkpointing, chunked losses and fused attention compute twice is not, nor is padding. Attention is counted by the
-query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2. Frozen matrices have no weight
-gradient, and below the lowest trained parameter there is no activation gradient either.
+query-key pairs that see each other, so a causal sample of n tokens has n(n+1)/2; linear attention by what its state
+costs a token, not by what a kernel computes to work on many tokens at once; experts by those that a token goes to.
+Frozen matrices have no weight gradient, and below the lowest trained parameter there is no activation gradient either.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.families.hearing import Hearing, convolved
 
 # Dense bfloat16 FLOPs a second by words of the device name, the more specific first; from the vendors' data sheets.
 _PEAK_FLOPS = {
@@ -49,7 +53,12 @@ _PEAK_FLOPS = {
     "MI300X": 1.3074e15,
 }
 # Matrices that read the same input: none of them stands between another one and the loss.
-_SIDE_BY_SIDE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_SIDE_BY_SIDE = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"q", "k", "v"},
+    {"gate_proj", "up_proj"},
+    {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -73,7 +82,13 @@ class ModelFlops:
         per_target: FLOPs of the output embedding for each supervised token.
         per_vision_pair: FLOPs of each vision block's attention for each query-key pair.
         per_text_pair: FLOPs of the decoder's attention, all layers, for each query-key pair.
+        per_vision_pass: FLOPs of the vision side once a batch, however long: the lengths of DoRA's rows.
+        per_text_pass: The same of the decoder.
         vision_pairs: Query-key pairs of each vision block, from the media's grids `(t, h, w)`.
+        per_spectrum: FLOPs of the audio tower for each spectrum.
+        per_sound_pair: FLOPs of its attention, all layers, for each query-key pair.
+        per_sound_pass: FLOPs of it once a batch.
+        sound_chunk: Spectra that see each other in it.
     """
 
     per_patch: float
@@ -81,7 +96,13 @@ class ModelFlops:
     per_target: int
     per_vision_pair: tuple[int, ...]
     per_text_pair: int
+    per_vision_pass: int
+    per_text_pass: int
     vision_pairs: Callable[[Sequence[Sequence[int]]], list[int]]
+    per_spectrum: float = 0.0
+    per_sound_pair: int = 0
+    per_sound_pass: int = 0
+    sound_chunk: int = 1
 
     def count(self, batch: Batch) -> float:
         """Count this rank's FLOPs of a batch that is still in host memory.
@@ -91,12 +112,42 @@ class ModelFlops:
         """
         ranks = len(batch.features_to)
         flops = self.per_token * sum(batch.lengths) / ranks + self.per_target * len(batch.targets)
+        flops += self.per_text_pass
         flops += self.per_text_pair * sum(length * (length + 1) / 2 for length in batch.lengths) / ranks
         if sum(batch.features_to):
-            flops += self.per_patch * len(batch.patches)
+            flops += self.per_patch * len(batch.patches) + self.per_vision_pass
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
+        if sum(batch.heard_to):
+            flops += self.per_spectrum * sum(batch.spectra) + self.per_sound_pass
+            flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in batch.spectra)
         return flops
+
+
+def _chunk_pairs(spectra: int, chunk: int) -> int:
+    """Query-key pairs of a layer of the audio tower that see each other, within chunks of one sound."""
+    whole, rest = divmod(spectra, chunk)
+    return whole * convolved(chunk) ** 2 + (convolved(rest) ** 2 if rest else 0)
+
+
+def _of_sound(hearing: Hearing, tower: nn.Module, config: PreTrainedConfig) -> tuple[dict[str, Any], bool]:
+    """FLOPs of the audio tower, and whether its features depend on a trained parameter."""
+    cost = _cost(tower.conv1, False)
+    per_spectrum = float(cost.per_row)
+    cost = _cost(tower.conv2, cost.reaches_trained)
+    per_position, per_pair, per_pass, reaches_trained = cost.per_row, 0, 0, cost.reaches_trained
+    for layer in tower.layers:
+        cost = _cost(layer, reaches_trained)
+        per_position, per_pair = per_position + cost.per_row, per_pair + cost.per_pair
+        per_pass, reaches_trained = per_pass + cost.per_pass, cost.reaches_trained
+    cost = _cost(tower.proj, reaches_trained or _trains(tower.ln_post))
+    return {
+        # Every other spectrum becomes a position, and every other position a token.
+        "per_spectrum": per_spectrum + per_position / 2 + cost.per_row / 4,
+        "per_sound_pair": per_pair,
+        "per_sound_pass": per_pass + cost.per_pass,
+        "sound_chunk": hearing.chunk_of(config),
+    }, cost.reaches_trained
 
 
 def flops_of(model: PackedVLM) -> ModelFlops:
@@ -113,25 +164,29 @@ def flops_of(model: PackedVLM) -> ModelFlops:
     merged = visual.config.spatial_merge_size**2
     deepstack_after = list(getattr(visual.config, "deepstack_visual_indexes", ()))
     cost = _cost(visual.patch_embed, False)
-    per_patch: float = cost.per_row
+    per_patch, per_vision_pass = float(cost.per_row), 0
     # Qwen3-VL has learned positions, which are added here.
     reaches_trained = cost.reaches_trained or (hasattr(visual, "pos_embed") and _trains(visual.pos_embed))
     per_vision_pair, deepstack_trained = [], []
     for number, block in enumerate(visual.blocks):
         cost = _cost(block, reaches_trained)
         per_patch, reaches_trained = per_patch + cost.per_row, cost.reaches_trained
+        per_vision_pass += cost.per_pass
         per_vision_pair.append(cost.per_pair)
         if number in deepstack_after:
             level = _cost(visual.deepstack_merger_list[deepstack_after.index(number)], reaches_trained)
-            per_patch += level.per_row / merged
+            per_patch, per_vision_pass = per_patch + level.per_row / merged, per_vision_pass + level.per_pass
             deepstack_trained.append(level.reaches_trained)
     cost = _cost(visual.merger, reaches_trained)
-    per_patch += cost.per_row / merged
-    reaches_trained = cost.reaches_trained or _trains(text.embed_tokens)
-    per_token = per_text_pair = 0
+    per_patch, per_vision_pass = per_patch + cost.per_row / merged, per_vision_pass + cost.per_pass
+    hearing = model.family.hearing
+    sound, hears_trained = _of_sound(hearing, hf.model.audio_tower, hf.config) if hearing else ({}, False)
+    reaches_trained = cost.reaches_trained or hears_trained or _trains(text.embed_tokens)
+    per_token = per_text_pair = per_text_pass = 0
     for number, layer in enumerate(text.layers):
         cost = _cost(layer, reaches_trained)
         per_token, per_text_pair = per_token + cost.per_row, per_text_pair + cost.per_pair
+        per_text_pass += cost.per_pass
         # DeepStack's features are added behind the first layers.
         reaches_trained = cost.reaches_trained or any(deepstack_trained[number : number + 1])
     return ModelFlops(
@@ -140,7 +195,10 @@ def flops_of(model: PackedVLM) -> ModelFlops:
         per_target=_cost(hf.lm_head, reaches_trained or _trains(text.norm)).per_row,
         per_vision_pair=tuple(per_vision_pair),
         per_text_pair=per_text_pair,
+        per_vision_pass=per_vision_pass,
+        per_text_pass=per_text_pass,
         vision_pairs=partial(model.family.vision_pairs, visual.config),
+        **sound,
     )
 
 
@@ -150,6 +208,7 @@ class _Cost:
 
     per_row: int
     per_pair: int
+    per_pass: int
     reaches_trained: bool
 
 
@@ -157,32 +216,61 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
     """Add up the matrices of a module in the order of the forward pass, and its attention behind the first of them."""
     modules = [(name.split(".")[-1], part) for name, part in module.named_modules()]
     parts = [(name, part) for name, part in modules if _is_matrix(part) or not list(part.children())]
+    # transformers declares the inputs of linear attention after what comes behind them.
+    parts.sort(key=lambda named: not named[0].startswith("in_proj_"))
     # Norms are taken to lie at the entrance.
     reaches_trained |= any(_trains(part) for _, part in parts if not _is_matrix(part))
     matrices = [(name, part) for name, part in parts if _is_matrix(part)]
-    per_row = per_pair = 0
+    per_row = per_pair = per_pass = 0
     while matrices:
         side_by_side = next((names for names in _SIDE_BY_SIDE if matrices[0][0] in names), {matrices[0][0]})
         step = [(name, part) for name, part in matrices[: len(side_by_side)] if name in side_by_side]
         matrices = matrices[len(step) :]
         for _, part in step:
             per_row += 2 * _shape(part).numel() * (1 + reaches_trained + _trains_matrix(part))
-            per_row += _update_cost(part, reaches_trained) if isinstance(part, AdaptedLinear) else 0
+            if isinstance(part, AdaptedLinear):
+                per_row += _update_cost(part, reaches_trained)
+                per_pass += _lengths_cost(part)
         reaches_trained |= any(_trains(part) for _, part in step)
-        name, part = step[0]
-        if name in ("q_proj", "qkv"):
-            width = _shape(part)[0] // (3 if name == "qkv" else 1)
+        name, names = step[0][0], dict(step)
+        if query := next((query for query in ("q_proj", "q", "qkv") if query in names), None):
+            outer = next(dict(parts)[output] for output in ("o_proj", "out_proj", "proj") if output in dict(parts))
+            width = _shape(names[query])[0] // 3 if query == "qkv" else _shape(outer)[1]
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
-    return _Cost(per_row, per_pair, reaches_trained)
+        if name == "gate" and hasattr(module.mlp, "experts"):
+            experts, active = module.mlp.experts, module.mlp.gate.top_k
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                share = weight.numel() * active // experts.num_experts
+                per_row += 2 * share * (1 + reaches_trained + weight.requires_grad)
+                reaches_trained |= weight.requires_grad
+        if name == "conv1d":
+            per_row += _state_cost(module.linear_attn) * (3 if reaches_trained else 1)
+    return _Cost(per_row, per_pair, per_pass, reaches_trained)
+
+
+def _state_cost(layer: nn.Module) -> int:
+    """FLOPs a token of a gated delta rule: a head's state is read by the key, written to, and read by the query."""
+    return 3 * 2 * layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
 
 
 def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:
-    """FLOPs a row of an adapter; the lengths of DoRA's rows are computed once a forward pass, and not counted."""
+    """FLOPs a row of an adapter."""
     first, second = layer.lora_A.numel(), layer.lora_B.numel()
-    trained = 2 * first * (2 + reaches_trained) + 2 * second * 3
-    subtracted = 2 * first * (1 + reaches_trained) + 2 * second * (1 + reaches_trained)
-    return trained + (subtracted if layer.form.pissa else 0)
+    cost = 2 * first * (2 + reaches_trained) + 2 * second * 3
+    if layer.form.pissa:
+        cost += 2 * (first + second) * (1 + reaches_trained)
+    if layer.form.dora and layer.form.dropout:  # what is stretched is then another product than what is added to
+        cost += 2 * _shape(layer).numel() * (1 + reaches_trained)
+    return cost
+
+
+def _lengths_cost(layer: AdaptedLinear) -> int:
+    """FLOPs of the lengths of DoRA's rows, which are computed once a forward pass, and have no backward pass."""
+    if not layer.form.dora:
+        return 0
+    r, (rows, columns) = layer.form.r, _shape(layer)
+    return 2 * r * (rows * columns + r * columns + rows * r)
 
 
 def _is_matrix(module: nn.Module) -> bool:

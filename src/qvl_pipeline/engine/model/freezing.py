@@ -12,6 +12,8 @@ from qvl_pipeline.families import ModelFamily
 
 # The guide's `visual` is the whole vision side: encoder, merger and DeepStack mergers.
 ALIASES = {"visual": ("vit", "merger", "deepstack")}
+# Groups that not every micro-batch takes part in, by tower.
+OF_VISION, OF_SOUND = frozenset(ALIASES["visual"]), frozenset({"audio", "audio_projector"})
 
 
 def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> dict[str, int]:
@@ -20,7 +22,8 @@ def freeze(model: nn.Module, family: ModelFamily, patterns: Sequence[str]) -> di
     Args:
         model: The transformers model.
         family: Its family.
-        patterns: Group names (`vit`, `merger`, `deepstack`, `llm`, `embed`, `head`), `visual`, or globs over names.
+        patterns: Group names (`vit`, `merger`, `deepstack`, `audio`, `audio_projector`, `llm`, `embed`, `head`),
+            `visual`, or globs over names.
 
     Returns:
         Number of frozen parameters (scalars) by pattern.
@@ -66,11 +69,11 @@ def matched_parameters(model: nn.Module, family: ModelFamily, pattern: str, of: 
     return matched
 
 
-def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the frozen parameters of a model on the meta device in the type of the computation.
+def hold_parameters(model: nn.Module, *, trained: torch.dtype, frozen: torch.dtype) -> None:
+    """Set the types in which a model on the meta device holds its parameters; buffers keep theirs.
 
-    They are never stepped, so a float32 master would be memory for nothing; FSDP2 gathers them in this type anyway.
+    What is frozen is never stepped, so beside the type of the computation, in which FSDP2 gathers it anyway, a float32
+    master would be memory for nothing.
     """
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)

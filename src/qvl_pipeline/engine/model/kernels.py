@@ -40,7 +40,8 @@ def use_liger_kernels(model: nn.Module, family: ModelFamily, device: torch.devic
         from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
     except ImportError as error:
         raise ValueError("use_liger_kernel needs the package liger-kernel: install it, or set it to false") from error
-    forwards = {"rms_norm": LigerRMSNorm.forward, "swiglu": LigerSwiGLUMLP.forward}
+    norm = LigerRMSNorm.forward
+    forwards = {"rms_norm": norm, "rms_norm_zero_centred": norm, "swiglu": LigerSwiGLUMLP.forward}
     replaced: Counter[str] = Counter()
     for module in model.modules():
         name = type(module).__name__
@@ -50,6 +51,10 @@ def use_liger_kernels(model: nn.Module, family: ModelFamily, device: torch.devic
         if kernel == "rms_norm":
             # What that forward reads beside weight and variance_epsilon, with the values that Liger has for Qwen.
             module.offset, module.casting_mode, module.in_place, module.row_mode = 0.0, "llama", True, None
+        if kernel == "rms_norm_zero_centred":
+            # Scaled by 1 + weight, all of it in float32, as Liger has it for Qwen3-Next.
+            module.offset, module.casting_mode, module.in_place, module.row_mode = 1.0, "gemma", False, None
+            module.variance_epsilon = module.eps
         module.forward = MethodType(forwards[kernel], module)
         replaced[name] += 1
     if missing := sorted(set(family.liger_kernels) - set(replaced)):

@@ -13,22 +13,27 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoProcessor
 
 from qvl_pipeline.engine.feed.batch import BatchBuilder
+from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
-from qvl_pipeline.engine.model.attention import use_packed_attention
+from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
+from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
-from qvl_pipeline.engine.model.freezing import freeze, hold_frozen_in
+from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
 from qvl_pipeline.engine.model.kernels import use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.routing import use_experts_kernel
 from qvl_pipeline.engine.model.weights import build_skeleton
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, check_degree
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalization
+from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +59,12 @@ def build_model(
 
     Returns:
         The model on the meta device, and facts about it for `result.json`: what was frozen or adapted, which kernels
-        are used, how many parameters.
+        are used, how many parameters, which blocks recompute.
     """
     family = FAMILIES[spec.model.family]
     hf = build_skeleton(spec.model.path)
     if sp_group is not None:
-        check_degree(sp_group.size(), dist.get_world_size(), hf.config.text_config.num_attention_heads)
+        check_degree(sp_group.size(), dist.get_world_size(), divided_heads(hf.config.text_config))
     hf.train()
     use_linear_patch_embedding(hf)
     facts: dict[str, Any] = {
@@ -78,12 +83,20 @@ def build_model(
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
         "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
     }
+    if family.experts:
+        facts["experts"] = use_experts_kernel(hf, spec.model.experts_implementation, device)
+    if family.linear_attention:
+        chosen, half = spec.model.linear_attn_implementation, spec.parallel.half
+        facts["linear_attention"] = use_packed_linear_attention(
+            hf, family, chosen, device, half=half, sp_group=sp_group
+        )
     if spec.model.use_liger_kernel:
         logger.info("use_liger_kernel: %s", facts["liger"])
-    hold_frozen_in(hf, compute_dtype(spec.parallel))
+    trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
+    hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
     if spec.adapter.quantizes:
         facts["quantized"] = quantize_base(hf, family, spec.adapter)
-    recompute_activations(hf, spec.model.checkpointed_towers)
+    facts["recomputed"] = recompute_activations(hf, spec.recompute)
     if spec.model.torch_compile:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
@@ -101,7 +114,7 @@ def make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Device
     """
     config, image_processor = model.hf.config, processor.image_processor
     patch_size, temporal_patch_size = image_processor.patch_size, image_processor.temporal_patch_size
-    sources = spec.stream.weights
+    hearing, sources = model.family.hearing, spec.stream.weights
     if not spec.stream.max_steps:
         sources = TokenizedSamples(Path(spec.data.tokenized)).columns(["source"])["source"].unique().to_pylist()
     return BatchBuilder(
@@ -112,10 +125,11 @@ def make_builder(spec: TrainSpec, model: PackedVLM, processor: Any, mesh: Device
             frame_store=Path(spec.data.video_frames),
         ),
         patch_values=3 * temporal_patch_size * patch_size**2,
-        placeholder_ids=(config.image_token_id, config.video_token_id),
+        placeholder_ids=placeholder_ids(config),
         tokens_per_second=model.family.tokens_per_second(config),
         vision_inputs=partial(model.family.vision_inputs, config.vision_config),
         sources=tuple(sorted(sources)),
+        sounds=SoundReader(SoundStore(Path(spec.data.video_frames), hearing), hearing, config) if hearing else None,
         rmpad=spec.data.use_rmpad,
         share=SequenceShare(mesh["sp"].get_local_rank(), mesh["sp"].size()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qvl_pipeline.engine.model.loss import token_losses
+from qvl_pipeline.engine.model.routing import Routing
 from qvl_pipeline.engine.parallel.sequence_parallel import exchange_features
 from qvl_pipeline.media.pixels import normalize_patches
 
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class PackedVLM(nn.Module):
-    """Token losses of a micro-batch: embed, one vision call, scatter, decode, cross-entropy on supervised positions.
+    """Token losses of a micro-batch: embed, call each tower once, scatter, decode, cross-entropy where supervised.
 
-    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its vision call covers
-    its share of the media.
+    Under sequence parallelism each rank embeds, decodes and scores its share of the tokens, and its calls of the
+    towers cover its share of the media.
 
     No forward of transformers is replaced. This module is the FSDP root, because FSDP2 cannot initialise lazily when a
     submodule is called outside of the root's forward.
@@ -51,6 +53,7 @@ class PackedVLM(nn.Module):
         self.image_mean = nn.Buffer(torch.tensor(image_mean), persistent=False)
         self.image_std = nn.Buffer(torch.tensor(image_std), persistent=False)
         self.sp_group = sp_group
+        self.routing = Routing(hf, family) if family.router else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy of each supervised token of the batch: `[S]`, float32."""
@@ -67,13 +70,18 @@ class PackedVLM(nn.Module):
             )
             embeds = _put(features, batch.visual_index, embeds)
             deepstack = [_put(level, batch.visual_index, torch.zeros_like(embeds)) for level in deepstack]
-        hidden = model.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **batch.attention_inputs(),
-            **(self.family.decoder_kwargs(deepstack) if deepstack else {}),
-        ).last_hidden_state
+        if batch.sound_inputs:
+            heard = self.family.hearing.forward(model, batch.sound_inputs)
+            [heard] = exchange_features([heard], batch.heard_to, batch.heard_from, self.sp_group)
+            embeds = _put(heard, batch.heard_index, embeds)
+        with self.routing.recorded(batch.real_tokens) if self.routing else nullcontext():
+            hidden = model.language_model(
+                inputs_embeds=embeds,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **batch.attention_inputs(),
+                **(self.family.decoder_kwargs(deepstack) if deepstack else {}),
+            ).last_hidden_state
         hidden = hidden.flatten(0, 1)
         return token_losses(hidden.index_select(0, batch.target_index), self.hf.lm_head.weight, batch.targets)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,7 +35,11 @@ def weights_folder(path: str) -> Path:
 
 
 class StoredWeights:
-    """The weights of a Hugging Face folder, read one at a time."""
+    """The weights of a Hugging Face folder, read one at a time.
+
+    Attributes:
+        kept: Bytes of those that are no part of the model, by name.
+    """
 
     def __init__(self, path: str, family: ModelFamily, known: Collection[str]) -> None:
         """Find out which file has which weight.
@@ -46,13 +53,33 @@ class StoredWeights:
             ValueError: There are no safetensors files.
         """
         self._files: dict[str, tuple[Path, str]] = {}
+        self.kept: dict[str, int] = {}
         for file in sorted(weights_folder(path).glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     self._files[family.module_name(stored, known)] = file, stored
+                    if family.keeps(stored):
+                        self.kept[stored] = _bytes_of(tensors, stored)
+
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of a weight, of which nothing else is read."""
+        file, stored = self._files[name]
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.get_slice(stored).get_shape())
+
+    def stored_name(self, name: str) -> str:
+        """Return what a weight is called in the files."""
+        return self._files[name][1]
 
     def read(self, name: str) -> torch.Tensor:
         """Return a weight in the type that it is stored in."""
         file, stored = self._files[name]
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(stored)
+
+
+def _bytes_of(tensors: Any, name: str) -> int:
+    """Bytes of a tensor of an open file, by its shape and the bits in the name of its type, such as `BF16`."""
+    described = tensors.get_slice(name)
+    bits = int(re.search(r"\d+", described.get_dtype())[0])
+    return math.prod(described.get_shape()) * bits // 8

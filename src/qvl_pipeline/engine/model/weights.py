@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.linear import base_sizes
@@ -29,8 +29,15 @@ def build_skeleton(path: str) -> PreTrainedModel:
         ValueError: The checkpoint is quantised.
     """
     config = AutoConfig.from_pretrained(path)
+    # Of a model that also speaks, the part that reads, sees and hears.
+    config = getattr(config, "thinker_config", config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
+    return skeleton_of(config)
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
@@ -60,10 +67,18 @@ def load_weights(model: PackedVLM, path: str, device: torch.device, *, offload: 
     compute_buffers(hf, device)
     names, tied = base_sizes(hf).keys(), hf.all_tied_weights_keys.keys()
     reader = HuggingFaceStorageReader(str(weights_folder(path)))
-    stored = {family.module_name(name, names): name for name in reader.read_metadata().state_dict_metadata}
+    found = {name: own for name, own in reader.read_metadata().state_dict_metadata.items() if not family.keeps(name)}
+    stored = {family.module_name(name, names): name for name in found}
     _compare(path, [name for name in names if name not in tied], stored, tied)
     parameters = {name: tensor for name, tensor in hf.state_dict().items() if name in names - tied}
-    dcp.load({stored[name]: parameter for name, parameter in parameters.items()}, storage_reader=reader)
+    published = {
+        # Read into a view of the parameter, of which each rank holds the same experts.
+        stored[name]: parameter.transpose(-1, -2)
+        if family.is_transposed(name, found[stored[name]].size, parameter.shape)
+        else parameter
+        for name, parameter in parameters.items()
+    }
+    dcp.load(published, storage_reader=reader)
     weights = StoredWeights(path, family, names)
     for name, layer in quantized_layers(hf):
         fill_quantized(layer, weights.read(f"{name}.weight").to(device))

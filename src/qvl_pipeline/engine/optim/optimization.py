@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
 from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.optim.muon import ShardedMuon
@@ -40,11 +41,11 @@ def make_optimizers(model: PackedVLM, spec: OptimSpec) -> list[torch.optim.Optim
 
     Raises:
         ValueError: `learning_rates` names a part that the model has not or that is frozen.
-        ImportError: `adamw_8bit` without torchao.
+        ImportError: `adamw_8bit` or `adamw_bf16` without torchao.
     """
     groups = _parameter_groups(model, spec)
     if spec.optim != "muon":
-        return [_make_adamw(groups, spec)]
+        return [make_adamw(groups, spec)]
     hidden = _hidden_matrices(model)
     muon = [group | {"params": [p for p in group["params"] if p in hidden]} for group in groups]
     adamw = [group | {"params": [p for p in group["params"] if p not in hidden]} for group in groups]
@@ -53,11 +54,14 @@ def make_optimizers(model: PackedVLM, spec: OptimSpec) -> list[torch.optim.Optim
     if muon:
         # Scaled to the size of AdamW's updates, so that one learning rate and one decay serve both
         # (Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
-        optimizers.append(ShardedMuon(muon, lr=spec.learning_rate, adjust_lr_fn="match_rms_adamw"))
-    return optimizers + ([_make_adamw(adamw, spec)] if adamw else [])
+        options = {"lr": spec.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
+        dtype = torch.float32 if adapter_parameters(model) else torch.bfloat16
+        optimizers.append(ShardedMuon(muon, dtype=dtype, **options))
+    return optimizers + ([make_adamw(adamw, spec)] if adamw else [])
 
 
-def _make_adamw(groups: list[dict[str, Any]], spec: OptimSpec) -> torch.optim.Optimizer:
+def make_adamw(groups: list[dict[str, Any]], spec: OptimSpec) -> torch.optim.Optimizer:
+    """Make the AdamW that is asked for; `muon` has torch's fused one beside it."""
     options: dict[str, Any] = {
         "lr": spec.learning_rate,
         "betas": (spec.adam_beta1, spec.adam_beta2),
@@ -68,6 +72,10 @@ def _make_adamw(groups: list[dict[str, Any]], spec: OptimSpec) -> torch.optim.Op
         from torchao.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
+    if spec.in_bfloat16:
+        from torchao.optim import _AdamW
+
+        return _AdamW(groups, bf16_stochastic_round=True, **options)
     if spec.optim == "adamw_torch":
         return torch.optim.AdamW(groups, foreach=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)

@@ -12,7 +12,7 @@ all ranks of the job gives what one rank alone would compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,26 +21,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qvl_pipeline.families.hearing import audio_tokens
+
 # Two by two patches become one token of the language model, in every Qwen-VL model.
 PATCHES_PER_TOKEN = 4
 
 
-def check_degree(degree: int, world_size: int, attention_heads: int) -> None:
+def check_degree(degree: int, world_size: int, heads: Mapping[str, int]) -> None:
     """Refuse a degree of sequence parallelism that cannot work.
 
     Args:
         degree: `sp_ulysses_degree`.
         world_size: Ranks of the whole job.
-        attention_heads: Query heads of the language model. Key and value heads may be fewer than the degree.
+        heads: What `families.divided_heads` says of the model.
 
     Raises:
         ValueError: The degree divides the ranks or the heads not evenly.
     """
-    if attention_heads % degree:
-        raise ValueError(
-            f"sp_ulysses_degree {degree} does not divide the model's {attention_heads} attention heads, which so many "
-            f"ranks would share: use a divisor of {attention_heads}"
-        )
+    for kind, number in heads.items():
+        if number % degree:
+            raise ValueError(
+                f"sp_ulysses_degree {degree} does not divide the model's {number} {kind}, which so many ranks would "
+                f"share: use a divisor of {math.gcd(*heads.values())}"
+            )
     if world_size % degree:
         raise ValueError(
             f"sp_ulysses_degree {degree} does not divide the number of processes, {world_size}: start a multiple of "
@@ -103,30 +106,75 @@ def split_media(media: Sequence[dict[str, Any]], degree: int) -> list[list[dict[
     return shares
 
 
+def split_sounds(media: Sequence[dict[str, Any]], degree: int, chunk: int) -> list[list[dict[str, Any]]]:
+    """Share out the sounds of a pack, balanced by spectra and in reading order.
+
+    An audio tower attends within chunks of spectra, so a sound can be cut between two of them with exactly the same
+    features.
+
+    Args:
+        media: Entries with `spectra`; those that have none are left out.
+        degree: Number of shares.
+        chunk: Spectra of a chunk.
+
+    Returns:
+        The entries of each share; a sound that is cut gets the key `heard_part`, a range `(start, end)` of spectra. No
+        share is more than one chunk larger than the average.
+    """
+    sounds = [item for item in media if item.get("spectra")]
+    chunks = [
+        {"grid_t": -(-item["spectra"] // chunk), "grid_h": 1, "grid_w": 1, "number": number}
+        for number, item in enumerate(sounds)
+    ]
+    return [
+        [sounds[found["number"]] | _heard_part(found, sounds[found["number"]]["spectra"], chunk) for found in share]
+        for share in split_media(chunks, degree)
+    ]
+
+
+def _heard_part(found: dict[str, Any], spectra: int, chunk: int) -> dict[str, Any]:
+    if "part" not in found:
+        return {}
+    start, end = found["part"]
+    return {"heard_part": (start * chunk, min(end * chunk, spectra))}
+
+
+def heard_spectra(item: dict[str, Any]) -> int:
+    """Spectra of a sound, or of the part of it that is this rank's."""
+    start, end = item.get("heard_part", (0, item["spectra"]))
+    return end - start
+
+
 def temporal_patches(item: dict[str, Any]) -> int:
     """Temporal patches of a medium, or of the part of it that is this rank's."""
     start, end = item.get("part", (0, item["grid_t"]))
     return end - start
 
 
-def feature_routes(visual_mask: np.ndarray, shares: Sequence[Sequence[dict[str, Any]]]) -> np.ndarray:
+def visual_tokens(share: Sequence[dict[str, Any]]) -> int:
+    """Features that the vision tower makes of a share of the media."""
+    return sum(temporal_patches(item) * item["grid_h"] * item["grid_w"] for item in share) // PATCHES_PER_TOKEN
+
+
+def heard_tokens(share: Sequence[dict[str, Any]]) -> int:
+    """Features that the audio tower makes of a share of the sounds."""
+    return sum(audio_tokens(heard_spectra(item)) for item in share)
+
+
+def feature_routes(mask: np.ndarray, made: Sequence[int]) -> np.ndarray:
     """Count the features that go from each rank to each.
 
     Features and placeholders are both in reading order, and both are cut into contiguous shares: what one rank sends
     another is where its share of the features overlaps the other's share of the placeholders.
 
     Args:
-        visual_mask: True at media placeholders `[T]`; T is a multiple of the degree.
-        shares: The media of each rank, from `split_media`.
+        mask: True at the placeholders `[T]`; T is a multiple of the degree.
+        made: Features that each rank makes.
 
     Returns:
         `[degree, degree]`: features that the rank of the row computes and the rank of the column uses.
     """
-    made = [
-        sum(temporal_patches(item) * item["grid_h"] * item["grid_w"] for item in share) // PATCHES_PER_TOKEN
-        for share in shares
-    ]
-    used = visual_mask.reshape(len(shares), -1).sum(axis=1)
+    used = mask.reshape(len(made), -1).sum(axis=1)
     made_ends, used_ends = np.cumsum(made)[:, None], np.cumsum(used)[None]
     made_starts, used_starts = made_ends - np.array(made)[:, None], used_ends - used[None]
     return np.maximum(0, np.minimum(made_ends, used_ends) - np.maximum(made_starts, used_starts))
@@ -177,6 +225,23 @@ def gather_tokens(query: Tensor, key: Tensor, value: Tensor, group: dist.Process
     return tuple(part[None] for part in heads.split([part.shape[1] for part in parts]))
 
 
+def trade_channels(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Trade channels for tokens: what `gather_tokens` is for heads, for anything else that heads divide evenly.
+
+    Args:
+        parts: Each `[1, T / degree, C]`, of one type; the channels of a head lie together, in the order of the heads.
+        group: The group.
+
+    Returns:
+        Each part as `[1, T, C / degree]`: all tokens, and the channels of this rank's heads.
+    """
+    degree = group.size()
+    shares = [part[0].unflatten(-1, (degree, -1)) for part in parts]
+    sent = torch.cat(shares, dim=-1).transpose(0, 1)
+    received = _AllToAll.apply(sent, None, None, group).flatten(0, 1)
+    return tuple(part[None] for part in received.split([share.shape[-1] for share in shares], dim=-1))
+
+
 def gather_heads(output: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Trade tokens for heads, after attention: `[1, T, H / degree, D]` to `[1, T / degree, H, D]`."""
     parts = output[0].unflatten(0, (group.size(), -1))
@@ -193,7 +258,9 @@ class _AllToAll(torch.autograd.Function):
         ctx.ways = receives, sends, group
         length = tensor.shape[0] if receives is None else sum(receives)
         output = tensor.new_empty(length, *tensor.shape[1:])
-        dist.all_to_all_single(output, tensor.contiguous(), receives, sends, group=group)
+        contiguous = tensor.contiguous()
+        if not tensor.is_meta:  # which a preflight computes on: sizes, and nothing to exchange
+            dist.all_to_all_single(output, contiguous, receives, sends, group=group)
         return output
 
     @staticmethod

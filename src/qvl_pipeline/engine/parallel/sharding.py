@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -54,24 +54,26 @@ def sequence_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
 
 def shard(
     model: nn.Module,
-    tower: nn.Module,
+    towers: Mapping[nn.Module, Callable[[Any], bool]],
     layers: Sequence[str],
-    skips_tower: Callable[[Any], bool],
+    replicated: Collection[nn.Parameter],
     device: torch.device,
     spec: ParallelSpec,
 ) -> dict[str, Any]:
-    """Shard a model in place over all ranks with FSDP2: layers, then the vision tower, then the rest as the root.
+    """Shard a model in place over all ranks with FSDP2: layers, then the towers, then the rest as the root.
 
     Args:
         model: The model; on the meta device, if it should never be complete on any rank.
-        tower: The module in it that only some micro-batches call.
+        towers: The modules in it that only some micro-batches call, each with whether the forward pass of the model
+            does not call it for an input.
         layers: Class names of the layers that are sharded one by one.
-        skips_tower: Whether the forward pass of the model does not call the tower for this input.
+        replicated: Parameters that every rank holds whole; they must be frozen, and of the type of the computation.
         device: Where it runs.
         spec: Over how many ranks, and in which precision to compute.
 
     Returns:
-        Facts for `result.json`: the classes wrapped, over how many ranks, and whether the CPU's memory is used.
+        Facts for `result.json`: the classes wrapped, over how many ranks, whether the CPU's memory is used, and how
+        much is replicated.
 
     Raises:
         ValueError: The ranks cannot be divided as asked.
@@ -83,13 +85,14 @@ def shard(
         # What is trained, its optimizer state and gradient sums stay float32: at a rate of 1e-6 bfloat16 barely moves.
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(spec), reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offloads(spec, device) else OffloadPolicy(),
+        "ignored_params": set(replicated),
     }
     stacks = [[module for module in model.modules() if type(module).__name__ == name] for name in layers]
-    # What else the tower has is no part of the root, for a group is exchanged in one piece: where only the last of
+    # What else a tower has is no part of the root, for a group is exchanged in one piece: where only the last of
     # several micro-batches has media, its gradients are in bfloat16 when the root's were summed in float32.
     for module in reversed(list(model.modules())):  # what lies inside a wrapped layer before the layer itself
-        if module is tower:
-            # It is given the float32 weights by which positions are interpolated, and casts pixels itself.
+        if module in towers:
+            # It is given the float32 weights by which positions are interpolated, and casts pixels and spectra itself.
             as_they_are = dataclasses.replace(options["mp_policy"], cast_forward_inputs=False)
             fully_shard(module, **options | {"mp_policy": as_they_are})
         elif type(module).__name__ in layers:
@@ -100,11 +103,13 @@ def shard(
         _prefetch(stack, spec)
     if dist.get_world_size() > 1:
         _sum_gradients(model)
-    _gather_tower_once(model, tower, skips_tower)
+    for tower, skips in towers.items():
+        _gather_tower_once(model, tower, skips)
     return {
         "wrapped": list(layers),
         "shard_size": mesh["shard"].size(),
         "cpu_offload": _describe_offload(spec, device),
+        "replicated_bytes": sum(parameter.numel() * parameter.itemsize for parameter in replicated),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.steps import Step
 from qvl_pipeline.engine.model.flops import ModelFlops, peak_flops
+from qvl_pipeline.engine.model.routing import expert_load
 from qvl_pipeline.engine.parallel.fetching import Moment, OnItsWay, gather_on_hosts
 from qvl_pipeline.storage.whole import write_whole
 
@@ -44,7 +45,12 @@ class SourceLosses:
 
 
 class MetricsWindow:
-    """What happened since the last row; each rank counts its own."""
+    """What happened since the last row; each rank counts its own.
+
+    Attributes:
+        losses: Sums of token losses.
+        choices: Of each step, how often all ranks chose each expert, `[layers, experts]`; none without experts.
+    """
 
     def __init__(
         self,
@@ -71,6 +77,7 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self.losses = SourceLosses(self._sources, self._device)
+        self.choices: list[torch.Tensor] = []
         self._tokens = self._packs = self._steps = 0
         self._work = self._waited_s = self._excluded_s = 0.0
         self._started = Moment(self._device)
@@ -103,6 +110,7 @@ class MetricsWindow:
             capacity=self._packs * self._packing_length,
             peak_flops=self._peak_flops,
             peak_memory_gib=_peak_memory_gib(self._device),
+            choices=OnItsWay(torch.stack(self.choices).sum(0)) if self.choices else None,
         )
         self._reset()
         return closed
@@ -123,6 +131,7 @@ class ClosedWindow:
         capacity: Tokens that the packs could hold.
         peak_flops: What the device could do in a second, if known.
         peak_memory_gib: Of this rank.
+        choices: How often all ranks chose each expert, `[layers, experts]`; `None` without experts.
         time: When it was closed, in seconds since 1970. Trackers may get a row long after; sent twice, it is known by
             its time to be the same.
     """
@@ -137,6 +146,7 @@ class ClosedWindow:
     capacity: int
     peak_flops: float | None
     peak_memory_gib: float
+    choices: OnItsWay | None = None
     time: float = field(default_factory=time.time)
 
     def row(self) -> dict[str, Any]:
@@ -173,6 +183,7 @@ class ClosedWindow:
             "work_imbalance": max(work) * world_size / sum(work) if sum(work) else None,
             "peak_memory_gib": max(memory),
             "loss_by_source": by_source,
+            **(expert_load(self.choices.arrived()) if self.choices else {}),
         }
 
 

@@ -15,7 +15,11 @@ from qvl_pipeline.engine.feed.batch import BadSample
 
 
 class SkippedSamples:
-    """What all ranks left out. Ranks exchange it where metrics are logged, and only where skipping is allowed."""
+    """What all ranks left out. Ranks exchange it where metrics are logged, and only where skipping is allowed.
+
+    Attributes:
+        tokens: Supervised tokens that this rank left out of the step so far.
+    """
 
     def __init__(self, path: Path, *, allowed: bool, streamed: bool = False) -> None:
         """Start with nothing skipped.
@@ -27,12 +31,12 @@ class SkippedSamples:
         """
         self._path, self._allowed, self._reports = path, allowed, allowed or streamed
         self._found: list[dict[str, Any]] = []
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, step: int, skipped: Iterable[BadSample], *, split: str = "train") -> None:
         """Note what was left out of a micro-batch, of training or of the evaluation (`eval`) after a step."""
         for bad in skipped:
-            self._tokens += bad.supervised_tokens if split == "train" else 0
+            self.tokens += bad.supervised_tokens if split == "train" else 0
             self._found.append({"step": step, "sample_id": bad.sample_id, "split": split, "reason": bad.reason})
 
     def correct_gradients(self, parameters: Iterable[nn.Parameter], supervised_tokens: int) -> None:
@@ -50,11 +54,11 @@ class SkippedSamples:
         gradients = [p.grad for p in parameters if p.grad is not None]
         local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients]
         # A fill, not a copy from the host, which would wait for the device.
-        missing = torch.full((), float(self._tokens), device=local[0].device)
+        missing = torch.full((), float(self.tokens), device=local[0].device)
         dist.all_reduce(missing)
         scale = supervised_tokens / (supervised_tokens - missing).clamp(min=1)
         torch._foreach_mul_(local, scale)
-        self._tokens = 0
+        self.tokens = 0
 
     def report(self) -> int:
         """Write down what was skipped since the last call, on any rank, and count it; called by all ranks."""

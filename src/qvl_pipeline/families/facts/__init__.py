@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+_OF_ROPE = ("rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
+
 
 @dataclass(frozen=True)
 class TextFacts:
@@ -31,6 +33,14 @@ class TextFacts:
         mrope_interleaved: Whether the three take turns along a head, or lie one after the other.
         rms_norm_eps: Added in norms.
         tie_word_embeddings: Whether embedding and head are one parameter.
+        partial_rotary_factor: Share of a head's dimensions that are rotated; `None` is all of them.
+        linear_num_key_heads: Key heads of linear attention, which all layers but each fourth have; `None` is none.
+        linear_num_value_heads: Value heads of linear attention.
+        linear_key_head_dim: Width of its key heads.
+        linear_value_head_dim: Width of its value heads.
+        num_experts: Experts of each layer; `None` is an MLP instead.
+        num_experts_per_tok: Experts that a token goes to.
+        moe_intermediate_size: Width inside of an expert.
     """
 
     hidden_size: int
@@ -46,6 +56,14 @@ class TextFacts:
     mrope_interleaved: bool
     rms_norm_eps: float
     tie_word_embeddings: bool
+    partial_rotary_factor: float | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,7 @@ class ModelFacts:
         family: Name of its family.
         size: Its size, as its name has it: `7B`.
         parameters: Published number of parameters.
+        kept_parameters: Those of them that are no part of the model in transformers: exported as they were.
         license: Licence of the weights.
         use: What it is recommended for.
         text: The language model.
@@ -104,6 +123,7 @@ class ModelFacts:
     use: str
     text: TextFacts
     vision: VisionFacts
+    kept_parameters: int = 0
 
     @property
     def context(self) -> int:
@@ -115,10 +135,14 @@ class ModelFacts:
 
         Token ids are those of the family's class in transformers.
         """
-        text = asdict(self.text)
-        rope = {name: text.pop(name) for name in ("rope_theta", "mrope_section", "mrope_interleaved")}
+        text, vision = (
+            {name: value for name, value in asdict(part).items() if value is not None}
+            for part in (self.text, self.vision)
+        )
+        rope = {name: text.pop(name) for name in _OF_ROPE if name in text}
         rope["mrope_section"] = list(rope["mrope_section"])
-        vision = {name: value for name, value in asdict(self.vision).items() if value is not None}
+        if not rope["mrope_interleaved"]:  # a family that does not know the word
+            del rope["mrope_interleaved"]
         return {
             "model_type": self.family,
             "tie_word_embeddings": self.text.tie_word_embeddings,

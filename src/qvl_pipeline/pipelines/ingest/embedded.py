@@ -47,10 +47,16 @@ def ensure_digits(demo: DigitsDemoConfig) -> str:
 
 
 def _build(folder: Path, demo: DigitsDemoConfig) -> None:
-    from qvl_pipeline.demo.digits import build_digits
+    from qvl_pipeline.demo.digits import TRAIN_WEIGHTS, build_digits
 
     _LOGGER.info("Drawing %d samples of digits into %s", demo.train_samples + demo.eval_samples, folder)
     try:
-        build_digits(folder, seed=demo.seed, train_samples=demo.train_samples, eval_samples=demo.eval_samples)
+        build_digits(
+            folder,
+            seed=demo.seed,
+            train_samples=demo.train_samples,
+            eval_samples=demo.eval_samples,
+            kinds=demo.kinds or TRAIN_WEIGHTS,
+        )
     except FileExistsError as error:
         raise UserError(f"ingest.demo.folder: {error}") from error

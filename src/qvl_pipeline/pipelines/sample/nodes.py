@@ -12,6 +12,7 @@ import pandas as pd
 
 from qvl_pipeline.config import ModelConfig, SampleConfig
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.families import FAMILIES
 
 if TYPE_CHECKING:
     from qvl_pipeline.media.decode_worker import Failure
@@ -31,18 +32,21 @@ def sample_clips(
         model: Model whose patch size the frames must fit.
 
     Returns:
-        A writer of the frame store.
+        A writer of the frame store, with the sounds.
 
     Raises:
-        UserError: Too many clips are too short for the parameters, or the decoder cannot be loaded. Found before any
-            decoding.
+        UserError: There are sounds and the model does not hear, too many clips are too short for the parameters, or the
+            decoder cannot be loaded. Found before any decoding.
     """
     from qvl_pipeline.data.frames.clips import estimated_bytes, list_clips
+    from qvl_pipeline.data.frames.sounds import list_sounds
     from qvl_pipeline.data.frames.writing import write_store
     from qvl_pipeline.data.made_with import made_with
     from qvl_pipeline.media.backends import choose_backend
     from qvl_pipeline.media.decode_worker import Failure
 
+    _check_hearing(valid_samples, model)
+    sounds = list_sounds(valid_samples, media_index, sample) if model.family.hearing else []
     fit, unfit = [], []
     for clip in list_clips(valid_samples, media_index):
         try:
@@ -55,7 +59,16 @@ def sample_clips(
     backend = choose_backend(sample.video_backend)
     attrs = made_with(valid_samples.attrs, sample=sample, model=model)
     reading = {"patch_size": model.family.patch_size, "backend": backend}
-    return partial(write_store, clips=fit, unfit=unfit, sample=sample, attrs=attrs, **reading)
+    return partial(
+        write_store,
+        clips=fit,
+        unfit=unfit,
+        sounds=sounds,
+        hearing=model.family.hearing,
+        sample=sample,
+        attrs=attrs,
+        **reading,
+    )
 
 
 def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -129,6 +142,19 @@ def _lost_samples(valid_samples: pd.DataFrame, failures: Mapping[str, Failure]) 
             facts = {name: sample[name] for name in ("sample_id", "source", "row", "split")}
             rows.append(facts | {"rule": failure.rule, "detail": f"clip '{failed}': {failure.detail}"})
     return pd.DataFrame(rows, columns=QUARANTINE.names)
+
+
+def _check_hearing(valid_samples: pd.DataFrame, model: ModelConfig) -> None:
+    """Refuse sounds for a model that does not hear; one that does is named."""
+    heard = valid_samples["media"].map(lambda media: any(item["type"] == "audio" for item in media)).astype(bool)
+    if model.family.hearing or not heard.any():
+        return
+    hearing = " or ".join(name for name, family in FAMILIES.items() if family.hearing)
+    first = valid_samples.loc[heard, "sample_id"].iloc[0]
+    raise UserError(
+        f"{int(heard.sum()):,} samples hold a sound, the first is '{first}', and "
+        f"model.processor_type {model.processor_type} does not hear: use {hearing}, or leave these samples out"
+    )
 
 
 def _check_reject_fraction(lost: pd.DataFrame, valid: int, sample: SampleConfig) -> None:

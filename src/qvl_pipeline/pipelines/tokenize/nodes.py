@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -81,15 +82,21 @@ def tokenize(
     from qvl_pipeline.data.plan.processor import check_token_counts, load_processor
     from qvl_pipeline.data.plan.stream_samples import tokenized_beforehand, write_stream_samples
     from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples, useful_workers
+    from qvl_pipeline.data.plan.turns import with_prompts_of_turns
     from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.media.sound_store import SoundStore
 
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
-    grids = media_grids(processor, media_index, store)
+    last_turn_only = model.thinking == "last_turn_only"
+    valid_samples = with_prompts_of_turns(valid_samples, processor, last_turn_only=last_turn_only)
+    hearing = model.family.hearing
+    sounds = SoundStore(video_frames, hearing) if hearing else None
+    grids = media_grids(processor, media_index, store, sounds)
     first_of_type: dict[str, Any] = {}
     for items in valid_samples["media"]:
         for item in items:
             first_of_type.setdefault(item["type"], item)
-    check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store)
+    check_token_counts(processor, [grids.medium(item) for item in first_of_type.values()], store, sounds)
     streamed, now = valid_samples.iloc[:0], valid_samples
     if batching.streamed:
         streamed, now = valid_samples, tokenized_beforehand(valid_samples)
@@ -98,7 +105,9 @@ def tokenize(
             f"{len(valid_samples):,} samples are: the eval split, and training samples to be looked at",
             flush=True,
         )
-    batches = tokenize_samples(now, grids, processor, workers=useful_workers(len(now)))
+    batches = tokenize_samples(
+        now, grids, processor, workers=useful_workers(len(now)), ignore_empty_think=model.ignore_empty_think
+    )
     unusable: list[Unusable] = []
     return (
         partial(_write_tokenized, batches=batches, total=len(now), attrs=valid_samples.attrs, unusable=unusable),
@@ -133,6 +142,7 @@ def plan(
     from qvl_pipeline.data.plan.left_out import count_left_out
     from qvl_pipeline.data.plan.steps import make_plan, plan_stream, source_weights
     from qvl_pipeline.data.plan.token_statistics import source_table
+    from qvl_pipeline.data.plan.turns import divided_conversations
 
     weights = source_weights(ingest)
     if batching.streamed:
@@ -140,6 +150,7 @@ def plan(
     else:
         pack_plan, summary = make_plan(tokenized_samples, batching, weights)
     summary["sources"] = source_table(tokenized_samples, summary["overlong"], weights)
+    summary["divided"] = divided_conversations(_sample_ids(stream_samples if batching.streamed else tokenized_samples))
     summary["quarantined"] = tokenize_quarantine["rule"].value_counts().sort_index().to_dict()
     _print_summary(summary, batching)
     _print_sources(summary["sources"])
@@ -178,6 +189,15 @@ def preview(
         plan_summary=plan_summary,
     )
     return statistics, page
+
+
+def _sample_ids(path: Path) -> list[str]:
+    """Return the ids in a file of `stream_samples` or `tokenized_samples`, in order."""
+    from qvl_pipeline.media.arrow_rows import TokenizedSamples
+
+    if path.suffix == ".parquet":
+        return pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist()
+    return TokenizedSamples(path).columns(["sample_id"])["sample_id"].to_pylist()
 
 
 def _check_eval_split(tokenized_samples: Path) -> None:
@@ -244,6 +264,11 @@ def _print_summary(summary: dict[str, Any], batching: BatchingConfig) -> None:
             "supervised": supervised,
         }
     rows["over-long"] = f"{len(overlong):,} left out" + (f", the first is {overlong[0]}" if overlong else "")
+    if divided := summary["divided"]:
+        rows["prompts of their own"] = (
+            f"{sum(divided.values()):,} for earlier answers of {len(divided):,} conversations, which the chat template "
+            f"renders in another way later, the first is {next(iter(divided))}"
+        )
     table = Table("pack plan", "", show_header=True)
     for name, value in rows.items():
         table.add_row(name, value)

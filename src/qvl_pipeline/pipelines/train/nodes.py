@@ -1,4 +1,4 @@
-"""The node of the `train` stage: check the inputs, make the spec, run it, collect the result."""
+"""The nodes of the `train` stage: look ahead; check the inputs, make the spec, run it, collect the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.config import (
+    AdapterConfig,
+    BatchingConfig,
+    IngestConfig,
+    ModelConfig,
+    PreflightConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from qvl_pipeline.data.base_model import check_prepared
 from qvl_pipeline.data.plan.steps import check_plan, make_eval_plan, source_weights
 from qvl_pipeline.storage.tables import write_table
@@ -26,6 +34,44 @@ from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publ
 from qvl_pipeline.training.spec import Inputs, make_spec
 
 
+def preflight(
+    base_model: Path,
+    tokenized_samples: Path,
+    pack_plan: pd.DataFrame,
+    video_frames: Path,
+    sample: SampleConfig,
+    model: ModelConfig,
+    batching: BatchingConfig,
+    train: TrainConfig,
+    adapter: AdapterConfig,
+    preflight: PreflightConfig,
+) -> tuple[str, dict[str, Any]]:
+    """Say what the training needs, and refuse one that cannot fit; node 0 of a job saves the answer.
+
+    Returns:
+        The page, and the report.
+
+    Raises:
+        UserError: It does not fit, or names parts that the model has not.
+    """
+    from qvl_pipeline.datasets.another import AnswerOfAnotherNode, PageOfAnotherNode
+    from qvl_pipeline.preflight.asking import ask, recorded_trainings, refuse_what_cannot_fit
+    from qvl_pipeline.preflight.verdict import Plan
+    from qvl_pipeline.reports.preflight_page import render_preflight
+
+    profile, data = base_model.parent.name, base_model.parent.parent.parent
+    recorded = recorded_trainings(data / "08_reporting", profile)
+    plan = Plan(pack_plan, tokenized_samples, video_frames)
+    blocks = sample, model, batching, train, adapter, preflight
+    report = ask(plan, *blocks, base_model, recorded)
+    page = render_preflight(profile, report)
+    print(f"preflight: {report['sentence']}", flush=True)
+    refuse_what_cannot_fit(report, preflight)
+    if train.launch.nodes().node_rank > 0:
+        return PageOfAnotherNode(page), AnswerOfAnotherNode(report)
+    return page, report
+
+
 def train(
     base_model: Path,
     tokenized_samples: Path,
@@ -33,6 +79,7 @@ def train(
     pack_plan: pd.DataFrame,
     plan_summary: dict[str, Any],
     video_frames: Path,
+    preflight_report: dict[str, Any],
     sample: SampleConfig,
     model: ModelConfig,
     batching: BatchingConfig,
@@ -55,7 +102,9 @@ def train(
         StoppedOnRequest: A signal asked to stop.
     """
     from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.preflight.asking import expected_peak_bytes, with_chosen_recomputation
 
+    train = with_chosen_recomputation(train, preflight_report)
     weights = source_weights(ingest)
     check_prepared(base_model, model)
     check_plan(plan_summary, tokenized_samples, stream_samples, batching, weights)
@@ -79,6 +128,7 @@ def train(
         output_dir=folder,
         identity=identity,
         resume_from=resume_from,
+        expected_peak_bytes=expected_peak_bytes(preflight_report),
     )
     processes = training_processes(train, batching)
     text, vision = check_before_launch(spec, plan_summary["steps"], processes.per_node * processes.nodes.nnodes)

@@ -19,7 +19,7 @@ from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.errors import UserError
@@ -70,6 +70,14 @@ class PromoteConfig(Block):
     when: Literal["better_than_champion"] = "better_than_champion"
     on: str = "overall"
     by: Literal["paired_bootstrap"] = "paired_bootstrap"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_key(cls, values: Any) -> Any:
+        """Take `on` for what it says: as a word of its own, it is `true` in YAML."""
+        if isinstance(values, dict) and True in values:
+            return {"on" if key is True else key: value for key, value in values.items()}
+        return values
 
 
 class MlflowConfig(Block):
@@ -143,9 +151,11 @@ class MlflowHook:
     @hook_impl
     def after_catalog_created(self, conf_catalog: dict[str, Any], parameters: dict[str, Any]) -> None:
         """Remember where entries are, what to record of them, and the parameters."""
-        self._paths = {name: Path(entry["filepath"]) for name, entry in conf_catalog.items() if "filepath" in entry}
+        entries = {name: entry for name, entry in conf_catalog.items() if not entry["type"].endswith("PlaceDataset")}
+        self._paths = {name: Path(entry["filepath"]) for name, entry in entries.items() if "filepath" in entry}
         self._wanted = {name: (entry.get("metadata") or {}).get("mlflow", {}) for name, entry in conf_catalog.items()}
-        given = {name: parameters["parameters"].get(name) or {} for name in self._blocks}
+        merged = parameters["parameters"]
+        given = {name: {} if merged.get(name) is None else merged[name] for name in self._blocks}
         models = {name: block.model_validate(given[name]) for name, block in self._blocks.items()}
         self._parameters = {name: model.model_dump(mode="json") for name, model in models.items()}
 
@@ -179,11 +189,11 @@ class MlflowHook:
         names = sorted(run_params["pipeline_names"] or ["__default__"], key=list(pipelines).index)
         changed = dict(flattened(without_secrets(run_params.get("runtime_params") or {}), "."))
         experiment = dvc_tags().get("dvc_experiment")
-        name = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
-        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, name)
+        title = run_name(config.run_name, [name for name in names if name != "__default__"], experiment, changed)
+        self._run = start_run(config.tracking_uri, config.experiment, config.artifact_location, title)
         if TRAIN_RESULT in pipeline.inputs():
             self._training_run = self._known(catalog.load(TRAIN_RESULT).get("mlflow_run_id"))
-            self._evaluated = self._blocks["evaluate"].model_validate(self._parameters["evaluate"]).evaluated
+        self._evaluated = self._blocks["evaluate"].model_validate(self._parameters["evaluate"]).evaluated
         self._made_by = {name: self._parameters[name] for name in _blocks(_up_to(pipeline))}
         self._long_nodes = {node.name for stage in LONG_STAGES if stage in pipelines for node in pipelines[stage].nodes}
         tags: dict[str, Any] = {}
@@ -205,7 +215,7 @@ class MlflowHook:
             self._run.log_text(environment_freeze(), "environment.txt")
         with going_on("the run above those of this chain"):
             self._go_below(run_name(config.run_name, [], experiment, changed), tags)
-        logger.info("MLflow run %s (%s)", name, self._run.id)
+        logger.info("MLflow run %s (%s)", title, self._run.id)
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:
@@ -269,7 +279,6 @@ class MlflowHook:
     def _log_model_scores(self, metrics: dict[str, Any]) -> None:
         """Log the scores of the evaluated model to its entry in the table of models."""
         from qvl_pipeline.tracking.mlflow.models import pointer_to
-        from qvl_pipeline.tracking.mlflow.run import valid_name
 
         folder, name = self._paths[MODEL_ENTRY], self._config.run_name
         if self._evaluated != TRAINED:
@@ -282,7 +291,7 @@ class MlflowHook:
         samples = self._paths[DATA_ENTRY]
         data = (DATA_ENTRY, samples) if samples.exists() else None
         made_by = self._training_run
-        self._run.log_model_scores(valid_name(name), pointer, self._made_by, made_by, metrics[TRAINED], data)
+        self._run.log_model_scores(name, pointer, self._made_by, made_by, metrics[TRAINED], data)
         # An average is in no stage's outputs: nobody could get it.
         self._scored = pointer if folder.name != Path(AVERAGE).name else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -36,6 +37,7 @@ PREDICTIONS = "predictions.parquet"
 OVERALL = "overall"
 # Of a version: the run that has the answers of its model.
 EVALUATION = "evaluation_run"
+_NOT_IN_NAMES = re.compile(r"[/:.%\"']")
 _LOADER = "qvl_pipeline.tracking.mlflow.loading"
 _MODEL_TYPE = "vision-language"
 # Samples are the same when they ask the same and expect the same.
@@ -79,10 +81,12 @@ def log_model(
         dataset: Name and digest of the data that they are on.
     """
     model = _find(client, source_run, pointer["weights"]) or _create(client, name, pointer, parameters, source_run)
-    if points:
-        data_name, digest = dataset or (None, None)
-        metrics = [Metric(*point, model.model_id, data_name, digest, run_id) for point in points]
-        client.log_batch(run_id, metrics=metrics)
+    # Databases take the same score of a model once only, and refuse it with all others the second time.
+    there = {(metric.key, metric.timestamp, metric.step) for metric in model.metrics or []}
+    data_name, digest = dataset or (None, None)
+    metrics = [Metric(*point, model.model_id, data_name, digest, run_id) for point in points]
+    if new := [each for each in metrics if (each.key, each.timestamp, each.step) not in there]:
+        client.log_batch(run_id, metrics=new)
 
 
 def register(
@@ -175,7 +179,9 @@ def _create(
     client: MlflowClient, name: str, pointer: dict[str, str], parameters: dict[str, str], source_run: str
 ) -> LoggedModel:
     experiment = client.get_run(source_run).info.experiment_id
-    model = client.create_logged_model(experiment, name, source_run, pointer, parameters, _MODEL_TYPE)
+    model = client.create_logged_model(
+        experiment, _NOT_IN_NAMES.sub("_", name), source_run, pointer, parameters, _MODEL_TYPE
+    )
     from mlflow.models import Model
     from mlflow.pyfunc import add_to_model
 

@@ -18,6 +18,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
 from qvl_pipeline.secrets import without_secrets
 from qvl_pipeline.tracking.mlflow.models import log_model, register
@@ -57,7 +58,7 @@ class Outbox:
         Raises:
             MlflowException: The server will never take it.
         """
-        if time.monotonic() < self._next_try:
+        if time.monotonic() < self._next_try or self._others_wait(run_id):
             self._keep(run_id, entry, file)
             return
         try:
@@ -73,6 +74,12 @@ class Outbox:
                 what,
                 without_secrets(str(error)),
             )
+
+    def _others_wait(self, run_id: str) -> bool:
+        """Send what was kept of a run, which goes first: a version is made of a model; return whether any is left."""
+        if not any((self._folder / run_id).glob(f"*/{ENTRY}")):
+            return False
+        return bool(self.send_kept({run_id})[run_id]["left"])
 
     def _keep(self, run_id: str, entry: dict[str, Any], file: Path | None) -> None:
         folder = self._folder / run_id / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}"
@@ -136,6 +143,16 @@ def _parameters(client: MlflowClient, run_id: str, texts: dict[str, str]) -> Non
     client.log_batch(run_id, params=[Param(*item) for item in texts.items()])
 
 
+def _complete(client: MlflowClient, run_id: str, texts: dict[str, str], otherwise: str) -> None:
+    """Add the parameters that a run lacks; those that it has with other values are named in the tag `otherwise`."""
+    there = client.get_run(run_id).data
+    if missing := {key: text for key, text in texts.items() if key not in there.params}:
+        _parameters(client, run_id, missing)
+    other = ", ".join(f"{key}={text}" for key, text in texts.items() if there.params.get(key, text) != text)
+    if other or otherwise in there.tags:
+        _tags(client, run_id, {otherwise: other[:MAX_TAG_VAL_LENGTH]})
+
+
 def _tags(client: MlflowClient, run_id: str, texts: dict[str, str]) -> None:
     client.log_batch(run_id, tags=[RunTag(*item) for item in texts.items()])
 
@@ -160,6 +177,7 @@ def _status(client: MlflowClient, run_id: str, status: str, end_time: int) -> No
 _KINDS = {
     "metrics": _metrics,
     "parameters": _parameters,
+    "complete": _complete,
     "tags": _tags,
     "input": _input,
     "text": _text,

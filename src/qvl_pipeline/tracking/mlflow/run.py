@@ -19,7 +19,7 @@ import yaml
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME, MLFLOW_USER
-from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
 
 from qvl_pipeline.secrets import file_without_secrets, without_secrets
 from qvl_pipeline.storage.room import room_for
@@ -201,14 +201,8 @@ class MlflowRun:
 
         Parameters are never changed: what a later evaluation has otherwise is in the tag `OTHERWISE`.
         """
-        there = mlflow.MlflowClient().get_run(run_id).data
         texts = {valid_name(key): text[:MAX_PARAM_VAL_LENGTH] for key, text in _parameter_texts(blocks).items()}
-        if missing := {key: text for key, text in texts.items() if key not in there.params}:
-            self._send("parameters", {"kind": "parameters", "texts": missing}, run_id=run_id)
-        other = ", ".join(f"{key}={text}" for key, text in texts.items() if there.params.get(key, text) != text)
-        if other or OTHERWISE in there.tags:
-            tag = {OTHERWISE: other[:MAX_TAG_VAL_LENGTH]}
-            self._send("tags", {"kind": "tags", "texts": tag}, run_id=run_id)
+        self._send("parameters", {"kind": "complete", "texts": texts, "otherwise": OTHERWISE}, run_id=run_id)
 
     def log_yaml(self, values: dict[str, Any], name: str) -> None:
         """Log `values` as an artifact in YAML."""

@@ -34,6 +34,7 @@ _NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
 _ENDINGS = {
     "image": {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"},
     "video": {"mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "wmv", "ogv"},
+    "audio": {"wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac"},
 }
 # Columns that make a JSON a row; that of a caption shard only tells of the picture.
 _TURNS = (*TURN_COLUMNS, "instruction")
@@ -71,8 +72,8 @@ def read_shard(path: Path, limits: Limits) -> Iterator[Piece]:
 def read_sample(record: Row, form: str, parse: Callable[[bytes], Row]) -> tuple[Row, Conversation]:
     """Make a row with its conversation of a sample.
 
-    Its `json` is the row. Without turns in that, or without it, a `txt` beside a single image or clip is what the
-    assistant says of it, asked nothing.
+    Its `json` is the row. Without turns in that, or without it, a `txt` beside a single image, clip or sound is what
+    the assistant says of it, asked nothing.
 
     Args:
         record: As `read_shard` yields it.
@@ -92,11 +93,11 @@ def read_sample(record: Row, form: str, parse: Callable[[bytes], Row]) -> tuple[
     row = {"__key__": key, **(parse(members["json"]["content"]) if "json" in members else {})}
     used = {"json"}
     if "txt" in members and sum(map(len, media.values())) == 1 and all(row.get(name) is None for name in _TURNS):
-        row["messages"] = _caption(members["txt"]["content"], "image" if media["image"] else "video")
+        row["messages"] = _caption(members["txt"]["content"], next(kind for kind in media if media[kind]))
         used.add("txt")
     elif "json" not in members:
         raise unknown(
-            f"its sample {quote(key)} has no member 'json', nor a 'txt' beside one image or clip, but "
+            f"its sample {quote(key)} has no member 'json', nor a 'txt' beside one image, clip or sound, but "
             f"{', '.join(map(repr, members))}"
         )
     conversation = to_conversation(row, form)

@@ -7,24 +7,25 @@ from typing import Any, NamedTuple
 
 from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.sources.forms.checked import Row, expect, is_given, parsed, refuse_unknown, unknown
-from qvl_pipeline.data.sources.forms.items import MEDIA_COLUMNS, listed_media, read_items, refuse_audio
+from qvl_pipeline.data.sources.forms.items import MEDIA_COLUMNS, listed_media, read_items
 from qvl_pipeline.data.sources.forms.preferences import refuse_preferences
 from qvl_pipeline.data.sources.forms.tools import is_call, read_calls, read_tools
 from qvl_pipeline.data.sources.forms.unknown_form import no_form, other_form
+from qvl_pipeline.tokens.thoughts import thought
 
 TURN_COLUMNS = ("messages", "conversations")
-AUDIO_COLUMNS = ("audio", "audios")
 _MEDIA = [column for names in MEDIA_COLUMNS.values() for column in names]
-_CONVERSATION_COLUMNS = frozenset({*TURN_COLUMNS, *_MEDIA, *AUDIO_COLUMNS, "system", "tools"})
+_CONVERSATION_COLUMNS = frozenset({*TURN_COLUMNS, *_MEDIA, "system", "tools"})
 # Columns that only one form reads; in rows of another they are put aside.
 _ALPACA_COLUMNS = frozenset({"instruction", "input", "output", "history"})
 _TEXT_COLUMNS = frozenset({"text"})
 
 # Keys of a turn: role and content, in OpenAI form and in ShareGPT form; and what else is read of one.
 _OPENAI, _SHAREGPT = ("role", "content"), ("from", "value")
+_THOUGHT = "reasoning_content"
 _TRAINED_KEYS = ("weight", "train", "loss_mask", "loss_weight")
 _TURN_KEYS = {
-    _OPENAI: {*_OPENAI, "name", "tool_calls", "tool_call_id", "function_call", *_TRAINED_KEYS},
+    _OPENAI: {*_OPENAI, _THOUGHT, "name", "tool_calls", "tool_call_id", "function_call", *_TRAINED_KEYS},
     _SHAREGPT: {*_SHAREGPT, *_TRAINED_KEYS},
 }
 _PLAIN_KEYS = {keys: frozenset(keys) for keys in _TURN_KEYS}
@@ -40,11 +41,12 @@ class Conversation(NamedTuple):
     """A conversation in canonical form.
 
     Attributes:
-        messages: Turns `{"role", "content"}`; content is a list of `{"type": "text", "text"}`, `{"type": "image"}` and
-            `{"type": "video"}`. No text is altered. Where they are used, a turn also has `tool_calls` (in OpenAI's
-            form, arguments an object), `tool_call_id`, `name`, and `"trained": false` when it is not to be trained on;
-            the first turn has the `tools` of the conversation. A plain text is one turn of the role `text`.
-        media: Files of the image and video items in reading order, then those that no item asks for.
+        messages: Turns `{"role", "content"}`; content is a list of `{"type": "text", "text"}`, `{"type": "image"}`,
+            `{"type": "video"}` and `{"type": "audio"}`. No text is altered. Where they are used, a turn also has
+            `tool_calls` (in OpenAI's form, arguments an object), `tool_call_id`, `name`, and `"trained": false` when it
+            is not to be trained on; the first turn has the `tools` of the conversation. A plain text is one turn of the
+            role `text`.
+        media: Files of the image, video and audio items in reading order, then those that no item asks for.
     """
 
     messages: list[Message]
@@ -62,12 +64,10 @@ def to_conversation(row: Row, form: str = "auto") -> Conversation:
         The conversation, with media paths as the row has them.
 
     Raises:
-        RejectedRowError: The row is not in this form, or in none that is known (`unknown_format`), holds audio
-            (`audio_not_supported`), or compares or judges answers (`preference_data`).
+        RejectedRowError: The row is not in this form, or in none that is known (`unknown_format`), or compares
+            or judges answers (`preference_data`).
     """
     refuse_preferences(row)
-    if any(is_given(row[column]) for column in AUDIO_COLUMNS if column in row):
-        raise refuse_audio("the row")
     if form == "text":
         return text(row)
     if _is_alpaca(row):
@@ -100,23 +100,25 @@ def read_columns(row: Row, form: str) -> frozenset[str]:
 def openai(row: Row) -> Conversation:
     """Turns have `role` and `content`: a text, or a list of items that name their files.
 
-    Items without a file take theirs from the columns `image`, `images`, `video`, `videos`, in order; when there is such
-    a column, so do the markers `<image>` and `<video>` in texts.
+    Items without a file take theirs from the columns `image`, `images`, `video`, `videos`, `audio`, `audios`, in order;
+    when there is such a column, so do the markers `<image>`, `<video>` and `<audio>` in texts. A thought in
+    `reasoning_content` goes before its answer, as Qwen's templates read and write it.
     """
     return _conversation(row, _OPENAI, _MEDIA, marked=any(is_given(row.get(column)) for column in _MEDIA))
 
 
 def sharegpt(row: Row) -> Conversation:
-    """Turns have `from` and `value`; the markers `<image>` and `<video>` stand for the files of `images`, `videos`.
+    """Turns have `from` and `value`; the markers `<image>`, `<video>`, `<audio>` stand for files, listed by kind.
 
-    A `function_call` is the JSON text of one or more calls by the assistant, and an `observation` their result.
+    The columns are `images`, `videos` and `audios`. A `function_call` is the JSON text of one or more calls by the
+    assistant, and an `observation` their result.
     """
-    return _conversation(row, _SHAREGPT, ("images", "videos"), marked=True)
+    return _conversation(row, _SHAREGPT, ("images", "videos", "audios"), marked=True)
 
 
 def llava(row: Row) -> Conversation:
-    """As ShareGPT, with the file or files in the columns `image` and `video`."""
-    return _conversation(row, _SHAREGPT, ("image", "video"), marked=True)
+    """As ShareGPT, with the file or files in the columns `image`, `video` and `audio`."""
+    return _conversation(row, _SHAREGPT, tuple(MEDIA_COLUMNS), marked=True)
 
 
 def alpaca(row: Row) -> Conversation:
@@ -159,7 +161,7 @@ def detect_format(row: Row) -> str:
     _, turn = next(_turns(row), ("", {}))
     if not is_given(turn.get("from")):
         return "openai"
-    return "llava" if is_given(row.get("image")) or is_given(row.get("video")) else "sharegpt"
+    return "llava" if any(is_given(row.get(kind)) for kind in MEDIA_COLUMNS) else "sharegpt"
 
 
 def _is_alpaca(row: Row) -> bool:
@@ -178,7 +180,7 @@ def _conversation(row: Row, keys: tuple[str, str], columns: Sequence[str], *, ma
             if item["type"] != "text" and (own or listed[item["type"]]):
                 media.append(own or listed[item["type"]].pop(0))
         messages.append(message)
-    return Conversation(messages, media + listed["image"] + listed["video"])
+    return Conversation(messages, media + [file for files in listed.values() for file in files])
 
 
 def _system_turn(row: Row) -> list[Row]:
@@ -233,6 +235,9 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
     if "tool_calls" in message and role != "assistant":
         raise unknown(f"{where} has a call of a tool, and the role '{role}': only the assistant calls tools")
     if not plain:
+        message["content"] += _thought_of(turn, role, where)
+        if message["content"] and content is None:
+            content = ""
         message |= {key: turn[key] for key in ("name", "tool_call_id") if is_given(turn.get(key))}
         if not _is_trained(turn, role, where):
             message["trained"] = False
@@ -241,6 +246,15 @@ def _open_turn(turn: Row, keys: tuple[str, str], where: str) -> tuple[Message, A
 
 def _call_key(turn: Row) -> str | None:
     return next((key for key in ("tool_calls", "function_call") if is_given(turn.get(key))), None)
+
+
+def _thought_of(turn: Row, role: str, where: str) -> list[Row]:
+    """Return the text item of what the assistant thought before this turn, if it says so."""
+    if not is_given(turn.get(_THOUGHT)):
+        return []
+    if role != "assistant":
+        raise unknown(f"{where} has '{_THOUGHT}', and the role '{role}': only the assistant thinks")
+    return [{"type": "text", "text": thought(expect(str, turn[_THOUGHT], f"{where}.{_THOUGHT}"))}]
 
 
 def _is_trained(turn: Row, role: str, where: str) -> bool:

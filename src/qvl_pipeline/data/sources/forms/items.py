@@ -7,29 +7,36 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qvl_pipeline.data.messages import Media
-from qvl_pipeline.data.rejection import RejectedRowError
 from qvl_pipeline.data.sources.forms.checked import Row, expect, is_given, refuse_unknown, unknown
 
-MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
-_MARKER = re.compile("<(image|video)>")
+MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos"), "audio": ("audio", "audios")}
+_MARKER = re.compile("<(image|video|audio)>")
 
-_AUDIO_TYPES = ("audio_url", "audio", "input_audio")
-_ITEM_TYPES = {"text": "text", "image_url": "image", "image": "image", "video_url": "video", "video": "video"}
+_ITEM_TYPES = {"text": "text", "input_audio": "audio"} | {
+    name: kind for kind in MEDIA_COLUMNS for name in (f"{kind}_url", kind)
+}
 # Where an item keeps its file: OpenAI's key, Qwen's, those of transformers' chat templates, and LLaMA-Factory's.
 _LOCATIONS = {
     "image": ("image_url", "image", "url", "path", "value"),
     "video": ("video_url", "video", "url", "path", "value"),
+    "audio": ("audio_url", "audio", "input_audio", "url", "path", "value"),
 }
-_WINDOW = ("video_start", "video_end")
+# Which seconds of a file are used.
+_WINDOWS = {"video": ("video_start", "video_end"), "audio": ("audio_start", "audio_end")}
 _ALL = [None, None]
 # `detail` is OpenAI's wish for a resolution; sizes are parameters here.
 _ITEM_KEYS = {
     "text": {"type", "text", "value"},
     "image": {"type", "detail", *_LOCATIONS["image"]},
-    "video": {"type", *_LOCATIONS["video"], *_WINDOW},
+    **{kind: {"type", *_LOCATIONS[kind], *_WINDOWS[kind]} for kind in _WINDOWS},
 }
 # `bytes` is how Hugging Face datasets embed a file in a table.
-_FILE_KEYS = {"image": {"url", "path", "bytes", "detail"}, "video": {"url", "path", "bytes", *_WINDOW}}
+_FILE_KEYS = {
+    "image": {"url", "path", "bytes", "detail"},
+    "video": {"url", "path", "bytes", *_WINDOWS["video"]},
+    # `data` and `format` are OpenAI's `input_audio`.
+    "audio": {"url", "path", "bytes", "data", "format", *_WINDOWS["audio"]},
+}
 
 
 def read_items(content: Any, where: str, *, marked: bool) -> Iterator[tuple[Row, Media | None]]:
@@ -38,10 +45,10 @@ def read_items(content: Any, where: str, *, marked: bool) -> Iterator[tuple[Row,
     Args:
         content: A text, or a list of items.
         where: Place of the turn in the row.
-        marked: Whether `<image>` and `<video>` in a text stand for media.
+        marked: Whether `<image>`, `<video>` and `<audio>` in a text stand for media.
 
     Raises:
-        RejectedRowError: It is something else (`unknown_format`), or holds audio (`audio_not_supported`).
+        RejectedRowError: It is something else (`unknown_format`).
     """
     if isinstance(content, str):
         pieces = _MARKER.split(content) if marked and "<" in content else [content]
@@ -75,15 +82,8 @@ def listed_media(row: Row, kind: str, columns: Sequence[str]) -> list[Media]:
     return files
 
 
-def refuse_audio(where: str) -> RejectedRowError:
-    """Return the error of a row that holds audio."""
-    return RejectedRowError("audio_not_supported", f"{where} holds audio, and no supported model hears: leave it out")
-
-
 def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     kind = _ITEM_TYPES.get(item.get("type")) if isinstance(item.get("type"), str) else None
-    if item.get("type") in _AUDIO_TYPES:
-        raise refuse_audio(where)
     if kind is None:
         raise unknown(f"{where} has the type {item.get('type')!r}; known are {', '.join(_ITEM_TYPES)}")
     refuse_unknown(item, _ITEM_KEYS[kind], where)
@@ -93,20 +93,21 @@ def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     files = [item[key] for key in _LOCATIONS[kind] if key in item and is_given(item[key])]
     if len(files) > 1:
         raise unknown(f"{where} names {len(files)} files; an item has one")
-    window = [item.get(key) for key in _WINDOW] if kind == "video" else _ALL
+    window = [item.get(key) for key in _WINDOWS[kind]] if kind in _WINDOWS else _ALL
     return {"type": kind}, _media(kind, files[0], where, window) if files else None
 
 
 def _media(kind: str, file: Any, where: str, window: list[Any]) -> Media:
-    """Read what names a file: its path or content, or an object with these and, for a clip, the seconds to use."""
+    """Read what names a file: its path or content, or an object with these and, but for images, the seconds to use."""
     if isinstance(file, dict):
         refuse_unknown(file, _FILE_KEYS[kind], where)
-        if kind == "video":
-            window = [value if is_given(value) else file.get(key) for value, key in zip(window, _WINDOW, strict=True)]
+        if kind in _WINDOWS:
+            given = zip(window, _WINDOWS[kind], strict=True)
+            window = [value if is_given(value) else file.get(key) for value, key in given]
         file = _location(file, where)
     start = end = None
     if window != _ALL:
-        start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOW, strict=True))
+        start, end = (_second(value, f"{where}.{key}") for value, key in zip(window, _WINDOWS[kind], strict=True))
     if end is not None and end <= (start or 0.0):
         raise unknown(f"{where} ends at second {end}, not after its start at {start or 0.0}")
     if not isinstance(file, bytes) and not expect(str, file, f"the path of {where}"):
@@ -118,6 +119,9 @@ def _location(file: Row, where: str) -> Any:
     """Return the content of a file when the object has it, else its path."""
     if is_given(file.get("bytes")):
         return expect(bytes, file["bytes"], f"{where}.bytes")
+    if is_given(file.get("data")):
+        data, form = (expect(str, file.get(key), f"{where}.{key}") for key in ("data", "format"))
+        return f"data:audio/{form};base64,{data}"
     return file["url"] if is_given(file.get("url")) else file.get("path")
 
 

@@ -64,9 +64,9 @@ def quantize(matrix: torch.Tensor, *, double: bool) -> dict[str, torch.Tensor]:
     mean = scales.double().mean().float()  # in any order of summation
     groups = F.pad((scales - mean).flatten(), (0, -len(scales) % GROUP)).view(-1, GROUP)
     group_scales = (groups.abs().amax(1, keepdim=True) / _E4M3_MAX).clamp_min(_TINY)
-    eighths = (groups / group_scales).to(torch.float8_e4m3fn).view(torch.uint8)
+    e4m3 = (groups / group_scales).to(torch.float8_e4m3fn).view(torch.uint8)
     return stored | {
-        "scales": eighths.view(-1, 1)[: len(scales)].contiguous(),
+        "scales": e4m3.view(-1, 1)[: len(scales)].contiguous(),
         "group_scales": group_scales.view(torch.uint8),
         "mean": mean.view(1, 1).view(torch.uint8),
     }
@@ -87,7 +87,7 @@ def dequantize(stored: Mapping[str, torch.Tensor], shape: torch.Size, dtype: tor
         scales = scales + stored["mean"].view(torch.float32)
     else:
         scales = scales.view(torch.float32)
-    blocks = F.embedding(codes.int(), _values_of_bytes(codes.device)).view(-1, BLOCK) * scales
+    blocks = F.embedding(codes.int(), _values_of_bytes(codes.device)).view(-1, BLOCK).mul_(scales)
     return blocks.flatten()[: shape.numel()].view(shape).to(dtype)
 
 

@@ -11,7 +11,7 @@ from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.families import ModelFamily
 
 # Kinds of linear layers by the module that they are in.
-_KINDS = {"self_attn": "attention", "attn": "attention", "mlp": "mlp"}
+_KINDS = {"self_attn": "attention", "linear_attn": "attention", "attn": "attention", "mlp": "mlp"}
 
 
 def choose_targets(

@@ -20,7 +20,10 @@ from transformers.utils import (
 )
 
 # By name, because the hub's cache holds of a model only what was asked for.
-_OF_THE_MODEL = (CONFIG_NAME, GENERATION_CONFIG_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_OF_THE_MODEL = (
+    *(CONFIG_NAME, GENERATION_CONFIG_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
+    "spk_dict.pt",  # the voices that Qwen2.5-Omni speaks with
+)
 _OF_THE_PROCESSOR = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE),

@@ -15,7 +15,6 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from qvl_pipeline.engine.model.adapters import FOLDER
 from qvl_pipeline.engine.model.adapters.export import export_adapter
-from qvl_pipeline.engine.model.adapters.linear import base_sizes
 from qvl_pipeline.engine.model.export.base_files import OF_WEIGHTS, find_base_files, with_dtype
 from qvl_pipeline.engine.model.export.processor_files import PROCESSOR_FILES, processor_files
 from qvl_pipeline.engine.model.export.whole_weights import WholeWeights
@@ -47,12 +46,12 @@ def export(model: PackedVLM, files: Mapping[str, bytes], spec: TrainSpec, target
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     whole = not spec.adapter.used or spec.adapter.export != "adapter"
-    needed = sum(base_sizes(model.hf).values()) * dtype.itemsize if whole else None
+    weights = WholeWeights(model, spec.model.path, leads=leads) if whole else None
+    needed = sum(weights.sizes(dtype).values()) if weights else None
     with room_for(target, needed, partial):
         if spec.adapter.used and spec.adapter.export != "merged":
             export_adapter(model, spec, partial / FOLDER if leads else None)
-        if whole:
-            weights = WholeWeights(model, spec.model.path, leads=leads)
+        if weights:
             _write_weights(model, weights, partial if leads else None, dtype, spec.export.max_shard_bytes)
         if not leads:
             return
@@ -91,18 +90,18 @@ def _write_weights(
     model: PackedVLM, weights: WholeWeights, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Gather all weights and write them to `folder`; the ranks that give `None` only take part."""
-    sizes = {name: number * dtype.itemsize for name, number in weights.sizes().items()}
+    sizes = weights.sizes(dtype)
     files = split_into_files(sizes, max_shard_bytes)
     for file, names in files.items():
         tensors = {}
         for name in names:
-            tensor = weights.read(name)
+            tensor = weights.read(name, dtype)
             if tensor is not None:
-                tensors[model.family.hub_name(name)] = tensor.to(dtype).contiguous()
+                tensors[weights.name_in_base(name)] = tensor.contiguous()
         if folder:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder and len(files) > 1:
-        weight_map = {model.family.hub_name(name): file for file, names in files.items() for name in names}
+        weight_map = {weights.name_in_base(name): file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,9 @@ from qvl_pipeline.engine.model.weight_files import StoredWeights
 
 
 class WholeWeights:
-    """Weights under the names of the plain model, adapters merged.
+    """Weights as published checkpoints have them, under the names of the module, adapters merged.
+
+    Those that published checkpoints have beside the model are among them, and kept as they are.
 
     Frozen weights are those of the base model's files, bit for bit: in the model they may be rounded to the type of the
     computation, or quantised. An adapter is merged into the stored weight for the same reason.
@@ -34,18 +36,39 @@ class WholeWeights:
         self._trained = {name: p for name, p in model.hf.state_dict(keep_vars=True).items() if p.requires_grad}
         self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
         self._stored = StoredWeights(base, model.family, self._sizes) if leads else None
+        self._family = model.family
 
-    def sizes(self) -> dict[str, int]:
-        """Return the number of elements of each weight, in the order of the model."""
-        return dict(self._sizes)
+    def sizes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return the bytes of each weight in some type, in the order of the model; what is kept has its own type.
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """Return a weight on the CPU; nothing on ranks that only take part. Called by all ranks in the same order."""
+        Ranks that only take part have no part in what is kept.
+        """
+        sizes = {name: elements * dtype.itemsize for name, elements in self._sizes.items()}
+        return sizes | (self._stored.kept if self._stored else {})
+
+    def name_in_base(self, name: str) -> str:
+        """Return what a weight is called in the base model's files; asked by the rank that wants the weights."""
+        return self._stored.stored_name(name)
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a weight on the CPU, converted unless it is kept.
+
+        Nothing on ranks that only take part; called by all ranks in the same order.
+        """
+        if name not in self._sizes:
+            return self._stored.read(name)
+        weight = self._read(name)
+        return None if weight is None else weight.to(dtype)
+
+    def _read(self, name: str) -> torch.Tensor | None:
         if name in self._adapted:
             layer = self._adapted[name]
             adapter = gathered_adapter(layer)
             return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
         if name in self._trained:
             whole = gathered(self._trained[name])
-            return whole if self._leads else None
+            if not self._leads:
+                return None
+            turned = self._family.is_transposed(name, self._stored.shape(name), whole.shape)
+            return whole.transpose(-1, -2) if turned else whole
         return self._stored.read(name) if self._stored else None

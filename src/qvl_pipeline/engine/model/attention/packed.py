@@ -7,6 +7,7 @@ around the former's, ranks of one sequence-parallel group trade tokens for heads
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qvl_pipeline.engine.model.attention_kernels import KERNELS, Kernel, Segments, choose_kernels
+from qvl_pipeline.engine.model.attention.kernels import KERNELS, Kernel, Segments, choose_kernels
 from qvl_pipeline.engine.parallel.sequence_parallel import gather_heads, gather_tokens
 
 # transformers hands the vision tower's segment bounds to an attention function only if "flash" is in its name.
@@ -52,15 +53,42 @@ def use_packed_attention(
         ValueError: A kernel is not installed or does not run here.
     """
     text, vision = choose_kernels(attn_implementation, vit_attn_implementation, device, half=half, rmpad=rmpad)
-    _register(VISION_ATTENTION, KERNELS[vision], None)
+    use_kernels(model, text, vision, KERNELS, rmpad=rmpad, sp_group=sp_group)
+    return {"text": text, "vision": vision}
+
+
+def use_kernels(
+    model: nn.Module,
+    text: str,
+    vision: str,
+    kernels: Mapping[str, Kernel],
+    *,
+    rmpad: bool,
+    sp_group: dist.ProcessGroup | None,
+    called: str = "",
+) -> None:
+    """Switch a model to kernels that are chosen already.
+
+    Args:
+        model: A transformers model.
+        text: Kernel of the language model.
+        vision: Kernel of the vision tower.
+        kernels: What they are, by name.
+        rmpad: Batches are packs.
+        sp_group: Ranks that share the tokens of a pack, if any.
+        called: What to register them as, beside the kernels of other models: all models of a process share the names.
+    """
+    text_attention, vision_attention = TEXT_ATTENTION + called, VISION_ATTENTION + called
+    _register(vision_attention, kernels[vision], None)
     if rmpad:
-        _register(TEXT_ATTENTION, KERNELS[text], sp_group)
+        _register(text_attention, kernels[text], sp_group)
     # The setter that checks for an installed flash-attn is passed by: the kernels are ours.
     model.config._attn_implementation_internal = model.config.text_config._attn_implementation_internal = (
-        TEXT_ATTENTION if rmpad else text
+        text_attention if rmpad else text
     )
-    model.config.vision_config._attn_implementation_internal = VISION_ATTENTION
-    return {"text": text, "vision": vision}
+    model.config.vision_config._attn_implementation_internal = vision_attention
+    if hasattr(model.config, "audio_config"):  # chunks of sound see each other as frames do
+        model.config.audio_config._attn_implementation_internal = vision_attention
 
 
 def _register(name: str, kernel: Kernel, sp_group: dist.ProcessGroup | None) -> None:

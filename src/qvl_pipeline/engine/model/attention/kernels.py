@@ -9,13 +9,14 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from itertools import pairwise
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qvl_pipeline.engine.model.attention.equal_lengths import eighths, equal_lengths
 
 Kernel = Callable[..., Tensor]
 
@@ -95,9 +96,8 @@ def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
     """Say why a kernel cannot run on a device; `None` when it can."""
     if name not in _CAPABILITIES:
         return None
-    package = _PACKAGES.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        return f"needs the package {package}, which is not installed"
+    if not installed(name):
+        return f"needs the package {_PACKAGES[name]}, which is not installed"
     if device.type != "cuda":
         return f"runs on CUDA only, and this is {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -106,6 +106,11 @@ def why_not(name: str, device: torch.device, *, half: bool) -> str | None:
     if not half:
         return "computes in bfloat16 or float16 only, and neither bf16 nor fp16 is set"
     return None
+
+
+def installed(name: str) -> bool:
+    """Whether the package that a kernel is in is there, on whatever device."""
+    return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None
 
 
 def _flash(
@@ -148,7 +153,7 @@ def _grouped_heads(varlen_attn: Kernel) -> dict[str, bool]:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
     options = {"is_causal": causal, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
-    return _by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
+    return by_length(q, k, v, segments, causal, partial(F.scaled_dot_product_attention, **options))
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, causal: bool) -> Tensor:
@@ -160,7 +165,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, 
             scores = scores.masked_fill(future, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
 
-    return _by_length(q, k, v, segments, causal, attend)
+    return by_length(q, k, v, segments, causal, attend)
 
 
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,13 +175,13 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.disable(reason="the lengths of sequences are read on the host")
-def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
+def by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, attend: Kernel) -> Tensor:
     """Attend to all sequences of (nearly) one length as one batch: one kernel call a length, not one a sequence.
 
     Causal sequences are rounded up in length, because queries never see the keys behind them: what is read there does
     not matter, and its output is dropped. Others are batched only with sequences of exactly their length.
     """
-    batches, order = _batches(tuple(segments.cu_seqlens.tolist()), causal, q.device)
+    batches, order = equal_lengths(tuple(segments.cu_seqlens.tolist()), eighths if causal else None, q.device)
     if order is None:
         output = attend(*(x[0].unflatten(1, (-1, batches[0].length)).transpose(0, 1) for x in (q, k, v)))
         return output.permute(0, 2, 1, 3).flatten(0, 1)[None]
@@ -185,50 +190,6 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
         rows = (x[0].index_select(1, batch.gather).unflatten(1, (-1, batch.length)).transpose(0, 1) for x in (q, k, v))
         outputs.append(attend(*rows).permute(0, 2, 1, 3).flatten(0, 1).index_select(0, batch.keep))
     return torch.cat(outputs).index_select(0, order)[None]
-
-
-@dataclass(frozen=True)
-class _SameLength:
-    """Sequences attended to as one batch of rows.
-
-    Attributes:
-        length: Tokens of a row.
-        gather: Tokens of the pack that the rows consist of, one row after the other.
-        keep: Which of these are no filling.
-    """
-
-    length: int
-    gather: Tensor
-    keep: Tensor
-
-
-@lru_cache(maxsize=4)  # every layer of a tower asks for the same; a pack has at most three kinds of bounds
-def _batches(bounds: tuple[int, ...], causal: bool, device: torch.device) -> tuple[list[_SameLength], Tensor | None]:
-    """Group the sequences of a pack by length.
-
-    Returns:
-        The batches, and the order that brings their tokens back into that of the pack: `None` if they are in it.
-    """
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(bounds):
-        length = end - start
-        by_length.setdefault(_rounded(length) if causal else length, []).append((start, end))
-    batches, tokens = [], []
-    for length, sequences in by_length.items():
-        starts, ends = torch.tensor(sequences).T
-        index = starts[:, None] + torch.arange(length)
-        real = index < ends[:, None]
-        gather, keep = index.clamp(max=bounds[-1] - 1).flatten(), real.flatten().nonzero()[:, 0]
-        batches.append(_SameLength(length, gather.to(device), keep.to(device)))
-        tokens.append(index[real])
-    in_order = len(batches) == 1 and not causal
-    return batches, None if in_order else torch.cat(tokens).argsort().to(device)
-
-
-def _rounded(length: int) -> int:
-    """Round a length up to a multiple of an eighth of the power of two above it, so that at most 1/8 is wasted."""
-    step = max(8, 2 ** (length - 1).bit_length() // 8)
-    return -(-length // step) * step
 
 
 KERNELS: dict[str, Kernel] = {

@@ -1,0 +1,1 @@
+"""Says what a training needs before it starts; no stage."""

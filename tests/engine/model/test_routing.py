@@ -1,0 +1,108 @@
+"""The balance loss: transformers' own on one batch, and the same for any split of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText
+
+from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.model.recomputation import recompute_activations
+from qvl_pipeline.engine.model.routing import StepBalance, choose_experts_kernel, expert_load
+from qvl_pipeline.engine.spec import RecomputeSpec
+from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
+from tests.engine.packs import load_packed, make_builder, make_samples
+
+MOE = "qwen3_vl_moe"
+
+
+@pytest.fixture
+def model(tiny_folders: Callable[[str], Path]) -> PackedVLM:
+    return load_packed(tiny_folders(MOE), MOE)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def of_a_step(
+    model: PackedVLM, split: Sequence[Sequence[str]], *, rmpad: bool = True
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Balance loss of a step of these micro-batches, and its gradients alone."""
+    config = model.hf.config
+    builder, samples = make_builder(config, MOE, rmpad=rmpad), make_samples(config, MOE)
+    batches = [builder.build([samples[kind] for kind in kinds], vision=True) for kinds in split]
+    balance = StepBalance(model.routing)
+    if len(batches) > 1:
+        balance.count(model(batch) for batch in batches)
+    total = 0.0
+    model.zero_grad()
+    for batch in batches:
+        model(batch)
+        loss = balance.loss()
+        loss.backward()
+        total += loss.item()
+    return total, {name: grad.clone() for name, grad in gradients(model).items()}
+
+
+def test_one_unpadded_batch_has_the_loss_of_transformers(model: PackedVLM, tiny_folders: Callable[[str], Path]) -> None:
+    hf = AutoModelForImageTextToText.from_pretrained(tiny_folders(MOE), dtype=torch.float32)
+    sample = make_samples(hf.config, MOE)["text"]
+    ids = torch.tensor(sample["input_ids"], dtype=torch.long)[None]
+    expected = hf(input_ids=ids, output_router_logits=True).aux_loss
+    expected.backward()
+    loss, grads = of_a_step(model, [["text"]])
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    theirs = {name: grad for name, grad in gradients(hf).items() if name in {n.removeprefix("hf.") for n in grads}}
+    ours = {name.removeprefix("hf."): grad for name, grad in grads.items() if name.removeprefix("hf.") in theirs}
+    assert any("mlp.gate" in name for name in ours)
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "split", [[[kind] for kind in KINDS], [KINDS[:2], KINDS[2:]], [KINDS, []]], ids=["each", "two", "an empty one"]
+)
+def test_any_split_of_a_step_has_the_same_loss_and_gradients(model: PackedVLM, split: list[list[str]]) -> None:
+    expected, whole = of_a_step(model, [KINDS])
+    recompute_activations(model.hf, RecomputeSpec("full", "none", 1, False))
+    model.train()
+    loss, grads = of_a_step(model, split)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert_same_gradients({name: grads.get(name, torch.zeros_like(grad)) for name, grad in whole.items()}, whole)
+
+
+def test_padding_is_no_token(model: PackedVLM, tiny_folders: Callable[[str], Path]) -> None:
+    padded = load_packed(tiny_folders(MOE), MOE, rmpad=False)
+    (expected, whole), (loss, grads) = of_a_step(model, [KINDS]), of_a_step(padded, [KINDS], rmpad=False)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_same_gradients(grads, whole)
+
+
+def test_samples_that_are_left_out_do_not_raise_its_weight(model: PackedVLM) -> None:
+    """Gradients of a step are divided again by what is left of its tokens."""
+    builder, samples = make_builder(model.hf.config, MOE), make_samples(model.hf.config, MOE)
+    model(builder.build([samples["text"]], vision=False))
+    whole, some = StepBalance(model.routing).loss(), StepBalance(model.routing, lambda: 0.25).loss()
+    assert some.item() == pytest.approx(0.75 * whole.item())
+
+
+def test_load_of_experts_is_told_by_layer() -> None:
+    load: dict[str, Any] = expert_load(torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert load["expert_max_over_mean"] == {"layer_0": 4.0, "layer_1": 1.0}
+    assert load["dead_experts"] == {"layer_0": 0.75, "layer_1": 0.0}
+
+
+def test_grouped_products_are_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_experts_kernel("auto", torch.device("cpu")) == "grouped_mm"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    assert choose_experts_kernel("auto", torch.device("cuda")) == "eager"
+    with pytest.raises(ValueError, match="'grouped_mm' needs an NVIDIA GPU from Ampere on"):
+        choose_experts_kernel("grouped_mm", torch.device("cuda"))
