@@ -195,7 +195,7 @@ def _build(
     if adapter:
         inject(hf, family, adapter)
     else:
-        freeze(hf, family, ("vit", "merger") if form == "frozen vision" else ())
+        freeze(hf, family, ("visual",) if form == "frozen vision" else ())
     if cuda:
         use_liger_kernels(hf, family, device)
     hold_parameters(hf, trained=torch.float32, frozen=torch.bfloat16)
@@ -241,7 +241,8 @@ def _time(model: PackedVLM, flops: ModelFlops, batch: Batch, device: torch.devic
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     step_s, peak = float(np.median(seconds[WARMUP_STEPS:])), peak_flops(device)
-    no_vision = dataclasses.replace(flops, per_patch=0.0, per_vision_pair=(0,) * len(flops.per_vision_pair))
+    none = (0,) * len(flops.per_vision_pair)
+    no_vision = dataclasses.replace(flops, per_patch=0.0, per_vision_pair=none, per_vision_pass=0)
     shares = {"mfu": flops, "mfu_language_model": no_vision}
     return {
         "tokens_per_second": sum(batch.lengths) / step_s,
