@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import gc
@@ -183,7 +184,8 @@ def _build(
     """Build a model as the engine does, of random weights; say what its FLOPs are, and its kernels."""
     family, cuda = FAMILIES[config.model_type], device.type == "cuda"
     with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        # A copy, in which the attention may be named: the next row begins with the config as it is.
+        hf = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
     hf.train()
     use_linear_patch_embedding(hf)
     kernels = use_packed_attention(hf, "auto", "auto", device, half=True)
