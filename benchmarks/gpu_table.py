@@ -184,6 +184,7 @@ def _build(
     """Build a model as the engine does, of random weights; say what its FLOPs are, and its kernels."""
     family, cuda = FAMILIES[config.model_type], device.type == "cuda"
     with torch.device("meta"):
+        # A copy, in which the attention may be named: the next row begins with the config as it is.
         hf = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
     hf.train()
     use_linear_patch_embedding(hf)
@@ -196,7 +197,7 @@ def _build(
     if adapter:
         inject(hf, family, adapter)
     else:
-        freeze(hf, family, ("vit", "merger") if form == "frozen vision" else ())
+        freeze(hf, family, ("visual",) if form == "frozen vision" else ())
     if cuda:
         use_liger_kernels(hf, family, device)
     hold_parameters(hf, trained=torch.float32, frozen=torch.bfloat16)
@@ -242,7 +243,8 @@ def _time(model: PackedVLM, flops: ModelFlops, batch: Batch, device: torch.devic
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     step_s, peak = float(np.median(seconds[WARMUP_STEPS:])), peak_flops(device)
-    no_vision = dataclasses.replace(flops, per_patch=0.0, per_vision_pair=(0,) * len(flops.per_vision_pair))
+    none = (0,) * len(flops.per_vision_pair)
+    no_vision = dataclasses.replace(flops, per_patch=0.0, per_vision_pair=none, per_vision_pass=0)
     shares = {"mfu": flops, "mfu_language_model": no_vision}
     return {
         "tokens_per_second": sum(batch.lengths) / step_s,
