@@ -165,7 +165,10 @@ UNKNOWN_FORMATS = [
     ({"prompt": "a", "completion": "b"}, "completion, prompt: rename them to 'instruction' and 'output'"),
     ({"text": "a"}, "text: say `format: text` of the source"),
     (_openai("hello"), "messages[0].content[0] is a text, not an object"),
-    (_openai({"type": "document"}), "messages[0].content[0] has the type 'document'; known are text, input_audio, image_url"),
+    (
+        _openai({"type": "document"}),
+        "messages[0].content[0] has the type 'document'; known are text, input_audio, image_url",
+    ),
     (_openai({"type": ["text"]}), "has the type ['text']"),
     (_openai({"text": "hello"}), "has the type None"),
     (_openai({"type": "text", "text": None}), "messages[0].content[0].text is null, not a text"),
