@@ -27,7 +27,7 @@ class Slow:
 
     now = 0.0
 
-    def build(self, rows: list[dict[str, Any]], *, vision: bool) -> SimpleNamespace:
+    def build(self, rows: list[dict[str, Any]], *, vision: bool, sound: bool) -> SimpleNamespace:
         self.now += 3.0 * len(rows)
         if any(row["sample_id"] == "a/8" for row in rows):
             raise OSError("no picture")

@@ -93,7 +93,7 @@ def together(feeds: Sequence[StreamedFeed], done: int = 0) -> list[list[Step]]:
         sums = [sum(values) for values in zip(*said, strict=True)]
         said.clear()
         for feed, step, mine in zip(feeds, steps, taken, strict=True):
-            vision = [bool(patches) for patches in sums[3:]]
+            vision = [bool(patches) for patches in sums[3:][: len(step.micro_batches)]]  # what follows is of sounds
             micro_batches = [
                 dataclasses.replace(batch, vision=flag) for batch, flag in zip(step.micro_batches, vision, strict=True)
             ]
