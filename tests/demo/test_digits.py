@@ -86,8 +86,8 @@ def test_every_kind_is_in_both_splits_and_eval_has_equal_shares(digits_folder: P
 
 def test_kinds_that_are_asked_for_are_all_there_is(tmp_path: Path) -> None:
     assert set(get_args(DemoKind)) == set(KINDS)
-    assert set(KINDS) - set(TRAIN_WEIGHTS) == {"next_digit"}
-    build_digits(tmp_path / "digits", seed=0, train_samples=24, eval_samples=8, kinds={"next_digit": 1})
+    assert set(KINDS) - set(TRAIN_WEIGHTS) == {"next_digit", "audio", "audio_and_image"}
+    build_digits(tmp_path / "digits", seed=0, train_samples=80, eval_samples=8, kinds={"next_digit": 1})
     rows = good_rows(tmp_path / "digits")
     assert {row["kind"] for row in rows} == {"next_digit"}
     texts = [[item["text"] for item in items(row) if item["type"] == "text"] for row in rows if "messages" in row]

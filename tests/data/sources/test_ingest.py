@@ -185,7 +185,6 @@ REJECTED = {
         "row 0: '../a.png' is outside of 'media'",
     ),
     orjson.dumps(_row("Which?", "/etc/passwd")): ("path_outside_data_folder", "row 0: '/etc/passwd' is outside"),
-    orjson.dumps(_row("Which?", "https://a:b@example.org/a.png")): ("url_with_secret", "name the file alone"),
     orjson.dumps(_row("Which?", "https://example.org/a.png")): ("url_not_allowed", "a.png' is a URL"),
     orjson.dumps(_row("Which?", "data:video/mp4;base64,AAAA")): ("embedded_media_invalid", "AAAA' is of type"),
 }
@@ -201,7 +200,8 @@ def test_what_cannot_be_read_is_a_named_row(line: bytes, expected: tuple[str, st
 
 
 def test_every_reject_rule_is_tested() -> None:
-    assert {rule for rule, _ in REJECTED.values()} == set(REJECT_RULES)
+    # A URL may hold a secret where media are behind one: test_paths.py.
+    assert {rule for rule, _ in REJECTED.values()} | {"url_with_secret"} == set(REJECT_RULES)
 
 
 def test_link_out_of_the_folder_is_rejected() -> None:
