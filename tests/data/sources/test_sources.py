@@ -198,4 +198,5 @@ def test_secrets_in_parameters_are_refused_and_not_repeated(values: dict[str, An
 
 def test_options_that_are_no_secrets_are_accepted() -> None:
     options = {"endpoint_url": "http://x", "anon": True, "client_kwargs": {"region_name": "eu"}, "keep_alive": 3}
-    assert DatasetSource(**SOURCE, storage_options=options).storage_options == options
+    source = DatasetSource(**SOURCE | {"path": "s3://bucket/a.jsonl"}, storage_options=options)
+    assert source.storage_options == options

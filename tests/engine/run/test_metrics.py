@@ -77,7 +77,7 @@ def _record_waits(spec_path: Path, result: Path) -> int:
             found.extend((trainers[0].step, what) for what in self.found[before:])
 
     # What a CPU asks of the bounds of samples, and hosts of each other.
-    waits = Noting(ignored=["_by_length", "all_gather_object"])
+    waits = Noting(ignored=["by_length", "all_gather_object"])
 
     def copied(batch: Batch, device: torch.device) -> Batch:
         batch = to(batch, device)
