@@ -154,7 +154,8 @@ def test_a_caption_beside_a_picture_is_a_row_asked_nothing() -> None:
         (5, "unknown_format"),
     ]
     assert rejects[0]["detail"] == (
-        "row 3: its sample '4' has no member 'json', nor a 'txt' beside one image, clip or sound, but 'jpg', 'png', 'txt'"
+        "row 3: its sample '4' has no member 'json', nor a 'txt' beside one image, clip or sound, "
+        "but 'jpg', 'png', 'txt'"
     )
 
 
