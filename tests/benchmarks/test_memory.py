@@ -11,6 +11,8 @@ import pytest
 from benchmarks import memory
 from benchmarks.report import RESULTS
 
+from tests.benchmarks.afresh import call
+
 DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
 RANKS = 2
 KINDS = ("weights", "gradients", "optimizer", "activations")
@@ -29,7 +31,7 @@ MEASURED = (
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
-    return {row["training"]: row for row in memory.measure(MEASURED, tokens=128)}
+    return {row["training"]: row for row in call("benchmarks.memory", "measure", names=MEASURED, tokens=128)}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.train_step import compare
+
+from tests.benchmarks.afresh import call
 
 
 def test_contenders_run_at_a_tiny_size_and_are_compared() -> None:
     contenders = ("ours", "bare loop", "Trainer at its best")
-    rows, ratios = compare(samples=120, rounds=1, contenders=contenders)
+    rows, ratios = call("benchmarks.train_step", "compare", samples=120, rounds=1, contenders=contenders)
     assert [row["contender"] for row in rows] == list(contenders)
     expected = {}
     for kind, suffix in (("tokens_per_second", ""), ("tokens_per_cpu_second", "_cpu")):

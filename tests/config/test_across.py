@@ -23,6 +23,12 @@ def test_defaults_fit_together() -> None:
     assert conflicts() == []
 
 
+def test_a_quantised_base_is_not_compiled() -> None:
+    ((key, sentence),) = conflicts(adapter={"type": "lora", "quantize_base": "nf4"}, train={"torch_compile": True})
+    assert key == ("train", "torch_compile")
+    assert "quantize_base" in sentence
+
+
 @pytest.mark.parametrize("optim", get_args(Optimizer))
 def test_a_model_that_no_gpu_can_hold_is_refused_with_every_optimizer(optim: str) -> None:
     train = {"optim": optim, "bf16": True, "nproc_per_node": 1, "launch": {"nnodes": 1}}

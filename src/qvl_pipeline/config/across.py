@@ -37,7 +37,7 @@ def find_conflicts(blocks: Mapping[str, Block]) -> Iterator[Problem]:
         `((block, key), sentence)`.
     """
     facts = MODELS.get(blocks["model"].load_from_pretrained_path or "")
-    for check in (_names, _hearing, _kernels, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
+    for check in (_names, _hearing, _kernels, _compiled, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
         yield from check(blocks)
     if facts is not None:
         for check_facts in (_context, _heads, _memory, _rank_of_update):
@@ -101,6 +101,16 @@ def _experts(blocks: Mapping[str, Any]) -> Iterator[Problem]:
     for key, (value, there, what) in said.items():
         if value and not there:
             yield key, f"{model.family.title} has no {what}: leave it out"
+
+
+def _compiled(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """What has not been seen to work compiled is not compiled."""
+    if blocks["train"].torch_compile and blocks["adapter"].quantizes:
+        yield (
+            ("train", "torch_compile"),
+            "torch_compile over a quantised base has not been seen to end: set torch_compile or adapter.quantize_base "
+            "to what it is without",
+        )
 
 
 def _sizes(blocks: Mapping[str, Any]) -> Iterator[Problem]:
