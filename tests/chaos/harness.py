@@ -33,7 +33,9 @@ MARK = "QVL_CHAOS_TRIAL"
 LONGEST_RUN_S = 540
 # Times, and what is about them; pages that show them. The numbers in them are compared one by one.
 VOLATILE = {"training_metrics.csv", "train_result.json", "report.html", "model_card.md", "README.md"} | {
-    "digests.json"  # has that of README.md; the weights are compared themselves
+    "preflight.html",  # what is free on the disk
+    "preflight.json",
+    "digests.json",  # has that of README.md; the weights are compared themselves
 }
 TIMELESS = ["step", "epoch", "learning_rate", "grad_norm", "loss", "tokens", "supervised_tokens"]
 # What a run makes beside its results, and must not leave.

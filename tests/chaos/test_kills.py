@@ -16,6 +16,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return undisturbed(tmp_path_factory.mktemp("reference") / "project")
 
 
+@pytest.mark.timeout(900)  # six runs of a command, of which each may wait for its processes
 def test_a_project_whose_runs_are_killed_five_times_ends_up_the_same(reference: Run, tmp_path: Path) -> None:
     """One after the other, so that each goes on from what the kills before have left."""
     kinds = ("any", "decoder", "torchrun", "rank", "publication")
