@@ -91,7 +91,7 @@ def test_several_pipelines_run_as_one(project: Path) -> None:
         (["--nodes", "train", "--to-nodes", "ingest"], "--nodes and --to-nodes leave nothing to run: no node fits all"),
         (
             ["--env", "nope"],
-            "there is no profile 'nope': the profiles in conf/ are frozen_vision, long_video, qwen2_5_vl_3b",
+            "there is no profile 'nope': the profiles in conf/ are frozen_vision, long_video, qwen2_5_omni_7b",
         ),
         (["--params", "train.learning_rat=1"], "unknown key 'learning_rat': did you mean 'learning_rate'? (--params)"),
     ],
