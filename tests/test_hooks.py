@@ -63,10 +63,10 @@ def test_an_input_that_no_pipeline_makes_is_yours_to_provide(project: Path) -> N
 
 
 def test_an_unknown_profile_names_the_nearest_and_all_of_them(project: Path) -> None:
-    (line,) = refusal(project, env="tiny_qwen2_5")
-    assert line.startswith("there is no profile 'tiny_qwen2_5': did you mean 'tiny_qwen2_5_vl'? The profiles")
+    (line,) = refusal(project, env="tiny_qwen2_5_v")
+    assert line.startswith("there is no profile 'tiny_qwen2_5_v': did you mean 'tiny_qwen2_5_vl'? The profiles")
     assert ", ".join(sorted(SHIPPED)) in line
-    assert line.endswith("`kedro profile new tiny_qwen2_5 --data FILE` makes it")
+    assert line.endswith("`kedro profile new tiny_qwen2_5_v --data FILE` makes it")
 
 
 @pytest.mark.parametrize("env", ["base", "local"])

@@ -55,7 +55,7 @@ class EarlyChecks:
         self._paths = {name: entry.get("filepath", "") for name, entry in conf_catalog.items()}
         self._schemas = {name: entry.get("schema") for name, entry in conf_catalog.items()}
         # Where something is if it is there: whoever looks there checks what he finds.
-        self._places = {name for name, entry in conf_catalog.items() if entry["type"].endswith("PlaceDataset")}
+        self._places = {name for name, entry in conf_catalog.items() if entry.get("type", "").endswith("PlaceDataset")}
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
