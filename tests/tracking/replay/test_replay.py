@@ -146,8 +146,8 @@ def test_a_run_that_is_repeated_ends_in_its_own_way_when_the_replay_is_interrupt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    # The child asks for the interrupt once it is ready for the signal, and takes a while to end.
-    child = "trap 'sleep 0.5; touch ended; exit' TERM; kill -USR1 $PPID; while :; do sleep 0.1; done"
+    # The child asks for the interrupt once it is ready for the signal and waited for, and takes a while to end.
+    child = "trap 'sleep 0.5; touch ended; exit' TERM; sleep 1; kill -USR1 $PPID; while :; do sleep 0.1; done"
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
