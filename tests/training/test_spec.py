@@ -63,6 +63,8 @@ TRAIN: dict[str, Any] = {
     "profile_steps": [2, 3],
     "memory_snapshot_on_oom": True,
     "worst_case_first": True,
+    "router_aux_loss_coef": 0.1,
+    "keep_checkpoints": ["last"],
     "seed": 7,
 }
 # What some of them need beside them.
@@ -75,6 +77,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "load_best_model_at_end": {"eval_strategy": "epoch"},
     "dataloader_prefetch_factor": {"dataloader_num_workers": 2},
     "processor_name": {"load_from_pretrained_path": "org/model"},
+    "video_total_pixels": {"video_max_frames": 8, "video_min_pixels": 4096},
     "frame_num": {"video_sampling_strategy": "frame_num", "frame_num": 4},
 }
 FSDP = {
@@ -95,6 +98,8 @@ MODEL = {
     "vit_attn_implementation": "eager",
     "image_min_pixels": 4096,
     "image_max_pixels": 50176,
+    "linear_attn_implementation": "torch",
+    "experts_implementation": "eager",
 }
 BATCHING = {"packing_length": 256, "per_device_train_batch_size": 3}
 SAMPLE = {
@@ -122,10 +127,10 @@ STREAMED = BATCHING | {
 NOT_THE_ENGINES = {
     TrainConfig: {"fsdp2", "fsdp_config", "launch", "metric_for_best_model", "nproc_per_node", "report_to"}
     | {"resume_from_checkpoint"},
-    ModelConfig: {"processor_type", "load_from_pretrained_path", "tiny_seed"},
+    ModelConfig: {"processor_type", "load_from_pretrained_path", "tiny_seed", "thinking", "ignore_empty_think"},
     BatchingConfig: {"dataset_type", "group_by_length", "max_reject_fraction", "num_train_epochs"},
     SampleConfig: {"video_backend", "materialize", "frame_encoding", "jpeg_quality", "frame_cache", "decode_timeout_s"}
-    | {"max_reject_fraction", "num_workers", "memory_gib"},
+    | {"max_reject_fraction", "num_workers", "memory_gib", "use_audio_in_video"},
 }
 
 

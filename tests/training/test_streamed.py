@@ -14,6 +14,7 @@ from tests.dvc_repository import command
 
 PARAMETERS = {
     "batching.dataset_type": "vision_iterable",
+    "batching.num_train_epochs": 1,  # the profile has another number, which a stream does not
     "batching.max_steps": "3",
     "batching.packing_length": "256",
     "batching.shuffle_buffer_size": "8",

@@ -61,10 +61,10 @@ class BatchingConfig(Block):
     def _iterable_needs_steps(self) -> BatchingConfig:
         if self.streamed and self.max_steps < 1:
             raise ValueError(f"dataset_type '{self.dataset_type}' has no length: set max_steps to the steps to train")
-        if self.streamed and "num_train_epochs" in self.model_fields_set:
+        if self.streamed and self.num_train_epochs != 1:
             raise ValueError(
                 f"num_train_epochs means nothing with dataset_type '{self.dataset_type}', which is read for max_steps "
-                "steps, however many passes that takes: drop it"
+                "steps, however many passes that takes: drop it, or set it to 1"
             )
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: nothing would be trained; give a positive number, or -1 for epochs")
