@@ -46,7 +46,9 @@ def tokenize() -> None:
 
     from qvl_pipeline.data.plan.tokenization import _start_worker
 
-    orphaned.append(ProcessPoolExecutor(2, multiprocessing.get_context("forkserver"), _start_worker, (None, None)))
+    orphaned.append(
+        ProcessPoolExecutor(2, multiprocessing.get_context("forkserver"), _start_worker, (None, None, None, None))
+    )
     orphaned[0].submit(hang)
 
 
