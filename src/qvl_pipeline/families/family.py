@@ -23,6 +23,14 @@ if TYPE_CHECKING:  # what only declares its parameters need not wait for torch
 NO_EXPERTS = {"ep": "it has no experts"}
 # Side of the square of patches that becomes one token, in all families so far.
 MERGE_SIZE = 2
+# Parts of a model with one merger behind its tower.
+GROUPS = (
+    ("merger", "model.visual.merger."),
+    ("vit", "model.visual."),
+    ("embed", "model.language_model.embed_tokens."),
+    ("llm", "model.language_model."),
+    ("head", "lm_head."),
+)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ What speaks (`talker`, `token2wav`) is no part of the module that is trained; an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
+from qvl_pipeline.families import qwen2_5_vl
+from qvl_pipeline.families.family import GROUPS
 from qvl_pipeline.families.hearing import Hearing, convolved
-from qvl_pipeline.families.qwen2_5_vl import vision_forward, vision_inputs, vision_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -42,27 +43,14 @@ def _chunk_of(config: Any) -> int:
     return 2 * config.audio_config.n_window
 
 
-FAMILY = ModelFamily(
+FAMILY = replace(
+    qwen2_5_vl.FAMILY,
     name="qwen2_5_omni",
     title="Qwen2.5-Omni",
-    patch_size=14,
-    limits_are_per_clip=False,
     decoder_layer="Qwen2_5OmniDecoderLayer",
     vision_block="Qwen2_5OmniVisionBlock",
-    groups=(
-        ("audio_projector", "model.audio_tower.proj."),
-        ("audio", "model.audio_tower."),
-        ("merger", "model.visual.merger."),
-        ("vit", "model.visual."),
-        ("embed", "model.language_model.embed_tokens."),
-        ("llm", "model.language_model."),
-        ("head", "lm_head."),
-    ),
-    vision_inputs=vision_inputs,
-    vision_forward=vision_forward,
-    decoder_kwargs=lambda deepstack: {},
+    groups=(("audio_projector", "model.audio_tower.proj."), ("audio", "model.audio_tower."), *GROUPS),
     tokens_per_second=lambda config: float(config.position_id_per_seconds),
-    vision_pairs=vision_pairs,
     liger_kernels={"Qwen2_5OmniRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5OmniMLP": "swiglu"},
     # Published as a part of the whole, and before transformers moved the decoder to `language_model`.
     hub_prefixes=(
@@ -77,7 +65,6 @@ FAMILY = ModelFamily(
     ),
     kept_prefixes=("talker.", "token2wav."),
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
-    unsupported=NO_EXPERTS,
     notes={
         "adapters": "of the decoder and the vision side, not of the audio tower",
         "preflight": "what sounds take has not been measured on a GPU",

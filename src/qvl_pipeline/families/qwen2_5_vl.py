@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
+from qvl_pipeline.families.family import GROUPS, NO_EXPERTS, ModelFamily
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-def vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
+def _vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
     """Positions and bounds of frames and windows."""
     from transformers import vision_utils
 
@@ -31,14 +31,14 @@ def vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def vision_forward(
+def _vision_forward(
     model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor, inputs: dict[str, Any]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Features of the merged patches; there is no DeepStack."""
     return model.visual(pixels, grid_thw=grid_thw, return_dict=True, **inputs).pooler_output, []
 
 
-def vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
     """A few blocks attend within each frame, the others within windows of merged patches, smaller at the edges."""
     merge = config.spatial_merge_size
     side = config.window_size // merge // config.patch_size
@@ -59,21 +59,15 @@ FAMILY = ModelFamily(
     limits_are_per_clip=False,
     decoder_layer="Qwen2_5_VLDecoderLayer",
     vision_block="Qwen2_5_VLVisionBlock",
-    groups=(
-        ("merger", "model.visual.merger."),
-        ("vit", "model.visual."),
-        ("embed", "model.language_model.embed_tokens."),
-        ("llm", "model.language_model."),
-        ("head", "lm_head."),
-    ),
-    vision_inputs=vision_inputs,
-    vision_forward=vision_forward,
+    groups=GROUPS,
+    vision_inputs=_vision_inputs,
+    vision_forward=_vision_forward,
     decoder_kwargs=lambda deepstack: {},
     tokens_per_second=lambda config: float(config.vision_config.tokens_per_second),
-    vision_pairs=vision_pairs,
+    vision_pairs=_vision_pairs,
     # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.
     liger_kernels={"Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
-    # Published before transformers moved the decoder to `language_model`.
     unsupported=NO_EXPERTS,
+    # Published before transformers moved the decoder to `language_model`.
     hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),
 )

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
-from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
-from qvl_pipeline.families.qwen3_vl import vision_inputs, vision_pairs
+from qvl_pipeline.families import qwen2_5_vl, qwen3_vl
+from qvl_pipeline.families.family import GROUPS, NO_EXPERTS
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-
-def _vision_forward(
-    model: nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor, inputs: dict[str, Any]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return model.visual(pixels, grid_thw=grid_thw, return_dict=True, **inputs).pooler_output, []
-
-
-FAMILY = ModelFamily(
+FAMILY = replace(
+    qwen3_vl.FAMILY,
     name="qwen3_5",
     title="Qwen3.5",
-    patch_size=16,
-    limits_are_per_clip=True,
     decoder_layer="Qwen3_5DecoderLayer",
     vision_block="Qwen3_5VisionBlock",
-    groups=(
-        ("merger", "model.visual.merger."),
-        ("vit", "model.visual."),
-        ("embed", "model.language_model.embed_tokens."),
-        ("llm", "model.language_model."),
-        ("head", "lm_head."),
-    ),
-    vision_inputs=vision_inputs,
-    vision_forward=_vision_forward,
-    decoder_kwargs=lambda deepstack: {},
-    tokens_per_second=lambda config: None,
-    vision_pairs=vision_pairs,
+    groups=GROUPS,
+    vision_forward=qwen2_5_vl.FAMILY.vision_forward,
+    decoder_kwargs=qwen2_5_vl.FAMILY.decoder_kwargs,
     # The norm within linear attention is gated, and another one.
     liger_kernels={"Qwen3_5RMSNorm": "rms_norm_zero_centred", "Qwen3_5MLP": "swiglu"},
     linear_attention="Qwen3_5GatedDeltaNet",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvl_pipeline.families.family import NO_EXPERTS, ModelFamily
+from qvl_pipeline.families.family import GROUPS, NO_EXPERTS, ModelFamily
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-def vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
+def _vision_inputs(config: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
     """Return what the tower would compute from the grid, with the host waiting for it."""
     from transformers import vision_utils
 
@@ -53,7 +53,7 @@ def _decoder_kwargs(deepstack: list[torch.Tensor]) -> dict[str, Any]:
     return {"visual_pos_masks": rows, "deepstack_visual_embeds": deepstack}
 
 
-def vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+def _vision_pairs(config: Any, grids: Sequence[Sequence[int]]) -> list[int]:
     """Every block attends within each frame."""
     return [sum(t * (h * w) ** 2 for t, h, w in grids)] * config.depth
 
@@ -65,19 +65,12 @@ FAMILY = ModelFamily(
     limits_are_per_clip=True,
     decoder_layer="Qwen3VLTextDecoderLayer",
     vision_block="Qwen3VLVisionBlock",
-    groups=(
-        ("deepstack", "model.visual.deepstack_merger_list."),
-        ("merger", "model.visual.merger."),
-        ("vit", "model.visual."),
-        ("embed", "model.language_model.embed_tokens."),
-        ("llm", "model.language_model."),
-        ("head", "lm_head."),
-    ),
-    vision_inputs=vision_inputs,
+    groups=(("deepstack", "model.visual.deepstack_merger_list."), *GROUPS),
+    vision_inputs=_vision_inputs,
     vision_forward=_vision_forward,
     decoder_kwargs=_decoder_kwargs,
     tokens_per_second=lambda config: None,
-    vision_pairs=vision_pairs,
+    vision_pairs=_vision_pairs,
     unsupported=NO_EXPERTS,
     # The vision tower has LayerNorms and plain MLPs.
     liger_kernels={"Qwen3VLTextRMSNorm": "rms_norm", "Qwen3VLTextMLP": "swiglu"},
