@@ -55,7 +55,7 @@ from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import compute_buffers
 from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel.sharding import start_process_group
-from qvl_pipeline.engine.spec import AdapterSpec
+from qvl_pipeline.engine.spec import NO_ADAPTER
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS
 
@@ -68,21 +68,7 @@ PUBLISHED = (
     *("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", *CUT),
 )
 WARMUP_STEPS = 2
-_LORA = AdapterSpec(
-    type="lora",
-    r=64,
-    alpha=128.0,
-    rslora=False,
-    dropout=0.0,
-    init="zeros_b",
-    targets={"llm": "all"},
-    train_fully=(),
-    start_from="",
-    quantize_base="none",
-    double_quant=True,
-    quantize_parts=("llm",),
-    export="adapter",
-)
+_LORA = dataclasses.replace(NO_ADAPTER, type="lora", r=64, alpha=128.0, export="adapter")
 _ADAPTERS = {"lora": _LORA, "qlora": dataclasses.replace(_LORA, quantize_base="nf4")}
 _MEASURED = ("tokens_per_second", "mfu", "mfu_language_model", "step_s", "memory_gib", "watts", "kept_less")
 

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
 from benchmarks.gpu import OPTIM, PARALLEL
 from benchmarks.gpu_models import IDS, ROPE3, ROPE25, sizes
-from qvl_pipeline.engine.spec import AdapterSpec, RecomputeSpec
+from qvl_pipeline.engine.spec import NO_ADAPTER, RecomputeSpec
 
 _TEXT = sizes(128, 384, 6, 4, 2) | {"vocab_size": 4096, "max_position_embeddings": 8192}
 _TEXT |= {"bos_token_id": None, "eos_token_id": None}
@@ -30,21 +30,6 @@ CONFIGS: dict[str, Any] = {
         **IDS,
     ),
 }
-_NO_ADAPTER = AdapterSpec(
-    type="none",
-    r=8,
-    alpha=16.0,
-    rslora=False,
-    dropout=0.0,
-    init="zeros_b",
-    targets={"llm": "all"},
-    train_fully=(),
-    start_from="",
-    quantize_base="none",
-    double_quant=False,
-    quantize_parts=(),
-    export="both",
-)
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class Setting:
                 sp_ulysses_degree=self.degree,
             ),
             optim=replace(OPTIM, optim=self.optim),
-            adapter=replace(_NO_ADAPTER, type=self.adapter),
+            adapter=replace(NO_ADAPTER, type=self.adapter),
             data=SimpleNamespace(use_rmpad=True, per_device_train_batch_size=1),
         )
 

@@ -180,21 +180,7 @@ def make_training(
         export=spec.ExportSpec(
             output_dir=str(output_dir / "export"), export_ema=False, dtype="float32", max_shard_bytes=5 * 10**9
         ),
-        adapter=spec.AdapterSpec(
-            type="none",
-            r=4,
-            alpha=8.0,
-            rslora=False,
-            dropout=0.0,
-            init="zeros_b",
-            targets={"llm": "all"},
-            train_fully=(),
-            start_from="",
-            quantize_base="none",
-            double_quant=True,
-            quantize_parts=("llm",),
-            export="both",
-        ),
+        adapter=dataclasses.replace(spec.NO_ADAPTER, r=4, alpha=8.0),
     )
 
 

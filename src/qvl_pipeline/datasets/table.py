@@ -58,10 +58,7 @@ class TableDataset(AbstractDataset[pd.DataFrame | Callable[[Path], Any], pd.Data
         """
         if not self._exists():
             raise DatasetError(f"{self._filepath} does not exist")
-        advice, schema = (
-            "make it again, by the pipeline that writes it",
-            load_obj(self._schema) if self._schema else None,
-        )
+        advice = "make it again, by the pipeline that writes it"
         if self._streamed:
             with damage_named(self._filepath, advice):
                 return open_table(self._filepath)

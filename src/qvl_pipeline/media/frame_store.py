@@ -18,8 +18,8 @@ import pyarrow as pa
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frame_cache import INDEX_SCHEMA, FrameCache
 from qvl_pipeline.media.frame_encoding import decode_frame
-from qvl_pipeline.storage.batches import CheckedBatches, write_checked
-from qvl_pipeline.storage.digests import DamagedError, damaged
+from qvl_pipeline.storage.batches import CheckedBatches, Shards, write_checked
+from qvl_pipeline.storage.digests import damaged
 
 _SAMPLE_AGAIN = "run `kedro run --pipelines sample` (with the same --env and --params) to write them again"
 # What a killed run may have to decode again.
@@ -193,7 +193,7 @@ class FrameStore:
         if not self._index.schema.equals(INDEX_SCHEMA):
             raise damaged(path, f"its columns are {', '.join(self._index.schema.names)}", AGAIN)
         self._places = _Places(self)
-        self._shards: dict[str, CheckedBatches] = {}
+        self._shards = Shards(self.folder, AGAIN)
 
     def __reduce__(self) -> tuple[type[FrameStore], tuple[Path]]:
         """Pickle as the folder."""
@@ -271,7 +271,7 @@ class FrameStore:
             from qvl_pipeline.media.clip_frames import frames_from_source  # needs PyAV, which stored frames do not
 
             return frames_from_source(info)[part]
-        frames = self._shard(info["shard"]).batch(info["batch"], ["frame"]).column("frame")
+        frames = self._shards[info["shard"]].batch(info["batch"], ["frame"]).column("frame")
         if info["encoding"] == "raw":
             offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)
             pixels = np.frombuffer(frames.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
@@ -281,14 +281,6 @@ class FrameStore:
         for frame, out in zip(frames, decoded, strict=True):
             decode_frame(frame.as_buffer(), info["encoding"], out)
         return decoded
-
-    def _shard(self, name: str) -> CheckedBatches:
-        if name not in self._shards:
-            try:
-                self._shards[name] = CheckedBatches(self.folder / name, AGAIN)
-            except FileNotFoundError as error:
-                raise DamagedError(f"{self.folder / name} is missing: {AGAIN}") from error
-        return self._shards[name]
 
 
 class _Places:

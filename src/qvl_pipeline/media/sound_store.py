@@ -17,8 +17,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.hearing import Hearing
 from qvl_pipeline.media.frame_store import AGAIN, SHARD_BYTES, clip_id
 from qvl_pipeline.media.opening import open_media
-from qvl_pipeline.storage.batches import CheckedBatches, write_checked
-from qvl_pipeline.storage.digests import DamagedError
+from qvl_pipeline.storage.batches import Shards, write_checked
 from qvl_pipeline.storage.tables import read_table, write_table
 
 INDEX = "sounds.parquet"
@@ -122,7 +121,7 @@ class SoundStore:
         path = self.folder / INDEX
         rows = read_table(path, INDEX_SCHEMA, advice=AGAIN).to_pylist() if path.exists() else []
         self._rows = {(row["type"], row["clip_id"]): row for row in rows}
-        self._shards: dict[str, CheckedBatches] = {}
+        self._shards = Shards(self.folder, AGAIN)
 
     def __reduce__(self) -> tuple[type[SoundStore], tuple[Path, Hearing]]:
         """Pickle as the folder."""
@@ -161,7 +160,7 @@ class SoundStore:
         row = self.info(kind, clip)
         if row["shard"] is None:
             return _from_source(row, self._hearing)[part]
-        values = self._shard(row["shard"]).batch(row["batch"], ["log_mel"]).column("log_mel").flatten()
+        values = self._shards[row["shard"]].batch(row["batch"], ["log_mel"]).column("log_mel").flatten()
         # Not by Arrow's `to_numpy`, which imports pandas where it is installed.
         floats = np.frombuffer(values.buffers()[1], dtype=np.float32)[values.offset : values.offset + len(values)]
         return floats.reshape(row["spectra"], row["mel_bins"])[part]
@@ -173,14 +172,6 @@ class SoundStore:
             UserError: There is none, or its file cannot be decoded.
         """
         return _samples(self.info(kind, clip), self._hearing)
-
-    def _shard(self, name: str) -> CheckedBatches:
-        if name not in self._shards:
-            try:
-                self._shards[name] = CheckedBatches(self.folder / name, AGAIN)
-            except FileNotFoundError as error:
-                raise DamagedError(f"{self.folder / name} is missing: {AGAIN}") from error
-        return self._shards[name]
 
 
 def _from_source(row: dict[str, Any], hearing: Hearing) -> np.ndarray:

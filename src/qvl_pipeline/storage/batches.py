@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from qvl_pipeline.storage.digests import Piece, agrees, damaged, digest_of
+from qvl_pipeline.storage.digests import DamagedError, Piece, agrees, damaged, digest_of
 from qvl_pipeline.storage.tables import damage_named
 
 _KEY = "digest."
@@ -27,6 +27,33 @@ def write_checked(writer: pa.RecordBatchFileWriter, batch: pa.RecordBatch, numbe
     stored = pa.ipc.read_record_batch(batch.serialize(), batch.schema)
     digests = {f"{_KEY}{name}": digest_of(_pieces(stored, name, number)) for name in batch.schema.names}
     writer.write_batch(batch, custom_metadata=digests)
+
+
+class Shards:
+    """The Arrow files of a folder by their names, each mapped when it is first asked for."""
+
+    def __init__(self, folder: Path, advice: str) -> None:
+        """Map nothing yet.
+
+        Args:
+            folder: Where they are.
+            advice: What to do when one is damaged or missing.
+        """
+        self._folder, self._advice = folder, advice
+        self._mapped: dict[str, CheckedBatches] = {}
+
+    def __getitem__(self, name: str) -> CheckedBatches:
+        """Return the batches of a file.
+
+        Raises:
+            DamagedError: It is missing, or no whole Arrow file.
+        """
+        if name not in self._mapped:
+            try:
+                self._mapped[name] = CheckedBatches(self._folder / name, self._advice)
+            except FileNotFoundError as error:
+                raise DamagedError(f"{self._folder / name} is missing: {self._advice}") from error
+        return self._mapped[name]
 
 
 class CheckedBatches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.spec import AdapterSpec
+from qvl_pipeline.engine.spec import NO_ADAPTER
 from tests.engine.model.test_linear_attention import token_by_token
 
 # What torch counts beyond the model's work: the tables of rotary angles are a product of matrices as well.
@@ -93,7 +94,8 @@ def test_flops_of_adapters_are_those_that_torch_counts(
 ) -> None:
     if packed.family.experts and "mlp" in targets.get("llm", ()):
         targets = targets | {"llm": ["attention"]}  # experts are no linear layers
-    spec = AdapterSpec(kind, 8, 16.0, False, dropout, init, targets, train_fully, "", base, True, ("llm",), "both")
+    asked = {"dropout": dropout, "init": init, "targets": targets, "train_fully": train_fully, "quantize_base": base}
+    spec = dataclasses.replace(NO_ADAPTER, type=kind, **asked)
     packed.train()
     inject(packed.hf, packed.family, spec)
     if spec.quantizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.run.stopping import StopRequest
 from qvl_pipeline.engine.run.watchdog import Watchdog
-from qvl_pipeline.engine.spec import AdapterSpec, RecomputeSpec, TrainSpec
+from qvl_pipeline.engine.spec import NO_ADAPTER, RecomputeSpec, TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training
@@ -85,11 +86,7 @@ def test_selective_recomputation_repeats_no_large_product(
     use_packed_attention(packed.hf, kernel, kernel, torch.device("cpu"))
     low_rank = 0
     if adapted:
-        inject(
-            packed.hf,
-            packed.family,
-            AdapterSpec("lora", 4, 8.0, False, 0.0, "zeros_b", {"llm": "all"}, (), "", "none", True, (), "both"),
-        )
+        inject(packed.hf, packed.family, dataclasses.replace(NO_ADAPTER, type="lora", r=4, alpha=8.0))
         layers = [layer for _, layer in adapted_layers(packed.hf)]
         for parameter in [p for layer in layers for p in (layer.lora_A, layer.lora_B)]:
             torch.nn.init.normal_(parameter)
