@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import time
@@ -18,15 +17,15 @@ import torch.distributed as dist
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.loader_processes import with_loaders
-from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, SharedSteps, Step, read_plan
-from qvl_pipeline.engine.feed.stream import StreamedFeed, host_sum
+from qvl_pipeline.engine.feed.making import make_feed
+from qvl_pipeline.engine.feed.steps import MicroBatch, PlannedFeed, Step
+from qvl_pipeline.engine.feed.stream import StreamedFeed
 from qvl_pipeline.engine.model.adapters.start import set_initial_values
 from qvl_pipeline.engine.model.export.folder import export, exported_files
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops
-from qvl_pipeline.engine.model.freezing import OF_SOUND, OF_VISION
+from qvl_pipeline.engine.model.freezing import always_called
 from qvl_pipeline.engine.model.loading import build_model, load_processor, make_builder
-from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.model.routing import StepBalance
+from qvl_pipeline.engine.model.routing import StepBalance, aux_loss_coef
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import load_weights
 from qvl_pipeline.engine.optim.ema import WeightAverage
@@ -42,17 +41,15 @@ from qvl_pipeline.engine.parallel.fetching import OnItsWay
 from qvl_pipeline.engine.parallel.sharding import offloads, sequence_group, sharding_mesh_of, start_process_group
 from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
 from qvl_pipeline.engine.run.kept import KeptModels
-from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until, read_rows
+from qvl_pipeline.engine.run.metrics import MetricsWindow, append_row, keep_rows_until
 from qvl_pipeline.engine.run.profiling import out_of_memory_explained, profiled
+from qvl_pipeline.engine.run.result import write_result
 from qvl_pipeline.engine.run.skipped import SkippedSamples
 from qvl_pipeline.engine.run.stopping import StopRequest, write_stopped
 from qvl_pipeline.engine.run.validation import Validation
 from qvl_pipeline.engine.run.watchdog import Watchdog, collective_timeout_s, set_collective_timeout
 from qvl_pipeline.engine.run.worst_case import WorstCase, try_worst_case
 from qvl_pipeline.engine.spec import TrainSpec
-from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.storage.whole import write_whole
-from qvl_pipeline.tokens.raw_samples import RawSamples
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +79,11 @@ class Trainer:
         self.builder = make_builder(spec, self.model, self.processor, self.mesh)
         self.optimizers = make_optimizers(self.model, spec.optim)
         self.average = WeightAverage(self.model, spec.optim.ema_decay) if spec.optim.ema_decay else None
-        self.router_aux_loss_coef = _router_aux_loss_coef(spec, self.model)
+        self.router_aux_loss_coef = aux_loss_coef(spec.optim.router_aux_loss_coef, self.model.hf, self.model.routing)
         self.finite = FiniteWatch(self.device)
         self.loss_scale = LossScale() if spec.parallel.fp16 else None
-        self.feed = self._make_feed()
+        waiting, always = watchdog.wait_for_ranks, always_called(self.model.hf, self.model.family)
+        self.feed = make_feed(spec, self.processor, self.model.family.hearing, self.mesh, waiting, **always)
         data, why = with_loaders(spec.data, self.feed, self.builder, self.flops, peak_flops(self.device))
         if why and self.leads:
             logger.info("dataloader_num_workers: auto is %s", why)
@@ -101,31 +99,6 @@ class Trainer:
         evaluates = spec.validation.eval_strategy != "no"
         inputs = spec, self.builder, self.mesh, self.device, self.skipped, watchdog
         self.validation = Validation(*inputs) if evaluates else None
-
-    def _make_feed(self) -> PlannedFeed | StreamedFeed:
-        """Take this rank's share of the plan, or of the stream where there is none."""
-        data, dp = self.spec.data, self.mesh["dp"]
-        share = dp.get_local_rank(), dp.size(), data.per_device_train_batch_size
-        always = _always_called(self.model)
-        if self.spec.stream.max_steps:
-            stream, skips = self.spec.stream, data.on_bad_sample == "skip"
-            samples = RawSamples(
-                Path(stream.samples),
-                self.processor,
-                Path(data.video_frames),
-                self.model.family.hearing,
-                skip_bad_samples=skips,
-                ignore_empty_think=self.spec.model.ignore_empty_think,
-            )
-            sums, aside = host_sum(self.mesh["sp"].size(), self.spec.run.ddp_timeout), data.dataloader_num_workers != 0
-
-            def exchange(values: Sequence[int]) -> list[int]:
-                with self.watchdog.wait_for_ranks():
-                    return sums(values)
-
-            return StreamedFeed(samples, stream, *share, exchange, **always, aside=aside)
-        plan = read_plan(Path(data.pack_plan))
-        return PlannedFeed(SharedSteps(plan, *share, **always, epochs=data.epochs))
 
     def _make_checkpoints(self) -> Checkpoints:
         run = self.spec.run
@@ -150,12 +123,12 @@ class Trainer:
     @property
     def sample_ids(self) -> list[str]:
         """Samples of the micro-batch that is loaded or computed."""
-        if self.micro_batch.samples is not None:
-            return [sample["sample_id"] for sample in self.micro_batch.samples]
-        if not self.micro_batch.sample_rows:
-            return []
-        ids = TokenizedSamples(Path(self.spec.data.tokenized)).columns(["sample_id"])["sample_id"]
-        return [ids[row].as_py() for row in self.micro_batch.sample_rows]
+        return self.micro_batch.sample_ids(Path(self.spec.data.tokenized))
+
+    @property
+    def best_step(self) -> int:
+        """Step of the lowest loss of the evaluations; 0 before and without any."""
+        return self.validation.best_step if self.validation else 0
 
     def run(self) -> None:
         """Train to the end of the plan and export; or, on request, to the end of a step and no further."""
@@ -191,13 +164,11 @@ class Trainer:
             return
         self._evaluate_postponed()  # asked to stop in the last step, which leaves nothing to go on with but this
         exported_step = self.step
-        best_step = self.validation.best_step if self.validation else 0
+        best_step = self.best_step
         if self.kept.reasons(self.step, best_step, max_steps) and spec.validation.load_best_model_at_end:
             self._keep(self.step)  # before the best weights take the place of these
-        if spec.validation.load_best_model_at_end and self.validation.best_step:
-            exported_step = self.checkpoints.load(
-                output_dir / "checkpoints" / f"checkpoint-{self.validation.best_step}"
-            )
+        if spec.validation.load_best_model_at_end and best_step:
+            exported_step = self.checkpoints.load(output_dir / "checkpoints" / f"checkpoint-{best_step}")
         elif spec.validation.load_best_model_at_end:
             logger.warning("no evaluation had a sample left, so none is the best: the last weights are exported")
         if spec.export.export_ema:
@@ -206,7 +177,9 @@ class Trainer:
         exported = {} if spec.export.export_ema else {exported_step: Path(spec.export.output_dir)}
         self.kept.finish(best_step, max_steps, exported, self._keep)
         if self.leads:
-            self._write_result(output_dir, done, exported_step, self.kept.facts(best_step, max_steps))
+            kept = self.kept.facts(best_step, max_steps)
+            steps_done = {"resumed_from": done, "exported_step": exported_step}
+            write_result(output_dir, self.feed, self.device, **steps_done, kept=kept, facts=self.facts)
         dist.barrier()
 
     def _try_worst_case(self) -> None:
@@ -235,6 +208,13 @@ class Trainer:
         length = self.spec.data.packing_length
         window = MetricsWindow(self.builder.sources, self.device, self.flops, packing_length=length)
         late: Callable[[], dict[str, Any]] | None = None  # the row of the step before
+
+        def write_late() -> None:
+            nonlocal late
+            if late:
+                self._write(late())
+            late = None
+
         for number in range(first, max_steps + 1):
             self.step, self.micro_batch = number, MicroBatch((), vision=False)
             learning_rates = set_learning_rates(self.optimizers, self.schedule(self.step))
@@ -242,9 +222,7 @@ class Trainer:
                 with self.watchdog.load("the samples of its next step"):
                     step = next(steps)  # of a stream, which reads and tokenises them here
                 grad_norm = self._train_step(step, batches, window)
-                if late:
-                    self._write(late())
-                    late = None
+                write_late()
             end_profiled_step()
             window.add_step(step)
             self.skipped.add(step.number, step.left_out)
@@ -263,17 +241,12 @@ class Trainer:
                     if evaluates:
                         self._evaluate(row)
                         window.exclude(row["eval_time_s"])
-                        is_best = (
-                            self.spec.validation.load_best_model_at_end and self.validation.best_step == step.number
-                        )
+                        is_best = self.spec.validation.load_best_model_at_end and self.best_step == step.number
                         stops = self.checkpoints.end_step(stop_requested=self.stop.requested)
                         saves = stops or saves or is_best
                     self._write(row)
-            best_step = self.validation.best_step if self.validation else 0
-            if step.number < max_steps and self.kept.reasons(step.number, best_step, max_steps):
-                if late:
-                    self._write(late())
-                    late = None
+            if step.number < max_steps and self.kept.reasons(step.number, self.best_step, max_steps):
+                write_late()
                 window.exclude(self._keep(step.number))
             if saves:
                 self._save()
@@ -281,7 +254,7 @@ class Trainer:
                 return
             if step.number == first:
                 self.watchdog.timeout_s = run.step_timeout_s or float("inf")
-                set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
+                self._limit_waits()
 
     def _keep(self, step: int) -> float:
         """Export the weights as those of a step; return the seconds that it took."""
@@ -291,8 +264,13 @@ class Trainer:
         set_collective_timeout(run.ddp_timeout, *self.meshes)  # one rank writes, and the others wait
         export(self.model, self.exported_files, self.spec, self.kept.place(step))
         dist.barrier()
-        set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
+        self._limit_waits()
         return time.perf_counter() - started
+
+    def _limit_waits(self) -> None:
+        """From here on ranks wait for each other for as long as a step may take."""
+        run = self.spec.run
+        set_collective_timeout(collective_timeout_s(run.step_timeout_s) or run.ddp_timeout, *self.meshes)
 
     def _row(
         self, step: Step, learning_rates: dict[str, float], grad_norm: torch.Tensor, window: MetricsWindow
@@ -344,7 +322,7 @@ class Trainer:
         self._evaluate(row)
         self._write(row)
         self.validation.forget_postponed()
-        if self.step < self.feed.max_steps and self.kept.reasons(self.step, self.validation.best_step, 0):
+        if self.step < self.feed.max_steps and self.kept.reasons(self.step, self.best_step, 0):
             self._keep(self.step)
         self._save()  # is done, but this step may be the best
         return self.checkpoints.end_step(stop_requested=self.stop.requested)
@@ -352,9 +330,9 @@ class Trainer:
     def _save(self) -> None:
         self.finite.check()
         self.checkpoints.save(self.step)
-        self.kept.forget_outdated(self.validation.best_step if self.validation else 0, self.step)
+        self.kept.forget_outdated(self.best_step, self.step)
         if self.spec.validation.load_best_model_at_end:
-            self.checkpoints.protected_step = self.validation.best_step
+            self.checkpoints.protected_step = self.best_step
 
     def _train_step(self, step: Step, batches: Iterator[Batch], window: MetricsWindow) -> torch.Tensor:
         """Take one optimizer step; return the gradient norm."""
@@ -425,41 +403,5 @@ class Trainer:
         dist.barrier()
         if self.validation:
             self.validation.resume(output_dir, done)
-            self.checkpoints.protected_step = (
-                self.validation.best_step if self.spec.validation.load_best_model_at_end else 0
-            )
+            self.checkpoints.protected_step = self.best_step if self.spec.validation.load_best_model_at_end else 0
         return done
-
-    def _write_result(self, output_dir: Path, done: int, exported_step: int, kept: dict[str, list[str]]) -> None:
-        skipped = read_rows(output_dir / "skipped.jsonl")
-        result = {
-            "steps": self.feed.max_steps,
-            "resumed_from_step": done,
-            "tokens": self.feed.tokens,
-            "supervised_tokens": self.feed.supervised_tokens,
-            "skipped_samples": sum(row.get("split") != "eval" for row in skipped),
-            "world_size": dist.get_world_size(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "exported_step": exported_step,
-            "kept_checkpoints": kept,
-            **self.facts,
-        }
-        write_whole(output_dir / "result.json", json.dumps(result, indent=2) + "\n")  # a training is finished with it
-
-
-def _always_called(model: PackedVLM) -> dict[str, bool]:
-    """Which towers are called in every micro-batch, because nothing but towers is trained, and they are."""
-    trained = {model.family.group_of(name) for name, p in model.hf.named_parameters() if p.requires_grad}
-    only_towers = trained <= OF_VISION | OF_SOUND
-    return {
-        "always_vision": only_towers and bool(trained & OF_VISION),
-        "always_sound": only_towers and bool(trained & OF_SOUND),
-    }
-
-
-def _router_aux_loss_coef(spec: TrainSpec, model: PackedVLM) -> float:
-    """Weight of the balance loss: that of the run, or of the checkpoint."""
-    if model.routing is None:
-        return 0.0
-    given = spec.optim.router_aux_loss_coef
-    return model.hf.config.text_config.router_aux_loss_coef if given is None else given

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvl_pipeline.engine.feed.batch import BadSample
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.storage.tables import read_table
 
 
@@ -62,6 +63,15 @@ class MicroBatch:
     vision: bool
     sound: bool = False
     samples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
+
+    def sample_ids(self, tokenized: Path) -> list[str]:
+        """Return the ids of its samples, which those of a plan have in the file `tokenized`."""
+        if self.samples is not None:
+            return [sample["sample_id"] for sample in self.samples]
+        if not self.sample_rows:
+            return []
+        ids = TokenizedSamples(tokenized).columns(["sample_id"])["sample_id"]
+        return [ids[row].as_py() for row in self.sample_rows]
 
 
 @dataclass(frozen=True)

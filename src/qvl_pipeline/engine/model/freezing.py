@@ -69,6 +69,21 @@ def matched_parameters(model: nn.Module, family: ModelFamily, pattern: str, of: 
     return matched
 
 
+def always_called(model: nn.Module, family: ModelFamily) -> dict[str, bool]:
+    """Which towers are called in every micro-batch, because nothing but towers is trained, and they are.
+
+    Args:
+        model: The transformers model.
+        family: Its family.
+    """
+    trained = {family.group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    only_towers = trained <= OF_VISION | OF_SOUND
+    return {
+        "always_vision": only_towers and bool(trained & OF_VISION),
+        "always_sound": only_towers and bool(trained & OF_SOUND),
+    }
+
+
 def hold_parameters(model: nn.Module, *, trained: torch.dtype, frozen: torch.dtype) -> None:
     """Set the types in which a model on the meta device holds its parameters; buffers keep theirs.
 

@@ -35,6 +35,19 @@ def choose_experts_kernel(name: str, device: torch.device) -> str:
     return ("grouped_mm" if runs else "eager") if name == "auto" else name
 
 
+def aux_loss_coef(given: float | None, hf: nn.Module, routing: object | None) -> float:
+    """Weight of the balance loss: what the run was given, or else the checkpoint's; 0 of a model without experts.
+
+    Args:
+        given: `router_aux_loss_coef`.
+        hf: The transformers model.
+        routing: What records its routers; `None` without.
+    """
+    if routing is None:
+        return 0.0
+    return hf.config.text_config.router_aux_loss_coef if given is None else given
+
+
 def use_experts_kernel(hf: nn.Module, name: str, device: torch.device) -> str:
     """Let the experts of a model compute as is chosen; return what was."""
     chosen = choose_experts_kernel(name, device)

@@ -18,7 +18,9 @@ def git_tags(project: Path) -> dict[str, str]:
     changes = _git(project, "status", "--porcelain", "--", *CODE_PATHS)
     if commit is None or changes is None:
         return {}
-    return {"mlflow.source.git.commit": commit, "git_dirty": str(bool(changes)).lower()}
+    # In the index alone (DVC puts there what a stage depends on) is neither in the commit nor on disk.
+    changed = [line for line in changes.splitlines() if not line.startswith("AD")]
+    return {"mlflow.source.git.commit": commit, "git_dirty": str(bool(changed)).lower()}
 
 
 def _git(project: Path, *arguments: str) -> str | None:
