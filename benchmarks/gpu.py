@@ -46,7 +46,7 @@ from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel.sharding import start_process_group
-from qvl_pipeline.engine.spec import OptimSpec, ParallelSpec, RecomputeSpec
+from qvl_pipeline.engine.spec import AdapterSpec, OptimSpec, ParallelSpec, RecomputeSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.pixels import normalize_patches
 
@@ -97,6 +97,21 @@ PARALLEL = ParallelSpec(
     bf16=True,
     fp16=False,
     sp_ulysses_degree=1,
+)
+NO_ADAPTER = AdapterSpec(
+    type="none",
+    r=8,
+    alpha=16.0,
+    rslora=False,
+    dropout=0.0,
+    init="zeros_b",
+    targets={"llm": "all"},
+    train_fully=(),
+    start_from="",
+    quantize_base="none",
+    double_quant=True,
+    quantize_parts=("llm",),
+    export="both",
 )
 NOTHING_RECOMPUTED = RecomputeSpec(llm="none", vit="none", every=1, offload=False)
 

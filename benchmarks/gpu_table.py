@@ -35,7 +35,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import report as reports
-from benchmarks.gpu import MEAN_AND_STD, NOTHING_RECOMPUTED, OPTIM, PARALLEL, RECOMPUTED, one_rank
+from benchmarks.gpu import MEAN_AND_STD, NO_ADAPTER, NOTHING_RECOMPUTED, OPTIM, PARALLEL, RECOMPUTED, one_rank
 from benchmarks.gpu_models import IDS, TINY, make_batch, make_clip, make_samples
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
@@ -55,7 +55,6 @@ from qvl_pipeline.engine.model.sharded import shard_model
 from qvl_pipeline.engine.model.weights import compute_buffers
 from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel.sharding import start_process_group
-from qvl_pipeline.engine.spec import NO_ADAPTER
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
-from benchmarks.gpu import OPTIM, PARALLEL
+from benchmarks.gpu import NO_ADAPTER, OPTIM, PARALLEL
 from benchmarks.gpu_models import IDS, ROPE3, ROPE25, sizes
-from qvl_pipeline.engine.spec import NO_ADAPTER, RecomputeSpec
+from qvl_pipeline.engine.spec import RecomputeSpec
 
 _TEXT = sizes(128, 384, 6, 4, 2) | {"vocab_size": 4096, "max_position_embeddings": 8192}
 _TEXT |= {"bos_token_id": None, "eos_token_id": None}

@@ -32,9 +32,9 @@ COMMAND = [sys.executable, "-m", "kedro", "run", "--params", "train.dataloader_n
 MARK = "QVL_CHAOS_TRIAL"
 LONGEST_RUN_S = 540
 # Times, and what is about them; pages that show them. The numbers in them are compared one by one.
-VOLATILE = {"training_metrics.csv", "train_result.json", "report.html", "model_card.md", "README.md"} | {
-    "preflight.html",  # what is free on the disk
-    "preflight.json",
+VOLATILE = {
+    *("training_metrics.csv", "train_result.json", "report.html", "model_card.md", "README.md"),
+    *("preflight.html", "preflight.json"),  # what is free on the disk
     "digests.json",  # has that of README.md; the weights are compared themselves
 }
 TIMELESS = ["step", "epoch", "learning_rate", "grad_norm", "loss", "tokens", "supervised_tokens"]

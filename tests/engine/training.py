@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from benchmarks.gpu import NO_ADAPTER
 from PIL import Image
 from transformers import AutoConfig
 
@@ -180,7 +181,7 @@ def make_training(
         export=spec.ExportSpec(
             output_dir=str(output_dir / "export"), export_ema=False, dtype="float32", max_shard_bytes=5 * 10**9
         ),
-        adapter=dataclasses.replace(spec.NO_ADAPTER, r=4, alpha=8.0),
+        adapter=dataclasses.replace(NO_ADAPTER, r=4, alpha=8.0),
     )
 
 

@@ -350,24 +350,6 @@ class AdapterSpec:
         return self.used and self.quantize_base != "none"
 
 
-# The model itself is trained: what does not need an adapter begins with this one.
-NO_ADAPTER = AdapterSpec(
-    type="none",
-    r=8,
-    alpha=16.0,
-    rslora=False,
-    dropout=0.0,
-    init="zeros_b",
-    targets={"llm": "all"},
-    train_fully=(),
-    start_from="",
-    quantize_base="none",
-    double_quant=True,
-    quantize_parts=("llm",),
-    export="both",
-)
-
-
 @dataclass(frozen=True)
 class TrainSpec:
     """A whole training run."""

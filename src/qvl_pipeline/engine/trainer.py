@@ -33,6 +33,7 @@ from qvl_pipeline.engine.optim.loss_scale import LossScale
 from qvl_pipeline.engine.optim.nonfinite import FiniteWatch, NonFiniteError
 from qvl_pipeline.engine.optim.optimization import (
     SAVED_BLOCKING,
+    clip_gradients,
     learning_rate_schedule,
     make_optimizers,
     set_learning_rates,
@@ -140,11 +141,9 @@ class Trainer:
         steps, loaded = itertools.tee(self.feed.steps_after(done))
         micro_batches = (micro_batch for step in loaded for micro_batch in step.micro_batches)
         options = LoaderOptions.from_spec(spec.data, cuda=self.device.type == "cuda")
-        traced = spec.run.profile_steps if self.leads else ()
-        snapshot = spec.run.memory_snapshot_on_oom
         with (
-            out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=snapshot),
-            profiled(traced, done, output_dir) as end_profiled_step,
+            out_of_memory_explained(output_dir, dist.get_rank(), self.device, snapshot=spec.run.memory_snapshot_on_oom),
+            profiled(spec.run.profile_steps if self.leads else (), done, output_dir) as end_profiled_step,
         ):
             if spec.run.worst_case_first and isinstance(self.feed, PlannedFeed) and not done:
                 self._try_worst_case()
@@ -204,9 +203,8 @@ class Trainer:
         end_profiled_step: Callable[[], None],
     ) -> None:
         """Take steps until there are no more or someone asks to stop; `self.step` is then the last one taken."""
-        run, first = self.spec.run, self.step + 1
-        length = self.spec.data.packing_length
-        window = MetricsWindow(self.builder.sources, self.device, self.flops, packing_length=length)
+        run, data, first = self.spec.run, self.spec.data, self.step + 1
+        window = MetricsWindow(self.builder.sources, self.device, self.flops, packing_length=data.packing_length)
         late: Callable[[], dict[str, Any]] | None = None  # the row of the step before
 
         def write_late() -> None:
@@ -358,7 +356,9 @@ class Trainer:
         if balance:
             window.choices.append(balance.totals)
         self.skipped.correct_gradients(self.model.parameters(), step.supervised_tokens)
-        grad_norm = self._clip()
+        if self.loss_scale:
+            self.loss_scale.unscale(self.model.parameters())
+        grad_norm = clip_gradients(self.model.parameters(), self.spec.optim.max_grad_norm)
         if self.loss_scale is None or self.loss_scale.accepts(grad_norm):
             self.finite.add_gradient_norm(step.number, grad_norm)
             for optimizer in self.optimizers:
@@ -382,13 +382,6 @@ class Trainer:
     def _forward_passes(self, step: Step, loaded: Sequence[Batch]) -> Iterator[torch.Tensor]:
         for self.micro_batch, batch in zip(step.micro_batches, loaded, strict=True):
             yield self.model(batch.to(self.device))
-
-    def _clip(self) -> torch.Tensor:
-        if self.loss_scale:
-            self.loss_scale.unscale(self.model.parameters())
-        limit = self.spec.optim.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _resume(self, output_dir: Path) -> int:
         """Load the newest checkpoint of this run, or the one to start from; return the steps already done."""

@@ -12,12 +12,12 @@ import pandas as pd
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, PreflightConfig, SampleConfig, TrainConfig
 from qvl_pipeline.config.recomputation import GradientCheckpointingConfig
-from qvl_pipeline.data.base_model import MANIFEST, read_base_model, write_manifest
+from qvl_pipeline.data.base_model import MANIFEST, read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.preflight.verdict import DOES_NOT_FIT, FITS, OFF, UNKNOWN, Plan, look_ahead
 from qvl_pipeline.storage.digests import read_sealed
+from qvl_pipeline.training.ahead import spec_ahead, write_base_ahead
 from qvl_pipeline.training.processes import training_processes
-from qvl_pipeline.training.spec import Inputs, make_spec
 
 logger = logging.getLogger(__name__)
 
@@ -60,28 +60,11 @@ def ask(
     processes = training_processes(train, batching)
     scratch = base_model.parent / "scratch"
     with TemporaryDirectory() as temporary:
-        nowhere = Path(temporary) / "not made yet"
         if not _is_prepared(base_model, model):
             base_model = Path(temporary)
-            write_manifest(base_model, model)
-            if model.load_from_pretrained_path is None:
-                from qvl_pipeline.demo.tiny_model import write_tiny_config
-
-                write_tiny_config(base_model, model.processor_type)
+            write_base_ahead(base_model, model)
         steps = int(plan.packs["step"].iloc[-1]) + 1 if plan.there else max(0, batching.max_steps)
-        summary = {"steps": steps, "epochs": None, "samples_per_epoch": 0.0}
-        spec = make_spec(
-            Inputs(base_model, nowhere, nowhere, plan.frames, summary),
-            sample=sample,
-            model=model,
-            batching=batching,
-            weights={},
-            train=train,
-            output_dir=scratch,
-            identity={},
-            resume_from="",
-            adapter=adapter,
-        )
+        spec = spec_ahead(base_model, plan.frames, steps, sample, model, batching, train, adapter, scratch)
         ranks = processes.per_node, processes.nodes.nnodes
         automatic = train.gradient_checkpointing == "auto"
         try:

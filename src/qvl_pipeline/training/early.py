@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, ModelConfig, SampleConfig, TrainConfig
-from qvl_pipeline.data.base_model import check_family, check_weights, write_manifest
+from qvl_pipeline.data.base_model import check_family, check_weights
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.training.ahead import spec_ahead, write_base_ahead
 from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import checkpoint_to_start_from
 from qvl_pipeline.training.processes import training_processes
-from qvl_pipeline.training.spec import Inputs, make_spec
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +54,8 @@ def check_before_preparing(
         _prepare(base_model, model)
         # What only the plan will tell; of a stream, the number of steps is declared.
         steps = batching.max_steps if batching.max_steps > 0 else None
-        summary = {"steps": steps or 0, "epochs": None, "samples_per_epoch": 0.0}
-        nowhere = base_model / "not made yet"
-        spec = make_spec(
-            Inputs(base_model, nowhere, nowhere, nowhere, summary),
-            sample=sample,
-            model=model,
-            batching=batching,
-            weights={},
-            train=train,
-            output_dir=scratch,
-            identity={},
-            resume_from="",
-            adapter=adapter,
-        )
+        blocks = sample, model, batching, train, adapter
+        spec = spec_ahead(base_model, base_model / "no frames yet", steps or 0, *blocks, scratch)
         check_before_launch(spec, steps, processes.per_node * processes.nodes.nnodes)
 
 
@@ -106,12 +94,8 @@ def check_eval_samples(valid_samples: Path, needed_by: str) -> None:
 
 
 def _prepare(folder: Path, model: ModelConfig) -> None:
-    """Write what the stage `tokenize` will write of the base model, with a tiny model's configuration only."""
-    write_manifest(folder, model)
+    write_base_ahead(folder, model)
     if (name := model.load_from_pretrained_path) is None:
-        from qvl_pipeline.demo.tiny_model import write_tiny_config
-
-        write_tiny_config(folder, model.processor_type)
         return
     from qvl_pipeline.data.plan.processor import load_processor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,13 @@ def short(
     tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]
 ) -> Callable[[str, str], TrainSpec]:
     """A training of three steps on two ranks, of each family and kind of adapter."""
-    made: dict[tuple[str, str], TrainSpec] = {}
 
+    @cache
     def training(family: str, kind: str) -> TrainSpec:
-        if (family, kind) not in made:
-            base = make_training(tmp_path_factory.mktemp("short"), tiny_folders(family), family)
-            made[family, kind] = changed(base, Path(base.run.output_dir), adapter=KINDS[kind])
-            trained(made[family, kind], nproc=2)
-        return made[family, kind]
+        base = make_training(tmp_path_factory.mktemp("short"), tiny_folders(family), family)
+        spec = changed(base, Path(base.run.output_dir), adapter=KINDS[kind])
+        trained(spec, nproc=2)
+        return spec
 
     return training
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,17 @@ def trainings(
     tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]
 ) -> Callable[[str, str], TrainSpec]:
     """A training of three steps on two ranks, of each family and kind of adapter, with a checkpoint after each step."""
-    made: dict[tuple[str, str], TrainSpec] = {}
 
+    @cache
     def training(family: str, kind: str) -> TrainSpec:
-        if (family, kind) not in made:
-            base = make_training(tmp_path_factory.mktemp("adapter"), tiny_folders(family), family)
-            run = {"save_steps": 1, "save_total_limit": 3}
-            adapter = {"lora": LORA, "dora": DORA}[kind]
-            if kind == "dora" and FAMILIES[family].experts:  # which are no linear layers
-                adapter = adapter | {"targets": {"llm": ["attention"]}}
-            made[family, kind] = changed(base, Path(base.run.output_dir), run=run, adapter=adapter)
-            trained(made[family, kind], nproc=2)
-        return made[family, kind]
+        base = make_training(tmp_path_factory.mktemp("adapter"), tiny_folders(family), family)
+        run = {"save_steps": 1, "save_total_limit": 3}
+        adapter = {"lora": LORA, "dora": DORA}[kind]
+        if kind == "dora" and FAMILIES[family].experts:  # which are no linear layers
+            adapter = adapter | {"targets": {"llm": ["attention"]}}
+        spec = changed(base, Path(base.run.output_dir), run=run, adapter=adapter)
+        trained(spec, nproc=2)
+        return spec
 
     return training
 

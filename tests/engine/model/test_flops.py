@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from benchmarks.gpu import NO_ADAPTER
 from torch.utils.flop_counter import FlopCounterMode
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
@@ -20,7 +21,6 @@ from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.flops import flops_of, peak_flops, peak_flops_by_name
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
-from qvl_pipeline.engine.spec import NO_ADAPTER
 from tests.engine.model.test_linear_attention import token_by_token
 
 # What torch counts beyond the model's work: the tables of rotary angles are a product of matrices as well.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks.gpu import NO_ADAPTER
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +28,7 @@ from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.run.stopping import StopRequest
 from qvl_pipeline.engine.run.watchdog import Watchdog
-from qvl_pipeline.engine.spec import NO_ADAPTER, RecomputeSpec, TrainSpec
+from qvl_pipeline.engine.spec import RecomputeSpec, TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -211,3 +211,9 @@ def _check_factors(spec: OptimSpec, factors: Sequence[float]) -> None:
             f"{schedule} would train the last {at_zero} of {steps} steps at a rate of 0, from step "
             f"{steps - at_zero + 1} on: choose {arguments} so that it falls to 0 at the last step"
         )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients to a norm over all ranks of at most `max_norm`, 0 being no limit; return their norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=True)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
