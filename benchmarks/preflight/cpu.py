@@ -53,8 +53,7 @@ def measured(settings: Sequence[Setting]) -> list[int]:
         port = server.getsockname()[1]
         server.close()
         ranks = settings[0].ranks
-        # Forked: everything is imported already.
-        mp.start_processes(_rank, (ranks, port, list(settings), folder), nprocs=ranks, start_method="fork")
+        mp.start_processes(_rank, (ranks, port, list(settings), folder), nprocs=ranks, start_method="spawn")
         found = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
         return [max(values) for values in zip(*found, strict=True)]
 
