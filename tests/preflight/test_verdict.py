@@ -80,9 +80,14 @@ def test_the_page_shows_it(small: dict[str, Any]) -> None:
     assert "nobody asked" in render_preflight("mine", {"verdict": "off", "sentence": "nobody asked"})
 
 
-@pytest.mark.parametrize("profile", ["qwen3_vl_2b", "qwen2_5_vl_72b"])
-def test_a_profile_fits_the_hardware_that_it_names(profile: str) -> None:
+@pytest.mark.parametrize(("profile", "hardware"), profiles.named_hardware().items())
+def test_a_profile_fits_the_hardware_that_it_names(profile: str, hardware: str) -> None:
     started = time.process_time()
-    report = profiles.answer(profile, profiles.named_hardware()[profile])
-    assert report["verdict"] == "fits", report["sentence"]
+    report = profiles.answer(profile, hardware)
     assert time.process_time() - started < 20
+    if profile.startswith("qwen3_5"):
+        assert report == {"verdict": "off", "sentence": report["sentence"]}
+        assert "linear attention has not been measured" in report["sentence"]
+        return
+    assert report["verdict"] == "fits", report["sentence"]
+    assert min(report["memory"]["parts"].values()) >= 0, "what a tower let go of others is theirs"
