@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.families import FAMILIES
@@ -68,6 +68,31 @@ TINY = {
         **IDS,
     ),
 }
+# Of the speed table alone: the comparison of attention kernels has nothing to say of their layers.
+TINY_LAYERS: dict[str, Any] = {
+    "tiny_qwen3_5": Qwen3_5Config(
+        text_config=_TEXT
+        | sizes(64, 128, 2, 4, 2)
+        | {"head_dim": 32, "vocab_size": 512, "layer_types": ["linear_attention", "full_attention"]}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+        | {"linear_value_head_dim": 16}
+        | {"rope_parameters": ROPE3 | {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.5}},
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+        | {"patch_size": 16, "num_position_embeddings": 64},
+        tie_word_embeddings=True,
+        **IDS,
+    ),
+    "tiny_qwen3_vl_moe": Qwen3VLMoeConfig(
+        text_config=_TEXT
+        | sizes(64, 128, 2, 4, 2)
+        | {"head_dim": 128, "rope_parameters": ROPE3, "vocab_size": 512}
+        | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+        | {"patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        tie_word_embeddings=True,
+        **IDS,
+    ),
+}
 
 
 @dataclass
@@ -97,11 +122,11 @@ def make_samples(config: Any, tokens: int) -> list[dict[str, Any]]:
 def make_clip(config: Any, tokens: int) -> dict[str, Any]:
     """A sample that fills a pack with one clip, of up to 512 frames at one a second, and a text about it.
 
-    Qwen3-VL has its seconds between the frames, which are pairs of frames here as in the models.
+    All but Qwen2.5-VL have the seconds between the frames, which are pairs of frames here as in the models.
     """
     height, width = (14, 16) if tokens >= 4096 else (4, 4)
     placeholders = [2] * (height * width // 4)
-    told = config.model_type == "qwen3_vl"
+    told = FAMILIES[config.model_type].tokens_per_second(config) is None
     pair = [9] * 6 + [3, *placeholders, 4] if told else placeholders
     text = max(tokens // 32, 32)
     pairs = min(256, (tokens - text - 2) // len(pair))

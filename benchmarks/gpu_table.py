@@ -36,11 +36,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import report as reports
 from benchmarks.gpu import MEAN_AND_STD, NO_ADAPTER, NOTHING_RECOMPUTED, OPTIM, PARALLEL, RECOMPUTED, one_rank
-from benchmarks.gpu_models import IDS, TINY, make_batch, make_clip, make_samples
+from benchmarks.gpu_models import IDS, TINY, TINY_LAYERS, make_batch, make_clip, make_samples
 from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.model.adapters.adapted import adapted_layers
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
 from qvl_pipeline.engine.model.adapters.injection import inject, quantize_base
-from qvl_pipeline.engine.model.adapters.linear import adapted_layers
 from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attention
 from qvl_pipeline.engine.model.attention.packed import use_packed_attention
@@ -66,6 +66,7 @@ PUBLISHED = (
     *(f"Qwen/{name}-Instruct" for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-8B")),
     *("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", *CUT),
 )
+SMALL = TINY | TINY_LAYERS
 WARMUP_STEPS = 2
 _LORA = dataclasses.replace(NO_ADAPTER, type="lora", r=64, alpha=128.0, export="adapter")
 _ADAPTERS = {"lora": _LORA, "qlora": dataclasses.replace(_LORA, quantize_base="nf4")}
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=14.0, help="no row is begun that may not end within them")
     parser.add_argument("--tiny", action="store_true", help="small models, on any device")
     options = parser.parse_args(arguments)
-    models = tuple(TINY) if options.tiny else tuple(options.models)
+    models = tuple(SMALL) if options.tiny else tuple(options.models)
     tokens, steps = (512, 1) if options.tiny else (options.tokens, options.steps)
     began, longest = time.monotonic(), 0.0
     with _ranks() as device:
@@ -99,9 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def by_importance(models: Sequence[str], forms: Sequence[str] = FORMS) -> list[tuple[str, str, str]]:
-    """All rows: every model in full on images, then the first form of video, then what takes turns after them."""
-    rows = [(model, form, media) for form in forms for media in MEDIA for model in models]
+    """All rows: every model in full on images, then the first form of video, then what takes turns after them.
+
+    What its family says no to is no row of a model.
+    """
+    rows = [(model, form, media) for form in forms for media in MEDIA for model in models if trains(model, form)]
     return sorted(rows, key=lambda row: forms.index(row[1]) + MEDIA.index(row[2]))  # stable: models keep their order
+
+
+def trains(model: str, form: str) -> bool:
+    """Whether a model can be trained in a form."""
+    family = FAMILIES[SMALL[model].model_type if model in SMALL else MODELS[model].family]
+    return form not in _ADAPTERS or not _ADAPTERS[form].quantizes or "quantized_base" not in family.unsupported
 
 
 class _Table:
@@ -248,8 +258,8 @@ def _watts(device: torch.device) -> list[float]:
 
 
 def _config(model: str) -> Any:
-    if model in TINY:
-        return TINY[model]
+    if model in SMALL:
+        return SMALL[model]
     said = MODELS[model].config()
     said["text_config"]["num_hidden_layers"] = CUT.get(model, MODELS[model].text.num_hidden_layers)
     return AutoConfig.for_model(**said, **IDS)

@@ -14,14 +14,16 @@ from kedro.framework.startup import bootstrap_project
 from kedro.pipeline import Node, Pipeline
 
 from qvl_pipeline.config import CompareConfig, EvaluateConfig, IngestConfig, ModelConfig, TrainConfig
+from qvl_pipeline.families.facts import ModelFacts
 from qvl_pipeline.pipeline_registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-TINY = ["tiny_qwen2_5_vl", "tiny_qwen3_5", "tiny_qwen3_vl", "tiny_qwen3_vl_lora"]
+TINY = ["tiny_qwen2_5_vl", "tiny_qwen3_5", "tiny_qwen3_vl", "tiny_qwen3_vl_lora", "tiny_qwen3_vl_moe"]
 REAL = [
     *("qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_72b"),
     *("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b"),
     *("qwen3_5_4b", "qwen3_5_9b", "qwen3_5_27b"),
+    *("qwen3_vl_30b_a3b", "qwen3_vl_235b_a22b", "qwen3_5_35b_a3b", "qwen3_5_122b_a10b"),
     *("frozen_vision", "long_video"),
 ]
 ADAPTED = ["qwen2_5_vl_7b_lora", "qwen3_vl_8b_lora", "qwen3_vl_8b_qlora"]
@@ -35,6 +37,11 @@ METRICS = {
     "base": {"video": {"exact_match": 0.1, "n": 3}},
     "trained": {"video": {"exact_match": 0.9, "n": 3}, "kind?": {"exact_match": 1}, "": {"exact_match": 0}},
 }
+
+
+def profile_named(facts: ModelFacts) -> str:
+    """Name of the profile of a published model, where there is one."""
+    return f"{facts.family.removesuffix('_moe')}_{facts.size.lower().replace('-', '_')}"
 
 
 def make_project(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from qvl_pipeline.profiles.checking import check_parameters
 from qvl_pipeline.profiles.loader import ProfileLoader, profile_names
 from qvl_pipeline.profiles.resolvers import project_path, tracking_uri
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
-from tests.kedro_project import ADAPTED, REAL, SHIPPED, TINY
+from tests.kedro_project import ADAPTED, REAL, SHIPPED, TINY, profile_named
 
 CONF = Path(__file__).parents[1] / "conf"
 # Lines that fit on one screen.
@@ -89,7 +89,7 @@ def test_no_value_for_real_models_shows_through_in_a_tiny_one(profile: str) -> N
 
 
 def test_the_tiny_profiles_prepare_their_dataset_alike() -> None:
-    for profile in ("tiny_qwen2_5_vl", "tiny_qwen3_5"):
+    for profile in ("tiny_qwen2_5_vl", "tiny_qwen3_5", "tiny_qwen3_vl_moe"):
         one, other = own("tiny_qwen3_vl"), own(profile)
         assert (one["ingest"], one["validate"]) == (other["ingest"], other["validate"])
         differing = {f"{name}.{key}" for name in one for key in one[name] if one[name][key] != other[name][key]}
@@ -177,7 +177,7 @@ def test_a_real_profile_is_of_a_known_model_and_says_for_which_hardware(profile:
     assert blocks["model"].processor_name == facts.name
     assert blocks["train"].export_dtype == "bf16"
     if profile in SIZES:
-        assert profile == f"{facts.family}_{facts.size.lower()}"
+        assert profile == profile_named(facts)
         # The global batch of the guide's eight GPUs, or more.
         assert blocks["batching"].packs_per_step >= 8
     lines = (CONF / profile / "parameters.yml").read_text().splitlines()

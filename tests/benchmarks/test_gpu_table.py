@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import gpu_table, report
 from benchmarks.gpu_models import TINY, make_batch, make_clip
-from benchmarks.gpu_table import FORMS, MEDIA, PUBLISHED, by_importance
+from benchmarks.gpu_table import FORMS, MEDIA, PUBLISHED, SMALL, by_importance
 
 from qvl_pipeline.families.facts import MODELS
 
@@ -17,6 +18,7 @@ from qvl_pipeline.families.facts import MODELS
 def test_every_row_is_measured_once_and_a_cut_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_table, "WARMUP_STEPS", 0)
+    monkeypatch.setattr(gpu_table, "SMALL", TINY)
     measure, measured = gpu_table.measure, []
 
     def cut_off(config: object, form: str, media: str, *rest: object) -> dict[str, object]:
@@ -40,6 +42,20 @@ def test_every_row_is_measured_once_and_a_cut_call_goes_on(tmp_path: Path, monke
         assert [row["form"] for row in csv.DictReader(file)] == [row["form"] for row in rows]
 
 
+@pytest.mark.parametrize("name", sorted(set(SMALL) - set(TINY)))
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_linear_attention_and_experts_are_measured_on_images_and_video(
+    name: str, media: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_table, "WARMUP_STEPS", 0)
+    with gpu_table.one_rank():
+        row = gpu_table.measure(SMALL[name], form, media, torch.device("cpu"), 512, 1)
+    assert (row["note"], row["kept_less"]) == ("", "nothing")
+    assert row["tokens_per_second"] > 0
+    assert {"tiny_qwen3_5": ", torch", "tiny_qwen3_vl_moe": ", grouped_mm"}[name] in row["kernels"]
+
+
 def test_no_row_is_begun_that_may_not_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_table, "measure", lambda *_: {"note": ""})
@@ -51,7 +67,11 @@ def test_the_table_is_of_published_models_and_begins_with_full_training_on_image
     assert set(PUBLISHED) <= set(MODELS)
     rows = by_importance(PUBLISHED)
     assert rows[: len(PUBLISHED)] == [(model, "full", "images") for model in PUBLISHED]
-    assert len(set(rows)) == len(rows) == len(PUBLISHED) * 4 * 2
+    assert {row[0] for row in rows if row[1:] == ("full", "video")} == set(PUBLISHED)
+    assert {"Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", "Qwen/Qwen3-VL-30B-A3B-Instruct"} <= set(PUBLISHED)
+    quantised = {row[0] for row in rows if row[1] == "qlora"}
+    assert quantised == {model for model in PUBLISHED if not MODELS[model].text.num_experts}
+    assert len(set(rows)) == len(rows) == (len(PUBLISHED) * 3 + len(quantised)) * 2
 
 
 @pytest.mark.parametrize(("name", "pairs"), [("tiny_qwen3_vl", 247), ("tiny_qwen2_5_vl", 256)])

@@ -32,6 +32,14 @@ FEW_BLOCKS = {
         {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "rms_norm_eps": 1e-3},
         {"depth": 2},
     ),
+    "qwen3_5_moe": (
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rms_norm_eps": 1e-3,
+            "router_aux_loss_coef": 0.2,
+        },
+        {"depth": 2},
+    ),
 }
 
 

@@ -28,7 +28,10 @@ _FORKSERVER.set_forkserver_preload(
         "torch.distributed.fsdp",
         "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+        "transformers.models.qwen3_5.modeling_qwen3_5",
+        "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
+        "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
         __name__,
     ]
 )

@@ -10,7 +10,7 @@ import yaml
 
 from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.families.facts import MODELS, ModelFacts
-from tests.kedro_project import REAL
+from tests.kedro_project import REAL, profile_named
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
@@ -27,7 +27,7 @@ def short(facts: ModelFacts) -> str:
 
 
 def profile_of(facts: ModelFacts) -> str:
-    name = f"{facts.family}_{facts.size.lower()}"
+    name = profile_named(facts)
     return f"`{name}`" if name in REAL else "none"
 
 
@@ -50,7 +50,8 @@ def variants() -> list[Row]:
 def inside() -> list[Row]:
     return [
         [
-            *(short(facts), str(text.num_hidden_layers), f"{text.hidden_size:,}", f"{text.intermediate_size:,}"),
+            *(short(facts), str(text.num_hidden_layers), f"{text.hidden_size:,}"),
+            f"{text.intermediate_size or text.shared_expert_intermediate_size:,}",
             *(str(text.num_attention_heads), str(text.num_key_value_heads), str(text.head_dim)),
             *(f"{text.vocab_size:,}", "yes" if text.tie_word_embeddings else "no"),
         ]

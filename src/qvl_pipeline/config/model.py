@@ -34,7 +34,7 @@ class ModelConfig(Block):
         linear_attn_implementation: Kernels of linear attention, where a family has it (Qwen3.5): `fla` is the packages
             flash-linear-attention and causal-conv1d on a GPU; `torch` needs neither, and trains 1.5 to 2.5 times slower
             there. `auto` takes `fla` on a GPU, and refuses to start where a package is missing.
-        experts_implementation: How experts are computed, where a family has any (Qwen3-VL-MoE): `grouped_mm` is one
+        experts_implementation: How experts are computed, where a family has any (those called MoE): `grouped_mm` is one
             product for all of them, `eager` one after the other; `auto` takes the former where it runs.
         thinking: How conversations are trained on whose earlier thoughts (or empty ones) the chat template leaves out
             once they go on. `each_turn` makes a prompt of its own of each answer that comes out differently later, as

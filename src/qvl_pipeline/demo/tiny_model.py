@@ -107,9 +107,13 @@ QWEN3_5 = {
 }
 
 
-# Qwen3-VL with eight experts in each layer, two for each token.
-QWEN3_VL_MOE = QWEN3_VL | {
-    "text_config": QWEN3_VL["text_config"] | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+# Eight experts in each layer, two for each token; of Qwen3.5 also one for all.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+QWEN3_VL_MOE = QWEN3_VL | {"text_config": QWEN3_VL["text_config"] | EXPERTS}
+QWEN3_5_MOE = QWEN3_5 | {
+    "text_config": {name: value for name, value in QWEN3_5["text_config"].items() if name != "intermediate_size"}
+    | EXPERTS
+    | {"shared_expert_intermediate_size": 96}
 }
 # The thinker alone. Chunks of 40 spectra (0.4 s) in the audio tower, where the published model has 200.
 QWEN2_5_OMNI = {
@@ -133,6 +137,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": QWEN2_5_VL,
     "qwen3_5": QWEN3_5,
     "qwen3_vl_moe": QWEN3_VL_MOE,
+    "qwen3_5_moe": QWEN3_5_MOE,
     "qwen2_5_omni": QWEN2_5_OMNI,
 }
 
@@ -155,7 +160,9 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
     if family not in CONFIGS:
         raise ValueError(f"family '{family}': there are tiny models of {', '.join(sorted(CONFIGS))} only")
     omni = family == "qwen2_5_omni"
-    tokenizer = train_tokenizer(corpus, Qwen3_5Tokenizer if family == "qwen3_5" else Qwen2Tokenizer, omni=omni)
+    tokenizer = train_tokenizer(
+        corpus, Qwen3_5Tokenizer if FAMILIES[family].linear_attention else Qwen2Tokenizer, omni=omni
+    )
     of_processor = {"qwen2_5_vl": _qwen2_5_vl_processor, "qwen2_5_omni": _qwen2_5_omni_processor}
     processor = of_processor.get(family, _qwen3_vl_processor)(tokenizer, family)
     with torch.random.fork_rng(devices=[]):
@@ -171,7 +178,8 @@ def build_tiny_model(folder: Path, *, family: str, seed: int, corpus: Iterable[s
     )
     folder.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(folder)
-    model.save_pretrained(folder)
+    # As published: transformers would write Qwen3.5's experts one by one, as no checkpoint on the hub has them.
+    model.save_pretrained(folder, save_original_format=family != "qwen3_5_moe")
 
 
 def write_tiny_config(folder: Path, family: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from qvl_pipeline.families import qwen2_5_omni, qwen2_5_vl, qwen3_5, qwen3_vl, qwen3_vl_moe
+from qvl_pipeline.families import qwen2_5_omni, qwen2_5_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from qvl_pipeline.families.family import ModelFamily, divided_heads
 
 FAMILIES: dict[str, ModelFamily] = {
     family.name: family
-    for family in (qwen3_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_5.FAMILY, qwen3_vl_moe.FAMILY, qwen2_5_omni.FAMILY)
+    for family in (
+        qwen3_vl.FAMILY,
+        qwen2_5_vl.FAMILY,
+        qwen3_5.FAMILY,
+        qwen3_vl_moe.FAMILY,
+        qwen3_5_moe.FAMILY,
+        qwen2_5_omni.FAMILY,
+    )
 }
 
 

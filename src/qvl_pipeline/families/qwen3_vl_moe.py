@@ -18,13 +18,14 @@ FAMILY = replace(
     liger_kernels={"Qwen3VLMoeTextRMSNorm": "rms_norm"},
     unsupported={
         "quantized_base": "its experts, most of the model, are fused tensors, and only linear layers are quantised",
-        "ep": "not built, experts are sharded by FSDP2 alone",
+        "ep": "not built, experts are sharded by FSDP2 alone (docs/training.md says what is missing)",
         "preflight": "the memory of experts has not been measured",
         "compile": "what routers decide is recorded outside of the graphs",
     },
     notes={
-        "adapters": "of attention and the vision side; experts are fused tensors, no linear layers",
+        "adapters": "of attention and the vision side, and LoRA of each expert by {llm: [experts]}",
         "liger": "norms only",
+        "muon": "of matrices; the fused tensors of experts are trained by AdamW",
     },
     transposed_in_hub=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )

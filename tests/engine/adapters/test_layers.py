@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qvl_pipeline.engine.model.adapters.form import Form, scaling_of
 from qvl_pipeline.engine.model.adapters.injection import adapt, enable
-from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, Form, row_lengths, scaling_of
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, row_lengths
 from qvl_pipeline.engine.model.adapters.merging import merged
 from qvl_pipeline.engine.model.adapters.targets import choose_targets
 from qvl_pipeline.families import FAMILIES
@@ -96,10 +97,13 @@ class TestTargets:
     ) -> None:
         chosen = choose_targets(hf_model, FAMILIES[family], {"llm": "all"})
         owners = {name.removeprefix("model.language_model.layers.") for name in chosen}
-        mlp = [] if FAMILIES[family].experts else [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+        mlp = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+        if FAMILIES[family].experts:
+            of_all = [f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")]
+            mlp = [*of_all, "mlp.shared_expert_gate"] if family == "qwen3_5_moe" else []
         softmax = [f"self_attn.{x}_proj" for x in "qkvo"]
         linear = [f"linear_attn.{x}" for x in (*(f"in_proj_{y}" for y in ("qkv", "z", "b", "a")), "out_proj")]
-        attention = [linear, softmax, linear] if family == "qwen3_5" else [softmax] * 3
+        attention = [linear, softmax, linear] if FAMILIES[family].linear_attention else [softmax] * 3
         assert owners == {f"{layer}.{kind}" for layer in range(3) for kind in attention[layer] + mlp}
 
     def test_kinds_and_globs_stay_in_their_part(self, hf_model: PreTrainedModel, family: str) -> None:
@@ -112,7 +116,7 @@ class TestTargets:
         assert [n for n in chosen if "mlp" in n and "visual" not in n] == [
             "model.language_model.layers.0.mlp.gate_proj"
         ] * len(mlp)
-        assert sum("_attn." in n for n in chosen) == (14 if family == "qwen3_5" else 12)
+        assert sum("_attn." in n for n in chosen) == (14 if FAMILIES[family].linear_attention else 12)
 
     def test_a_suffix_that_vision_has_too_does_not_hit_it(self, tiny_folders) -> None:
         from transformers import AutoModelForImageTextToText
@@ -136,7 +140,8 @@ class TestTargets:
         ],
     )
     def test_what_matches_nothing_is_an_error(self, hf_model, family: str, targets: dict, message: str) -> None:
-        message = message.replace("attention, mlp", "attention") if FAMILIES[family].experts else message
+        kinds = {"qwen3_vl_moe": "attention, experts", "qwen3_5_moe": "attention, experts, mlp"}
+        message = message.replace("attention, mlp", kinds.get(family, "attention, mlp"))
         with pytest.raises(ValueError, match=message):
             choose_targets(hf_model, FAMILIES[family], targets)
 

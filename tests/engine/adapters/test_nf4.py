@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from qvl_pipeline.engine.model.adapters.form import Form
 from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
-from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, Form
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.adapters.nf4 import VALUES, dequantize, quantize, stored_shapes
 from qvl_pipeline.engine.model.adapters.values import fill_quantized, whole_matrix
 

@@ -38,7 +38,7 @@ def trainings(
         base = make_training(tmp_path_factory.mktemp("adapter"), tiny_folders(family), family)
         run = {"save_steps": 1, "save_total_limit": 3}
         adapter = {"lora": LORA, "dora": DORA}[kind]
-        if kind == "dora" and FAMILIES[family].experts:  # which are no linear layers
+        if kind == "dora" and family == "qwen3_vl_moe":  # its experts are no linear layers
             adapter = adapter | {"targets": {"llm": ["attention"]}}
         spec = changed(base, Path(base.run.output_dir), run=run, adapter=adapter)
         trained(spec, nproc=2)
@@ -106,8 +106,6 @@ def test_what_is_trained_is_exactly_what_was_named_and_the_rest_is_bit_unchanged
 
 
 def _same(hub: str, name: str, training: TrainSpec) -> bool:
-    from qvl_pipeline.families import FAMILIES
-
     return FAMILIES[training.model.family].hub_name(name) == hub
 
 

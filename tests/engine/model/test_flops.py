@@ -82,6 +82,7 @@ def test_flops_are_those_that_torch_counts(
     ids=str,
 )
 def test_flops_of_adapters_are_those_that_torch_counts(
+    family: str,
     packed: PackedVLM,
     builder: BatchBuilder,
     samples: dict[str, dict[str, Any]],
@@ -92,8 +93,10 @@ def test_flops_of_adapters_are_those_that_torch_counts(
     train_fully: tuple[str, ...],
     base: str,
 ) -> None:
-    if packed.family.experts and "mlp" in targets.get("llm", ()):
+    if family == "qwen3_vl_moe" and "mlp" in targets.get("llm", ()):
         targets = targets | {"llm": ["attention"]}  # experts are no linear layers
+    if packed.family.experts and kind == "lora" and "llm" in targets and base == "none":
+        targets = targets | {"llm": ["attention", "experts"] if targets["llm"] == "all" else ["experts"]}
     asked = {"dropout": dropout, "init": init, "targets": targets, "train_fully": train_fully, "quantize_base": base}
     spec = dataclasses.replace(NO_ADAPTER, type=kind, **asked)
     packed.train()
@@ -130,10 +133,12 @@ def test_golden_flops_of_the_tiny_model(family: str, packed: PackedVLM, builder:
     sample = {"sample_id": "s", "source": "a", "input_ids": ids, "label_spans": torch.tensor([[15, 20]]).numpy()}
     batch = builder.build([sample | {"media": media}], vision=True)
     softmax, mlp_of_text, pairs_of_text = 2 * 128 * 128 + 2 * 128 * 64, 3 * 128 * 384, 12 * 128 * (20 * 21 // 2)
-    if family == "qwen3_vl_moe":  # two experts of 128x96 for each token, of eight between which a matrix chooses
+    if packed.family.experts:  # two experts of 128x96 for each token, of eight between which a matrix chooses
         mlp_of_text = 2 * 3 * 128 * 96 + 128 * 8
+    if family == "qwen3_5_moe":  # and one more of the same size, with a gate
+        mlp_of_text += 3 * 128 * 96 + 128
     decoder = 3 * (6 * 20 * (softmax + mlp_of_text) + pairs_of_text)
-    if family == "qwen3_5":
+    if packed.family.linear_attention:
         linear = 128 * (256 + 128 + 2 * 8) + 4 * 256 + 128 * 128 + 3 * 8 * 16 * 16
         decoder = 6 * 20 * (softmax + 128 * 128 + 2 * linear + 3 * mlp_of_text) + pairs_of_text
     head = 6 * 5 * 128 * config.text_config.vocab_size
@@ -142,6 +147,7 @@ def test_golden_flops_of_the_tiny_model(family: str, packed: PackedVLM, builder:
         "qwen3_vl": (2 * 96 * 192, 3, 3 * 2 * 16 * 16, 2 * 32 * 32),
         "qwen3_vl_moe": (2 * 96 * 192, 3, 3 * 2 * 16 * 16, 2 * 32 * 32),
         "qwen3_5": (2 * 96 * 192, 1, 3 * 2 * 16 * 16, 2 * 32 * 32),
+        "qwen3_5_moe": (2 * 96 * 192, 1, 3 * 2 * 16 * 16, 2 * 32 * 32),
         # Block 1 sees the image, block 0 windows of 2 x 2 patches: 8 windows of 4.
         "qwen2_5_vl": (3 * 96 * 192, 1, 3 * 2 * 14 * 14, 32 * 32 + 8 * 4 * 4),
     }[family]

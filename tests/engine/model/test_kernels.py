@@ -26,6 +26,7 @@ EXPECTED = {
     "qwen2_5_vl": {"Qwen2MLP": 3, "Qwen2_5_VLMLP": 2, "Qwen2_5_VLRMSNorm": 12},
     # Of its three layers one has softmax attention, with norms of queries and keys.
     "qwen3_5": {"Qwen3_5MLP": 3, "Qwen3_5RMSNorm": 9},
+    "qwen3_5_moe": {"Qwen3_5MoeMLP": 3, "Qwen3_5MoeRMSNorm": 9},
 }
 
 

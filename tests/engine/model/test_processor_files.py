@@ -218,6 +218,7 @@ def test_families_say_what_their_processors_do() -> None:
         "qwen3_vl": PER_CLIP[Qwen3VLVideoProcessor],
         "qwen3_vl_moe": PER_CLIP[Qwen3VLVideoProcessor],
         "qwen3_5": PER_CLIP[Qwen3VLVideoProcessor],
+        "qwen3_5_moe": PER_CLIP[Qwen3VLVideoProcessor],
         "qwen2_5_vl": PER_CLIP[Qwen2VLVideoProcessor],
         "qwen2_5_omni": PER_CLIP[Qwen2VLVideoProcessor],
     }

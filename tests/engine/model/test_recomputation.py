@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.feed.batch_loader import LoaderOptions, load_batches
 from qvl_pipeline.engine.feed.steps import SharedSteps, read_plan
+from qvl_pipeline.engine.model.adapters.adapted import adapted_layers
 from qvl_pipeline.engine.model.adapters.injection import inject
-from qvl_pipeline.engine.model.adapters.linear import adapted_layers
 from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.flops import flops_of
@@ -103,13 +103,13 @@ def test_selective_recomputation_repeats_no_large_product(
 
     once, selective, full = flops("none"), flops("selective"), flops("full")
     forward = flops_of(packed)  # which counts three forward passes, two of them for the gradients
-    family, tokens = packed.hf.config.model_type, len(batch.input_ids[0])
+    family, tokens = packed.family, len(batch.input_ids[0])
     repeated = selective - once - low_rank * tokens
-    if family == "qwen3_5":  # the products in the steps of its linear attention are small and many, and made again
+    if family.linear_attention:  # the products in the steps of its linear attention are small and many, and made again
         assert 0 < repeated < 0.1 * (full - once)
     else:
         assert repeated == 0
-    if family == "qwen3_vl_moe":  # torch does not count the products of experts in groups
+    if family.experts:  # torch does not count the products of experts in groups
         assert full > selective
     else:
         assert full - once > 0.9 * forward.per_token / 3 * tokens

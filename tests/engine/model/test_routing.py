@@ -15,15 +15,19 @@ from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.routing import StepBalance, choose_experts_kernel, expert_load
 from qvl_pipeline.engine.spec import RecomputeSpec
+from qvl_pipeline.families import FAMILIES
 from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
 from tests.engine.packs import load_packed, make_builder, make_samples
 
-MOE = "qwen3_vl_moe"
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.router])
+def moe(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
-def model(tiny_folders: Callable[[str], Path]) -> PackedVLM:
-    return load_packed(tiny_folders(MOE), MOE)
+def model(moe: str, tiny_folders: Callable[[str], Path]) -> PackedVLM:
+    return load_packed(tiny_folders(moe), moe)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +41,8 @@ def of_a_step(
     model: PackedVLM, split: Sequence[Sequence[str]], *, rmpad: bool = True
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Balance loss of a step of these micro-batches, and its gradients alone."""
-    config = model.hf.config
-    builder, samples = make_builder(config, MOE, rmpad=rmpad), make_samples(config, MOE)
+    config, moe = model.hf.config, model.family.name
+    builder, samples = make_builder(config, moe, rmpad=rmpad), make_samples(config, moe)
     batches = [builder.build([samples[kind] for kind in kinds], vision=True) for kinds in split]
     balance = StepBalance(model.routing)
     if len(batches) > 1:
@@ -53,9 +57,11 @@ def of_a_step(
     return total, {name: grad.clone() for name, grad in gradients(model).items()}
 
 
-def test_one_unpadded_batch_has_the_loss_of_transformers(model: PackedVLM, tiny_folders: Callable[[str], Path]) -> None:
-    hf = AutoModelForImageTextToText.from_pretrained(tiny_folders(MOE), dtype=torch.float32)
-    sample = make_samples(hf.config, MOE)["text"]
+def test_one_unpadded_batch_has_the_loss_of_transformers(
+    model: PackedVLM, moe: str, tiny_folders: Callable[[str], Path]
+) -> None:
+    hf = AutoModelForImageTextToText.from_pretrained(tiny_folders(moe), dtype=torch.float32)
+    sample = make_samples(hf.config, moe)["text"]
     ids = torch.tensor(sample["input_ids"], dtype=torch.long)[None]
     expected = hf(input_ids=ids, output_router_logits=True).aux_loss
     expected.backward()
@@ -79,8 +85,8 @@ def test_any_split_of_a_step_has_the_same_loss_and_gradients(model: PackedVLM, s
     assert_same_gradients({name: grads.get(name, torch.zeros_like(grad)) for name, grad in whole.items()}, whole)
 
 
-def test_padding_is_no_token(model: PackedVLM, tiny_folders: Callable[[str], Path]) -> None:
-    padded = load_packed(tiny_folders(MOE), MOE, rmpad=False)
+def test_padding_is_no_token(model: PackedVLM, moe: str, tiny_folders: Callable[[str], Path]) -> None:
+    padded = load_packed(tiny_folders(moe), moe, rmpad=False)
     (expected, whole), (loss, grads) = of_a_step(model, [KINDS]), of_a_step(padded, [KINDS], rmpad=False)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert_same_gradients(grads, whole)
@@ -88,7 +94,8 @@ def test_padding_is_no_token(model: PackedVLM, tiny_folders: Callable[[str], Pat
 
 def test_samples_that_are_left_out_do_not_raise_its_weight(model: PackedVLM) -> None:
     """Gradients of a step are divided again by what is left of its tokens."""
-    builder, samples = make_builder(model.hf.config, MOE), make_samples(model.hf.config, MOE)
+    config, moe = model.hf.config, model.family.name
+    builder, samples = make_builder(config, moe), make_samples(config, moe)
     model(builder.build([samples["text"]], vision=False))
     whole, some = StepBalance(model.routing).loss(), StepBalance(model.routing, lambda: 0.25).loss()
     assert some.item() == pytest.approx(0.75 * whole.item())

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qvl_pipeline.engine.feed.batch import Batch
+from qvl_pipeline.engine.model.adapters.experts import FUSED, ExpertsUpdate, target_of
 from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -211,10 +212,28 @@ class _Cost:
     per_pass: int
     reaches_trained: bool
 
+    def __add__(self, other: _Cost) -> _Cost:
+        return _Cost(
+            self.per_row + other.per_row,
+            self.per_pair + other.per_pair,
+            self.per_pass + other.per_pass,
+            self.reaches_trained or other.reaches_trained,
+        )
+
 
 def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
+    """Add up a module; where its MLP is a mixture of experts, that is looked into by itself."""
+    mixture = getattr(module, "mlp", None)
+    if not hasattr(mixture, "experts"):
+        return _cost_in_order(module, reaches_trained)
+    attention = _cost_in_order(module, reaches_trained, without=mixture)
+    return attention + _mixture_cost(mixture, attention.reaches_trained)
+
+
+def _cost_in_order(module: nn.Module, reaches_trained: bool, without: nn.Module | None = None) -> _Cost:
     """Add up the matrices of a module in the order of the forward pass, and its attention behind the first of them."""
-    modules = [(name.split(".")[-1], part) for name, part in module.named_modules()]
+    left_out = set(without.modules()) if without else set()
+    modules = [(name.split(".")[-1], part) for name, part in module.named_modules() if part not in left_out]
     parts = [(name, part) for name, part in modules if _is_matrix(part) or not list(part.children())]
     # transformers declares the inputs of linear attention after what comes behind them.
     parts.sort(key=lambda named: not named[0].startswith("in_proj_"))
@@ -238,15 +257,23 @@ def _cost(module: nn.Module, reaches_trained: bool) -> _Cost:
             width = _shape(names[query])[0] // 3 if query == "qkv" else _shape(outer)[1]
             # Queries x keys and weights x values; backward, two products for each of them.
             per_pair = 4 * width * (3 if reaches_trained else 1)
-        if name == "gate" and hasattr(module.mlp, "experts"):
-            experts, active = module.mlp.experts, module.mlp.gate.top_k
-            for weight in (experts.gate_up_proj, experts.down_proj):
-                share = weight.numel() * active // experts.num_experts
-                per_row += 2 * share * (1 + reaches_trained + weight.requires_grad)
-                reaches_trained |= weight.requires_grad
         if name == "conv1d":
             per_row += _state_cost(module.linear_attn) * (3 if reaches_trained else 1)
     return _Cost(per_row, per_pair, per_pass, reaches_trained)
+
+
+def _mixture_cost(mixture: nn.Module, reaches_trained: bool) -> _Cost:
+    """FLOPs of what a router, the experts that it chooses and the one that all tokens go to make of the same rows."""
+    experts, active = mixture.experts, mixture.gate.top_k
+    updates = {target_of(name): part for name, part in experts.named_children() if isinstance(part, ExpertsUpdate)}
+    per_row, reaches = 0, reaches_trained
+    for name in FUSED:
+        weight, update = getattr(experts, name), updates.get(name)
+        work = 2 * weight.numel() * (1 + reaches + weight.requires_grad)
+        per_row += (work + (_update_cost(update, reaches) if update else 0)) * active // experts.num_experts
+        reaches |= weight.requires_grad or update is not None
+    beside = [part for name, part in mixture.named_children() if name != "experts"]
+    return sum((_cost_in_order(part, reaches_trained) for part in beside), start=_Cost(per_row, 0, 0, reaches))
 
 
 def _state_cost(layer: nn.Module) -> int:
@@ -254,8 +281,8 @@ def _state_cost(layer: nn.Module) -> int:
     return 3 * 2 * layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
 
 
-def _update_cost(layer: AdaptedLinear, reaches_trained: bool) -> int:
-    """FLOPs a row of an adapter."""
+def _update_cost(layer: AdaptedLinear | ExpertsUpdate, reaches_trained: bool) -> int:
+    """FLOPs a row of an adapter; of one of experts, of a row that would go through all of them."""
     first, second = layer.lora_A.numel(), layer.lora_B.numel()
     cost = 2 * first * (2 + reaches_trained) + 2 * second * 3
     if layer.form.pissa:

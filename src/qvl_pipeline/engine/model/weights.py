@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from qvl_pipeline.engine.model.adapters.adapted import base_sizes
 from qvl_pipeline.engine.model.adapters.frozen import quantized_layers
-from qvl_pipeline.engine.model.adapters.linear import base_sizes
 from qvl_pipeline.engine.model.adapters.values import fill_quantized
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights, weights_folder

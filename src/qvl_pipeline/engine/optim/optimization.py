@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
+from qvl_pipeline.engine.model.adapters.adapted import adapter_parameters
 from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.optim.muon import ShardedMuon

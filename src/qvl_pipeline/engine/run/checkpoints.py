@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 
-from qvl_pipeline.engine.model.adapters.linear import adapter_parameters
+from qvl_pipeline.engine.model.adapters.adapted import adapter_parameters
 from qvl_pipeline.engine.run.checkpoint_files import (
     COMPLETE,
     CheckpointError,

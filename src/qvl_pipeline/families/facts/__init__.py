@@ -21,7 +21,7 @@ class TextFacts:
 
     Attributes:
         hidden_size: Width.
-        intermediate_size: Width inside of an MLP.
+        intermediate_size: Width inside of an MLP; `None` where there are experts only.
         num_hidden_layers: Decoder layers.
         num_attention_heads: Query heads.
         num_key_value_heads: Key and value heads.
@@ -41,10 +41,10 @@ class TextFacts:
         num_experts: Experts of each layer; `None` is an MLP instead.
         num_experts_per_tok: Experts that a token goes to.
         moe_intermediate_size: Width inside of an expert.
+        shared_expert_intermediate_size: Width inside of the expert that every token goes to; `None` is none.
     """
 
     hidden_size: int
-    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -56,6 +56,7 @@ class TextFacts:
     mrope_interleaved: bool
     rms_norm_eps: float
     tie_word_embeddings: bool
+    intermediate_size: int | None = None
     partial_rotary_factor: float | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
@@ -64,6 +65,7 @@ class TextFacts:
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
 
 
 @dataclass(frozen=True)

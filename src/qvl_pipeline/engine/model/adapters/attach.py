@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from qvl_pipeline.engine.model.adapters.adapted import adapted_layers
 from qvl_pipeline.engine.model.adapters.files import read_adapter
+from qvl_pipeline.engine.model.adapters.form import Form, scaling_of
 from qvl_pipeline.engine.model.adapters.injection import adapt, enable
-from qvl_pipeline.engine.model.adapters.linear import Form, adapted_layers, row_lengths_of, scaling_of
+from qvl_pipeline.engine.model.adapters.linear import row_lengths_of
 
 
 class AttachedAdapter:
@@ -27,7 +29,8 @@ class AttachedAdapter:
         """
         stored = read_adapter(folder)
         parameters = dict(model.named_parameters())
-        if foreign := sorted({f"{name}.weight" for name in stored.layers}.union(stored.fully).difference(parameters)):
+        weights = {name if name in stored.experts else f"{name}.weight" for name in stored.layers}
+        if foreign := sorted(weights.union(stored.fully).difference(parameters)):
             raise ValueError(f"the adapter {folder} has '{foreign[0]}', which its base model has not")
         scaling = scaling_of(stored.alpha, stored.r, rslora=stored.rslora)
         adapt(model, stored.layers, Form(stored.r, scaling, dora=stored.dora))

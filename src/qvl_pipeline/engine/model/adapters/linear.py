@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear, quantized_layers
-
-
-@dataclass(frozen=True)
-class Form:
-    """What all adapted layers of a model have in common.
-
-    Attributes:
-        r: Rank of the update.
-        scaling: Factor on the update.
-        dropout: Share of the inputs of the update that are dropped in training.
-        dora: The rows of the adapted matrix have a trained length of their own.
-        pissa: The update starts at the principal part of the matrix, and what it started at is subtracted again.
-    """
-
-    r: int
-    scaling: float
-    dropout: float = 0.0
-    dora: bool = False
-    pissa: bool = False
-
-
-def scaling_of(alpha: float, r: int, *, rslora: bool) -> float:
-    """Factor on the update: `alpha / r` (Hu et al. 2021), or `alpha / sqrt(r)` (Kalajdzievski 2023, rsLoRA)."""
-    return alpha / (math.sqrt(r) if rslora else r)
+from qvl_pipeline.engine.model.adapters.form import Form
+from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 
 
 class AdaptedLinear(FrozenLinear):
@@ -113,32 +86,3 @@ def row_lengths(
 def row_lengths_of(weight: torch.Tensor) -> torch.Tensor:
     """Lengths of the rows of a matrix, `[out]`, float32: from which peft's lengths and ours are told apart."""
     return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Yield the adapted layers of a model by name, in its order."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            yield name, module
-
-
-def adapter_parameters(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that adapters add to a model."""
-    return {
-        f"{name}.{own}"
-        for name, layer in adapted_layers(model)
-        for own, _ in layer.named_parameters(recurse=False)
-        if own.startswith("lora_")
-    }
-
-
-def base_sizes(model: nn.Module) -> dict[str, int]:
-    """Return the elements of each weight of the base model by its name there: without adapters, as if unquantised."""
-    quantized = {
-        f"{name}.quantized.{own}": (f"{name}.weight", layer.quantized.shape.numel())
-        for name, layer in quantized_layers(model)
-        for own in layer.quantized.stored()
-    }
-    added = adapter_parameters(model)
-    stored = ((name, tensor.numel()) for name, tensor in model.state_dict().items() if name not in added)
-    return dict(quantized.get(name, (name, numbers)) for name, numbers in stored)

@@ -9,14 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qvl_pipeline.engine.model.adapters.adapted import adapted_layers, adapter_parameters, base_sizes
+from qvl_pipeline.engine.model.adapters.experts import ExpertsUpdate
 from qvl_pipeline.engine.model.adapters.files import StoredAdapter, read_adapter
-from qvl_pipeline.engine.model.adapters.linear import (
-    AdaptedLinear,
-    adapted_layers,
-    adapter_parameters,
-    base_sizes,
-    row_lengths_of,
-)
+from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear, row_lengths_of
 from qvl_pipeline.engine.model.adapters.values import fill, whole_matrix
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.weight_files import StoredWeights
@@ -49,15 +45,16 @@ def set_initial_values(model: PackedVLM, spec: AdapterSpec, base: str, seed: int
             continue
         fill(layer.lora_A, _random_rows(layer, f"{seed}/{name}"))
         nn.init.zeros_(layer.lora_B)
-        if layer.lora_magnitude is not None:
+        if layer.form.dora:
             nn.init.zeros_(layer.lora_magnitude)
 
 
-def _random_rows(layer: AdaptedLinear, seed: str) -> torch.Tensor:
+def _random_rows(layer: AdaptedLinear | ExpertsUpdate, seed: str) -> torch.Tensor:
     """Draw `A` as peft does, but from a generator of the layer's own: it depends on nothing that was drawn before."""
     values = torch.empty(layer.lora_A.shape, dtype=torch.float32)
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(values.flatten(0, -2), a=math.sqrt(5), generator=generator)  # of all experts alike
+    return values
 
 
 def _principal_part(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +76,7 @@ def _start_from(model: PackedVLM, folder: str, base: str) -> None:
         tensors = stored.layers[name]
         for own in ("lora_A", "lora_B"):
             fill(getattr(layer, own), tensors[own])
-        if layer.lora_magnitude is not None:
+        if layer.form.dora:
             fill(layer.lora_magnitude, tensors["lora_magnitude"] - row_lengths_of(weights.read(f"{name}.weight")))
     for name, values in stored.fully.items():
         fill(model.hf.get_parameter(name), values)

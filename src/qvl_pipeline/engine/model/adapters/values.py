@@ -6,6 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from qvl_pipeline.engine.model.adapters.experts import ExpertsUpdate
 from qvl_pipeline.engine.model.adapters.frozen import FrozenLinear
 from qvl_pipeline.engine.model.adapters.linear import AdaptedLinear
 from qvl_pipeline.engine.model.adapters.nf4 import dequantize, quantize
@@ -55,7 +56,7 @@ def whole_matrix(layer: FrozenLinear) -> torch.Tensor:
     return dequantize(stored, layer.quantized.shape, torch.float32)
 
 
-def gathered_adapter(layer: AdaptedLinear) -> dict[str, torch.Tensor]:
+def gathered_adapter(layer: AdaptedLinear | ExpertsUpdate) -> dict[str, torch.Tensor]:
     """Return the whole tensors that an adapter adds to its layer, by their names there; called by all ranks."""
     added = [(name, p) for name, p in layer.named_parameters(recurse=False) if name.startswith("lora_")]
     return {name: gathered(parameter) for name, parameter in added}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from qvl_pipeline.engine.model.adapters.linear import adapted_layers, base_sizes
+from qvl_pipeline.engine.model.adapters.adapted import adapted_weights, base_sizes
 from qvl_pipeline.engine.model.adapters.merging import merged
 from qvl_pipeline.engine.model.adapters.values import gathered, gathered_adapter
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -34,7 +36,7 @@ class WholeWeights:
             # One parameter under two names would be larger on disk, and could come apart when edited.
             self._sizes.pop(name)
         self._trained = {name: p for name, p in model.hf.state_dict(keep_vars=True).items() if p.requires_grad}
-        self._adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model.hf)}
+        self._adapted = adapted_weights(model.hf)
         self._stored = StoredWeights(base, model.family, self._sizes) if leads else None
         self._family = model.family
 
@@ -64,11 +66,17 @@ class WholeWeights:
         if name in self._adapted:
             layer = self._adapted[name]
             adapter = gathered_adapter(layer)
-            return merged(self._stored.read(name), adapter, layer.form) if self._stored else None
+            if not self._stored:
+                return None
+            shape = (*adapter["lora_B"].shape[:-1], adapter["lora_A"].shape[-1])
+            whole = merged(self._turned(name, self._stored.read(name), shape), adapter, layer.form)
+            return self._turned(name, whole, shape)
         if name in self._trained:
             whole = gathered(self._trained[name])
-            if not self._leads:
-                return None
-            turned = self._family.is_transposed(name, self._stored.shape(name), whole.shape)
-            return whole.transpose(-1, -2) if turned else whole
+            return self._turned(name, whole, whole.shape) if self._stored else None
         return self._stored.read(name) if self._stored else None
+
+    def _turned(self, name: str, weight: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Exchange the last two dimensions of a weight, of this shape in the module, if it is stored so."""
+        turned = self._family.is_transposed(name, self._stored.shape(name), shape)
+        return weight.transpose(-1, -2) if turned else weight
