@@ -80,7 +80,7 @@ def test_the_page_shows_it(small: dict[str, Any]) -> None:
     assert "nobody asked" in render_preflight("mine", {"verdict": "off", "sentence": "nobody asked"})
 
 
-@pytest.mark.parametrize("profile", ["qwen3_vl_2b", "qwen2_5_vl_72b"])
+@pytest.mark.parametrize("profile", ["qwen3_vl_2b", "qwen2_5_vl_72b", "qwen2_5_omni_7b"])
 def test_a_profile_fits_the_hardware_that_it_names(profile: str) -> None:
     started = time.process_time()
     report = profiles.answer(profile, profiles.named_hardware()[profile])

@@ -6,13 +6,21 @@ import ast
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import transformers.audio_utils
 import yaml
+from safetensors.torch import load_file, save_file
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.families.hearing import audio_tokens
+from qvl_pipeline.media.sound import read_sound
 from qvl_pipeline.training.card import model_card, sampling_item, with_scores
+from tests.media.sounds import tone, write_heard_clip, write_wav
 
 ROW = {"source": "cups", "samples": 90, "tokens": 8000, "supervised_tokens": 700, "drawn_per_epoch": 2.0, "share": 1.0}
 SUMMARY = {"steps": 40, "fingerprint": "f1nger", "sources": [ROW]}
@@ -86,6 +94,40 @@ def test_the_code_of_a_card_is_python() -> None:
     [code] = re.findall(r"```python\n(.*?)```", card("qwen3_vl"), re.DOTALL)
     ast.parse(code)
     assert "image_patch_size=16" in code
+
+
+def published(folder: Path) -> Path:
+    """A tiny model that hears, as a part of one that speaks too, with a clip that has a sound, and a sound."""
+    build_tiny_model(folder, family="qwen2_5_omni", seed=0, corpus=["What happens, and what is said?"])
+    thinker = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
+    weights = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_heard_clip(folder / "clip.mp4", 24, 8, tone(2.5))
+    write_wav(folder / "sound.wav", tone(1.3))
+    return folder
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["a clip and a sound", "a clip that is heard"])
+def test_the_code_of_the_card_of_a_model_that_hears_answers(
+    heard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_audio(path: str, sampling_rate: int) -> np.ndarray:  # transformers' own needs packages that are not here
+        return read_sound(Path(path), None, None, rate=sampling_rate, longest_s=9)
+
+    sample = SAMPLE.model_copy(update={"use_audio_in_video": heard, "video_min_pixels": 1024})
+    text = card("qwen2_5_omni", sample)
+    assert ("heard, from the second of the first frame on" in text) == heard
+    assert "SGLang" not in text
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(published(tmp_path / "exported"))
+    monkeypatch.setattr(transformers.audio_utils, "load_audio", load_audio)
+    exec(compile(code.replace("=128)", "=3)"), "card", "exec"), {})
+    # Three seconds at 1.5 frames a second are 4 frames, which are two temporal patches of 3 x 3 tokens or more.
+    said = capsys.readouterr().out
+    assert said.count("<|VIDEO|>") == 2 * 16
+    assert said.count("<|AUDIO|>") == audio_tokens(250 if heard else 130)
+    assert (said.index("<|AUDIO|>") < said.rindex("<|VIDEO|>")) == heard
 
 
 def test_scores_are_added_behind_all_that_the_card_said() -> None:

@@ -10,8 +10,9 @@ from torch import nn
 from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.families import ModelFamily
 
-# Kinds of linear layers by the module that they are in.
+# Kinds of linear layers by the module that they are in; layers of an audio tower have their MLP without one.
 _KINDS = {"self_attn": "attention", "linear_attn": "attention", "attn": "attention", "mlp": "mlp"}
+_KINDS |= {"fc1": "mlp", "fc2": "mlp"}
 
 
 def choose_targets(
