@@ -123,9 +123,9 @@ def test_the_code_of_the_card_of_a_model_that_hears_answers(
     monkeypatch.chdir(published(tmp_path / "exported"))
     monkeypatch.setattr(transformers.audio_utils, "load_audio", load_audio)
     exec(compile(code.replace("=128)", "=3)"), "card", "exec"), {})
-    # Three seconds at 1.5 frames a second are 4 frames, which are two temporal patches of 3 x 3 tokens or more.
+    # Three seconds at 1.5 frames a second are 4 frames, which are two temporal patches of 2 x 2 tokens.
     said = capsys.readouterr().out
-    assert said.count("<|VIDEO|>") == 2 * 16
+    assert said.count("<|VIDEO|>") == 2 * 4
     assert said.count("<|AUDIO|>") == audio_tokens(250 if heard else 130)
     assert (said.index("<|AUDIO|>") < said.rindex("<|VIDEO|>")) == heard
 
