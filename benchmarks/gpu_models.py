@@ -17,7 +17,8 @@ from qvl_pipeline.engine.parallel.sequence_parallel import heard_spectra
 from qvl_pipeline.families import FAMILIES
 
 IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
-HEARD_IDS = {"image_token_index": 1, "video_token_index": 2, "audio_token_index": 5}
+HEARD_IDS = {"image_token_index": 1, "video_token_index": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+HEARD_IDS |= {"audio_token_index": 5, "audio_start_token_id": 6, "audio_end_token_id": 7}
 _TEXT = {"vocab_size": 151_936, "max_position_embeddings": 128_000, "bos_token_id": None, "eos_token_id": None}
 ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 ROPE25 = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}

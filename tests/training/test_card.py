@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.sound import read_sound
 from qvl_pipeline.training.card import model_card, sampling_item, with_scores
@@ -126,8 +127,9 @@ def test_the_code_of_the_card_of_a_model_that_hears_answers(
     # Three seconds at 1.5 frames a second are 4 frames, which are two temporal patches of 2 x 2 tokens.
     said = capsys.readouterr().out
     assert said.count("<|VIDEO|>") == 2 * 4
-    assert said.count("<|AUDIO|>") == audio_tokens(250 if heard else 130)
-    assert (said.index("<|AUDIO|>") < said.rindex("<|VIDEO|>")) == heard
+    samples = load_audio("clip.mp4" if heard else "sound.wav", 16_000)
+    assert said.count("<|AUDIO|>") == audio_tokens(FAMILIES["qwen2_5_omni"].hearing.spectra(len(samples)))
+    assert ("<|vision_bos|><|audio_bos|>" in said) == heard
 
 
 def test_scores_are_added_behind_all_that_the_card_said() -> None:
