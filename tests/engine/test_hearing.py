@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qvl_pipeline.config import EvaluateConfig
@@ -27,7 +26,7 @@ from qvl_pipeline.media.sound_store import SoundStore
 from tests.engine.model.test_hearing import thinker_loss
 from tests.engine.packs import make_builder
 from tests.engine.test_distributed import assert_same_training, losses
-from tests.engine.training import changed, make_training, trained
+from tests.engine.training import changed, make_training, published, trained
 
 FAMILY = "qwen2_5_omni"
 # Four packs a step: with two ranks there are micro-batches in which one of them, both, or neither has a sound.
@@ -59,26 +58,10 @@ def test_resumed_equals_uninterrupted(training: TrainSpec, tmp_path: Path) -> No
     assert losses(actual) == pytest.approx(losses(training)[-1:], rel=1e-5)
 
 
-def _published(folder: Path, thinker: Path) -> Path:
-    """A folder as the model is published: the thinker as a part of the whole, with what speaks beside it."""
-    shutil.copytree(thinker, folder)
-    kept = FAMILIES[FAMILY].kept_prefixes  # weights of which the fixture adds
-    weights = {
-        name if name.startswith(kept) else f"thinker.{name}": tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "qwen2_5_omni", "enable_talker": True}
-    config["thinker_config"] = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save({"Chelsie": torch.ones(2)}, folder / "spk_dict.pt")
-    return folder
-
-
 def test_an_export_has_what_speaks_untouched_and_what_is_frozen_unchanged(
     training: TrainSpec, tiny_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = _published(tmp_path / "base", tiny_folders(FAMILY))
+    base = published(tmp_path / "base", tiny_folders(FAMILY))
     model = {"path": str(base), "processor": str(base), "freeze_modules": ("audio",)}
     spec = changed(training, tmp_path / "run", run={"save_steps": 0}, model=model, export={"dtype": "bfloat16"})
     trained(spec, nproc=2)

@@ -139,6 +139,14 @@ def test_time_is_that_of_the_last_training_on_such_a_device(tmp_path: Path) -> N
     assert found.seconds == pytest.approx(1), "each second of the recorded training counts the same"
 
 
+def test_of_a_model_that_also_speaks_the_part_that_is_trained_is_looked_at(tmp_path: Path) -> None:
+    thinker = CONFIGS["qwen2_5_omni"].to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
+    config = config_of(str(tmp_path))
+    assert (config.model_type, config.audio_config.encoder_layers) == ("qwen2_5_omni_thinker", 6)
+    assert config_of("Qwen/Qwen2.5-Omni-7B").model_type == "qwen2_5_omni_thinker"
+
+
 def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
     CONFIGS["qwen2_5_vl"].save_pretrained(tmp_path / "model")
     spec = make_training(tmp_path / "data", tmp_path / "model", "qwen2_5_vl")

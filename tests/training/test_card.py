@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import transformers.audio_utils
 import yaml
-from safetensors.torch import load_file, save_file
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.sound import read_sound
+from qvl_pipeline.tracking.mlflow.loading import AnsweringModel
 from qvl_pipeline.training.card import model_card, sampling_item, with_scores
+from tests.engine.training import published
 from tests.media.sounds import tone, write_heard_clip, write_wav
 
 ROW = {"source": "cups", "samples": 90, "tokens": 8000, "supervised_tokens": 700, "drawn_per_epoch": 2.0, "share": 1.0}
@@ -97,18 +98,6 @@ def test_the_code_of_a_card_is_python() -> None:
     assert "image_patch_size=16" in code
 
 
-def published(folder: Path) -> Path:
-    """A tiny model that hears, as a part of one that speaks too, with a clip that has a sound, and a sound."""
-    build_tiny_model(folder, family="qwen2_5_omni", seed=0, corpus=["What happens, and what is said?"])
-    thinker = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
-    weights = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_heard_clip(folder / "clip.mp4", 24, 8, tone(2.5))
-    write_wav(folder / "sound.wav", tone(1.3))
-    return folder
-
-
 @pytest.mark.parametrize("heard", [False, True], ids=["a clip and a sound", "a clip that is heard"])
 def test_the_code_of_the_card_of_a_model_that_hears_answers(
     heard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -121,7 +110,10 @@ def test_the_code_of_the_card_of_a_model_that_hears_answers(
     assert ("heard, from the second of the first frame on" in text) == heard
     assert "SGLang" not in text
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(published(tmp_path / "exported"))
+    build_tiny_model(tmp_path / "thinker", family="qwen2_5_omni", seed=0, corpus=["What happens?"])
+    monkeypatch.chdir(published(tmp_path / "exported", tmp_path / "thinker"))
+    write_heard_clip(Path("clip.mp4"), 24, 8, tone(2.5))
+    write_wav(Path("sound.wav"), tone(1.3))
     monkeypatch.setattr(transformers.audio_utils, "load_audio", load_audio)
     exec(compile(code.replace("=128)", "=3)"), "card", "exec"), {})
     # Three seconds at 1.5 frames a second are 4 frames, which are two temporal patches of 2 x 2 tokens.
@@ -130,6 +122,13 @@ def test_the_code_of_the_card_of_a_model_that_hears_answers(
     samples = load_audio("clip.mp4" if heard else "sound.wav", 16_000)
     assert said.count("<|AUDIO|>") == audio_tokens(FAMILIES["qwen2_5_omni"].hearing.spectra(len(samples)))
     assert ("<|vision_bos|><|audio_bos|>" in said) == heard
+
+
+def test_what_mlflow_loads_of_a_model_that_also_speaks_is_the_part_that_answers(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path / "thinker", family="qwen2_5_omni", seed=0, corpus=["What happens?"])
+    served = AnsweringModel(published(tmp_path / "exported", tmp_path / "thinker"))
+    (answer,) = served.predict([{"question": "What happens?"}], {"max_new_tokens": 2})
+    assert isinstance(answer, str)
 
 
 def test_scores_are_added_behind_all_that_the_card_said() -> None:
