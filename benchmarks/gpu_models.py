@@ -12,9 +12,13 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
+from qvl_pipeline.engine.feed.sounds import SoundReader
+from qvl_pipeline.engine.parallel.sequence_parallel import heard_spectra
 from qvl_pipeline.families import FAMILIES
 
 IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+HEARD_IDS = {"image_token_index": 1, "video_token_index": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+HEARD_IDS |= {"audio_token_index": 5, "audio_start_token_id": 6, "audio_end_token_id": 7}
 _TEXT = {"vocab_size": 151_936, "max_position_embeddings": 128_000, "bos_token_id": None, "eos_token_id": None}
 ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 ROPE25 = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -107,6 +111,14 @@ class RandomPatches:
         return torch.randint(0, 256, (patches, self.values), dtype=torch.uint8)
 
 
+class RandomSounds(SoundReader):
+    """Stands in for the reader of sounds: random spectrograms."""
+
+    def log_mel(self, item: dict[str, Any]) -> torch.Tensor:
+        """Make the spectrogram `[bins, spectra]` of a sound, or of this rank's part of it."""
+        return torch.randn(self.hearing.mel_bins, heard_spectra(item))
+
+
 def make_samples(config: Any, tokens: int) -> list[dict[str, Any]]:
     """Samples of skewed lengths, two in three with an image, that fill a pack."""
     rng = np.random.default_rng(0)
@@ -116,6 +128,19 @@ def make_samples(config: Any, tokens: int) -> list[dict[str, Any]]:
         side = 2 * int(min(rng.integers(2, 20), (left - text - 4) ** 0.5)) if len(samples) % 3 else 0
         samples.append(_sample(config, rng, text, side, len(samples)))
         left -= len(samples[-1]["input_ids"])
+    return samples
+
+
+def make_heard_samples(config: Any, tokens: int) -> list[dict[str, Any]]:
+    """Samples that fill a pack, half of its tokens with sounds of up to eight seconds."""
+    samples, left = make_samples(config, tokens // 2), tokens // 2
+    while left > 64:
+        heard = min(200, left - 32)
+        sample = _sample(config, np.random.default_rng(0), 32, 0, len(samples))
+        sound = {"type": "audio", "key": "", "grid_t": 0, "grid_h": 0, "grid_w": 0, "spectra": 4 * heard}
+        ids = np.concatenate([np.full(heard, config.audio_token_id, np.int32), sample["input_ids"]])
+        samples.append(sample | {"input_ids": ids, "label_spans": sample["label_spans"] + heard, "media": [sound]})
+        left -= len(ids)
     return samples
 
 

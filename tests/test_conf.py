@@ -169,7 +169,7 @@ def test_the_real_profiles_have_the_values_of_the_guide(profile: str) -> None:
     assert blocks["train"].report_to == ["mlflow"]  # the guide's wandb is not installed by default
 
 
-@pytest.mark.parametrize("profile", REAL + ADAPTED)
+@pytest.mark.parametrize("profile", [*REAL, *ADAPTED, "qwen2_5_omni_7b"])
 def test_a_real_profile_is_of_a_known_model_and_says_for_which_hardware(profile: str) -> None:
     blocks = check_parameters(load(profile, "parameters"), loader(profile).origins)
     facts = MODELS[blocks["model"].load_from_pretrained_path]

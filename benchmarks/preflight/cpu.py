@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.gpu_models import RandomPatches, make_samples
+from benchmarks.gpu_models import RandomPatches, RandomSounds, make_heard_samples, make_samples
 from benchmarks.preflight.settings import CONFIGS, Setting
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.adapters.injection import inject
@@ -35,16 +35,23 @@ from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.preflight.estimate import estimate
 from qvl_pipeline.preflight.hardware import Hardware
 from qvl_pipeline.preflight.packs import Heavy
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 _MARK = 7_654_321  # bytes of a tensor by which the start of the measured step is found among the allocations
 
 
 def expected(setting: Setting) -> int:
     """Bytes of tensors that the preflight says a rank needs."""
-    heavy = Heavy("", make_samples(CONFIGS[setting.family], setting.tokens))
+    heavy = Heavy("", samples_of(setting))
     hardware = Hardware("cpu", 1, setting.ranks, 1 << 34, None)
     packs = setting.micro_batches * setting.ranks // setting.degree
     return estimate(setting.spec(), CONFIGS[setting.family], [heavy], hardware, packs).peak.bytes
+
+
+def samples_of(setting: Setting) -> list[dict[str, Any]]:
+    """Samples that fill a pack of a setting: with sounds, where the model hears."""
+    make = make_heard_samples if FAMILIES[setting.family].hearing else make_samples
+    return make(CONFIGS[setting.family], setting.tokens)
 
 
 def measured(settings: Sequence[Setting]) -> list[int]:
@@ -131,10 +138,11 @@ def _pack(config: Any, setting: Setting, share: SequenceShare) -> Batch:
     builder = BatchBuilder(
         RandomPatches(values),
         values,
-        (1, 2),
+        placeholder_ids(config),
         speed,
         partial(family.vision_inputs, config.vision_config),
         ("benchmark",),
+        sounds=RandomSounds(None, family.hearing, config) if family.hearing else None,
         share=share,
     )
-    return builder.build(make_samples(config, setting.tokens), vision=True)
+    return builder.build(samples_of(setting), vision=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig, Qwen3VLConfig
 
 from benchmarks.gpu import NO_ADAPTER, OPTIM, PARALLEL
-from benchmarks.gpu_models import IDS, ROPE3, ROPE25, sizes
+from benchmarks.gpu_models import HEARD_IDS, IDS, ROPE3, ROPE25, sizes
 from qvl_pipeline.engine.spec import RecomputeSpec
 
 _TEXT = sizes(128, 384, 6, 4, 2) | {"vocab_size": 4096, "max_position_embeddings": 8192}
@@ -28,6 +28,13 @@ CONFIGS: dict[str, Any] = {
         | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [2, 5], "tokens_per_second": 2},
         tie_word_embeddings=False,
         **IDS,
+    ),
+    "qwen2_5_omni": Qwen2_5OmniThinkerConfig(
+        text_config=_TEXT | {"rope_parameters": ROPE25 | {"mrope_section": [4, 6, 6]}},
+        vision_config=_VISION | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [2, 5]},
+        audio_config=dict(encoder_layers=6, d_model=96, encoder_ffn_dim=384, encoder_attention_heads=4, output_dim=128),
+        tie_word_embeddings=False,
+        **HEARD_IDS,
     ),
 }
 
@@ -80,6 +87,9 @@ GRID = (
     *(Setting(f"{tokens} tokens", tokens=tokens) for tokens in (256, 1024, 3072)),
     Setting("1024 tokens, Qwen2.5-VL", family="qwen2_5_vl"),
     Setting("3072 tokens, Qwen2.5-VL", family="qwen2_5_vl", tokens=3072),
+    Setting("1024 tokens, Qwen2.5-Omni", family="qwen2_5_omni"),
+    Setting("selective, Qwen2.5-Omni", family="qwen2_5_omni", llm="selective", vit="selective"),
+    Setting("vision frozen, Qwen2.5-Omni", family="qwen2_5_omni", freeze=("visual",)),
     Setting("bfloat16", bf16=True),
     Setting("language model recomputed", llm="full"),
     Setting("all recomputed", llm="full", vit="full"),
@@ -97,6 +107,7 @@ GRID = (
     Setting("two micro-batches", micro_batches=2),
     Setting("2 ranks", ranks=2),
     Setting("2 ranks, Qwen2.5-VL", ranks=2, family="qwen2_5_vl"),
+    Setting("2 ranks, Qwen2.5-Omni", ranks=2, family="qwen2_5_omni"),
     Setting("2 ranks, weights kept", ranks=2, reshard=False),
     Setting("2 ranks, two micro-batches", ranks=2, micro_batches=2),
     Setting("2 ranks, two micro-batches, sharded", ranks=2, micro_batches=2, accumulate_sharded=True),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qvl_pipeline.config import EvaluateConfig
@@ -26,7 +25,7 @@ from qvl_pipeline.media.sound_store import SoundStore
 from tests.engine.model.test_hearing import thinker_loss
 from tests.engine.packs import make_builder
 from tests.engine.test_distributed import assert_same_training, losses
-from tests.engine.training import changed, make_training, trained
+from tests.engine.training import changed, make_training, published, trained
 
 FAMILY = "qwen2_5_omni"
 # Four packs a step: with two ranks there are micro-batches in which one of them, both, or neither has a sound.
@@ -58,26 +57,10 @@ def test_resumed_equals_uninterrupted(training: TrainSpec, tmp_path: Path) -> No
     assert losses(actual) == pytest.approx(losses(training)[-1:], rel=1e-5)
 
 
-def _published(folder: Path, thinker: Path) -> Path:
-    """A folder as the model is published: the thinker as a part of the whole, with what speaks beside it."""
-    shutil.copytree(thinker, folder)
-    kept = FAMILIES[FAMILY].kept_prefixes  # weights of which the fixture adds
-    weights = {
-        name if name.startswith(kept) else f"thinker.{name}": tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "qwen2_5_omni", "enable_talker": True}
-    config["thinker_config"] = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save({"Chelsie": torch.ones(2)}, folder / "spk_dict.pt")
-    return folder
-
-
 def test_an_export_has_what_speaks_untouched_and_what_is_frozen_unchanged(
     training: TrainSpec, tiny_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = _published(tmp_path / "base", tiny_folders(FAMILY))
+    base = published(tmp_path / "base", tiny_folders(FAMILY))
     model = {"path": str(base), "processor": str(base), "freeze_modules": ("audio",)}
     spec = changed(training, tmp_path / "run", run={"save_steps": 0}, model=model, export={"dtype": "bfloat16"})
     trained(spec, nproc=2)
@@ -99,6 +82,32 @@ def test_an_export_has_what_speaks_untouched_and_what_is_frozen_unchanged(
         if name.startswith("thinker.audio_tower."):
             loaded = reloaded[f"model.{name.removeprefix('thinker.')}"]
             torch.testing.assert_close(loaded, tensor.to(loaded.dtype), rtol=0, atol=0)
+
+
+def test_an_adapter_of_the_audio_tower_changes_it_alone_and_trains_the_same_on_shared_packs(
+    training: TrainSpec, tmp_path: Path
+) -> None:
+    adapter = {"type": "lora", "targets": {"audio": ["attention", "mlp"], "audio_projector": "all"}}
+    alone = changed(training, tmp_path / "one", run={"save_steps": 0}, adapter=adapter)
+    shared = changed(alone, tmp_path / "two", parallel={"sp_ulysses_degree": 2})
+    first, *_ = trained(alone, nproc=1)
+    trained(shared, nproc=2)
+    assert first["loss"] == pytest.approx(losses(training)[0], rel=1e-6)
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-5)
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (Path(alone.model.path), Path(alone.export.output_dir))
+    )
+    changes = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = {name for name in before if ".layers." in name and before[name].ndim == 2 and "audio_tower" in name}
+    assert changes == linear | {name for name in before if name.endswith("audio_tower.proj.weight")}
+    plain, processor = load_model(alone.model.path, "auto"), AutoProcessor.from_pretrained(alone.model.path)
+    by_peft = PeftModel.from_pretrained(plain, Path(alone.export.output_dir) / "adapter").merge_and_unload()
+    merged = load_model(alone.export.output_dir, "auto")
+    rows, store = TokenizedSamples(Path(alone.data.tokenized)), Path(alone.data.video_frames)
+    expected, found = (
+        sample_losses(model, processor, rows, range(6), store, batch_size=3) for model in (merged, by_peft)
+    )
+    assert [found[row] for row in range(6)] == pytest.approx([expected[row] for row in range(6)], rel=1e-5)
 
 
 def test_answers_and_losses_are_those_of_the_plain_thinker(training: TrainSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import torch
 from benchmarks.gpu import NO_ADAPTER
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qvl_pipeline.engine import spec
 from qvl_pipeline.engine.__main__ import main
+from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.frame_encoding import encode_frame
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
@@ -243,6 +247,22 @@ def _sample(
 def _medium(kind: str, key: str, frames: int, seconds: float) -> dict[str, Any]:
     grid = {"grid_t": frames, "grid_h": 4, "grid_w": 4}
     return {"type": kind, "key": key, **grid, "seconds_per_grid": seconds, "spectra": 0}
+
+
+def published(folder: Path, thinker: Path) -> Path:
+    """A folder as the model is published: the thinker as a part of the whole, with what speaks beside it."""
+    shutil.copytree(thinker, folder)
+    kept = FAMILIES["qwen2_5_omni"].kept_prefixes  # weights of which the fixture `tiny_folders` adds
+    weights = {
+        name if name.startswith(kept) else f"thinker.{name}": tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "qwen2_5_omni", "enable_talker": True}
+    config["thinker_config"] = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save({"Chelsie": torch.ones(2)}, folder / "spk_dict.pt")
+    return folder
 
 
 def changed(base: spec.TrainSpec, output_dir: Path, **groups: dict[str, Any]) -> spec.TrainSpec:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS, ModelFacts
@@ -16,6 +16,7 @@ SIZES = {
     "qwen2_5_vl": {"3B", "7B", "32B", "72B"},
     "qwen3_vl": {"2B", "4B", "8B", "32B"},
     "qwen3_vl_moe": {"30B-A3B", "235B-A22B"},
+    "qwen2_5_omni": {"3B", "7B"},
     "qwen3_5": {"0.8B", "2B", "4B", "9B", "27B"},
     "qwen3_5_moe": {"35B-A3B", "122B-A10B", "397B-A17B"},
 }
@@ -24,6 +25,15 @@ SIZES = {
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def facts(request: pytest.FixtureRequest) -> ModelFacts:
     return request.param
+
+
+# Of models published as a part of more: what others count who load the trained part alone.
+TRAINED_ALONE = {"Qwen/Qwen2.5-Omni-3B": 4_703_464_448, "Qwen/Qwen2.5-Omni-7B": 8_931_813_888}
+
+
+def built_from(facts: ModelFacts) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**facts.config()))
 
 
 def test_every_published_size_is_there() -> None:
@@ -35,23 +45,28 @@ def test_every_published_size_is_there() -> None:
 
 
 def test_model_builds_from_facts_with_the_published_number_of_parameters(facts: ModelFacts) -> None:
-    config = AutoConfig.for_model(**facts.config())
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    model = built_from(facts)
     built = sum(tensor.numel() for tensor in model.parameters())
     assert built + facts.kept_parameters == pytest.approx(facts.parameters, rel=1e-3)
     family = FAMILIES[facts.family]
     classes = [type(module).__name__ for module in model.modules()]
     assert classes.count(family.decoder_layer) == facts.text.num_hidden_layers
     assert classes.count(family.vision_block) == facts.vision.depth
+    if facts.audio:
+        assert classes.count(family.hearing.encoder_layer) == facts.audio.encoder_layers
     assert {family.group_of(name) for name, _ in model.named_parameters()} >= {"vit", "merger", "embed", "llm"}
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == facts.text.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("name", "parameters"), TRAINED_ALONE.items())
+def test_the_thinker_has_the_number_of_parameters_that_it_has_alone(name: str, parameters: int) -> None:
+    assert sum(tensor.numel() for tensor in built_from(MODELS[name]).parameters()) == parameters
 
 
 def test_everything_said_reaches_the_config(facts: ModelFacts) -> None:
     said = facts.config()
     config = AutoConfig.for_model(**facts.config())
-    for part in ("text_config", "vision_config"):
+    for part in [key for key in said if key.endswith("_config")]:
         made = getattr(config, part)
         for key, value in said[part].items():
             got = getattr(made, key)
@@ -71,6 +86,9 @@ def test_facts_agree_with_themselves_and_with_the_family(facts: ModelFacts) -> N
     assert max(vision.fullatt_block_indexes or vision.deepstack_visual_indexes or (0,)) < vision.depth
     assert (vision.tokens_per_second is None) == (facts.family != "qwen2_5_vl")
     assert (text.linear_num_key_heads is None) == (FAMILIES[facts.family].linear_attention is None)
+    hearing = FAMILIES[facts.family].hearing
+    assert (facts.audio is None) == (hearing is None)
+    assert hearing is None or hearing.mel_bins == facts.audio.num_mel_bins
     assert (facts.kept_parameters == 0) == (FAMILIES[facts.family].kept_prefixes == ())
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.families.facts import MODELS, ModelFacts
-from tests.kedro_project import REAL, profile_named
+from tests.kedro_project import SHIPPED, profile_named
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
@@ -28,7 +28,7 @@ def short(facts: ModelFacts) -> str:
 
 def profile_of(facts: ModelFacts) -> str:
     name = profile_named(facts)
-    return f"`{name}`" if name in REAL else "none"
+    return f"`{name}`" if name in SHIPPED else "none"
 
 
 def hardware(profile: str) -> str:
@@ -70,6 +70,18 @@ def towers() -> list[Row]:
         ]
         for facts in MODELS.values()
         for vision in [facts.vision]
+    ]
+
+
+def audio_towers() -> list[Row]:
+    return [
+        [
+            *(short(facts), str(audio.encoder_layers), f"{audio.d_model:,}", f"{audio.encoder_ffn_dim:,}"),
+            *(str(audio.encoder_attention_heads), str(audio.num_mel_bins)),
+            f"{2 * audio.n_window * hearing.hop_length // hearing.sampling_rate} seconds",
+        ]
+        for facts in MODELS.values()
+        if (audio := facts.audio) and (hearing := FAMILIES[facts.family].hearing)
     ]
 
 
@@ -120,6 +132,7 @@ EXPECTED = {
     "EXTRA": extra,
     "TEXT": inside,
     "VISION": towers,
+    "AUDIO": audio_towers,
     "COMPARISON": comparison,
 }
 
@@ -141,7 +154,7 @@ def test_degrees_of_sequence_parallelism_are_as_the_page_says() -> None:
         short(facts): [n for n in (2, 4, 8) if not any(heads % n for heads in divided_heads(facts.text).values())]
         for facts in MODELS.values()
     }
-    assert degrees.pop("Qwen2.5-VL-7B-Instruct") == [2, 4]
+    assert degrees.pop("Qwen2.5-VL-7B-Instruct") == degrees.pop("Qwen2.5-Omni-7B") == [2, 4]
     assert set(map(tuple, degrees.values())) == {(2, 4, 8)}
 
 

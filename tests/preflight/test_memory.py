@@ -9,6 +9,7 @@ from benchmarks.preflight.settings import GRID
 
 ROWS = [("qwen3_vl_4b", "eager"), ("qwen2_5_vl_3b", "liger"), ("qwen2_5_vl_7b", "eager")]
 SETTINGS = ["1024 tokens", "all recomputed, Qwen2.5-VL", "selective", "LoRA", "vision frozen, all recomputed"]
+SETTINGS += ["1024 tokens, Qwen2.5-Omni", "vision frozen, Qwen2.5-Omni"]
 
 
 @pytest.mark.parametrize(("model", "blocks"), ROWS)

@@ -76,15 +76,27 @@ def test_the_preflight_can_be_switched_off_as_a_word(off: object) -> None:
 
 def test_the_heaviest_pack_that_is_allowed_is_full_of_the_largest_images() -> None:
     model = ModelConfig(processor_type="qwen3_vl", image_max_pixels=64 * 64)
-    (heavy,) = heaviest_allowed(model, BatchingConfig(packing_length=100, per_device_train_batch_size=2), 1)
+    (heavy,) = heaviest_allowed(model, BatchingConfig(packing_length=100, per_device_train_batch_size=2), (1, 2))
     assert heavy.tokens == 200
     sides = {(m["grid_h"], m["grid_w"]) for sample in heavy.samples for m in sample["media"]}
     assert (4, 4) in sides
     assert heavy.patches <= 4 * heavy.tokens
-    (limited,) = heaviest_allowed(model, BatchingConfig(packing_length=100, packing_vit_patches=16), 1)
+    (limited,) = heaviest_allowed(model, BatchingConfig(packing_length=100, packing_vit_patches=16), (1, 2))
     assert (limited.tokens, limited.patches) == (100, 16)
-    (single,) = heaviest_allowed(model, BatchingConfig(packing_length=100, packing=False), 1)
+    (single,) = heaviest_allowed(model, BatchingConfig(packing_length=100, packing=False), (1, 2))
     assert (len(single.samples), single.tokens, single.patches) == (1, 100, 16)
+
+
+def test_the_heaviest_pack_of_a_model_that_hears_may_be_one_of_sound() -> None:
+    model, ids = ModelConfig(processor_type="qwen2_5_omni", image_max_pixels=64 * 64), (1, 2, 5)
+    images, sound = heaviest_allowed(model, BatchingConfig(packing_length=8000), ids)
+    assert (images.spectra, sound.patches, sound.tokens) == (0, 0, 8000)
+    # A sound of 300 seconds, the longest that there is, and one that fills up the rest.
+    assert [sample["media"][0]["spectra"] for sample in sound.samples] == [30_000, 4 * (8000 - 7500 - 2 * 32)]
+    config = CONFIGS["qwen2_5_omni"]
+    assert make_batch(sound.samples, config, FAMILIES["qwen2_5_omni"], degree=1, rmpad=True).spectra == [30_000, 1744]
+    (single,) = heaviest_allowed(model, BatchingConfig(packing_length=9000, packing=False), ids)[1:]
+    assert (len(single.samples), single.tokens, single.spectra) == (1, 9000, 30_000)
 
 
 def test_shards_are_those_of_fsdp() -> None:
@@ -127,6 +139,14 @@ def test_time_is_that_of_the_last_training_on_such_a_device(tmp_path: Path) -> N
     assert found.seconds == pytest.approx(1), "each second of the recorded training counts the same"
 
 
+def test_of_a_model_that_also_speaks_the_part_that_is_trained_is_looked_at(tmp_path: Path) -> None:
+    thinker = CONFIGS["qwen2_5_omni"].to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker}))
+    config = config_of(str(tmp_path))
+    assert (config.model_type, config.audio_config.encoder_layers) == ("qwen2_5_omni_thinker", 6)
+    assert config_of("Qwen/Qwen2.5-Omni-7B").model_type == "qwen2_5_omni_thinker"
+
+
 def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
     CONFIGS["qwen2_5_vl"].save_pretrained(tmp_path / "model")
     spec = make_training(tmp_path / "data", tmp_path / "model", "qwen2_5_vl")
@@ -137,6 +157,20 @@ def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
     packs = [[rows.row(int(row)) for row in numbers] for numbers in plan["sample_rows"]]
     batches = [make_batch(pack, config, family, degree=1, rmpad=True) for pack in packs]
     assert (work.steps, work.images, work.frames) == (3, 4, 16)
+    assert total_flops(flops, work) == pytest.approx(sum(flops.count(batch) for batch in batches), rel=1e-9)
+
+
+def test_the_work_of_a_plan_with_sounds_is_what_training_counts(tmp_path: Path) -> None:
+    CONFIGS["qwen2_5_omni"].save_pretrained(tmp_path / "model")
+    kinds = ("audio", "text", "image", "audio", "video", "audio")
+    spec = make_training(tmp_path / "data", tmp_path / "model", "qwen2_5_omni", kinds)
+    config, family = config_of(spec.model.path), FAMILIES["qwen2_5_omni"]
+    flops = flops_of(prepare(spec, config, Kernels("cpu", "sdpa", "sdpa", fused=False)))
+    plan, tokenized = pd.read_parquet(spec.data.pack_plan), Path(spec.data.tokenized)
+    work, rows = work_of(plan, tokenized), TokenizedSamples(tokenized)
+    packs = [[rows.row(int(row)) for row in numbers] for numbers in plan["sample_rows"]]
+    batches = [make_batch(pack, config, family, degree=1, rmpad=True) for pack in packs]
+    assert sum(work.sounds.values()) == 3
     assert total_flops(flops, work) == pytest.approx(sum(flops.count(batch) for batch in batches), rel=1e-9)
 
 

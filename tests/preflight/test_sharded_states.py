@@ -34,6 +34,8 @@ def cut(name: str) -> Any:
     """Return a published model's configuration with two layers and two blocks."""
     config = MODELS[name].config()
     config["text_config"]["num_hidden_layers"] = config["vision_config"]["depth"] = 2
+    if "audio_config" in config:
+        config["audio_config"]["encoder_layers"] = 2
     for indexes in ("deepstack_visual_indexes", "fullatt_block_indexes"):
         if indexes in config["vision_config"]:
             config["vision_config"][indexes] = [1]
@@ -49,7 +51,7 @@ def ranks() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("frozen", [(), ("visual",)], ids=["all trained", "vision frozen"])
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct", "Qwen/Qwen2.5-Omni-7B"])
 def test_states_of_a_rank_are_exact(
     name: str, frozen: tuple[str, ...], ranks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,13 +6,23 @@ import ast
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import transformers.audio_utils
 import yaml
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
+from qvl_pipeline.demo.tiny_model import build_tiny_model
+from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.families.hearing import audio_tokens
+from qvl_pipeline.media.sound import read_sound
+from qvl_pipeline.tracking.mlflow.loading import AnsweringModel
 from qvl_pipeline.training.card import model_card, sampling_item, with_scores
+from tests.engine.training import published
+from tests.media.sounds import tone, write_heard_clip, write_wav
 
 ROW = {"source": "cups", "samples": 90, "tokens": 8000, "supervised_tokens": 700, "drawn_per_epoch": 2.0, "share": 1.0}
 SUMMARY = {"steps": 40, "fingerprint": "f1nger", "sources": [ROW]}
@@ -86,6 +96,39 @@ def test_the_code_of_a_card_is_python() -> None:
     [code] = re.findall(r"```python\n(.*?)```", card("qwen3_vl"), re.DOTALL)
     ast.parse(code)
     assert "image_patch_size=16" in code
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["a clip and a sound", "a clip that is heard"])
+def test_the_code_of_the_card_of_a_model_that_hears_answers(
+    heard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_audio(path: str, sampling_rate: int) -> np.ndarray:  # transformers' own needs packages that are not here
+        return read_sound(Path(path), None, None, rate=sampling_rate, longest_s=9)
+
+    sample = SAMPLE.model_copy(update={"use_audio_in_video": heard, "video_min_pixels": 1024})
+    text = card("qwen2_5_omni", sample)
+    assert ("heard, from the second of the first frame on" in text) == heard
+    assert "SGLang" not in text
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    build_tiny_model(tmp_path / "thinker", family="qwen2_5_omni", seed=0, corpus=["What happens?"])
+    monkeypatch.chdir(published(tmp_path / "exported", tmp_path / "thinker"))
+    write_heard_clip(Path("clip.mp4"), 24, 8, tone(2.5))
+    write_wav(Path("sound.wav"), tone(1.3))
+    monkeypatch.setattr(transformers.audio_utils, "load_audio", load_audio)
+    exec(compile(code.replace("=128)", "=3)"), "card", "exec"), {})
+    # Three seconds at 1.5 frames a second are 4 frames, which are two temporal patches of 2 x 2 tokens.
+    said = capsys.readouterr().out
+    assert said.count("<|VIDEO|>") == 2 * 4
+    samples = load_audio("clip.mp4" if heard else "sound.wav", 16_000)
+    assert said.count("<|AUDIO|>") == audio_tokens(FAMILIES["qwen2_5_omni"].hearing.spectra(len(samples)))
+    assert ("<|vision_bos|><|audio_bos|>" in said) == heard
+
+
+def test_what_mlflow_loads_of_a_model_that_also_speaks_is_the_part_that_answers(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path / "thinker", family="qwen2_5_omni", seed=0, corpus=["What happens?"])
+    served = AnsweringModel(published(tmp_path / "exported", tmp_path / "thinker"))
+    (answer,) = served.predict([{"question": "What happens?"}], {"max_new_tokens": 2})
+    assert isinstance(answer, str)
 
 
 def test_scores_are_added_behind_all_that_the_card_said() -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from qvl_pipeline.config.base import Block
 from qvl_pipeline.config.train import Part
 
-AdaptedPart = Literal["vit", "merger", "deepstack", "visual", "llm"]
+AdaptedPart = Literal["vit", "merger", "deepstack", "visual", "llm", "audio", "audio_projector"]
 
 _OF_QUANTIZATION = ("quantize_base", "double_quant", "quantize_parts")
 
@@ -25,10 +25,10 @@ class AdapterConfig(Block):
         dropout: Share of the inputs of the update that are dropped in training.
         init: How the update starts: `zeros_b` at zero; `pissa` at the principal part of each matrix (`lora` only). With
             either, the first step is that of the base model.
-        targets: What to adapt, for each part (`llm`, `vit`, `merger`, `deepstack`, or `visual` for these three): `all`
-            of its linear layers, `none`, or a list of kinds (`attention`, `mlp`; `experts`, each of which gets an
-            update of its own) and globs over names of layers and of fused tensors of experts. Parts that are not named
-            are not adapted. What matches nothing is an error.
+        targets: What to adapt, for each part (`llm`, `vit`, `merger`, `deepstack`, or `visual` for these three; `audio`
+            and `audio_projector` of a model that hears): `all` of its linear layers, `none`, or a list of kinds
+            (`attention`, `mlp`; `experts`, each of which gets an update of its own) and globs over names of layers and
+            of fused tensors of experts. Parts that are not named are not adapted. What matches nothing is an error.
         train_fully: Parts trained in full beside the update: names as in `train.freeze_modules`, such as `merger`,
             `embed` or `head`, or globs over parameter names.
         learning_rates: Peak learning rates as in `train.learning_rates`, and of `lora_b`, all second matrices of the

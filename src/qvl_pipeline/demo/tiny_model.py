@@ -193,8 +193,7 @@ def write_tiny_config(folder: Path, family: str) -> None:
 
 
 def _config(family: str, **token_ids: int) -> PreTrainedConfig:
-    model_type = FAMILIES[family].model_types[-1] if FAMILIES[family].model_types else family
-    return AutoConfig.for_model(model_type, **CONFIGS[family], **token_ids, tie_word_embeddings=True)
+    return AutoConfig.for_model(FAMILIES[family].module_type, **CONFIGS[family], **token_ids, tie_word_embeddings=True)
 
 
 def _qwen3_vl_processor(tokenizer: PreTrainedTokenizerBase, family: str) -> ProcessorMixin:

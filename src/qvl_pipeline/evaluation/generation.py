@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from qvl_pipeline.config.evaluate import EvaluateConfig
+from qvl_pipeline.engine.model.weights import read_config
 from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.evaluation.prompts import PromptCollator, batches_by_length
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -33,9 +33,7 @@ def load_model(model_path: str, attn_implementation: str) -> PreTrainedModel:
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     attention = ATTENTION.get(attn_implementation, attn_implementation)
-    config = AutoConfig.from_pretrained(model_path)
-    # Of a model that also speaks, the part that answers in text.
-    config = getattr(config, "thinker_config", config)
+    config = read_config(model_path)
     options = {"dtype": dtype, "attn_implementation": attention}
     model = AutoModelForImageTextToText.from_pretrained(model_path, config=config, **options)
     return model.to(device).eval()

@@ -68,7 +68,8 @@ class ModelFamily:
         transposed_in_hub: Endings of the names of weights that published checkpoints hold as `[experts, in, out]`.
         kept_prefixes: Prefixes of weights in published checkpoints that are no part of the module: not trained, and
             exported as they were.
-        model_types: What `model_type` of a `config.json` may be; empty is the family's name.
+        model_types: What `model_type` of a `config.json` may be, that of the module last; empty is the family's name.
+        model_class: Class of transformers that loads what is exported.
         hearing: What it does with sound; `None` does not hear.
     """
 
@@ -94,7 +95,13 @@ class ModelFamily:
     transposed_in_hub: tuple[str, ...] = ()
     kept_prefixes: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
+    model_class: str = "AutoModelForImageTextToText"
     hearing: Hearing | None = None
+
+    @property
+    def module_type(self) -> str:
+        """`model_type` in the configuration of the module that is trained."""
+        return self.model_types[-1] if self.model_types else self.name
 
     @property
     def token_pixels(self) -> int:

@@ -49,6 +49,8 @@ class Hearing:
 
 # Spectra of the shortest sound that has a token.
 FEWEST_SPECTRA = 3
+# Of a long one.
+SPECTRA_PER_TOKEN = 4
 
 
 def convolved(spectra: int) -> int:

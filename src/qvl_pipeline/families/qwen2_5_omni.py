@@ -65,10 +65,8 @@ FAMILY = replace(
     ),
     kept_prefixes=("talker.", "token2wav."),
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
-    notes={
-        "adapters": "of the decoder and the vision side, not of the audio tower",
-        "preflight": "what sounds take has not been measured on a GPU",
-    },
+    model_class="Qwen2_5OmniThinkerForConditionalGeneration",
+    notes={"preflight": "what sounds take has been measured on a CPU only"},
     hearing=Hearing(
         sampling_rate=16_000,
         mel_bins=128,

@@ -44,7 +44,7 @@ def total_flops(flops: ModelFlops, work: Work) -> float:
     for grid, times in work.grids.items():
         pairs = flops.vision_pairs([grid])
         total += times * sum(cost * number for cost, number in zip(flops.per_vision_pair, pairs, strict=True))
-    return total
+    return total + sum(times * flops.of_sound(spectra) for spectra, times in work.sounds.items())
 
 
 def duration_of(total: float, hardware: Hardware, recorded: Iterable[Path], mfu: float) -> Duration:

@@ -17,7 +17,7 @@ from qvl_pipeline.preflight.units import BFLOAT16, FLOAT32, Unit
 
 Place = tuple[str, int]
 ROOT: Place = ("", -1)
-TOWER: Place = ("vit", -1)
+TOWERS: Sequence[Place] = (("vit", -1), ("audio", -1))
 # Parts, in the order in which they are shown.
 PARTS = (
     "weights",
@@ -28,10 +28,11 @@ PARTS = (
     "exchange buffers",
     "activations of the language model",
     "activations of the vision tower",
+    "activations of the audio tower",
     "batch, embeddings and logits",
     "one block at work",
 )
-_ACTIVATIONS = {"llm": PARTS[6], "vit": PARTS[7], "": PARTS[8]}
+_ACTIVATIONS = {"llm": PARTS[6], "vit": PARTS[7], "audio": PARTS[8], "": PARTS[9]}
 
 
 class Peak(NamedTuple):
@@ -124,7 +125,7 @@ class _Course:
                 self._backward(moment, place, span)
             else:
                 self._forward(moment, place, span)
-        for place in (TOWER, ROOT):
+        for place in (*(tower for tower in TOWERS if tower in step.units), ROOT):
             self._reduce(place, "the end of the backward pass", in_ledger=True)
         self.held["exchange buffers"] = self.held["gathered weights"] = 0
         for part in _ACTIVATIONS.values():
@@ -152,18 +153,21 @@ class _Course:
 
     def _forward(self, moment: str, place: Place, span: Span) -> None:
         if place == ROOT and not self._open[ROOT]:
-            for outer in (ROOT, *([TOWER] if self._calls_tower() else [])):
+            for outer in (ROOT, *self._called_towers()):
                 self._gather(outer, moment)
-        if place[0] == "llm" and self._open[TOWER] and self._reshards:
-            self._free(TOWER)
+        if place[0] == "llm" and self._reshards:
+            for tower in self._called_towers():
+                if self._open[tower]:
+                    self._free(tower)
         if place[0]:
             self._gather(place, moment)
         self._pass(moment, place, span)
         if place[0] and self._reshards:
             self._free(place)
 
-    def _calls_tower(self) -> bool:
-        return any(span.tower == "vit" for span in self._step.spans)
+    def _called_towers(self) -> list[Place]:
+        called = {span.tower for span in self._step.spans}
+        return [tower for tower in TOWERS if tower[0] in called]
 
     def _gather(self, place: Place, moment: str) -> None:
         unit = self._step.units[place]
@@ -188,8 +192,10 @@ class _Course:
     def _backward(self, moment: str, place: Place, span: Span) -> None:
         self.held["exchange buffers"] -= self._flat
         self._flat = 0
-        if place == ("", 0) and self._tower == "llm" and self._calls_tower() and not self._open[TOWER]:
-            self._regather(TOWER)
+        if place == ("", 0) and self._tower == "llm":
+            for tower in self._called_towers():
+                if not self._open[tower]:
+                    self._regather(tower)
         if not place[0]:
             self._pass(moment, place, span)
             return
@@ -241,7 +247,7 @@ class _Course:
 def _none_below_zero(held: Mapping[str, int]) -> dict[str, int]:
     """Take from what lies between blocks what a tower let go of it, beyond what its own blocks had kept."""
     parts = {name: held[name] for name in PARTS[:-1]}
-    for tower in (_ACTIVATIONS["llm"], _ACTIVATIONS["vit"]):
+    for tower in (part for name, part in _ACTIVATIONS.items() if name):
         parts[_ACTIVATIONS[""]] += min(0, parts[tower])
         parts[tower] = max(0, parts[tower])
     return parts

@@ -21,7 +21,7 @@ from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
-from qvl_pipeline.engine.model.weights import skeleton_of
+from qvl_pipeline.engine.model.weights import read_config, skeleton_of
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
@@ -67,7 +67,7 @@ def config_of(path: str) -> PreTrainedConfig:
     """Return the configuration of a model: of a published one without a network."""
     if not Path(path).exists() and path in MODELS:
         return AutoConfig.for_model(**MODELS[path].config())
-    return AutoConfig.from_pretrained(path)
+    return read_config(path)
 
 
 def prepare(spec: TrainSpec, config: PreTrainedConfig, kernels: Kernels) -> PackedVLM:
@@ -118,6 +118,11 @@ def cut(model: PackedVLM) -> dict[tuple[str, int], int]:
         if indexes:
             setattr(visual, name, [place for place, number in enumerate(left) if number in indexes])
     stands_for = {("vit", place): count for place, count in enumerate(counts)}
+    if model.family.hearing:
+        tower = model.hf.model.audio_tower
+        left, counts = _shortened([_kind(layer) for layer in tower.layers])
+        tower.layers = nn.ModuleList(tower.layers[number] for number in left)
+        stands_for |= {("audio", place): count for place, count in enumerate(counts)}
     kinds = [(number < len(levels), _kind(layer)) for number, layer in enumerate(text.layers)]
     left, counts = _shortened(kinds)
     text.layers = nn.ModuleList(text.layers[number] for number in left)

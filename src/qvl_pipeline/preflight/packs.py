@@ -19,6 +19,7 @@ from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare, heard_spectra, split_media, temporal_patches
 from qvl_pipeline.families import ModelFamily
 from qvl_pipeline.families.family import MERGE_SIZE
+from qvl_pipeline.families.hearing import SPECTRA_PER_TOKEN, Hearing, audio_tokens
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tokens.encoding import placeholder_ids
 
@@ -52,6 +53,11 @@ class Heavy:
         """Patches of its media."""
         return sum(m["grid_t"] * m["grid_h"] * m["grid_w"] for sample in self.samples for m in sample["media"])
 
+    @property
+    def spectra(self) -> int:
+        """Spectra of its sounds."""
+        return sum(m.get("spectra", 0) for sample in self.samples for m in sample["media"])
+
 
 @dataclass(frozen=True)
 class Work:
@@ -66,6 +72,7 @@ class Work:
         grids: Number of media by their grid `(t, h, w)`.
         images: Images.
         frames: Frames of clips.
+        sounds: Number of sounds by their spectra.
     """
 
     steps: int
@@ -76,6 +83,7 @@ class Work:
     grids: dict[tuple[int, int, int], int]
     images: int
     frames: int
+    sounds: dict[int, int]
 
 
 def heaviest_planned(plan: pd.DataFrame, tokenized: Path, ranks: int, packs_at_once: int) -> list[Heavy]:
@@ -117,14 +125,19 @@ def _micro_batches(plan: pd.DataFrame, ranks: int, packs_at_once: int) -> Iterat
                 yield own.iloc[start : start + packs_at_once]
 
 
-def heaviest_allowed(model: ModelConfig, batching: BatchingConfig, placeholder: int) -> list[Heavy]:
-    """Make the heaviest micro-batch that the parameters allow: packs full of the largest images.
+def heaviest_allowed(model: ModelConfig, batching: BatchingConfig, placeholders: tuple[int, ...]) -> list[Heavy]:
+    """Make the heaviest micro-batches that the parameters allow: packs full of the largest images, and of sound.
 
     Args:
         model: Parameters of the model, with its limit of an image's size.
         batching: Parameters of the packs.
-        placeholder: Id of `<|image_pad|>`.
+        placeholders: Ids of the tokens that stand for media, as `placeholder_ids` returns them.
     """
+    images = _full_of_images(model, batching, placeholders[0])
+    return [images, _full_of_sound(model.family.hearing, batching, placeholders[2])] if placeholders[2:] else [images]
+
+
+def _full_of_images(model: ModelConfig, batching: BatchingConfig, placeholder: int) -> Heavy:
     side = max(MERGE_SIZE, int(model.image_max_pixels**0.5 // model.family.patch_size) // MERGE_SIZE * MERGE_SIZE)
     tokens = side * side // MERGE_SIZE**2
     budget, patches_left = batching.packing_length, batching.packing_vit_patches or 4 * batching.packing_length
@@ -146,7 +159,26 @@ def heaviest_allowed(model: ModelConfig, batching: BatchingConfig, placeholder: 
     why = f"the heaviest pack that the parameters allow: {budget:,} tokens, full of images of {side} x {side} patches"
     if not batching.packing:
         why = f"the heaviest sample that the parameters allow: {budget:,} tokens with one image"
-    return [Heavy(why, samples * batching.per_device_train_batch_size)]
+    return Heavy(why, samples * batching.per_device_train_batch_size)
+
+
+def _full_of_sound(hearing: Hearing, batching: BatchingConfig, placeholder: int) -> Heavy:
+    """Make the micro-batch with most sound: less work a token than pictures are, unless the vision tower is frozen."""
+    budget, longest = batching.packing_length, audio_tokens(hearing.spectra(hearing.longest_s * hearing.sampling_rate))
+    samples: list[Sample] = []
+    left = budget
+    while left > _TEXT:
+        tokens = min(longest, left - _TEXT)
+        sample = _made_up(tokens, _TEXT, placeholder, len(samples))
+        sound = {"type": "audio", "grid_t": 0, "grid_h": 0, "grid_w": 0, "spectra": SPECTRA_PER_TOKEN * tokens}
+        samples.append(sample | {"media": [sample["media"][0] | sound]})
+        left -= tokens + _TEXT
+        if not batching.packing:
+            break
+    if left > 0:
+        samples[-1] = _longer(samples[-1], left)
+    why = f"the {'pack' if batching.packing else 'sample'} with most sound that the parameters allow: {budget:,} tokens"
+    return Heavy(why, samples * batching.per_device_train_batch_size)
 
 
 def _made_up(media: int, text: int, placeholder: int, number: int, height: int = 0, width: int = 0) -> Sample:
@@ -195,7 +227,7 @@ def make_batch(samples: Sequence[Sample], config: Any, family: ModelFamily, *, d
         rmpad: Lay out packs; otherwise padded rows.
 
     Returns:
-        A batch on the CPU, but for its patches.
+        A batch on the CPU, but for its patches and spectra.
     """
     vision = config.vision_config
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
@@ -223,10 +255,14 @@ def work_of(plan: pd.DataFrame, tokenized: Path) -> Work:
     times = np.bincount(np.concatenate(plan["sample_rows"].to_list()).astype(np.int64), minlength=len(rows))
     lengths = table["length"].to_numpy().astype(np.float64)
     grids: Counter[tuple[int, int, int]] = Counter()
+    sounds: Counter[int] = Counter()
     kinds: Counter[str] = Counter()
     for number in np.flatnonzero(times):
         for item in table["media"][int(number)].as_py():
-            grids[item["grid_t"], item["grid_h"], item["grid_w"]] += int(times[number])
+            if item["grid_t"]:
+                grids[item["grid_t"], item["grid_h"], item["grid_w"]] += int(times[number])
+            if item["spectra"]:
+                sounds[item["spectra"]] += int(times[number])
             kinds[item["type"]] += int(times[number]) * (1 if item["type"] == "image" else 2 * item["grid_t"])
     return Work(
         steps=int(plan["step"].iloc[-1]) + 1,
@@ -237,6 +273,7 @@ def work_of(plan: pd.DataFrame, tokenized: Path) -> Work:
         grids=dict(grids),
         images=kinds["image"],
         frames=kinds["video"],
+        sounds=dict(sounds),
     )
 
 
@@ -245,7 +282,8 @@ def work_of_steps(heavy: Heavy, steps: int, micro_batches: int) -> Work:
     lengths = np.array([len(sample["input_ids"]) for sample in heavy.samples], dtype=np.float64)
     media = [item for sample in heavy.samples for item in sample["media"]]
     times = steps * micro_batches
-    counts = Counter((item["grid_t"], item["grid_h"], item["grid_w"]) for item in media)
+    counts = Counter((item["grid_t"], item["grid_h"], item["grid_w"]) for item in media if item["grid_t"])
+    sounds = Counter(item["spectra"] for item in media if item.get("spectra"))
     spans = np.concatenate([sample["label_spans"] for sample in heavy.samples])
     return Work(
         steps=steps,
@@ -256,4 +294,5 @@ def work_of_steps(heavy: Heavy, steps: int, micro_batches: int) -> Work:
         grids={grid: times * count for grid, count in counts.items()},
         images=times * sum(item["type"] == "image" for item in media),
         frames=times * sum(2 * item["grid_t"] for item in media if item["type"] == "video"),
+        sounds={spectra: times * count for spectra, count in sounds.items()},
     )

@@ -7,7 +7,6 @@ parallelism and chunked logits are whatever the engine makes of them. Only kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from qvl_pipeline.engine.feed.batch import Batch
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.preflight.blocks import blocks_of
 from qvl_pipeline.preflight.ledger import Ledger
 
 
@@ -24,7 +24,7 @@ class Span:
     """A stretch of the timeline: one pass through one block, or what lies between two.
 
     Attributes:
-        tower: `vit` or `llm`; empty between blocks.
+        tower: `vit`, `audio` or `llm`; empty between blocks.
         block: Number of the block in its tower, or of the one that was passed last.
         backward: Whether it is of the backward pass.
         kept: Bytes that it leaves, less those that it frees.
@@ -43,19 +43,18 @@ def rehearse(model: PackedVLM, batch: Batch, device: str) -> list[Span]:
 
     Args:
         model: The model on the meta device, in the type of the computation, prepared for training.
-        batch: A micro-batch on the CPU, but for its patches, which are on the meta device.
+        batch: A micro-batch on the CPU, but for its patches and spectra, which are on the meta device.
         device: Type of the device that is stood in for, `cuda` or `cpu`.
 
     Returns:
         Spans in order. Gradients of a block's parameters are in its peak and not in what it leaves, because they are
         then exchanged; those of other parameters are in what is left.
     """
-    blocks = [("vit", block) for block in model.hf.model.visual.blocks]
-    blocks += [("llm", layer) for layer in model.hf.model.language_model.layers]
     with Ledger([*model.parameters(), *model.buffers()], device) as ledger:
-        ledger.live += sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+        values = [*vars(batch).values(), *batch.sound_inputs.values()]
+        ledger.live += sum(value.nbytes for value in values if isinstance(value, Tensor))
         timeline = _Timeline(ledger)
-        handles = [handle for place in _numbered(blocks) for handle in timeline.watch(*place)]
+        handles = [handle for place in blocks_of(model) for handle in timeline.watch(*place)]
         losses = model(batch)
         timeline.turn()
         losses.sum().backward()
@@ -65,13 +64,6 @@ def rehearse(model: PackedVLM, batch: Batch, device: str) -> list[Span]:
         for handle in handles:
             handle.remove()
     return timeline.spans
-
-
-def _numbered(blocks: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, int, nn.Module]]:
-    numbers = {"vit": 0, "llm": 0}
-    for tower, block in blocks:
-        yield tower, numbers[tower], block
-        numbers[tower] += 1
 
 
 class _Timeline:
@@ -93,9 +85,11 @@ class _Timeline:
             dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
             return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
 
-        def after(_: nn.Module, _args: Any, output: Tensor) -> None:
+        def after(_: nn.Module, _args: Any, output: Tensor | tuple[Tensor]) -> None:
             if self._backward:
                 return
+            if isinstance(output, tuple):  # layers of the audio tower
+                (output,) = output
             if output.requires_grad:
                 output.register_hook(lambda _: self._enter_backward(tower, number, block))
             self._cut(tower, number, entering=False)

@@ -11,6 +11,7 @@ from torch import nn
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.parallel.sharding import compute_dtype
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.preflight.blocks import blocks_of, towers_of
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -66,20 +67,18 @@ class Unit:
 
 
 def units_of(model: PackedVLM, shards: int, spec: TrainSpec) -> dict[tuple[str, int], Unit]:
-    """Return the units by tower and number of block; `("vit", -1)` is the rest of the tower, `("", -1)` all else.
+    """Return the units by tower and number of block; `(tower, -1)` is the rest of a tower, `("", -1)` all else.
 
     Args:
         model: The model on the meta device, frozen and adapted as in the run, in the type of the computation.
         shards: Ranks that share one copy of it.
         spec: The run.
     """
-    visual, text = model.hf.model.visual, model.hf.model.language_model
-    blocks = {("vit", number): list(block.parameters()) for number, block in enumerate(visual.blocks)}
-    blocks |= {("llm", number): list(layer.parameters()) for number, layer in enumerate(text.layers)}
-    in_blocks = {parameter for parameters in blocks.values() for parameter in parameters}
-    tower = [parameter for parameter in visual.parameters() if parameter not in in_blocks]
-    rest = [parameter for parameter in model.parameters() if parameter not in in_blocks.union(tower)]
-    parts = {**blocks, ("vit", -1): tower, ("", -1): rest}
+    parts = {(tower, number): list(block.parameters()) for tower, number, block in blocks_of(model)}
+    taken = {parameter for parameters in parts.values() for parameter in parameters}
+    for tower, module in [*towers_of(model).items(), ("", model)]:
+        parts[tower, -1] = [parameter for parameter in module.parameters() if parameter not in taken]
+        taken.update(parts[tower, -1])
     return {place: _unit(parameters, shards, spec) for place, parameters in parts.items()}
 
 

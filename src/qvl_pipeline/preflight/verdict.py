@@ -21,6 +21,7 @@ from qvl_pipeline.preflight.model import config_of
 from qvl_pipeline.preflight.packs import Heavy, Work, heaviest_allowed, heaviest_planned, work_of, work_of_steps
 from qvl_pipeline.preflight.places import disk, host
 from qvl_pipeline.preflight.versions import bad_versions
+from qvl_pipeline.tokens.encoding import placeholder_ids
 
 FITS, MAY_NOT_FIT, DOES_NOT_FIT = "fits", "may not fit", "does not fit"
 # Nothing was asked, or nobody knows.
@@ -94,7 +95,9 @@ def look_ahead(
         "recompute": asdict(spec.recompute),
         "changes": [_change(change, hardware) for change in smallest],
         "kernels": asdict(kernels) | {"notes": notes},
-        "work": None if work is None else asdict(work) | {"grids": len(work.grids), "of_the_plan": plan.there},
+        "work": None
+        if work is None
+        else asdict(work) | {"grids": len(work.grids), "sounds": sum(work.sounds.values()), "of_the_plan": plan.there},
         "time": None if work is None else _time(work, needed, hardware, recorded, preflight),
         "disk": disk(spec, needed, work.steps if work else None, plan.frames),
         "host": host(spec, needed, hardware, 0 if plan.packs is None else len(plan.packs)),
@@ -117,7 +120,7 @@ def _heaviest(
     if plan.there and plan.tokenized is not None:
         ranks = max(1, hardware.ranks // spec.parallel.sp_ulysses_degree)
         return heaviest_planned(plan.packs, plan.tokenized, ranks, spec.data.per_device_train_batch_size)
-    return heaviest_allowed(model, batching, config.image_token_id)
+    return heaviest_allowed(model, batching, placeholder_ids(config))
 
 
 def _work(plan: Plan, heavy: Heavy, batching: BatchingConfig, hardware: Hardware, spec: TrainSpec) -> Work | None:
@@ -163,6 +166,7 @@ def _memory(needed: Estimate, hardware: Hardware, plan: Plan) -> dict[str, Any]:
             "samples": len(needed.heavy.samples),
             "tokens": needed.heavy.tokens,
             "patches": needed.heavy.patches,
+            "spectra": needed.heavy.spectra,
         },
     }
 

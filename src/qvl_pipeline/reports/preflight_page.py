@@ -118,6 +118,7 @@ def _hours(hours: float) -> str:
 def _pack(pack: dict[str, Any], moment: str) -> str:
     samples = f"{count(pack['samples'])} sample{'' if pack['samples'] == 1 else 's'}"
     sizes = f"{samples}, {count(pack['tokens'])} tokens, {count(pack['patches'])} patches"
+    sizes += f", {count(pack['spectra'])} spectra of sound" if pack["spectra"] else ""
     return f"Highest in {moment}, in {pack['what']}: {sizes}."
 
 
@@ -173,6 +174,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 [
                     ("Images", count(work["images"])),
                     ("Frames of clips", count(work["frames"])),
+                    *([("Sounds", count(work["sounds"]))] if work["sounds"] else []),
                     ("FLOPs", f"{time['flops']:.3g}"),
                     ("FLOPs a second of a rank", f"{time['rank_flops']:.3g}"),
                     ("Share of the peak", share),

@@ -56,6 +56,7 @@ def model_card(
         image_max_pixels=model.image_max_pixels,
         item=item,
         num_frames=item.get("nframes"),
+        heard=sample.use_audio_in_video,
         vllm=" \\\n  ".join(["vllm serve .", *_vllm_options(family.name, item)]),
         sglang=json.dumps({"video": item}),
     )

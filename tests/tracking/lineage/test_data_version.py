@@ -40,6 +40,13 @@ def test_the_md5_is_that_of_dvc(data: Path) -> None:
     assert data_version(Path("rows.jsonl")).origin == "content, not recorded by DVC"
 
 
+def test_what_lies_outside_of_the_project_has_the_version_of_its_content(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data / "folder")
+    assert data_version(data / "rows.jsonl").origin == "content, not recorded by DVC"
+
+
 def test_what_a_stage_made_is_found_in_the_lock(data: Path) -> None:
     recorded(data, path="folder", md5=dvc_md5(Path("folder")), size=2, nfiles=2)
     assert data_version(data / "folder").origin == "dvc.lock"

@@ -120,9 +120,12 @@ class ModelFlops:
             pairs = self.vision_pairs(batch.grid_thw.tolist())
             flops += sum(cost * number for cost, number in zip(self.per_vision_pair, pairs, strict=True))
         if sum(batch.heard_to):
-            flops += self.per_spectrum * sum(batch.spectra) + self.per_sound_pass
-            flops += self.per_sound_pair * sum(_chunk_pairs(length, self.sound_chunk) for length in batch.spectra)
+            flops += self.per_sound_pass + sum(self.of_sound(length) for length in batch.spectra)
         return flops
+
+    def of_sound(self, spectra: int) -> float:
+        """FLOPs of the audio tower for one sound of so many spectra."""
+        return self.per_spectrum * spectra + self.per_sound_pair * _chunk_pairs(spectra, self.sound_chunk)
 
 
 def _chunk_pairs(spectra: int, chunk: int) -> int:

@@ -28,12 +28,20 @@ def build_skeleton(path: str) -> PreTrainedModel:
     Raises:
         ValueError: The checkpoint is quantised.
     """
-    config = AutoConfig.from_pretrained(path)
-    # Of a model that also speaks, the part that reads, sees and hears.
-    config = getattr(config, "thinker_config", config)
+    config = read_config(path)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{path}' is a quantised checkpoint, which cannot be trained: use the unquantised model")
     return skeleton_of(config)
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """Read the configuration of what is trained: of a model that also speaks, the part that reads, sees and hears.
+
+    Args:
+        path: Folder or hub id.
+    """
+    config = AutoConfig.from_pretrained(path)
+    return getattr(config, "thinker_config", config)
 
 
 def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qvl_pipeline.families import FAMILIES
+
 _OF_ROPE = ("rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
 
 
@@ -102,6 +104,29 @@ class VisionFacts:
 
 
 @dataclass(frozen=True)
+class AudioFacts:
+    """The audio tower; names are those of its part of `config.json`.
+
+    Attributes:
+        encoder_layers: Layers.
+        d_model: Width.
+        encoder_ffn_dim: Width inside of an MLP.
+        encoder_attention_heads: Heads.
+        num_mel_bins: Frequencies of a spectrum.
+        n_window: Half of the spectra that see each other.
+        max_source_positions: Rows of the table of positions.
+    """
+
+    encoder_layers: int
+    d_model: int
+    encoder_ffn_dim: int
+    encoder_attention_heads: int
+    num_mel_bins: int
+    n_window: int
+    max_source_positions: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What is known of a published model.
 
@@ -115,6 +140,7 @@ class ModelFacts:
         use: What it is recommended for.
         text: The language model.
         vision: The vision tower.
+        audio: The audio tower; `None` where there is none.
     """
 
     name: str
@@ -126,6 +152,7 @@ class ModelFacts:
     text: TextFacts
     vision: VisionFacts
     kept_parameters: int = 0
+    audio: AudioFacts | None = None
 
     @property
     def context(self) -> int:
@@ -145,11 +172,13 @@ class ModelFacts:
         rope["mrope_section"] = list(rope["mrope_section"])
         if not rope["mrope_interleaved"]:  # a family that does not know the word
             del rope["mrope_interleaved"]
+        width = self.text.hidden_size
         return {
-            "model_type": self.family,
+            "model_type": FAMILIES[self.family].module_type,
             "tie_word_embeddings": self.text.tie_word_embeddings,
             "text_config": text | {"rope_parameters": {"rope_type": "default", **rope}},
-            "vision_config": vision | {"out_hidden_size": self.text.hidden_size},
+            "vision_config": vision | {"out_hidden_size": width},
+            **({"audio_config": asdict(self.audio) | {"output_dim": width}} if self.audio else {}),
         }
 
 
@@ -161,8 +190,8 @@ def _read(path: Path) -> dict[str, ModelFacts]:
 
 
 def _model(name: str, family: str, shared: Mapping[str, Any], said: Mapping[str, Any]) -> ModelFacts:
-    text, vision = (_tuples(shared[part] | said[part]) for part in ("text", "vision"))
-    parts = {"text": TextFacts(**text), "vision": VisionFacts(**vision)}
+    kinds = {"text": TextFacts, "vision": VisionFacts, "audio": AudioFacts}
+    parts = {part: kind(**_tuples(shared[part] | said[part])) for part, kind in kinds.items() if part in said}
     return ModelFacts(name=name, family=family, **{**said, **parts})
 
 

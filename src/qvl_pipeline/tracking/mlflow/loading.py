@@ -38,13 +38,15 @@ class AnsweringModel:
 
         from qvl_pipeline.engine.model.adapters import FOLDER as ADAPTER
         from qvl_pipeline.engine.model.adapters.attach import AttachedAdapter
+        from qvl_pipeline.engine.model.weights import read_config
 
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         adapter, weights = folder / ADAPTER, str(folder)
         if adapter.is_dir():
             config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             weights = config["base_model_name_or_path"]
-        self._model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype).to(device).eval()
+        model = AutoModelForImageTextToText.from_pretrained(weights, config=read_config(weights), dtype=dtype)
+        self._model = model.to(device).eval()
         if adapter.is_dir():
             AttachedAdapter(self._model, adapter)
         self._processor = AutoProcessor.from_pretrained(folder)

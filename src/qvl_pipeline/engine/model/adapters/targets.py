@@ -11,8 +11,9 @@ from qvl_pipeline.engine.model.adapters.experts import fused_tensors
 from qvl_pipeline.engine.model.freezing import ALIASES
 from qvl_pipeline.families import ModelFamily
 
-# Kinds of layers by the module that they are in.
+# Kinds of layers by the module that they are in; layers of an audio tower have their MLP without one.
 _KINDS = {"self_attn": "attention", "linear_attn": "attention", "attn": "attention", "mlp": "mlp", "experts": "experts"}
+_KINDS |= {"fc1": "mlp", "fc2": "mlp"}
 
 
 def choose_targets(
