@@ -76,6 +76,14 @@ def references(expected: str) -> list[str]:
     return [expected]
 
 
+def right_answers(expected: str, task: str) -> list[str]:
+    """Return the acceptable answers for people to read: of a benchmark without what else its score goes by."""
+    if task in BENCHMARK_TASKS and expected.startswith("{"):
+        answer = json.loads(expected)["answer"]
+        return answer if isinstance(answer, list) else [answer]
+    return references(expected)
+
+
 def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequence[str]) -> list[float]:
     """Score each answer by the metric of its task.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
+from qvl_pipeline.evaluation.metrics import right_answers
 from qvl_pipeline.intervals import Score, score
 from qvl_pipeline.kinds import BENCHMARK, OVERALL, rows_of
 from qvl_pipeline.reports.page import count, percent, points, render
@@ -187,19 +187,15 @@ def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbn
         correct = rows["trained_score"].astype(float) >= RIGHT
         shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
         examples = [
-            {**row, "expected": readable(row["expected"]), "media": media(row["sample_id"])}
+            {
+                **row,
+                "expected": " | ".join(right_answers(row["expected"], row["task"])),
+                "media": media(row["sample_id"]),
+            }
             for row in shown.to_dict("records")
         ]
         groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})
     return groups
-
-
-def readable(expected: str) -> str:
-    """Return the answer alone of what a benchmark's score goes by, a JSON object with options and more."""
-    if not expected.startswith('{"answer":'):
-        return expected
-    answer = json.loads(expected)["answer"]
-    return " or ".join(answer) if isinstance(answer, list) else answer
 
 
 def _provenance(result: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:

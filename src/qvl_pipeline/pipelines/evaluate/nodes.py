@@ -161,7 +161,11 @@ def measure(
     paths = {"base": read_base_model(base_model).path, "trained": str(chosen)}
     limits = {"min_pixels": model.image_min_pixels, "max_pixels": model.image_max_pixels}
     given = (model.processor_type, evaluate.lmms_eval, limits | evaluate.lmms_eval_model_args)
-    found = {name: run_lmms_eval(paths[name], *given, scratch / "lmms_eval" / name) for name in metrics}
+    found = {
+        name: run_lmms_eval(path, *given, scratch / "lmms_eval" / name)
+        for name, path in paths.items()
+        if name in metrics
+    }
     return {name: {f"lmms_eval/{task}": scores for task, scores in tasks.items()} for name, tasks in found.items()}
 
 
