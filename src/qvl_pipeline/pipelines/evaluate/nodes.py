@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.base_model import check_prepared, read_base_model
@@ -119,7 +119,9 @@ def generate(
 
 def _score_table(metrics: dict[str, Any]) -> Table:
     """Return the scores of every kind by metric, and its loss, of each model; it fits 80 columns."""
-    table = Table("kind", "metric", "n", *chain.from_iterable([name, "loss"] for name in metrics))
+    table = Table(
+        Column("kind", overflow="fold"), "metric", "n", *chain.from_iterable([name, "loss"] for name in metrics)
+    )
     for kind, scores in next(iter(metrics.values())).items():
         for metric in (name for name in scores if name not in ("n", *LOSSES)):
             cells = [[f"{model[kind][metric]:.1%}", f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
@@ -201,7 +203,7 @@ def refuse_regressions(
     worse = regressions(metrics, predictions, evaluate.must_not_regress, evaluate.must_not_regress_by)
     if not worse:
         return
-    table = Table("kind", "metric", "base", "trained", "allowed drop", "95 % interval")
+    table = Table(Column("kind", overflow="fold"), "metric", "base", "trained", "allowed drop", "95 % interval")
     for row in worse:
         figures = (f"{row[key]:.1%}" for key in ("base", "trained", "allowed_drop"))
         interval = "" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
