@@ -70,7 +70,7 @@ def test_it_measures_the_folder_of_the_model_and_its_numbers_are_kept(tmp_path: 
     arguments = "pretrained=/models/mine,min_pixels=1024,fps=2.0"
     same = {"model": "qwen3_vl", "model_args": arguments, "batch_size": "1", "output_path": str(folder)}
     assert asked(folder) == {**same, "tasks": "chartqa,mmmu_val"}
-    scores = {"exact_match/flexible-extract": 0.5, "exact_match_stderr/flexible-extract": 0.01, "n": 8}
+    scores = {"exact_match/flexible-extract": 0.5, "exact_match/flexible-extract_stderr": 0.01, "n": 8}
     row = {"relaxed_overall": len(arguments) / 1000, **scores}
     assert found == {"chartqa": row, "mmmu_val": row}
 

@@ -93,7 +93,9 @@ def _read(written: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             metric, _, filtered = key.partition(",")
             if metric in _NOT_SCORES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            scores[metric if filtered in ("", "none") else f"{metric}/{filtered}"] = float(value)
+            error = "_stderr" if metric.endswith("_stderr") else ""
+            name = metric.removesuffix(error)
+            scores[(name if filtered in ("", "none") else f"{name}/{filtered}") + error] = float(value)
         counted = written.get("n-samples", {}).get(task, {}).get("effective")
         found[task] = scores | ({} if counted is None else {"n": counted})
     return found
