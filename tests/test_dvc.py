@@ -226,7 +226,9 @@ def test_versions_of_libraries_are_a_dependency_where_they_decide_numbers(name: 
 
 def test_metrics_and_plots_are_declared() -> None:
     evaluate, train = stages()["evaluate@tiny_qwen3_vl"], stages()["train@tiny_qwen3_vl"]
-    assert [out.def_path for out in evaluate.outs if out.metric] == ["data/08_reporting/tiny_qwen3_vl/metrics.json"]
+    assert [out.def_path for out in evaluate.outs if out.metric] == [
+        f"data/08_reporting/tiny_qwen3_vl/{name}.json" for name in ("lmms_eval", "metrics")
+    ]
     assert [out.def_path for out in train.outs if out.plot] == ["data/08_reporting/tiny_qwen3_vl/training_metrics.csv"]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,13 @@ def test_a_wrong_argument_of_generation_is_said_before_the_data_are_made(tmp_pat
     tokenize = Node(lambda samples: samples, "valid_samples", "tokenized_samples", name="tokenize")
     with pytest.raises(UserError, match=r"evaluate.generation.temperatur is no argument of generation: did you mean"):
         started(tmp_path, [tokenize, LATER["generate"]], evaluate=EvaluateConfig(generation={"temperatur": 1.0}))
+
+
+def test_a_missing_lmms_eval_is_said_before_the_data_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    tokenize = Node(lambda samples: samples, "valid_samples", "tokenized_samples", name="tokenize")
+    with pytest.raises(UserError, match=r"evaluate.lmms_eval asks for chartqa, and the package .* is not installed"):
+        started(tmp_path, [tokenize, LATER["generate"]], evaluate=EvaluateConfig(lmms_eval=["chartqa"]))
 
 
 TRAIN = Node(lambda tokens: tokens, "tokenized_samples", "trained_model", name="train")

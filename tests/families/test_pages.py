@@ -10,7 +10,7 @@ import yaml
 
 from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.families.facts import MODELS, ModelFacts
-from tests.kedro_project import SHIPPED, profile_named
+from tests.kedro_project import REAL, SHIPPED, profile_named
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"

@@ -151,7 +151,8 @@ def test_the_pipeline_runs_on_the_entries_of_the_catalog(inputs: dict[str, Any])
     named = {name for name in pipeline.datasets() if not name.startswith("params:")}
     assert named <= entries
     assert pipeline.inputs() == set(inputs)
-    assert pipeline.all_outputs() == {"predictions", "metrics", "evaluation_slices", "report", "model_card"}
+    made = {"predictions", "metrics", "evaluation_slices", "lmms_eval_results", "report", "model_card"}
+    assert pipeline.all_outputs() == made
 
 
 def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:

@@ -154,7 +154,9 @@ def test_valid_samples_without_an_eval_split_are_refused(tmp_path: Path) -> None
     path = tmp_path / "valid_samples.parquet"
     pq.write_table(pa.table({"split": ["train", "eval"]}), path)
     check_eval_samples(path, "'evaluate'")
-    for splits in (["train", "train"], pa.array([], pa.string())):
+    pq.write_table(pa.table({"split": ["train", "benchmark"]}), path)
+    check_eval_samples(path, "'evaluate'", ("eval", "benchmark"))
+    for splits in (["train", "train"], ["train", "benchmark"], pa.array([], pa.string())):
         pq.write_table(pa.table({"split": splits}), path)
         with pytest.raises(UserError, match="no valid sample is of the split 'eval', which 'evaluate' needs: give a"):
             check_eval_samples(path, "'evaluate'")

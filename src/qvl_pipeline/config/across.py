@@ -37,7 +37,8 @@ def find_conflicts(blocks: Mapping[str, Block]) -> Iterator[Problem]:
         `((block, key), sentence)`.
     """
     facts = MODELS.get(blocks["model"].load_from_pretrained_path or "")
-    for check in (_names, _hearing, _kernels, _compiled, _capabilities, _experts, _sizes, _ranks, _parts, _sources):
+    of_any_model = (_names, _hearing, _kernels, _compiled, _capabilities, _experts, _sizes, _ranks, _parts, _sources)
+    for check in (*of_any_model, _leakage, _harness):
         yield from check(blocks)
     if facts is not None:
         for check_facts in (_context, _heads, _memory, _rank_of_update):
@@ -190,6 +191,33 @@ def _sources(blocks: Mapping[str, Any]) -> Iterator[Problem]:
     for name in evaluate.task_by_source:
         if name not in names:
             yield ("evaluate", "task_by_source"), f"'{name}' is no source: they are {', '.join(names)}"
+    for source in ingest.datasets:
+        if source.benchmark and source.name in evaluate.task_by_source:
+            yield (
+                ("evaluate", "task_by_source"),
+                f"'{source.name}' is the benchmark {source.benchmark}, which has its own score: leave it out",
+            )
+
+
+def _leakage(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a benchmark shares with the training data is said."""
+    names = [source.name for source in blocks["ingest"].datasets if source.benchmark]
+    if names and blocks["validate"].severity_of("leakage") == "off":
+        yield (
+            ("validate", "severity"),
+            f"leakage is off, and {', '.join(names)} is measured as a benchmark, which training samples may be from: "
+            "set it to error or warn",
+        )
+
+
+def _harness(blocks: Mapping[str, Any]) -> Iterator[Problem]:
+    """lmms-eval loads whole models."""
+    adapter = blocks["adapter"]
+    if blocks["evaluate"].lmms_eval and adapter.type != "none" and adapter.export == "adapter":
+        yield (
+            ("evaluate", "lmms_eval"),
+            "lmms-eval loads whole models, and adapter.export 'adapter' writes none: set it to merged or both",
+        )
 
 
 def _context(facts: ModelFacts, blocks: Mapping[str, Any]) -> Iterator[Problem]:

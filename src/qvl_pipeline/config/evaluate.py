@@ -30,6 +30,10 @@ class EvaluateConfig(Block):
         compare_base: Evaluate the untrained base model too, for the gain.
         checkpoint: Kept checkpoint to evaluate instead of the trained model, such as `step-300`.
         average: Kept checkpoints, two at least, whose averaged weights are evaluated instead.
+        lmms_eval: Tasks of lmms-eval, where it is installed, that it measures the exported model by, such as
+            `[chartqa, mmmu_val]`: beside the eval split, in rows of their own.
+        lmms_eval_model_args: Arguments of lmms-eval's model, such as `{max_num_frames: 64, fps: 2.0}`; images get the
+            limits of `model`.
         report_title: Heading of the report; `None` takes the name of the model.
         dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
     """
@@ -46,6 +50,8 @@ class EvaluateConfig(Block):
     compare_base: bool = True
     checkpoint: str | None = None
     average: list[str] = Field(default_factory=list)
+    lmms_eval: list[str] = Field(default_factory=list)
+    lmms_eval_model_args: dict[str, str | int | float | bool] = Field(default_factory=dict)
     report_title: str | None = None
     dataset: str | None = None
 
@@ -63,6 +69,12 @@ class EvaluateConfig(Block):
             raise ValueError("checkpoint and average are both set: evaluate one or the other")
         if len(self.average) == 1 or len(set(self.average)) < len(self.average):
             raise ValueError(f"average is {self.average}: name at least two checkpoints, each once")
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_are_of_tasks(self) -> EvaluateConfig:
+        if self.lmms_eval_model_args and not self.lmms_eval:
+            raise ValueError("lmms_eval_model_args are for the tasks of lmms_eval, and there are none: name some")
         return self
 
     @property

@@ -18,6 +18,11 @@ from qvl_pipeline.secrets import url_holds_secret
 _SECRET = re.compile(r"secret|password|passwd|token|credential|(^|_)(key|sas)$|connection_string", re.IGNORECASE)
 
 
+BenchmarkName = Literal[
+    *("chartqa", "docvqa", "textvqa", "mmmu", "mathvista", "ai2d", "realworldqa", "videomme", "mlvu")
+]
+
+
 class DatasetSource(Block):
     """One declared source of samples.
 
@@ -31,9 +36,13 @@ class DatasetSource(Block):
         data_type: File type of `path`. `json` is a list of rows, `jsonl` a row a line; these and `csv` may be
             compressed (`.gz`, `.zst`). `arrow` is Arrow IPC, file or stream; `hf_dataset` a folder that `save_to_disk`
             of Hugging Face datasets made; `webdataset` a tar archive in which neighbours of one name are a sample.
+        benchmark: Published benchmark that the rows are of, in the layout of its Hugging Face repository: they are
+            evaluated by `evaluate` alone, neither trained on nor in the loss over the eval split. `path` is the folder
+            of the repository, whose split that is quoted is read, or a file of it.
         format: Form of the rows. `auto` detects it row by row; a stated form rejects rows of any other. `text`, plain
             texts of which all tokens are trained on, must be stated.
         split: Split of every row; `None` takes the row's own `split` column, else a seeded hash with `eval_fraction`.
+            The rows of a benchmark are a split of their own, `benchmark`.
         weight: How often each training sample of the source is seen per epoch. A fraction takes that share of them.
         repeat: Whole number that `weight` is multiplied with; rows are not stored more than once.
         limit: Only the first rows, so many of the source, are read; `None` reads all.
@@ -45,8 +54,9 @@ class DatasetSource(Block):
     path: str = Field(min_length=1)
     data_folder: str = ""
     data_type: Literal["parquet", "json", "jsonl", "csv", "arrow", "hf_dataset", "webdataset"]
+    benchmark: BenchmarkName | None = None
     format: Literal["auto", "openai", "sharegpt", "llava", "alpaca", "text"] = "auto"
-    split: Literal["train", "eval"] | None = None
+    split: Literal["train", "eval", "benchmark"] | None = None
     # These two are for the plan.
     weight: Annotated[float, Indifferent("frames")] = Field(default=1.0, gt=0)
     repeat: Annotated[int, Indifferent("frames")] = Field(default=1, ge=1)
@@ -60,6 +70,17 @@ class DatasetSource(Block):
             stem = values["path"].rstrip("/").rpartition("/")[2].partition(".")[0]
             return {**values, "name": re.sub(r"[^A-Za-z0-9_-]", "_", stem) or "source"}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _benchmark_says_the_rest(cls, values: Any) -> Any:
+        # Before the name is taken from the path: of such validators, the last one is first.
+        if not isinstance(values, dict) or not isinstance(values.get("benchmark"), str):
+            return values
+        path = str(values.get("path", ""))
+        folder = path.rpartition("/")[0] if path.endswith(".parquet") else path
+        said = {"name": values["benchmark"], "data_type": "parquet", "data_folder": folder, "split": "benchmark"}
+        return said | {key: value for key, value in values.items() if key not in said or value is not None}
 
     @model_validator(mode="after")
     def _no_secrets(self) -> DatasetSource:
@@ -80,8 +101,25 @@ class DatasetSource(Block):
         if self.storage_options and "://" not in self.path + self.data_folder:
             raise ValueError(f"storage_options are for URLs, and '{self.path}' is a local path: drop them")
         for key in ("weight", "repeat"):
-            if self.split == "eval" and getattr(self, key) != 1:
-                raise ValueError(f"{key} is for samples that are trained on, and split is 'eval': drop one of them")
+            if self.split in ("eval", "benchmark") and getattr(self, key) != 1:
+                raise ValueError(
+                    f"{key} is for samples that are trained on, and split is '{self.split}': drop one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_are_not_trained_on(self) -> DatasetSource:
+        if self.benchmark is None and self.split == "benchmark":
+            raise ValueError("split 'benchmark' is for the rows of one: say which as `benchmark`, or take 'eval'")
+        if self.benchmark and self.split != "benchmark":
+            raise ValueError(
+                f"benchmark is {self.benchmark}, whose rows are evaluated and never trained on, and split is "
+                f"'{self.split}': drop split"
+            )
+        if self.benchmark and (self.format != "auto" or self.data_type != "parquet"):
+            raise ValueError(
+                f"benchmark is {self.benchmark}, whose files and columns are known: drop format, data_type"
+            )
         return self
 
     def decisive(self, of: str | None = None) -> dict[str, Any]:
@@ -172,8 +210,10 @@ class IngestConfig(Block):
 
     @model_validator(mode="after")
     def _splits_are_possible(self) -> IngestConfig:
-        if all(source.split == "eval" for source in self.datasets):
-            raise ValueError("datasets: every source has 'split: eval', so there is nothing to train on")
+        if all(source.split in ("eval", "benchmark") for source in self.datasets):
+            raise ValueError(
+                "datasets: every source has 'split: eval' or is a benchmark, so there is nothing to train on"
+            )
         if self.eval_fraction and all(source.split for source in self.datasets):
             raise ValueError("eval_fraction is for sources without a split, and every one has one: drop it")
         return self

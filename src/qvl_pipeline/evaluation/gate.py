@@ -8,9 +8,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.evaluation.metrics import LOSSES, OVERALL
-from qvl_pipeline.evaluation.tasks import NOT_A_MEAN
+from qvl_pipeline.evaluation.metrics import LOSSES
+from qvl_pipeline.evaluation.tasks import MEAN_OF_KINDS, NOT_A_MEAN
 from qvl_pipeline.intervals import bootstrap_interval
+from qvl_pipeline.kinds import OVERALL, rows_of
 
 # 0.4 - 0.3 is a little more than 0.1; no two means of fewer than a million answers are so close without being equal.
 _ROUNDING = 1e-9
@@ -75,9 +76,9 @@ def regressions(
 
 def _interval(predictions: pd.DataFrame, kind: str, task: str) -> tuple[float | None, float | None]:
     """Return the 95 % interval of trained minus base, of samples drawn in pairs."""
-    rows = predictions[predictions["task"] == task]
-    rows = rows if kind == OVERALL else rows[rows["kind"] == kind]
+    rows = rows_of(predictions, kind)
+    rows = rows[rows["task"] == task]
     gains = (rows["trained_score"] - rows["base_score"]).astype(float)
-    if task in NOT_A_MEAN or gains.isna().any():
+    if task in (*NOT_A_MEAN, *MEAN_OF_KINDS) or gains.isna().any():
         return None, None
     return bootstrap_interval(gains.to_numpy())

@@ -12,17 +12,19 @@ import pandas as pd
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.tasks import (
+    BENCHMARK_TASKS,
     BY_ANSWER,
     FORMAL,
+    MEAN_OF_KINDS,
     NOT_A_MEAN,
     TASKS,
     TOGETHER,
     best_reference,
     import_cider,
 )
+from qvl_pipeline.kinds import OVERALL, kinds_in, rows_of
 from qvl_pipeline.tokens.thoughts import without_thoughts
 
-OVERALL = "overall"
 # Of the teacher-forced answer: lower is better, and no score.
 LOSSES = ("loss", "perplexity")
 
@@ -74,22 +76,34 @@ def references(expected: str) -> list[str]:
     return [expected]
 
 
+def right_answers(expected: str, task: str) -> list[str]:
+    """Return the acceptable answers for people to read: of a benchmark without what else its score goes by."""
+    if task in BENCHMARK_TASKS and expected.startswith("{"):
+        answer = json.loads(expected)["answer"]
+        return answer if isinstance(answer, list) else [answer]
+    return references(expected)
+
+
 def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequence[str]) -> list[float]:
     """Score each answer by the metric of its task.
 
     Args:
-        answers: Generated texts `[N]`; a thought before the answer is not scored.
+        answers: Generated texts `[N]`; a thought before the answer, and blanks around it, are not scored.
         expected: The dataset's answers `[N]`; see `references`.
         tasks: Task names `[N]`, all in `TASKS`.
 
     Returns:
         Scores `[N]`.
     """
-    said = [without_thoughts(answer) for answer in answers]
-    table = pd.DataFrame({"answer": said, "expected": [references(text) for text in expected]})
+    said = [without_thoughts(answer).strip() for answer in answers]
+    table = pd.DataFrame({"answer": said, "expected": expected})
     scores = pd.Series(0.0, index=table.index)
     for task, rows in table.groupby(pd.Series(list(tasks), index=table.index)):
         given, wanted = rows["answer"].tolist(), rows["expected"].tolist()
+        if score := BENCHMARK_TASKS.get(str(task)):
+            scores[rows.index] = [score(*pair) for pair in zip(given, wanted, strict=True)]
+            continue
+        wanted = [references(text) for text in wanted]
         together = TOGETHER.get(str(task))
         if together is None:
             score = partial(best_reference, BY_ANSWER[str(task)])
@@ -107,15 +121,13 @@ def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str,
         model: `base` or `trained`.
 
     Returns:
-        `{kind: {task: score, "loss": nats a token, "perplexity": its exponential, "n": answers}}`, kinds in
-        alphabetical order and `overall` last.
+        `{kind: {task: score, "loss": nats a token, "perplexity": its exponential, "n": answers}}`, of `kinds_in`.
     """
-    by_kind = {str(kind): _by_task(rows, model) for kind, rows in predictions.groupby("kind", sort=True)}
-    return {**by_kind, OVERALL: _by_task(predictions, model)}
+    return {kind: _by_task(rows_of(predictions, kind), model) for kind in kinds_in(predictions)}
 
 
 def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Average the scores of one model by source, and by the length of the prompt in tokens.
+    """Average the scores of one model by source, and, but for benchmarks, by the length of the prompt in tokens.
 
     Lengths are cut in quarters of the samples; those of one length are together, so that there may be fewer.
 
@@ -126,11 +138,12 @@ def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[st
     Returns:
         `{"source": {name: {task: score, "n": answers}}, "prompt_length": {"12-40": …}}`.
     """
-    length = predictions["prompt_length"]
-    quarters = ((length.rank(method="min") - 1) * 4) // len(predictions)
+    own = rows_of(predictions, OVERALL)
+    length = own["prompt_length"]
+    quarters = ((length.rank(method="min") - 1) * 4) // len(own)
     by_length = {
         f"{rows['prompt_length'].min()}-{rows['prompt_length'].max()}": _by_task(rows, model)
-        for _, rows in predictions.groupby(quarters, sort=True)
+        for _, rows in own.groupby(quarters, sort=True)
     }
     by_source = {str(name): _by_task(rows, model) for name, rows in predictions.groupby("source", sort=True)}
     return {"source": by_source, "prompt_length": by_length}
@@ -140,7 +153,9 @@ def _by_task(rows: pd.DataFrame, model: str) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for task, group in rows.groupby("task", sort=True):
         together = NOT_A_MEAN.get(str(task))
-        if together is None:
+        if task in MEAN_OF_KINDS:
+            scores[str(task)] = float(group.groupby("kind")[f"{model}_score"].mean().mean())
+        elif together is None:
             scores[str(task)] = float(group[f"{model}_score"].mean())
         else:
             wanted = [references(text) for text in group["expected"]]

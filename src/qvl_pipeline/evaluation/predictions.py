@@ -17,11 +17,12 @@ MODELS = ("base", "trained")
 def eval_samples(
     samples: TokenizedSamples, max_samples: int | None, task_by_source: Mapping[str, str] | None = None
 ) -> pd.DataFrame:
-    """Choose the samples to evaluate: all of the eval split but plain texts, which ask nothing.
+    """Choose the samples to evaluate: the eval split but for plain texts, which ask nothing, and benchmarks.
 
     Args:
         samples: The tokenized samples of all splits.
-        max_samples: Most samples taken, spread evenly over the eval split; `None` takes all of it.
+        max_samples: Most samples taken, spread evenly over the eval split; `None` takes all of it. Benchmarks are
+            whole: a part of one is no figure to quote.
         task_by_source: Task of all samples of a source, instead of what its rows say.
 
     Returns:
@@ -37,14 +38,11 @@ def eval_samples(
         known = ", ".join(sorted(set(table["source"])))
         raise UserError(f"evaluate.task_by_source names the source '{unknown[0]}', but the samples are of {known}")
     table["task"] = [tasks.get(source, task) for source, task in zip(table["source"], table["task"], strict=True)]
-    chosen = (
-        table[(table["split"] == "eval") & (table["prompt_length"] > 0)]
-        .drop(columns="split")
-        .rename(columns={"answer": "expected"})
-    )
-    if max_samples is None or max_samples >= len(chosen):
-        return chosen
-    return chosen.iloc[np.linspace(0, len(chosen) - 1, max_samples).round().astype(int)]
+    asking = table[table["prompt_length"] > 0].rename(columns={"answer": "expected"})
+    chosen, benchmarks = (asking[asking["split"] == split].drop(columns="split") for split in ("eval", "benchmark"))
+    if max_samples is not None and max_samples < len(chosen):
+        chosen = chosen.iloc[np.linspace(0, len(chosen) - 1, max_samples).round().astype(int)]
+    return pd.concat([chosen, benchmarks]).sort_index()
 
 
 def prediction_table(

@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from rapidfuzz.distance import Levenshtein
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.evaluation.benchmarks.choices import ai2d, option_letter, realworldqa
+from qvl_pipeline.evaluation.benchmarks.mathvista import mathvista
+from qvl_pipeline.evaluation.benchmarks.mmmu import mmmu
+from qvl_pipeline.evaluation.benchmarks.vqa import vqa_accuracy
 
 Score = Callable[[str, str], float]
 ANLS_THRESHOLD = 0.5  # Biten et al. 2019: an answer at a greater distance is a wrong answer, not a misspelt one
@@ -216,8 +220,14 @@ BY_ANSWER: dict[str, Score] = {
 }
 # Scored together, because the score of one depends on the others' references.
 TOGETHER: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]] = {"bleu": bleu, "cider": cider}
+# From an answer and all that is expected, as the column `answer` has it: the scores of benchmarks.
+BENCHMARK_TASKS: dict[str, Score] = {
+    function.__name__: function for function in (vqa_accuracy, mmmu, mathvista, ai2d, realworldqa, option_letter)
+} | {"mlvu": option_letter}
+# Tasks whose score of many answers is the mean over kinds of samples, each of which counts the same.
+MEAN_OF_KINDS = ("mlvu",)
 # Tasks whose score of many answers is not the mean of their scores.
 NOT_A_MEAN: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {"bleu": corpus_bleu}
-TASKS = (*BY_ANSWER, *TOGETHER)
+TASKS = (*BY_ANSWER, *TOGETHER, *BENCHMARK_TASKS)
 # Tasks whose expected answers have a form.
 FORMAL = ("multiple_choice", "iou", "grounding")

@@ -98,9 +98,11 @@ class EarlyChecks:
         if not pipeline.all_outputs() & READ_WHILE_TRAINING:
             return  # the stages themselves ask at once
         if "generate" in self._stages:
+            from qvl_pipeline.evaluation.benchmarks.harness import check_lmms_eval
             from qvl_pipeline.evaluation.generation import check_generation
 
             check_generation(self._blocks["evaluate"])
+            check_lmms_eval(self._blocks["evaluate"].lmms_eval)
         if "train" in self._stages:
             from qvl_pipeline.training.early import check_before_preparing
 
@@ -112,11 +114,12 @@ class EarlyChecks:
     def _check_eval_split(self) -> None:
         from qvl_pipeline.training.early import check_eval_samples
 
-        strategy = self._blocks["train"].eval_strategy
-        if "generate" in self._stages:
-            check_eval_samples(Path(self._paths["valid_samples"]), "'evaluate'")
-        elif strategy != "no":
-            check_eval_samples(Path(self._paths["valid_samples"]), f"train.eval_strategy '{strategy}'")
+        strategy = self._blocks["train"].eval_strategy if "train" in self._stages else "no"
+        evaluates, samples = "generate" in self._stages, Path(self._paths["valid_samples"])
+        if strategy != "no":
+            check_eval_samples(samples, "'evaluate'" if evaluates else f"train.eval_strategy '{strategy}'")
+        elif evaluates:
+            check_eval_samples(samples, "'evaluate'", ("eval", "benchmark"))
 
     def _unusable(self, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str | None]:
         """Return the inputs of `pipeline` that cannot be used, sorted: what is wrong, or `None` if never written."""

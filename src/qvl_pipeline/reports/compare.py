@@ -11,7 +11,7 @@ import pandas as pd
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.intervals import bootstrap_interval, score
-from qvl_pipeline.reports.report import OVERALL
+from qvl_pipeline.kinds import OVERALL, kinds_in, rows_of
 from qvl_pipeline.tracking.mlflow.recorded import RecordedRun, find_runs, read_run
 
 MOST_RUNS = 8
@@ -130,8 +130,8 @@ def _curves(runs: dict[str, RecordedRun]) -> pd.DataFrame:
 
 def _by_kind(answers: Any) -> list[tuple[str, str, Any]]:
     """Return kind, task and rows of every kind of sample, and of all of them last."""
-    groups = [(kind, task, rows) for (kind, task), rows in answers.groupby(["kind", "task"], sort=True)]
-    return groups + [(OVERALL, task, rows) for task, rows in answers.groupby("task", sort=True)]
+    groups = ((kind, rows_of(answers, kind)) for kind in kinds_in(answers))
+    return [(kind, task, found) for kind, rows in groups for task, found in rows.groupby("task", sort=True)]
 
 
 def _scores(name: str, run: RecordedRun) -> list[tuple]:
@@ -157,8 +157,8 @@ def _scores_without_answers(name: str, metrics: dict[str, float]) -> list[tuple]
 def _differences(runs: dict[str, RecordedRun], first: str, other: str) -> list[tuple]:
     both = _common_answers({name: runs[name] for name in (first, other)})
     # Samples are drawn in pairs, so that what makes a sample hard for both models does not widen the interval.
-    gains = (both[other, "score"] - both[first, "score"]).astype(float)
-    groups = ((kind, task, rows.to_numpy()) for kind, task, rows in _by_kind(gains))
+    gains = (both[other, "score"] - both[first, "score"]).astype(float).rename("gain").reset_index()
+    groups = ((kind, task, rows["gain"].to_numpy()) for kind, task, rows in _by_kind(gains))
     return [(other, kind, task, len(rows), rows.mean(), *bootstrap_interval(rows)) for kind, task, rows in groups]
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from qvl_pipeline.kinds import OVERALL
 from qvl_pipeline.reports.compare import EXAMPLES, SAME_SAMPLE, Comparison
 from qvl_pipeline.reports.page import render
 from qvl_pipeline.reports.plots import WIDTH, Panel, overlay
-from qvl_pipeline.reports.report import OVERALL, RIGHT
+from qvl_pipeline.reports.report import RIGHT
 
 CURVES = {
     "train/loss": ("Training loss", 240),

@@ -7,13 +7,14 @@ from typing import Any
 
 import pandas as pd
 
+from qvl_pipeline.evaluation.metrics import right_answers
 from qvl_pipeline.intervals import Score, score
+from qvl_pipeline.kinds import BENCHMARK, OVERALL, rows_of
 from qvl_pipeline.reports.page import count, percent, points, render
 from qvl_pipeline.reports.plots import WIDTH, loss_curve
 from qvl_pipeline.reports.thumbnails import Thumbnail
 
 EXAMPLES_EACH = 2
-OVERALL = "overall"
 NOT_SCORES = ("loss", "perplexity", "n")
 RIGHT = 0.5  # an answer with at least this score is shown as right
 
@@ -31,6 +32,7 @@ def render_report(
     validation_page: str | None,
     slices: dict[str, Any],
     media: Callable[[str], list[list[Thumbnail]]],
+    measured: dict[str, Any] | None = None,
 ) -> str:
     """Write the page.
 
@@ -49,6 +51,7 @@ def render_report(
         validation_page: Address of the page that shows these rows, relative to the report.
         slices: Metrics by `source` and by `prompt_length`, of each model.
         media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
+        measured: What lmms-eval measured of these models: `{model: {task: {metric: score, n}}}`.
 
     Returns:
         HTML.
@@ -61,7 +64,9 @@ def render_report(
         compared="base" in metrics,
         tiles=_tiles(kinds[-1], train_result),
         kinds=kinds,
+        benchmarks=any(row["kind"].startswith(BENCHMARK) for row in kinds),
         slices=_slice_rows(slices),
+        measured=_measured_rows(measured or {}),
         curve=loss_curve(training_metrics),
         plot_width=WIDTH,
         training=_training_facts(train_result, plan_summary, training_metrics),
@@ -79,7 +84,7 @@ def _kind_rows(metrics: dict[str, Any], predictions: pd.DataFrame) -> list[dict[
     """One row for every sample kind and metric; those of all samples last."""
     rows = []
     for kind in [*sorted(set(metrics["trained"]) - {OVERALL}), OVERALL]:
-        of_kind = predictions if kind == OVERALL else predictions[predictions["kind"] == kind]
+        of_kind = rows_of(predictions, kind)
         for metric in (name for name in metrics["trained"][kind] if name not in NOT_SCORES):
             answers = of_kind[of_kind["task"] == metric]
             row: dict[str, Any] = {"kind": "all samples" if kind == OVERALL else kind, "metric": metric, "base": None}
@@ -103,6 +108,19 @@ def _slice_rows(slices: dict[str, Any]) -> list[dict[str, Any]]:
                 entry = values[dimension][name]
                 scores = ", ".join(f"{key} {percent(entry[key])}" for key in entry if key not in NOT_SCORES)
                 row[model] = {"scores": scores, "loss": entry["loss"], "perplexity": entry["perplexity"]}
+            rows.append(row)
+    return rows
+
+
+def _measured_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for every score that lmms-eval gave, with its standard error where it has one; scales are lmms-eval's."""
+    rows = []
+    for task, trained in measured.get("trained", {}).items():
+        for metric in (name for name in trained if name != "n" and not name.endswith("_stderr")):
+            row = {"task": task.removeprefix("lmms_eval/"), "metric": metric, "n": trained.get("n"), "base": None}
+            for model, tasks in measured.items():
+                error = tasks[task].get(f"{metric}_stderr")
+                row[model] = f"{tasks[task][metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
             rows.append(row)
     return rows
 
@@ -168,7 +186,14 @@ def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbn
     for kind, rows in predictions.groupby("kind", sort=True):
         correct = rows["trained_score"].astype(float) >= RIGHT
         shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
-        examples = [{**row, "media": media(row["sample_id"])} for row in shown.to_dict("records")]
+        examples = [
+            {
+                **row,
+                "expected": " | ".join(right_answers(row["expected"], row["task"])),
+                "media": media(row["sample_id"]),
+            }
+            for row in shown.to_dict("records")
+        ]
         groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})
     return groups
 

@@ -86,7 +86,7 @@ def _read(samples: Iterable[pa.RecordBatch], shown: set[str]) -> _Seen:
     for batch in samples:
         rows = batch.to_pylist()
         read.update(row["source"] for row in rows)
-        held_out.update(row["source"] for row in rows if row["split"] == "eval")
+        held_out.update(row["source"] for row in rows if row["split"] != "train")
         characters.append(np.array([_characters(row["messages"]) for row in rows], np.int64))
         images.append(np.array([sum(use["type"] == "image" for use in row["media"]) for row in rows], np.int64))
         media |= {row["sample_id"]: row["media"] for row in rows if row["sample_id"] in shown}

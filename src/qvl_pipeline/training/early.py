@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -65,27 +66,28 @@ def check_eval_split(train: TrainConfig, ingest: IngestConfig) -> None:
     Raises:
         UserError: All of them are for training.
     """
-    if train.eval_strategy != "no" and all(source.split == "train" for source in ingest.datasets):
+    if train.eval_strategy != "no" and all(source.split in ("train", "benchmark") for source in ingest.datasets):
         raise UserError(
-            f"train.eval_strategy is '{train.eval_strategy}', but every source has 'split: train': set it to 'no', or "
-            "leave the split of a source to its rows or to ingest.eval_fraction"
+            f"train.eval_strategy is '{train.eval_strategy}', but every source has 'split: train' or is a benchmark: "
+            "set it to 'no', or leave the split of a source to its rows or to ingest.eval_fraction"
         )
 
 
-def check_eval_samples(valid_samples: Path, needed_by: str) -> None:
+def check_eval_samples(valid_samples: Path, needed_by: str, splits: Sequence[str] = ("eval",)) -> None:
     """Refuse to go on with samples none of which is of the eval split.
 
     Args:
         valid_samples: Parquet file of the samples that passed validation.
         needed_by: What needs such samples.
+        splits: The splits that will do.
 
     Raises:
         UserError: There is none.
     """
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    if not pc.any(pc.equal(pq.read_table(valid_samples, columns=["split"])["split"], "eval")).as_py():
+    found = pq.read_table(valid_samples, columns=["split"])["split"]
+    if set(splits).isdisjoint(found.unique().to_pylist()):
         raise UserError(
             f"no valid sample is of the split 'eval', which {needed_by} needs: give a source 'split: eval' or set "
             "ingest.eval_fraction; or set train.eval_strategy to 'no' and leave out 'evaluate' (kedro run --pipelines "

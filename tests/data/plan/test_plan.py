@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from qvl_pipeline.config import BatchingConfig, IngestConfig
-from qvl_pipeline.data.plan.steps import imbalance, make_plan, plan_fingerprint, source_weights
+from qvl_pipeline.data.plan.steps import imbalance, make_eval_plan, make_plan, plan_fingerprint, source_weights
 from qvl_pipeline.data.plan.tokenization import SCHEMA
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tokens.work import llm_cost, vision_cost
@@ -291,3 +291,22 @@ def test_weights_are_those_of_the_declared_sources() -> None:
         ]
     )
     assert source_weights(ingest) == {"a": 1.0, "b": 0.5}
+
+
+def test_benchmarks_are_in_no_plan(tmp_path: Path) -> None:
+    """Neither trained on nor in the loss during training, by which checkpoints are chosen."""
+    path = write_tokenized(tmp_path / "tokenized.arrow", {"text": [20] * 40})
+    table = pa.ipc.open_file(str(path)).read_all()
+    measured = table.slice(0, 7).set_column(
+        table.column_names.index("split"), SCHEMA.field("split"), pa.array(["benchmark"] * 7)
+    )
+    with pa.ipc.new_file(str(path), SCHEMA) as writer:
+        writer.write_table(pa.concat_tables([measured, table]).combine_chunks())
+    batching = BatchingConfig(packing_length=64, data_parallel_size=1, num_train_epochs=2)
+    plan, summary = make_plan(path, batching, {"text": 1.0})
+    evaluated = make_eval_plan(path, batching)
+    for rows, split in ((plan, "train"), (evaluated, "eval")):
+        used = {row for pack in rows["sample_rows"] for row in pack}
+        assert min(used) >= 7
+        assert {pa.concat_tables([measured, table])["split"][row].as_py() for row in used} == {split}
+    assert summary["samples"] == 40

@@ -187,6 +187,17 @@ def test_training_samples_with_content_of_the_eval_split_are_quarantined() -> No
     ]
 
 
+def test_training_samples_with_content_of_a_benchmark_are_quarantined_and_the_row_is_named() -> None:
+    for name in ("a.png", "b.png"):
+        write_image(Path(name), seed=ord(name[0]))
+    rows = [_row("a.png"), _row("b.png"), _row("b.png", split="eval"), _row("a.png", split="benchmark")]
+    outcome = _validate(_samples(*rows), NO_REJECTS, CONFIG)
+    assert [(row["sample_id"], row["detail"]) for row in outcome.quarantine.to_pylist()] == [
+        ("s/0", "image 'a.png' is also in the eval sample s/3"),
+        ("s/1", "image 'b.png' is also in the eval sample s/2"),
+    ]
+
+
 def test_what_samples_break_because_of_others_does_not_depend_on_the_batches() -> None:
     """Across batches: an eval sample after the training sample, a repeated one, and one that repeats a leaked one."""
     for name in ("a.png", "b.png"):

@@ -38,12 +38,12 @@ def tokenized_beforehand(samples: pd.DataFrame) -> pd.DataFrame:
         samples: Table `sampled_samples`.
 
     Returns:
-        The eval split, and at most `PREVIEWED` training samples spread evenly, in the order of the table.
+        The eval split, benchmarks, and at most `PREVIEWED` training samples spread evenly, in the order of the table.
     """
     train = np.flatnonzero(samples["split"] == "train")
     if len(train) > PREVIEWED:
         train = train[np.linspace(0, len(train) - 1, PREVIEWED).round().astype(int)]
-    return samples.iloc[np.sort(np.concatenate([train, np.flatnonzero(samples["split"] == "eval")]))]
+    return samples.iloc[np.sort(np.concatenate([train, np.flatnonzero(samples["split"] != "train")]))]
 
 
 def write_stream_samples(path: Path, samples: pd.DataFrame, images: Mapping[str, ImageFacts]) -> None:

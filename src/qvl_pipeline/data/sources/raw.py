@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from qvl_pipeline.config import DatasetSource, IngestConfig
+from qvl_pipeline.data.sources.forms.benchmarks import BENCHMARKS
 from qvl_pipeline.data.sources.paths import project_path
 from qvl_pipeline.data.sources.remote import copy_remote, is_url, list_remote
 from qvl_pipeline.errors import UserError
@@ -95,6 +96,8 @@ def find_files(source: DatasetSource, cache: Path, parameter: str) -> list[_File
     # A file that is named itself may have any name.
     left_out = {name: None for name in found if name and not name.lower().endswith(endings)}
     found = {name: place for name, place in found.items() if name not in left_out}
+    if source.benchmark and found:
+        found = _of_benchmark(source.benchmark, found, source.path, parameter)
     if not found:
         kind = f"'{source.path}' holds no file *{' or *'.join(endings)}"
         raise UserError(f"{parameter}: the folder {kind}; check data_type")
@@ -109,6 +112,17 @@ def find_files(source: DatasetSource, cache: Path, parameter: str) -> list[_File
         copies = copy_remote(found.values(), source.storage_options, cache)
         files = {name: _File(copies[url], url) for name, url in found.items()}
     return list(_hf_files(files, source.path, parameter) if source.data_type == "hf_dataset" else files.values())
+
+
+def _of_benchmark(name: str, found: dict[str, str], folder: str, parameter: str) -> dict[str, str]:
+    """Return the files that hold the split of a benchmark."""
+    files = BENCHMARKS[name].files(list(found))
+    if not files:
+        raise UserError(
+            f"{parameter}: '{folder}' holds no file {BENCHMARKS[name].split}*.parquet, as the repository of {name} "
+            "has: name the folder that it was downloaded to, or a file of it"
+        )
+    return {file: found[file] for file in files}
 
 
 def _list_local(path: Path) -> dict[str, str]:

@@ -18,11 +18,13 @@ from qvl_pipeline.data.messages import Media, Message
 from qvl_pipeline.data.rejection import RejectedRowError, quote, type_name
 from qvl_pipeline.data.sources.embedded import is_embedded, store_embedded
 from qvl_pipeline.data.sources.files.webdataset import read_sample
+from qvl_pipeline.data.sources.forms.benchmarks import benchmark_row
 from qvl_pipeline.data.sources.forms.checked import Row
 from qvl_pipeline.data.sources.forms.conversations import TURN_COLUMNS, read_columns, to_conversation
 from qvl_pipeline.data.sources.forms.tools import without_null_keys
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
 from qvl_pipeline.data.tables import MEDIA
+from qvl_pipeline.kinds import BENCHMARK
 from qvl_pipeline.tokens.thoughts import without_thoughts
 
 DEFAULT_TASK = "exact_match"
@@ -93,10 +95,12 @@ class RowReader:
             row, (messages, found) = read_sample(record, self._source.format, _parse)
         else:
             row = _parse(record)
+            if self._source.benchmark:
+                row = benchmark_row(row, self._source.benchmark, self._source.name)
             messages, found = to_conversation(row, self._source.format)
         media = [use._replace(path=self._locate(use)) for use in found]
         split = self._source.split or split or _text(row, "split")
-        if split not in (*SPLITS, None):
+        if split not in (*SPLITS, self._source.split, None):
             raise RejectedRowError(
                 "unknown_format",
                 f"its split is {quote(split)}; known are train and eval, or set the split of the source",
@@ -104,11 +108,17 @@ class RowReader:
         if split is None and media:
             # By the first medium instead of the row, so that rows about one picture do not leak into the other split.
             split = assign_split(self._name(found[0], media[0].path), self._config)
+        kind = _text(row, "kind") or derive_kind(media)
+        if kind.startswith(BENCHMARK) and not self._source.benchmark:
+            raise RejectedRowError(
+                "unknown_format",
+                f"its kind is {quote(kind)}, which is that of a benchmark: rename it, or say `benchmark` of the source",
+            )
         answer = _text(row, "answer")
         read = read_columns(row, self._source.format) | _SAMPLE_COLUMNS
         return {
             "split": split,
-            "kind": _text(row, "kind") or derive_kind(media),
+            "kind": kind,
             "task": _text(row, "task") or DEFAULT_TASK,
             "answer": _last_answer(messages) if answer is None else answer,
             "messages": orjson.dumps(messages).decode(),

@@ -33,7 +33,7 @@ class Sample:
 
     Attributes:
         sample_id: Its id.
-        split: `train` or `eval`.
+        split: `train`, `eval` or `benchmark`.
         messages: Turns in canonical form.
         media: Uses of media files, in reading order.
         probes: What was found in the files, by (type, path).
@@ -270,11 +270,11 @@ def duplicate(sample: Sample, first: str) -> str | None:
 
 
 def leakage(sample: Sample, held_out: Mapping[str | None, str]) -> str | None:
-    """No training sample uses a file whose content is in a valid sample of the eval split.
+    """No training sample uses a file whose content is in a valid sample of the eval split, or of a benchmark.
 
     Args:
         sample: Sample of any split.
-        held_out: By content hash of a file, a valid sample of the eval split that uses it.
+        held_out: By content hash of a file, a valid sample that is evaluated and uses it.
     """
     for use, content_hash in zip(sample.media, sample.content_hashes, strict=True):
         if sample.split == "train" and (other := held_out.get(content_hash)):

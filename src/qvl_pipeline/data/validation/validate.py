@@ -67,7 +67,7 @@ class _Judged(NamedTuple):
     Attributes:
         broken: By number of the sample, what it breaks; those that break nothing are not in it.
         fingerprints: Fingerprint of every sample, one after the other; zeros of those that are not valid.
-        held_out: By content hash of a file, the first valid sample of the eval split that uses it.
+        held_out: By content hash of a file, the first valid sample of the eval split or a benchmark that uses it.
     """
 
     broken: dict[int, list[Broken]]
@@ -181,7 +181,7 @@ def _judge_alone(samples: Iterable[Sample], config: ValidateConfig) -> _Judged:
             fingerprints += bytes(FINGERPRINT_BYTES)
             continue
         fingerprints += sample.fingerprint
-        if sample.split == "eval":
+        if sample.split != "train":
             for content_hash in sample.content_hashes:
                 held_out.setdefault(content_hash, sample.sample_id)
     return _Judged(broken, bytes(fingerprints), held_out)

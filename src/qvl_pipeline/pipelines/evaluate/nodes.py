@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.data.base_model import check_prepared, read_base_model
@@ -119,12 +119,56 @@ def generate(
 
 def _score_table(metrics: dict[str, Any]) -> Table:
     """Return the scores of every kind by metric, and its loss, of each model; it fits 80 columns."""
-    table = Table("kind", "metric", "n", *chain.from_iterable([name, "loss"] for name in metrics))
+    table = Table(
+        Column("kind", overflow="fold"), "metric", "n", *chain.from_iterable([name, "loss"] for name in metrics)
+    )
     for kind, scores in next(iter(metrics.values())).items():
         for metric in (name for name in scores if name not in ("n", *LOSSES)):
             cells = [[f"{model[kind][metric]:.1%}", f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
             table.add_row(kind, metric, str(scores["n"]), *chain.from_iterable(cells))
     return table
+
+
+def measure(
+    base_model: Path,
+    trained_model: Path,
+    kept_checkpoints: Path,
+    metrics: dict[str, Any],
+    model: ModelConfig,
+    evaluate: EvaluateConfig,
+) -> dict[str, Any]:
+    """Let lmms-eval measure the models that were evaluated, where it is asked to.
+
+    Args:
+        base_model: Folder with the manifest of the base model.
+        trained_model: Folder of the trained model.
+        kept_checkpoints: Folder of models of earlier steps, of which `evaluate` may name one or several instead.
+        metrics: Metrics of the evaluated models, which are thereby written first.
+        model: Parameters of the model.
+        evaluate: Parameters of the stage.
+
+    Returns:
+        `{model: {"lmms_eval/<task>": {metric: score, "n": samples}}}` of the models in `metrics`; without tasks, `{}`.
+
+    Raises:
+        UserError: lmms-eval is not installed, or failed.
+    """
+    from qvl_pipeline.evaluation.benchmarks.harness import run_lmms_eval
+    from qvl_pipeline.evaluation.checkpoints import chosen_model
+
+    if not evaluate.lmms_eval:
+        return {}
+    scratch = base_model.parent / "scratch"
+    chosen = chosen_model(trained_model, kept_checkpoints, evaluate.checkpoint, evaluate.average, scratch / "average")
+    paths = {"base": read_base_model(base_model).path, "trained": str(chosen)}
+    limits = {"min_pixels": model.image_min_pixels, "max_pixels": model.image_max_pixels}
+    given = (model.processor_type, evaluate.lmms_eval, limits | evaluate.lmms_eval_model_args)
+    found = {
+        name: run_lmms_eval(path, *given, scratch / "lmms_eval" / name)
+        for name, path in paths.items()
+        if name in metrics
+    }
+    return {name: {f"lmms_eval/{task}": scores for task, scores in tasks.items()} for name, tasks in found.items()}
 
 
 def complete_card(trained_model: Path, metrics: dict[str, Any]) -> str:
@@ -159,7 +203,7 @@ def refuse_regressions(
     worse = regressions(metrics, predictions, evaluate.must_not_regress, evaluate.must_not_regress_by)
     if not worse:
         return
-    table = Table("kind", "metric", "base", "trained", "allowed drop", "95 % interval")
+    table = Table(Column("kind", overflow="fold"), "metric", "base", "trained", "allowed drop", "95 % interval")
     for row in worse:
         figures = (f"{row[key]:.1%}" for key in ("base", "trained", "allowed_drop"))
         interval = "" if row["low"] is None else f"{row['low']:+.1%} to {row['high']:+.1%}"
@@ -174,6 +218,7 @@ def refuse_regressions(
 
 def write_report(
     metrics: dict[str, Any],
+    lmms_eval_results: dict[str, Any],
     predictions: pd.DataFrame,
     training_metrics: pd.DataFrame,
     train_result: dict[str, Any],
@@ -189,6 +234,7 @@ def write_report(
 
     Args:
         metrics: Metrics of the evaluated models.
+        lmms_eval_results: What lmms-eval measured of them.
         predictions: Predictions of the evaluated models.
         training_metrics: One row for every logged step.
         train_result: What training ended with.
@@ -221,4 +267,5 @@ def write_report(
         validation_report=validation_report,
         validation_page=f"../{evaluate.dataset}/validation.html" if evaluate.dataset else None,
         media=MediaThumbnails(TokenizedSamples(tokenized_samples), video_frames),
+        measured=lmms_eval_results,
     )

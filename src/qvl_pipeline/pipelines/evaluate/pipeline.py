@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.evaluate.nodes import complete_card, generate, refuse_regressions, write_report
+from qvl_pipeline.pipelines.evaluate.nodes import complete_card, generate, measure, refuse_regressions, write_report
 
 
 def create_pipeline() -> Pipeline:
@@ -28,9 +28,24 @@ def create_pipeline() -> Pipeline:
                 name="generate",
             ),
             Node(
+                measure,
+                # After the answers: what fails here loses none of them.
+                inputs=[
+                    "base_model",
+                    "trained_model",
+                    "kept_checkpoints",
+                    "metrics",
+                    "params:model",
+                    "params:evaluate",
+                ],
+                outputs="lmms_eval_results",
+                name="measure",
+            ),
+            Node(
                 write_report,
                 inputs=[
                     "metrics",
+                    "lmms_eval_results",
                     "predictions",
                     "training_metrics",
                     "train_result",

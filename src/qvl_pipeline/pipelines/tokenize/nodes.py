@@ -201,10 +201,10 @@ def _sample_ids(path: Path) -> list[str]:
 
 
 def _check_eval_split(tokenized_samples: Path) -> None:
-    """Say before training, not after it, that there will be nothing to evaluate."""
+    """Say before training, not after it, that there will be nothing to evaluate, not even a benchmark."""
     from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
-    if "eval" not in TokenizedSamples(tokenized_samples).columns(["split"])["split"].unique().to_pylist():
+    if TokenizedSamples(tokenized_samples).columns(["split"])["split"].unique().to_pylist() == ["train"]:
         logger.warning(
             "no sample is in the split 'eval', so the pipeline 'evaluate' will refuse to run: give a source "
             "'split: eval', its rows a column 'split', or set ingest.eval_fraction"

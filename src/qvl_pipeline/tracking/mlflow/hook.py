@@ -251,7 +251,7 @@ class MlflowHook:
                     self._run.log_model(name, pointer_to(folder), self._made_by)
             if wanted.get("artifact"):
                 self._run.log_artifact(self._paths[dataset_name])
-            if wanted.get("metrics"):
+            if wanted.get("metrics") and data:
                 # Scores of another model than the trained one have no place in its row.
                 of_training = self._training_run if self._evaluated == TRAINED else None
                 for run_id in filter(None, (self._run.id, of_training, self._above)):

@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from qvl_pipeline.intervals import bootstrap_interval
+from qvl_pipeline.kinds import rows_of
 from qvl_pipeline.tracking.lineage.data_version import data_version
 from qvl_pipeline.tracking.lineage.digests import weights_digest
 
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 POINTER = "pointer.json"
 PREDICTIONS = "predictions.parquet"
-OVERALL = "overall"
 # Of a version: the run that has the answers of its model.
 EVALUATION = "evaluation_run"
 _NOT_IN_NAMES = re.compile(r"[/:.%\"']")
@@ -165,8 +165,7 @@ def _answers(run_id: str, kind: str) -> pd.Series | None:
             table = pd.read_parquet(BytesIO(Path(path).read_bytes()))
     except (MlflowException, OSError):
         return None
-    table = table if kind == OVERALL else table[table["kind"] == kind]
-    return table.set_index(_SAMPLE)["trained_score"]
+    return rows_of(table, kind).set_index(_SAMPLE)["trained_score"]
 
 
 def _find(client: MlflowClient, source_run: str, weights: str) -> LoggedModel | None:
