@@ -99,6 +99,21 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequen
     return scores.tolist()
 
 
+def check_answered(predictions: pd.DataFrame, models: Sequence[str]) -> None:
+    """Refuse to average nothing: a kind and metric of which a model has answered no sample has no score.
+
+    Raises:
+        UserError: There is one.
+    """
+    for model in models:
+        answered = predictions[f"{model}_answer"].notna()
+        for (kind, task), some in answered.groupby([predictions["kind"], predictions["task"]]).any().items():
+            if not some:
+                raise UserError(
+                    f"'{model}' has answered none of the samples of kind '{kind}' and task '{task}': see why in the log"
+                )
+
+
 def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, Any]]:
     """Average the scores of one model by sample kind.
 
@@ -108,7 +123,8 @@ def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str,
 
     Returns:
         `{kind: {task: score, "loss": nats a token, "perplexity": its exponential, "n": answers}}`, kinds in
-        alphabetical order and `overall` last.
+        alphabetical order and `overall` last. Samples without an answer are in no score, and a model without losses has
+        neither of these.
     """
     by_kind = {str(kind): _by_task(rows, model) for kind, rows in predictions.groupby("kind", sort=True)}
     return {**by_kind, OVERALL: _by_task(predictions, model)}
@@ -138,14 +154,17 @@ def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[st
 
 def _by_task(rows: pd.DataFrame, model: str) -> dict[str, Any]:
     scores: dict[str, Any] = {}
-    for task, group in rows.groupby("task", sort=True):
+    answered = rows[rows[f"{model}_answer"].notna()]
+    for task, group in answered.groupby("task", sort=True):
         together = NOT_A_MEAN.get(str(task))
         if together is None:
             scores[str(task)] = float(group[f"{model}_score"].mean())
         else:
             wanted = [references(text) for text in group["expected"]]
             scores[str(task)] = together(group[f"{model}_answer"].tolist(), wanted)
+    if rows[f"{model}_loss"].isna().all():
+        return {**scores, "n": len(answered)}
     tokens = rows["supervised_tokens"].astype(float)
     loss = float((rows[f"{model}_loss"].astype(float) * tokens).sum() / tokens.sum())
     # Above about e^700 it is infinite, which JSON does not have.
-    return {**scores, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": len(rows)}
+    return {**scores, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": len(answered)}
