@@ -51,6 +51,7 @@ def inputs(world: World) -> dict[str, Any]:
         "trained_model": world.model_folder.parent / "trained",
         "kept_checkpoints": world.model_folder.parent / "checkpoints",
         "tokenized_samples": world.tokenized,
+        "sampled_samples": world.sampled,
         "video_frames": world.video_frames,
         "training_metrics": pd.DataFrame([step, {**step, "step": 2, "loss": 1.5}]),
         "train_result": {

@@ -66,38 +66,36 @@ def ask_all(
     Raises:
         UserError: More stay without an answer than `max_failures` allows; or the server is gone, or refuses all.
     """
-    server, there = questions.server, len(kept)
+    server, taken = questions.server, []
 
-    def ask(row: int) -> tuple[str, Answer]:
+    def ask(row: int) -> Answer:
         try:
             body = questions.body(row)
         except OSError as error:
             raise UserError(f"{error}: a medium cannot be read; run the pipeline 'validate'") from error
         asked = hashlib.sha256(identity.encode() + b"\0" + body).hexdigest()
-        return asked, kept.get(asked) or client.answer(body)
+        if (answer := kept.get(asked)) is not None:
+            taken.append(row)
+            return answer
+        answer = client.answer(body)
+        kept.add(asked, answer)
+        return answer
 
-    found, taken = Served(), 0
+    found = Served()
     with kept.writing(), ThreadPoolExecutor(server.concurrency) as pool:
         waiting = {pool.submit(ask, row): row for row in rows}
         try:
             for future in as_completed(waiting):
                 row = waiting.pop(future)
                 try:
-                    asked, answer = future.result()
+                    found.answers[row] = future.result()
                 except (NotAnsweredError, NotAskableError) as error:
                     found.failures[row] = str(error)
-                else:
-                    found.answers[row] = answer
-                    taken += kept.get(asked) is not None
-                    if kept.get(asked) is None:
-                        kept.add(asked, answer)
                 on_done(1)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # those that are being answered are kept
     if taken:
-        logger.info(
-            "%s: %d of %d answers are from an evaluation that was cut off (%d kept)", name, taken, len(rows), there
-        )
+        logger.info("%s: %d of %d answers are from an evaluation that was cut off", name, len(taken), len(rows))
     names = {row: questions.samples.row(row)["sample_id"] for row in rows}
     if own:
         _compare_prompts(name, questions, found, names, server)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +28,13 @@ class KeptAnswers:
         self._path = path
         self._answers: dict[str, Answer] = {}
         self._file: IO[str] | None = None
+        self._lock = threading.Lock()
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
                 values = json.loads(line)
                 self._answers[values.pop("asked")] = Answer(**values)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self._answers)
 
     def get(self, asked: str) -> Answer | None:
         """Return the answer to what was asked, if it was given."""
@@ -53,12 +51,14 @@ class KeptAnswers:
         self._file = None
 
     def add(self, asked: str, answer: Answer) -> None:
-        """Keep an answer."""
-        if self._file is None:
-            raise RuntimeError("answers are added while the file is open")
-        self._answers[asked] = answer
-        self._file.write(json.dumps({"asked": asked, **dataclasses.asdict(answer)}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Keep an answer. May be called by several threads."""
+        line = json.dumps({"asked": asked, **dataclasses.asdict(answer)}, ensure_ascii=False)
+        with self._lock:
+            if self._file is None:
+                raise RuntimeError("answers are added while the file is open")
+            self._answers[asked] = answer
+            self._file.write(f"{line}\n")
+            self._file.flush()
 
     def remove(self) -> None:
         """Forget all, when they are of use no more: another evaluation asks anew."""
