@@ -30,9 +30,9 @@ class EvaluateConfig(Block):
             `{do_sample: true, temperature: 0.7}` or `{num_beams: 4}`.
         seed: Seed of sampled answers, which depend on the number of processes too.
         max_samples: Most samples evaluated, spread evenly over the eval split; `None` takes all of it.
-        task_by_source: Task of all samples of a source, by its name, instead of what its rows say (`exact_match` where
-            they say nothing): `exact_match`, `multiple_choice`, `relaxed_accuracy`, `anls`, `iou`, `grounding`,
-            `rouge_l`, `bleu` or `cider`.
+        task_by_source: Task of all samples of a source, by its name, instead of what its rows say (where they say
+            nothing, `rouge_l` if half of its answers are of more than 10 words, else `exact_match`): `exact_match`,
+            `multiple_choice`, `relaxed_accuracy`, `anls`, `iou`, `grounding`, `rouge_l`, `bleu` or `cider`.
         must_not_regress: By sample kind, or `overall`, how much lower than the base model's a score of the trained
             model may be, as `{overall: 0.0, video: 0.02}`: else the pipeline fails with the table. Losses do not count.
         must_not_regress_by: What counts as lower: `difference`, any drop beyond what is allowed, or `significant`, one

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from qvl_pipeline.config import EvaluateConfig
+from qvl_pipeline.evaluation.default_task import resolve_tasks
 from qvl_pipeline.evaluation.gate import check_gate
 from qvl_pipeline.evaluation.generation import check_generation
 from qvl_pipeline.evaluation.metrics import check_scorable
@@ -25,14 +26,14 @@ def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
         evaluate: Parameters of the stage.
 
     Returns:
-        Table of `eval_samples`.
+        Table of `eval_samples`, each task with a metric, and `task_from` (`resolve_tasks`).
 
     Raises:
         UserError: There is nothing to evaluate, a task has no metric, or a source, sample kind or argument of
             generation that `evaluate` names is not there.
     """
     check_generation(evaluate)
-    chosen = eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source)
+    chosen = resolve_tasks(eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source))
     check_scorable(chosen)
     check_gate(chosen["kind"], evaluate.must_not_regress)
     return chosen
