@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
@@ -20,9 +21,17 @@ from safetensors.torch import load_file, save_file
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.checkpoints import averaged
-from qvl_pipeline.pipelines.evaluate.nodes import _score_table, complete_card, generate, refuse_regressions
+from qvl_pipeline.media.arrow_rows import TokenizedSamples
+from qvl_pipeline.pipelines.evaluate.nodes import (
+    _score_table,
+    complete_card,
+    generate,
+    refuse_regressions,
+    write_report,
+)
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
+from tests.evaluation.servers.http_server import Fault, chat_server
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 
 KINDS = ["text", "single_image", "video"]
@@ -231,3 +240,52 @@ def test_a_regression_fails_the_pipeline_after_the_report_is_written(
     assert "report" in gate.inputs
     with pytest.raises(ValidationError, match="set compare_base to true"):
         EvaluateConfig(must_not_regress={"video": 0.0}, compare_base=False)
+
+
+def test_servers_answer_instead_and_beside(inputs: dict[str, Any]) -> None:
+    """One as the trained model, which leaves one question out, and one more model, over HTTP."""
+
+    def says(request: dict[str, Any]) -> str | Fault:
+        content = request["messages"][0]["content"]
+        if request["model"] == "big":
+            return "7"
+        return ANSWERS[0] if isinstance(content, str) else Fault(400) if len(content) > 2 else ANSWERS[1]
+
+    with chat_server(says) as server:
+        shared = {"url": server.url, "retries": 0}
+        servers = {
+            "trained": {**shared, "model": "tiny", "clips": "images", "max_failures": 0.4},
+            "big-model": {**shared, "model": "big", "clips": "images", "engine": "openai"},
+        }
+        evaluate = EvaluateConfig(backend="openai", compare_base=False, servers=servers, max_new_tokens=4)
+        given = {**inputs, "params:evaluate": evaluate}
+        with pytest.raises(UserError, match="'trained' has answered none of the samples of kind 'video'"):
+            generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+        samples = TokenizedSamples(inputs["tokenized_samples"])
+        assert samples.row(2)["kind"] == "video"
+        kept = inputs["base_model"].parent / "scratch" / "served" / "trained.jsonl"
+        assert len(kept.read_text().splitlines()) == 2, "the next evaluation has them"
+        evaluate = evaluate.model_copy(update={"max_samples": 2})
+        given["params:evaluate"] = evaluate
+        predictions, metrics, slices = generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+        assert not kept.exists(), "all is answered"
+    del samples
+    assert metrics.keys() == {"trained", "big-model"}
+    assert predictions["trained_loss"].isna().all()
+    assert "big-model_answer" in predictions
+    assert "loss" not in metrics["trained"]["overall"]
+    assert slices["big-model"]["source"]["made"]["n"] == 2
+    report = write_report(
+        **{
+            name.removeprefix("params:"): value
+            for name, value in {
+                **given,
+                "metrics": metrics,
+                "predictions": predictions,
+                "evaluation_slices": slices,
+            }.items()
+            if name.removeprefix("params:") in inspect.signature(write_report).parameters
+        }
+    )
+    assert ">big-model<" in report
+    assert _score_table(metrics).row_count

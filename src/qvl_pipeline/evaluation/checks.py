@@ -13,6 +13,7 @@ from qvl_pipeline.evaluation.gate import check_gate
 from qvl_pipeline.evaluation.generation import check_generation
 from qvl_pipeline.evaluation.metrics import check_scorable
 from qvl_pipeline.evaluation.predictions import eval_samples
+from qvl_pipeline.evaluation.servers.models import check_servers
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,11 @@ def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
         Table of `eval_samples`, each task with a metric, and `task_from` (`resolve_tasks`).
 
     Raises:
-        UserError: There is nothing to evaluate, a task has no metric, or a source, sample kind or argument of
+        UserError: There is nothing to evaluate, a task has no metric, a server cannot be asked, or a source, sample kind or argument of
             generation that `evaluate` names is not there.
     """
     check_generation(evaluate)
+    check_servers(evaluate)
     chosen = resolve_tasks(eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source))
     check_scorable(chosen)
     check_gate(chosen["kind"], evaluate.must_not_regress)

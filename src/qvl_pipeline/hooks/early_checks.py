@@ -99,8 +99,10 @@ class EarlyChecks:
             return  # the stages themselves ask at once
         if "generate" in self._stages:
             from qvl_pipeline.evaluation.generation import check_generation
+            from qvl_pipeline.evaluation.servers.models import check_servers
 
             check_generation(self._blocks["evaluate"])
+            check_servers(self._blocks["evaluate"])
         if "train" in self._stages:
             from qvl_pipeline.training.early import check_before_preparing
 

@@ -63,7 +63,7 @@ class ChatClient:
         """
         self.url = url.rstrip("/")
         self._name = name
-        self._headers = {"Content-Type": "application/json"} | _authorization(name, server)
+        self._headers = {"Content-Type": "application/json"} | authorization(name, server)
         options = {
             "maxsize": server.concurrency,
             "block": True,
@@ -149,7 +149,12 @@ class ChatClient:
         self._pool.clear()
 
 
-def _authorization(name: str, server: ServerConfig) -> Mapping[str, str]:
+def authorization(name: str, server: ServerConfig) -> Mapping[str, str]:
+    """Return the header with the key of a server, if it has one.
+
+    Raises:
+        UserError: The environment does not have it.
+    """
     if server.api_key_env is None:
         return {}
     if not (key := os.environ.get(server.api_key_env)):

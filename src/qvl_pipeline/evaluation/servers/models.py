@@ -17,11 +17,11 @@ from qvl_pipeline.config.evaluate import OWN_MODELS
 from qvl_pipeline.engine.model.adapters import FOLDER as ADAPTER
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.servers.asking import Served, ask_all
-from qvl_pipeline.evaluation.servers.client import ChatClient, ServerGoneError
+from qvl_pipeline.evaluation.servers.client import ChatClient, ServerGoneError, authorization
 from qvl_pipeline.evaluation.servers.kept import KeptAnswers
-from qvl_pipeline.evaluation.servers.launched import vllm, with_processor
+from qvl_pipeline.evaluation.servers.launched import find_vllm, vllm, with_processor
 from qvl_pipeline.evaluation.servers.questions import Questions
-from qvl_pipeline.evaluation.servers.sampling import sampling_of_clips
+from qvl_pipeline.evaluation.servers.sampling import choice_of_tokens, sampling_of_clips
 from qvl_pipeline.storage.digests import DIGESTS
 from qvl_pipeline.tracking.lineage.digests import weights_digest
 from qvl_pipeline.training.card import vllm_options
@@ -60,6 +60,22 @@ def served_models(evaluate: EvaluateConfig) -> list[str]:
     """Return the names of the models that servers answer for, own ones first."""
     own = [name for name in OWN_MODELS if evaluate.backend == "openai" and (name != "base" or evaluate.compare_base)]
     return [*own, *(name for name in evaluate.servers if name not in OWN_MODELS)]
+
+
+def check_servers(evaluate: EvaluateConfig) -> None:
+    """Refuse what no server could be asked, before anything is: nothing is sent.
+
+    Raises:
+        UserError: vLLM is to be launched and not installed, a key is not in the environment, or `evaluate.generation`
+            has what a request cannot say.
+    """
+    for name in served_models(evaluate):
+        server = evaluate.server_of(name)
+        assert server is not None
+        choice_of_tokens(evaluate, server)
+        authorization(name, server)
+        if server.launch:
+            find_vllm(name)
 
 
 def ask_servers(asked: Asked, on_done: Callable[[int], object]) -> dict[str, Served]:
