@@ -30,8 +30,8 @@ def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
         Table of `eval_samples`, each task with a metric, and `task_from` (`resolve_tasks`).
 
     Raises:
-        UserError: There is nothing to evaluate, a task has no metric, a server cannot be asked, or a source, sample kind or argument of
-            generation that `evaluate` names is not there.
+        UserError: There is nothing to evaluate, a task has no metric, a server cannot be asked, or a source, sample
+            kind or argument of generation that `evaluate` names is not there.
     """
     check_generation(evaluate)
     check_servers(evaluate)

@@ -19,6 +19,8 @@ import pytest
 from qvl_pipeline.config import EvaluateConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.servers import client
+from qvl_pipeline.evaluation.servers.client import Answer
+from qvl_pipeline.evaluation.servers.kept import KeptAnswers
 from qvl_pipeline.evaluation.servers.models import Asked, ask_servers, forget_answers
 from tests.evaluation.servers.http_server import Fault, Says, chat_server, completion
 from tests.evaluation.world import ANSWERS, KINDS, World, build_world
@@ -120,6 +122,16 @@ def test_an_evaluation_that_was_cut_off_asks_for_the_others_only(world: World, a
     assert len(server.bodies) == len(ROWS)
 
 
+def test_an_answer_is_kept_whatever_is_in_it(tmp_path: Path) -> None:
+    answers = {str(n): Answer(text, n) for n, text in enumerate(("two\nlines", "a\u2028b\x85c", '"7"', "七", ""))}
+    kept = KeptAnswers(tmp_path / "kept.jsonl")
+    with kept.writing():
+        for asked, answer in answers.items():
+            kept.add(asked, answer)
+    again = KeptAnswers(tmp_path / "kept.jsonl")
+    assert {asked: again.get(asked) for asked in answers} == answers
+
+
 def test_answers_of_other_weights_are_not_taken_over(world: World, asked: Ask, tmp_path: Path) -> None:
     with chat_server(knowing(world)) as server:
         what = asked(**one_server(server.url))
@@ -163,6 +175,8 @@ def test_other_tokens_than_those_of_training_are_noticed(
             UserError, match=f"the server counts {counted} tokens in its prompt, training {counted - 4}"
         ):
             texts_of(asked(**one_server(server.url, prompt_tokens="error")))
+        # It had been kept, and was asked again: the server might have been told of other sampling since.
+        assert len(server.bodies) == len(ROWS) + 1
         caplog.clear()
         assert texts_of(asked(**one_server(server.url, prompt_tokens="off"))) == list(ANSWERS)
         others = {"servers": {"gpt": {"url": server.url, "clips": "frames"}}}

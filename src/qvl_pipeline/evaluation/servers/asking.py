@@ -67,6 +67,11 @@ def ask_all(
         UserError: More stay without an answer than `max_failures` allows; or the server is gone, or refuses all.
     """
     server, taken = questions.server, []
+    planned = {row: questions.samples.row(row)["prompt_length"] for row in rows}
+    compared = own and server.prompt_tokens != "off"
+
+    def fits(row: int, answer: Answer) -> bool:
+        return not compared or answer.prompt_tokens in (None, planned[row])
 
     def ask(row: int) -> Answer:
         try:
@@ -74,10 +79,14 @@ def ask_all(
         except OSError as error:
             raise UserError(f"{error}: a medium cannot be read; run the pipeline 'validate'") from error
         asked = hashlib.sha256(identity.encode() + b"\0" + body).hexdigest()
-        if (answer := kept.get(asked)) is not None:
+        # Of a server that has been told of other sampling since, another one may come.
+        if (answer := kept.get(asked)) is not None and fits(row, answer):
             taken.append(row)
             return answer
         answer = client.answer(body)
+        if server.prompt_tokens == "error" and not fits(row, answer):
+            counted = f"the server counts {answer.prompt_tokens} tokens in its prompt, training {planned[row]}"
+            raise NotAnsweredError(f"{counted}: it samples, resizes or renders otherwise")
         kept.add(asked, answer)
         return answer
 
@@ -97,34 +106,16 @@ def ask_all(
     if taken:
         logger.info("%s: %d of %d answers are from an evaluation that was cut off", name, len(taken), len(rows))
     names = {row: questions.samples.row(row)["sample_id"] for row in rows}
-    if own:
-        _compare_prompts(name, questions, found, names, server)
+    others = sorted(row for row, answer in found.answers.items() if not fits(row, answer))
+    if others:
+        first = others[0]
+        logger.warning(
+            "evaluate.servers.%s: the server counts other tokens than training in %d of %d prompts (%s instead of %d "
+            "in '%s'): it samples, resizes or renders otherwise, and its scores are of that (docs/evaluation.md)",
+            *(name, len(others), len(found.answers), found.answers[first].prompt_tokens, planned[first], names[first]),
+        )
     _refuse_failures(name, found, names, server)
     return found
-
-
-def _compare_prompts(
-    name: str, questions: Questions, found: Served, names: Mapping[int, str], server: ServerConfig
-) -> None:
-    """Compare the tokens of prompts with those of training: other ones are other frames, sizes, or another template."""
-    if server.prompt_tokens == "off":
-        return
-    planned = {row: questions.samples.row(row)["prompt_length"] for row in found.answers}
-    counted = {row: answer.prompt_tokens for row, answer in found.answers.items()}
-    others = sorted(row for row in planned if counted[row] not in (None, planned[row]))
-    if not others:
-        return
-    first = others[0]
-    if server.prompt_tokens == "error":
-        for row in others:
-            del found.answers[row]
-            found.failures[row] = f"the server counts {counted[row]} tokens in its prompt, training {planned[row]}"
-        return
-    logger.warning(
-        "evaluate.servers.%s: the server counts other tokens than training in %d of %d prompts (%d instead of %d in "
-        "'%s'): it samples, resizes or renders otherwise, and its scores are of that (docs/evaluation.md)",
-        *(name, len(others), len(planned), counted[first], planned[first], names[first]),
-    )
 
 
 def _refuse_failures(name: str, found: Served, names: Mapping[int, str], server: ServerConfig) -> None:

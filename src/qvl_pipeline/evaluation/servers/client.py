@@ -23,6 +23,8 @@ _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _OF_THE_SERVER = (401, 403, 404, 405)
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 30.0
+# As long as a server may ask to be left alone.
+_LONGEST_WAIT_S = 300
 _QUOTED = 300
 
 
@@ -75,6 +77,8 @@ class ChatClient:
                 status_forcelist=_AGAIN,
                 backoff_factor=_FIRST_PAUSE_S,
                 backoff_max=_LONGEST_PAUSE_S,
+                backoff_jitter=_FIRST_PAUSE_S,  # not all that were refused at once, at once again
+                retry_after_max=_LONGEST_WAIT_S,
                 raise_on_status=False,
             ),
         }
@@ -111,6 +115,7 @@ class ChatClient:
         try:
             message = said["choices"][0]["message"]
             calls, text = message.get("tool_calls"), message["content"]
+            prompt_tokens = (said.get("usage") or {}).get("prompt_tokens")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise NotAnsweredError(f"the response is no chat completion: {_quoted(json.dumps(said))}") from error
         if calls:
@@ -119,8 +124,7 @@ class ChatClient:
             )
         if not isinstance(text, str):
             raise NotAnsweredError(f"the response has no text: {_quoted(json.dumps(said))}")
-        usage = said.get("usage") or {}
-        return Answer(text, usage.get("prompt_tokens"))
+        return Answer(text, prompt_tokens)
 
     def _request(self, verb: str, path: str, body: bytes | None) -> Any:
         try:

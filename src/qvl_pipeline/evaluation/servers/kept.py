@@ -29,7 +29,7 @@ class KeptAnswers:
         self._answers: dict[str, Answer] = {}
         self._file: IO[str] | None = None
         self._lock = threading.Lock()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
             try:
                 values = json.loads(line)
                 self._answers[values.pop("asked")] = Answer(**values)
