@@ -32,13 +32,18 @@ LOSSES = {
 FREE = ("rouge_l", "answers of 40 words")
 
 
+def tiles_of(*given: Any) -> list[dict[str, str]]:
+    tiles = headline_tiles(*given)
+    return [{key: text.replace("\N{NO-BREAK SPACE}", " ") for key, text in tile.items()} for tile in tiles]
+
+
 def test_the_score_of_most_samples_is_shown() -> None:
     kinds = [
         row("anls", [1.0, 0.0], [0.0, 0.0]),
         row("exact_match", [1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]),
         row("rouge_l", [0.1]),
     ]
-    tiles = headline_tiles(kinds, LOSSES, table(*[("anls", None)] * 2, *[("exact_match", None)] * 4, ("rouge_l", None)))
+    tiles = tiles_of(kinds, LOSSES, table(*[("anls", None)] * 2, *[("exact_match", None)] * 4, ("rouge_l", None)))
     assert [(tile["role"], tile["value"]) for tile in tiles] == [
         ("trained", "75.0 %"),
         ("base", "25.0 %"),
@@ -49,12 +54,12 @@ def test_the_score_of_most_samples_is_shown() -> None:
 
 def test_rouge_that_nobody_asked_for_gives_way() -> None:
     kinds = [row("exact_match", [1.0]), row("rouge_l", [0.2, 0.2, 0.2])]
-    [tile, *_] = headline_tiles(kinds, LOSSES, table(("exact_match", "answers of 1 words"), *[FREE] * 3))
+    [tile, *_] = tiles_of(kinds, LOSSES, table(("exact_match", "answers of 1 words"), *[FREE] * 3))
     assert tile["detail"] == "1 of 1 exact matches"
 
 
 def test_of_free_text_alone_it_is_the_perplexity() -> None:
-    tiles = headline_tiles([row("rouge_l", [0.25], [0.5])], LOSSES, table(FREE))
+    tiles = tiles_of([row("rouge_l", [0.25], [0.5])], LOSSES, table(FREE))
     assert [(tile["role"], tile["value"]) for tile in tiles] == [
         ("trained", "3.49"),
         ("base", "7.389"),
@@ -65,9 +70,9 @@ def test_of_free_text_alone_it_is_the_perplexity() -> None:
 
 def test_rouge_that_was_asked_for_or_is_all_there_is_is_shown() -> None:
     kinds = [row("rouge_l", [0.25], [0.5])]
-    assert headline_tiles(kinds, LOSSES, table(("rouge_l", None)))[0]["detail"] == "rouge_l, n = 1"
+    assert tiles_of(kinds, LOSSES, table(("rouge_l", None)))[0]["detail"] == "rouge_l, n = 1"
     of_a_server = {"trained": {"overall": {"n": 1}}}
-    assert headline_tiles(kinds, of_a_server, table(FREE))[0]["detail"] == "rouge_l, n = 1"
+    assert tiles_of(kinds, of_a_server, table(FREE))[0]["detail"] == "rouge_l, n = 1"
 
 
 def test_tasks_that_were_chosen_and_failures_are_told() -> None:
