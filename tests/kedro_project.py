@@ -93,7 +93,7 @@ def _ingest(ingest: IngestConfig) -> dict[str, Any]:
 def _tokenize(raw_manifest: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     def write(folder: Path) -> None:
         folder.mkdir()
-        (folder / "manifest.json").write_text("{}")
+        (folder / "manifest.json").write_text('{"path": ".", "family": "qwen3_vl"}')
 
     return {"fingerprint": f"plan of {raw_manifest['fingerprint']}"}, write
 

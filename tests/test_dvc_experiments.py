@@ -17,6 +17,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl_pipeline.reports.compare import compare_runs
@@ -75,6 +76,37 @@ def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
     assert early["trained"] != committed["trained"]
     command(copy, "kedro run --pipelines evaluate --params evaluate.checkpoint=step-2")
     assert json.loads((copy / METRICS).read_text())["trained"] == committed["trained"], "the last step"
+
+
+def test_a_clone_trains_on_from_a_checkpoint_that_it_pulled(trained: Path, tmp_path: Path) -> None:
+    """In a profile of its own, and with a learning rate that moves nothing: so it ends where it began."""
+    copy, kept = tmp_path / "clone", "data/06_models/tiny_qwen3_vl/checkpoints/step-1"
+    command(trained.parent, f"git clone --quiet {trained} {copy}")
+    for folder in (trained, copy):
+        remote = f"[core]\nremote = disk\n['remote \"disk\"']\nurl = {tmp_path / 'remote'}\n"
+        (folder / ".dvc/config.local").write_text(remote)
+    command(trained, "dvc push")
+    (trained / ".dvc/config.local").unlink()
+    command(copy, "dvc pull")
+    shutil.copytree(copy / "conf/tiny_qwen3_vl", copy / "conf/more")
+    profile = (copy / "conf/more/globals.yml").read_text()
+    (copy / "conf/more/globals.yml").write_text(profile.replace("tiny_qwen3_vl", "more"))
+    changed = f"model.load_from_pretrained_path={kept},train.learning_rate=1e-12"
+    command(copy, f"kedro run --env more --pipelines sample,tokenize,train,evaluate --params {changed}")
+
+    def weights(folder: str) -> dict[str, torch.Tensor]:
+        return load_file(copy / folder / "model.safetensors")
+
+    start, end, untrained = (
+        weights(kept),
+        weights("data/06_models/more/trained"),
+        weights("data/06_models/tiny_qwen3_vl/base"),
+    )
+    assert end.keys() == start.keys()
+    assert all(torch.equal(end[name], start[name]) for name in start)
+    assert not all(torch.equal(untrained[name].to(start[name].dtype), start[name]) for name in start)
+    metrics = json.loads((copy / "data/08_reporting/more/metrics.json").read_text())
+    assert metrics["base"] == metrics["trained"], "what it is compared with is the checkpoint"
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def refusal(project: Path, *names: str, **options: Any) -> str:
         ),
         ("tokenize", "sampled_samples", {"sample": {"fps": 7}}, "sample.fps", "sample"),
         ("train", "tokenized_samples", {"sample": {"fps": 7}}, "sample.fps", "sample,tokenize"),
-        ("evaluate", "tokenized_samples", {"sample": {"fps": 7}}, "sample.fps", "sample,tokenize"),
+        ("evaluate", "sampled_samples", {"sample": {"fps": 7}}, "sample.fps", "sample,tokenize"),
     ],
 )
 def test_every_stage_refuses_an_input_of_other_parameters(

@@ -21,6 +21,7 @@ INPUTS = {
     "base_model",
     "pack_plan",
     "plan_summary",
+    "sampled_samples",
     "stream_samples",
     "tokenized_samples",
     "validation_report",

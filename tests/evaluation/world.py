@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from PIL import Image
@@ -43,6 +45,7 @@ class World:
     video_frames: Path
     references: list[BatchFeature]
     media: list[list[dict[str, Any]]]
+    sampled: pd.DataFrame
 
     def load_model(self) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_pretrained(self.model_folder, dtype=torch.float32).eval()
@@ -83,7 +86,16 @@ def build_world(folder: Path, family: str, kinds: list[str]) -> World:
             all_media.append(media)
     tokenized = folder / "tokenized.arrow"
     write_tokenized(tokenized, rows)
-    return World(family, model_folder, processor, tokenized, folder / "frames", references, all_media)
+    sampled = pd.DataFrame([_sampled(row, kind) for row, kind in zip(rows, kinds, strict=True)])
+    return World(family, model_folder, processor, tokenized, folder / "frames", references, all_media, sampled)
+
+
+def _sampled(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The sample as `sampled_samples` has it, with its answer."""
+    turns = [*KINDS[kind], ("assistant", [row["answer"]])]
+    messages = [{"role": role, "content": _content(parts)} for role, parts in turns]
+    media = [{"type": item["type"], "path": item["key"], "start": None, "end": None} for item in row["media"]]
+    return {"sample_id": row["sample_id"], "messages": json.dumps(messages), "media": media}
 
 
 def write_tokenized(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -115,15 +127,7 @@ def _draw(
 
 def _reference(processor: ProcessorMixin, kind: str, pictures: list[dict[str, Any]]) -> BatchFeature:
     """Process one prompt alone, as a user of plain transformers would."""
-    messages = [
-        {
-            "role": role,
-            "content": [
-                {"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in parts
-            ],
-        }
-        for role, parts in KINDS[kind]
-    ]
+    messages = [{"role": role, "content": _content(parts)} for role, parts in KINDS[kind]]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     images = [picture["pixels"] for picture in pictures if picture["type"] == "image"]
     videos = [picture["pixels"] for picture in pictures if picture["type"] == "video"]
@@ -132,6 +136,10 @@ def _reference(processor: ProcessorMixin, kind: str, pictures: list[dict[str, An
     if videos:
         given |= {"videos": videos, "video_metadata": [dict(metadata) for _ in videos], "fps": FPS}
     return processor(text=[text], **given, do_sample_frames=False, return_tensors="pt")
+
+
+def _content(parts: list[str]) -> list[dict[str, Any]]:
+    return [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in parts]
 
 
 def _planned(picture: dict[str, Any], patch: int) -> dict[str, Any]:

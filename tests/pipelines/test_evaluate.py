@@ -20,9 +20,16 @@ from safetensors.torch import load_file, save_file
 from qvl_pipeline.config import EvaluateConfig, ModelConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.checkpoints import averaged
-from qvl_pipeline.pipelines.evaluate.nodes import _score_table, complete_card, generate, refuse_regressions
+from qvl_pipeline.pipelines.evaluate.nodes import (
+    _score_table,
+    complete_card,
+    generate,
+    refuse_regressions,
+    write_report,
+)
 from qvl_pipeline.pipelines.evaluate.pipeline import create_pipeline
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
+from tests.evaluation.servers.http_server import Fault, chat_server
 from tests.evaluation.world import ANSWERS, World, build_world, write_tokenized
 
 KINDS = ["text", "single_image", "video"]
@@ -51,6 +58,7 @@ def inputs(world: World) -> dict[str, Any]:
         "trained_model": world.model_folder.parent / "trained",
         "kept_checkpoints": world.model_folder.parent / "checkpoints",
         "tokenized_samples": world.tokenized,
+        "sampled_samples": world.sampled,
         "video_frames": world.video_frames,
         "training_metrics": pd.DataFrame([step, {**step, "step": 2, "loss": 1.5}]),
         "train_result": {
@@ -231,3 +239,48 @@ def test_a_regression_fails_the_pipeline_after_the_report_is_written(
     assert "report" in gate.inputs
     with pytest.raises(ValidationError, match="set compare_base to true"):
         EvaluateConfig(must_not_regress={"video": 0.0}, compare_base=False)
+
+
+def test_servers_answer_instead_and_beside(inputs: dict[str, Any]) -> None:
+    """One as the trained model, which cannot answer the clip at first, and one more model, over HTTP."""
+    fails = [True]
+
+    def says(request: dict[str, Any]) -> str | Fault:
+        content = request["messages"][0]["content"]
+        if request["model"] == "big" or isinstance(content, str):
+            return ANSWERS[0]
+        is_clip = len(content) > 2
+        return Fault(400) if is_clip and fails[0] else ANSWERS[2 if is_clip else 1]
+
+    with chat_server(says) as server:
+        shared = {"url": server.url, "retries": 0, "clips": "images"}
+        servers = {
+            "trained": {**shared, "model": "tiny", "max_failures": 0.4},
+            "big-model": {**shared, "model": "big", "engine": "openai"},
+        }
+        evaluate = EvaluateConfig(backend="openai", compare_base=False, servers=servers, max_new_tokens=4)
+        given = {**inputs, "params:evaluate": evaluate}
+        with pytest.raises(UserError, match="'trained' has answered none of the samples of kind 'video'"):
+            generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+        kept = inputs["base_model"].parent / "scratch" / "served" / "trained.jsonl"
+        assert len(kept.read_text().splitlines()) == 2
+        fails[0], asked = False, len(server.bodies)
+        predictions, metrics, slices = generate(*(given[name] for name in create_pipeline().nodes[0].inputs))
+        assert len(server.bodies) == asked + 1, "the others were kept"
+        assert not kept.exists(), "all is answered"
+    assert metrics.keys() == {"trained", "big-model"}
+    assert metrics["trained"]["overall"] == {"exact_match": 1.0, "n": 3}, "no losses"
+    assert metrics["big-model"]["overall"] == {"exact_match": pytest.approx(1 / 3), "n": 3}
+    assert predictions["trained_loss"].isna().all()
+    assert predictions["trained_failure"].isna().all()
+    assert predictions["big-model_answer"].tolist() == [ANSWERS[0]] * 3
+    made = {"metrics": metrics, "predictions": predictions, "evaluation_slices": slices}
+    node = next(node for node in create_pipeline().nodes if node.name == "write_report")
+    assert ">big-model<" in write_report(*((given | made)[name] for name in node.inputs))
+    assert "33.3%" in table_text(_score_table(metrics))
+
+
+def table_text(table: Any) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()

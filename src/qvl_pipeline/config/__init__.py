@@ -11,6 +11,7 @@ from qvl_pipeline.config.model import ModelConfig
 from qvl_pipeline.config.preflight import PreflightConfig
 from qvl_pipeline.config.replay import ReplayConfig
 from qvl_pipeline.config.sample import SampleConfig
+from qvl_pipeline.config.server import ServerConfig
 from qvl_pipeline.config.train import FSDPConfig, TrainConfig
 from qvl_pipeline.config.validate import ValidateConfig
 
@@ -45,6 +46,7 @@ __all__ = [
     "PreflightConfig",
     "ReplayConfig",
     "SampleConfig",
+    "ServerConfig",
     "TrainConfig",
     "ValidateConfig",
 ]

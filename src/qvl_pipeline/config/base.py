@@ -69,11 +69,13 @@ class Block(BaseModel):
 
 
 def _decisive(value: Any, dumped: Any, of: str | None) -> Any:
-    """Return what is decisive of a value that may be a block, or a list of them."""
+    """Return what is decisive of a value that may be a block, a list of them, or some by name."""
     if isinstance(value, Block):
         return value.decisive(of)
     if isinstance(value, list) and any(isinstance(block, Block) for block in value):
         return [block.decisive(of) for block in value]
+    if isinstance(value, dict) and any(isinstance(block, Block) for block in value.values()):
+        return {name: block.decisive(of) for name, block in value.items()}
     return dumped
 
 

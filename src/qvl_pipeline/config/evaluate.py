@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from qvl_pipeline.config.base import Block
+from qvl_pipeline.config.server import ServerConfig
+
+# The models that are this profile's own: the untrained and the trained one.
+OWN_MODELS = ("base", "trained")
+_SERVER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class EvaluateConfig(Block):
     """Generation on the eval split with the base and the trained model.
 
     Attributes:
+        backend: Who answers for the trained and the untrained model: `transformers` in processes of this run, which
+            compute losses too, or `openai`, the `servers` of these names, which tell none.
+        servers: By name of the model: a server that answers as `trained` or as `base` (`backend: openai`); any other
+            name is one more model beside them, such as that of an API.
         batch_size: Samples whose answers, and whose losses, are computed together (left-padded).
         nproc_per_node: Processes that share the samples; `auto` is one a GPU, and one without GPUs.
         max_new_tokens: Longest answer in tokens.
@@ -20,9 +30,9 @@ class EvaluateConfig(Block):
             `{do_sample: true, temperature: 0.7}` or `{num_beams: 4}`.
         seed: Seed of sampled answers, which depend on the number of processes too.
         max_samples: Most samples evaluated, spread evenly over the eval split; `None` takes all of it.
-        task_by_source: Task of all samples of a source, by its name, instead of what its rows say (`exact_match` where
-            they say nothing): `exact_match`, `multiple_choice`, `relaxed_accuracy`, `anls`, `iou`, `grounding`,
-            `rouge_l`, `bleu` or `cider`.
+        task_by_source: Task of all samples of a source, by its name, instead of what its rows say (where they say
+            nothing, `rouge_l` if half of its answers are of more than 10 words, else `exact_match`): `exact_match`,
+            `multiple_choice`, `relaxed_accuracy`, `anls`, `iou`, `grounding`, `rouge_l`, `bleu` or `cider`.
         must_not_regress: By sample kind, or `overall`, how much lower than the base model's a score of the trained
             model may be, as `{overall: 0.0, video: 0.02}`: else the pipeline fails with the table. Losses do not count.
         must_not_regress_by: What counts as lower: `difference`, any drop beyond what is allowed, or `significant`, one
@@ -38,6 +48,8 @@ class EvaluateConfig(Block):
         dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
     """
 
+    backend: Literal["transformers", "openai"] = "transformers"
+    servers: dict[str, ServerConfig] = Field(default_factory=dict)
     batch_size: int = Field(default=16, ge=1)
     nproc_per_node: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     max_new_tokens: int = Field(default=64, ge=1)
@@ -76,6 +88,34 @@ class EvaluateConfig(Block):
         if self.lmms_eval_model_args and not self.lmms_eval:
             raise ValueError("lmms_eval_model_args are for the tasks of lmms_eval, and there are none: name some")
         return self
+
+    def _servers_answer_for_models(self) -> EvaluateConfig:
+        for name, server in self.servers.items():
+            if not _SERVER_NAME.fullmatch(name):
+                raise ValueError(f"servers.{name}: a name is of letters, digits, '_', '-' and '.'")
+            if name not in OWN_MODELS and server.launch:
+                raise ValueError(
+                    f"servers.{name}.launch starts the trained or the untrained model: give the url of another"
+                )
+        own = [name for name in OWN_MODELS if name in self.servers]
+        if self.backend == "transformers" and own:
+            raise ValueError(
+                f"servers.{own[0]} is given, and backend is transformers: set it to openai, or drop the server"
+            )
+        if self.backend == "openai":
+            if "trained" not in self.servers:
+                raise ValueError("backend is openai, and servers.trained, which is to answer, is not given")
+            if self.compare_base and self.server_of("base") is None:
+                raise ValueError(
+                    "compare_base needs a server of the untrained model, servers.base: give it, or set "
+                    "compare_base to false"
+                )
+        return self
+
+    def server_of(self, model: str) -> ServerConfig | None:
+        """Return who answers as a model; who is launched for the trained one can be for the untrained one too."""
+        trained = self.servers.get("trained")
+        return self.servers.get(model) or (trained if model == "base" and trained and trained.launch else None)
 
     @property
     def evaluated(self) -> str:

@@ -9,10 +9,12 @@ import pandas as pd
 
 from qvl_pipeline.config import EvaluateConfig
 from qvl_pipeline.evaluation.benchmarks.harness import check_lmms_eval
+from qvl_pipeline.evaluation.default_task import resolve_tasks
 from qvl_pipeline.evaluation.gate import check_gate
 from qvl_pipeline.evaluation.generation import check_generation
 from qvl_pipeline.evaluation.metrics import check_scorable
 from qvl_pipeline.evaluation.predictions import eval_samples
+from qvl_pipeline.evaluation.servers.models import check_servers
 from qvl_pipeline.kinds import kinds_in
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 
@@ -27,15 +29,16 @@ def checked_samples(tokenized: Path, evaluate: EvaluateConfig) -> pd.DataFrame:
         evaluate: Parameters of the stage.
 
     Returns:
-        Table of `eval_samples`.
+        Table of `eval_samples`, each task with a metric, and `task_from` (`resolve_tasks`).
 
     Raises:
-        UserError: There is nothing to evaluate, a task has no metric, or a source, sample kind, argument of
-            generation or lmms-eval, which `evaluate` names, is not there.
+        UserError: There is nothing to evaluate, a task has no metric, a server cannot be asked, or a source, sample
+            kind, argument of generation or lmms-eval, which `evaluate` names, is not there.
     """
     check_generation(evaluate)
     check_lmms_eval(evaluate.lmms_eval)
-    chosen = eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source)
+    check_servers(evaluate)
+    chosen = resolve_tasks(eval_samples(TokenizedSamples(tokenized), evaluate.max_samples, evaluate.task_by_source))
     check_scorable(chosen)
     check_gate(kinds_in(chosen), evaluate.must_not_regress)
     return chosen

@@ -113,6 +113,21 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], tasks: Sequen
     return scores.tolist()
 
 
+def check_answered(predictions: pd.DataFrame, models: Sequence[str]) -> None:
+    """Refuse to average nothing: a kind and metric of which a model has answered no sample has no score.
+
+    Raises:
+        UserError: There is one.
+    """
+    for model in models:
+        answered = predictions[f"{model}_answer"].notna()
+        for (kind, task), some in answered.groupby([predictions["kind"], predictions["task"]]).any().items():
+            if not some:
+                raise UserError(
+                    f"'{model}' has answered none of the samples of kind '{kind}' and task '{task}': see why in the log"
+                )
+
+
 def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, Any]]:
     """Average the scores of one model by sample kind.
 
@@ -122,6 +137,7 @@ def average_scores(predictions: pd.DataFrame, model: str) -> dict[str, dict[str,
 
     Returns:
         `{kind: {task: score, "loss": nats a token, "perplexity": its exponential, "n": answers}}`, of `kinds_in`.
+        Samples without an answer are in no score, and a model without losses has neither of these.
     """
     return {kind: _by_task(rows_of(predictions, kind), model) for kind in kinds_in(predictions)}
 
@@ -151,7 +167,8 @@ def slices(predictions: pd.DataFrame, model: str) -> dict[str, dict[str, dict[st
 
 def _by_task(rows: pd.DataFrame, model: str) -> dict[str, Any]:
     scores: dict[str, Any] = {}
-    for task, group in rows.groupby("task", sort=True):
+    answered = rows[rows[f"{model}_answer"].notna()]
+    for task, group in answered.groupby("task", sort=True):
         together = NOT_A_MEAN.get(str(task))
         if task in MEAN_OF_KINDS:
             scores[str(task)] = float(group.groupby("kind")[f"{model}_score"].mean().mean())
@@ -160,7 +177,9 @@ def _by_task(rows: pd.DataFrame, model: str) -> dict[str, Any]:
         else:
             wanted = [references(text) for text in group["expected"]]
             scores[str(task)] = together(group[f"{model}_answer"].tolist(), wanted)
+    if rows[f"{model}_loss"].isna().all():
+        return {**scores, "n": len(answered)}
     tokens = rows["supervised_tokens"].astype(float)
     loss = float((rows[f"{model}_loss"].astype(float) * tokens).sum() / tokens.sum())
     # Above about e^700 it is infinite, which JSON does not have.
-    return {**scores, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": len(rows)}
+    return {**scores, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": len(answered)}

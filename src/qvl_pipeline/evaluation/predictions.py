@@ -48,7 +48,7 @@ def eval_samples(
 def prediction_table(
     samples: pd.DataFrame,
     questions: Sequence[str],
-    answers: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[str | None]],
     losses: Mapping[str, Sequence[float]],
     supervised_tokens: Sequence[int],
 ) -> pd.DataFrame:
@@ -57,22 +57,25 @@ def prediction_table(
     Args:
         samples: Rows of `eval_samples`.
         questions: Question of each.
-        answers: Answers of each evaluated model, by its name in `MODELS`.
-        losses: Teacher-forced loss of each sample, in nats a supervised token, by model.
+        answers: Answers of each evaluated model, by its name: in `MODELS`, or that of a server; `None` where it gave
+            none.
+        losses: Teacher-forced loss of each sample, in nats a supervised token, of the models that have them.
         supervised_tokens: Tokens that each loss is the mean of.
 
     Returns:
         The columns of `samples` with `question` and `supervised_tokens`, and `<model>_answer` (string),
-        `<model>_score` and `<model>_loss` (numbers) for both models: null for one that was not evaluated.
+        `<model>_score` and `<model>_loss` (numbers) for both `MODELS` and those of servers: null where there is none.
     """
     table = samples.reset_index(drop=True)
     table.insert(table.columns.get_loc("expected"), "question", list(questions))
-    for model in MODELS:
+    models = [*MODELS, *(name for name in answers if name not in MODELS)]
+    for model in models:
         table[f"{model}_answer"] = pd.Series(answers.get(model), index=table.index, dtype="string")
-    for model in MODELS:
-        scores = score_answers(answers[model], table["expected"], table["task"]) if model in answers else None
-        table[f"{model}_score"] = pd.Series(scores, index=table.index, dtype="Float64")
+    for model in models:
+        given = table[table[f"{model}_answer"].notna()]
+        scores = score_answers(given[f"{model}_answer"].tolist(), given["expected"], given["task"])
+        table[f"{model}_score"] = pd.Series(scores, index=given.index, dtype="Float64").reindex(table.index)
     table["supervised_tokens"] = list(supervised_tokens)
-    for model in MODELS:
+    for model in models:
         table[f"{model}_loss"] = pd.Series(losses.get(model), index=table.index, dtype="Float64")
     return table

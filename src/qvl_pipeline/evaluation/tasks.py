@@ -27,6 +27,8 @@ _BOXES = (
     re.compile(r"\s*,?\s*".join([rf"[\[(]\s*({_NUMBER})[\s,;]+({_NUMBER})\s*[\])]"] * 2)),
     re.compile(rf"({_NUMBER})" + rf"[\s,;()\[\]]+({_NUMBER})" * 3),
 )
+_LATIN = re.compile(r"[a-z0-9]")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _ARTICLE = re.compile(r"^[AI]\s+(?!or\b|and\b)(?=[a-z])")
 _CHOICE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-Z])\)?(?![A-Za-z0-9'])")
 # All of the answer, after what introduces it, or its beginning with a mark or a reason behind it.
@@ -129,10 +131,28 @@ def grounding(answer: str, expected: str) -> float:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """F-measure of the longest common subsequence (Lin 2004), by `rouge_score` with stemming, as published with T5."""
+    """F-measure of the longest common subsequence (Lin 2004), by `rouge_score` with stemming, as published with T5.
+
+    Its words are of Latin letters and digits. Where the expected answer has none of these, words are of any letters,
+    and characters of scripts that write no spaces: else all answers in such a language would be worth nothing.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    return float(RougeScorer(["rougeL"], use_stemmer=True).score(expected, answer)["rougeL"].fmeasure)
+    tokenizer = None if _LATIN.search(expected.lower()) else _AnyScript()
+    scorer = RougeScorer(["rougeL"], use_stemmer=True, tokenizer=tokenizer)
+    return float(scorer.score(expected, answer)["rougeL"].fmeasure)
+
+
+class _AnyScript:
+    """A tokenizer of `rouge_score`."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words_of(text.lower())
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text into words, and where a script parts them by no spaces, into characters."""
+    return _WORD.findall(text)
 
 
 def best_reference(score: Score, answer: str, references: Sequence[str]) -> float:

@@ -100,9 +100,11 @@ class EarlyChecks:
         if "generate" in self._stages:
             from qvl_pipeline.evaluation.benchmarks.harness import check_lmms_eval
             from qvl_pipeline.evaluation.generation import check_generation
+            from qvl_pipeline.evaluation.servers.models import check_servers
 
             check_generation(self._blocks["evaluate"])
             check_lmms_eval(self._blocks["evaluate"].lmms_eval)
+            check_servers(self._blocks["evaluate"])
         if "train" in self._stages:
             from qvl_pipeline.training.early import check_before_preparing
 

@@ -8,14 +8,16 @@ from typing import Any
 import pandas as pd
 
 from qvl_pipeline.evaluation.metrics import right_answers
-from qvl_pipeline.intervals import Score, score
+from qvl_pipeline.intervals import score
 from qvl_pipeline.kinds import BENCHMARK, OVERALL, rows_of
+from qvl_pipeline.reports.headline import evaluation_notes, headline_tiles
 from qvl_pipeline.reports.page import count, percent, points, render
 from qvl_pipeline.reports.plots import WIDTH, loss_curve
 from qvl_pipeline.reports.thumbnails import Thumbnail
 
 EXAMPLES_EACH = 2
 NOT_SCORES = ("loss", "perplexity", "n")
+_LOSS_FORMS = {"loss": ".3f", "perplexity": ".3g"}
 RIGHT = 0.5  # an answer with at least this score is shown as right
 
 
@@ -56,13 +58,17 @@ def render_report(
     Returns:
         HTML.
     """
+    notes = evaluation_notes(predictions)
+    predictions = predictions[predictions["trained_answer"].notna()]  # a server may have left out some
     kinds = _kind_rows(metrics, predictions)
     return render(
         "report",
         title=title,
         subtitle=subtitle,
         compared="base" in metrics,
-        tiles=_tiles(kinds[-1], train_result),
+        others=[name for name in metrics if name not in ("trained", "base")],
+        notes=notes,
+        tiles=[*headline_tiles(kinds, metrics, predictions), _time_tile(train_result)],
         kinds=kinds,
         benchmarks=any(row["kind"].startswith(BENCHMARK) for row in kinds),
         slices=_slice_rows(slices),
@@ -90,7 +96,8 @@ def _kind_rows(metrics: dict[str, Any], predictions: pd.DataFrame) -> list[dict[
             row: dict[str, Any] = {"kind": "all samples" if kind == OVERALL else kind, "metric": metric, "base": None}
             row["total"] = kind == OVERALL
             for model, values in metrics.items():
-                row[model] = score(values[kind][metric], answers[f"{model}_score"].astype(float).to_numpy())
+                scores = answers[f"{model}_score"].astype(float).dropna()
+                row[model] = score(values[kind][metric], scores.to_numpy())
             if row["base"]:
                 row["gain"] = points(row["trained"].rate - row["base"].rate)
             rows.append(row)
@@ -107,7 +114,9 @@ def _slice_rows(slices: dict[str, Any]) -> list[dict[str, Any]]:
             for model, values in slices.items():
                 entry = values[dimension][name]
                 scores = ", ".join(f"{key} {percent(entry[key])}" for key in entry if key not in NOT_SCORES)
-                row[model] = {"scores": scores, "loss": entry["loss"], "perplexity": entry["perplexity"]}
+                # What a server answered has no losses.
+                figures = {key: format(entry[key], form) if key in entry else "" for key, form in _LOSS_FORMS.items()}
+                row[model] = {"scores": scores, **figures}
             rows.append(row)
     return rows
 
@@ -125,29 +134,14 @@ def _measured_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tiles(overall: dict[str, Any], train_result: dict[str, Any]) -> list[dict[str, str]]:
-    trained, base = overall["trained"], overall["base"]
-    tiles = [_score_tile("trained", "Trained model", trained, overall["metric"])]
-    if base:
-        tiles.append(_score_tile("base", "Base model", base, overall["metric"]))
-        tiles.append({"role": "gain", "name": "Gain", "value": overall["gain"], "detail": "percentage points"})
+def _time_tile(train_result: dict[str, Any]) -> dict[str, str]:
     steps, ranks = train_result["steps"], train_result["world_size"]
-    tiles.append(
-        {
-            "role": "time",
-            "name": "Training time",
-            "value": _duration(train_result["train_time_s"]),
-            "detail": f"{count(steps)} steps on {ranks} {'rank' if ranks == 1 else 'ranks'}, {train_result['device']}",
-        }
-    )
-    return tiles
-
-
-def _score_tile(role: str, name: str, score: Score, metric: str) -> dict[str, str]:
-    right = round(score.rate * score.n)
-    shares = {"exact_match": "exact matches", "multiple_choice": "right choices", "relaxed_accuracy": "right answers"}
-    of = f"{count(right)} of {count(score.n)} {shares[metric]}" if metric in shares else f"{metric}, n = {score.n}"
-    return {"role": role, "name": name, "value": percent(score.rate), "detail": of}
+    return {
+        "role": "time",
+        "name": "Training time",
+        "value": _duration(train_result["train_time_s"]),
+        "detail": f"{count(steps)} steps on {ranks} {'rank' if ranks == 1 else 'ranks'}, {train_result['device']}",
+    }
 
 
 def _training_facts(

@@ -57,7 +57,7 @@ def model_card(
         item=item,
         num_frames=item.get("nframes"),
         heard=sample.use_audio_in_video,
-        vllm=" \\\n  ".join(["vllm serve .", *_vllm_options(family.name, item)]),
+        vllm=" \\\n  ".join(["vllm serve .", *(f"{key} '{value}'" for key, value in vllm_options(family.name, item))]),
         sglang=json.dumps({"video": item}),
     )
 
@@ -86,7 +86,7 @@ def with_scores(card: str, metrics: Mapping[str, Any]) -> str:
     """
     kinds = metrics["trained"]
     rows = [
-        [kind, metric, scores["n"], *(f"{models[kind][metric]:.4f}" for models in metrics.values())]
+        [kind, metric, scores["n"], *(_figure(models[kind].get(metric)) for models in metrics.values())]
         for kind, scores in kinds.items()
         for metric in scores
         if metric != "n"
@@ -97,15 +97,32 @@ def with_scores(card: str, metrics: Mapping[str, Any]) -> str:
     return f"{card.rstrip()}\n\n## Scores\n\nOf the eval split, by `kedro run --pipelines evaluate`.\n\n{table}\n"
 
 
-def _vllm_options(family: str, item: Mapping[str, Any]) -> list[str]:
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def vllm_sampling(family: str, item: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Say how clips are sampled in what vLLM knows, of a request or of the server.
+
+    Args:
+        family: Of the model.
+        item: What `sampling_item` returns.
+
+    Returns:
+        `media_io_kwargs` and, where there is something to say, `mm_processor_kwargs`.
+    """
     frames = item.get("nframes")
     if FAMILIES[family].limits_are_per_clip:  # a processor that samples clips itself, from all of their frames
         loader: dict[str, Any] = {"num_frames": frames or -1}
     else:
         loader = {"num_frames": frames} if frames else {"num_frames": item["max_frames"], "fps": item["fps"]}
-    processor = {} if frames else {"fps": item["fps"]}
-    options = {"--media-io-kwargs": {"video": loader}, "--mm-processor-kwargs": processor}
-    return [f"{option} '{json.dumps(value)}'" for option, value in options.items() if value]
+    processor = {} if frames else {"mm_processor_kwargs": {"fps": item["fps"]}}
+    return {"media_io_kwargs": {"video": loader}} | processor
+
+
+def vllm_options(family: str, item: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return these as options of `vllm serve`, each with its value in JSON."""
+    return [(f"--{key.replace('_', '-')}", json.dumps(value)) for key, value in vllm_sampling(family, item).items()]
 
 
 def _template() -> Any:

@@ -100,7 +100,7 @@ def test_a_row_with_messages_alone_gets_defaults() -> None:
     samples, _ = _ingest(_write("a.jsonl", [_row()]))
     columns = ("split", "kind", "task", "answer", "media", "metadata")
     assert samples.select(columns).to_pylist() == [
-        dict(zip(columns, ("train", "text", "exact_match", "This.", [], "{}"), strict=True))
+        dict(zip(columns, ("train", "text", "auto", "This.", [], "{}"), strict=True))
     ]
 
 

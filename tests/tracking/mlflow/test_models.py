@@ -132,6 +132,28 @@ def test_checkpoints_are_models_that_are_ranked_by_their_scores(project: Path, e
     assert training.data.metrics["trained/overall/exact_match"] == 0.5, "scores of the trained model alone"
 
 
+def test_the_untrained_model_is_one_of_them(project: Path) -> None:
+    pipelines.configure(quick.__name__)
+    for stages in (("ingest", "tokenize"), ("train",), ("evaluate",)):
+        quick.run(project, *stages)
+    client, _ = client_and_name(project)
+    result = json.loads((project / "data/08_reporting/tiny_qwen3_vl/train_result.json").read_text())
+    training = client.get_run(result["mlflow_run_id"]).info
+    of_training = f"source_run_id = '{training.run_id}'"
+    models = {model.name: model for model in client.search_logged_models([training.experiment_id], of_training)}
+    assert models.keys() == {"tiny_qwen3_vl", "tiny_qwen3_vl-untrained"}
+    untrained = models["tiny_qwen3_vl-untrained"]
+    assert {metric.key: metric.value for metric in untrained.metrics} == {
+        "eval/video/exact_match": 0.1,
+        "eval/video/n": 3.0,
+    }
+    assert untrained.tags["path"] == "data/06_models/tiny_qwen3_vl/base"
+    assert "model.processor_type" in untrained.params
+    assert "train.seed" not in untrained.params, "it was not trained"
+    quick.run(project, "evaluate")
+    assert len(client.search_logged_models([training.experiment_id], of_training)) == 2, "the same one again"
+
+
 def test_what_the_server_does_not_take_is_registered_later_once(
     project: Path, evaluated: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

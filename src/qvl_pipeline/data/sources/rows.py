@@ -23,11 +23,10 @@ from qvl_pipeline.data.sources.forms.checked import Row
 from qvl_pipeline.data.sources.forms.conversations import TURN_COLUMNS, read_columns, to_conversation
 from qvl_pipeline.data.sources.forms.tools import without_null_keys
 from qvl_pipeline.data.sources.paths import media_folder, name_of, name_prefixes
-from qvl_pipeline.data.tables import MEDIA
+from qvl_pipeline.data.tables import AUTO, MEDIA
 from qvl_pipeline.kinds import BENCHMARK
 from qvl_pipeline.tokens.thoughts import without_thoughts
 
-DEFAULT_TASK = "exact_match"
 SPLITS = ("train", "eval")
 _SAMPLE_COLUMNS = frozenset({"split", "kind", "task", "answer"})
 
@@ -119,7 +118,7 @@ class RowReader:
         return {
             "split": split,
             "kind": kind,
-            "task": _text(row, "task") or DEFAULT_TASK,
+            "task": _text(row, "task") or AUTO,
             "answer": _last_answer(messages) if answer is None else answer,
             "messages": orjson.dumps(messages).decode(),
             "media": [use._asdict() for use in media],

@@ -17,7 +17,7 @@ from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.engine.model.adapters import FOLDER as ADAPTER
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.gate import regressions
-from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, slices
+from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, check_answered, slices
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
@@ -31,6 +31,7 @@ def generate(
     trained_model: Path,
     kept_checkpoints: Path,
     tokenized_samples: Path,
+    sampled_samples: pd.DataFrame,
     video_frames: Path,
     plan_summary: dict[str, Any],
     train_result: dict[str, Any],
@@ -45,6 +46,7 @@ def generate(
             of the base, with and without it.
         kept_checkpoints: Folder of models of earlier steps, of which `evaluate` may name one or several instead.
         tokenized_samples: Arrow file of the samples.
+        sampled_samples: Their conversations and media, which servers are sent.
         video_frames: Folder of the frame store.
         plan_summary: Facts of the plan that belongs to the tokenized samples.
         train_result: What training ended with.
@@ -53,12 +55,13 @@ def generate(
 
     Returns:
         The predictions, one row for every evaluated sample, the metrics by kind, and those by source and prompt length.
-        Without `compare_base` the base model's columns are null and the metrics have the key `trained` only.
+        Without `compare_base` the base model's columns are null, and the metrics do not have it. Of what a server
+        answered, there are no losses.
 
     Raises:
         UserError: There is nothing to evaluate, a checkpoint is not there, a sample has a task without a metric, the
-            model was trained on other tokens than these or from another base model than it is to be compared with, or
-            the tokens were made with other parameters of the model.
+            model was trained on other tokens than these or from another base model than it is to be compared with,
+            the tokens were made with other parameters of the model, or a server does not answer.
     """
     from transformers import AutoProcessor
 
@@ -67,6 +70,7 @@ def generate(
     from qvl_pipeline.evaluation.checks import checked_samples
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
+    from qvl_pipeline.evaluation.servers.models import Asked, ask_servers, forget_answers, served_models
     from qvl_pipeline.media.frame_store import FrameStore
 
     check_prepared(base_model, model)
@@ -94,8 +98,10 @@ def generate(
     processor = AutoProcessor.from_pretrained(trained_model)
     base = read_base_model(base_model).path
     paths = {"base": base} if evaluate.compare_base else {}
+    served = served_models(evaluate)
+    models = {**paths, "trained": base if adapter.is_dir() else str(trained_model)}
     asked = Answering(
-        models={**paths, "trained": base if adapter.is_dir() else str(trained_model)},
+        models={name: path for name, path in models.items() if name not in served},
         adapters={"trained": str(adapter)} if adapter.is_dir() else {},
         processor=str(trained_model),
         tokenized=str(tokenized_samples),
@@ -104,15 +110,35 @@ def generate(
         attn_implementation=model.attn_implementation,
         evaluate=evaluate,
     )
+    of_servers = Asked(
+        evaluate=evaluate,
+        family=model.family.name,
+        processor=processor,
+        trained=trained_model,
+        base=base,
+        tokenized=tokenized_samples,
+        sampled=sampled_samples,
+        video_frames=video_frames,
+        rows=tuple(rows),
+        scratch=scratch / "served",
+    )
     with progress_bar() as bar:
-        task = bar.add_task("answers and losses", total=2 * len(rows) * len(asked.models))
+        total = len(rows) * (2 * len(asked.models) + len(served))
+        advance = partial(bar.advance, bar.add_task("answers and losses", total=total))
+        # Of servers first: where one is launched, no model is on the GPUs yet.
+        said = ask_servers(of_servers, advance)
         processes = processes_per_node(evaluate.nproc_per_node, "evaluate.nproc_per_node", without_gpus=1)
-        found = answer_all(asked, scratch / "evaluation", processes, partial(bar.advance, task))
-    answers = {name: [by_row[row][0] for row in rows] for name, by_row in found.items()}
+        found = answer_all(asked, scratch / "evaluation", processes, advance) if asked.models else {}
+    answers: dict[str, list[str | None]] = {name: [by_row[row][0] for row in rows] for name, by_row in found.items()}
+    answers |= {name: [each.text(row) for row in rows] for name, each in said.items()}
     losses = {name: [by_row[row][1] for row in rows] for name, by_row in found.items()}
     questions = [last_question(processor.tokenizer, samples.row(row)) for row in rows]
     table = prediction_table(chosen, questions, answers, losses, [supervised_tokens(samples.row(row)) for row in rows])
+    for name, each in said.items():
+        table[f"{name}_failure"] = pd.Series([each.failures.get(row) for row in rows], dtype="string")
+    check_answered(table, list(answers))
     metrics = {name: average_scores(table, name) for name in answers}
+    forget_answers(of_servers)
     Console().print(_score_table(metrics))
     return table, metrics, {name: slices(table, name) for name in answers}
 
@@ -124,7 +150,9 @@ def _score_table(metrics: dict[str, Any]) -> Table:
     )
     for kind, scores in next(iter(metrics.values())).items():
         for metric in (name for name in scores if name not in ("n", *LOSSES)):
-            cells = [[f"{model[kind][metric]:.1%}", f"{model[kind]['loss']:.3f}"] for model in metrics.values()]
+            losses = (model[kind].get("loss") for model in metrics.values())
+            shown = ("" if loss is None else f"{loss:.3f}" for loss in losses)
+            cells = [[f"{model[kind][metric]:.1%}", loss] for model, loss in zip(metrics.values(), shown, strict=True)]
             table.add_row(kind, metric, str(scores["n"]), *chain.from_iterable(cells))
     return table
 

@@ -18,6 +18,7 @@ def create_pipeline() -> Pipeline:
                     "trained_model",
                     "kept_checkpoints",
                     "tokenized_samples",
+                    "sampled_samples",
                     "video_frames",
                     "plan_summary",
                     "train_result",

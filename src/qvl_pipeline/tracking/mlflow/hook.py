@@ -51,6 +51,8 @@ GIVEN = "given_parameters.yml"
 TRAIN_RESULT = "train_result"
 # The model that an evaluation is of, unless `evaluate` names a checkpoint or several to average.
 TRAINED = "trained"
+# What it is compared with, under the name that `metrics.json` has for it.
+UNTRAINED = "base"
 # By the dotted name of every parameter: the file that sets it, `--params`, or `default`.
 ORIGIN = "parameters_origin.yml"
 
@@ -278,20 +280,23 @@ class MlflowHook:
         self._finish("FAILED")
 
     def _log_model_scores(self, metrics: dict[str, Any]) -> None:
-        """Log the scores of the evaluated model to its entry in the table of models."""
-        from qvl_pipeline.tracking.mlflow.models import pointer_to
+        """Log the scores of the evaluated and of the untrained model to their entries in the table of models."""
+        from qvl_pipeline.tracking.mlflow.models import pointer_to, pointer_to_base
 
         folder, name = self._paths[MODEL_ENTRY], self._config.run_name
         if self._evaluated != TRAINED:
             chosen = self._blocks["evaluate"].model_validate(self._parameters["evaluate"])
             kept = self._paths[KEPT_ENTRY] / chosen.checkpoint if chosen.checkpoint else None
             folder, name = kept or self._paths["base_model"].parent / AVERAGE, f"{name}-{self._evaluated}"
+        samples, made_by = self._paths[DATA_ENTRY], self._training_run
+        data = (DATA_ENTRY, samples) if samples.exists() else None
+        if UNTRAINED in metrics:
+            untrained, made = pointer_to_base(self._paths["base_model"]), {"model": self._parameters["model"]}
+            name_of_it = f"{self._config.run_name}-untrained"
+            self._run.log_model_scores(name_of_it, untrained, made, made_by, metrics[UNTRAINED], data)
         if not folder.is_dir():
             return
         pointer = self._made if self._made and self._evaluated == TRAINED else pointer_to(folder)
-        samples = self._paths[DATA_ENTRY]
-        data = (DATA_ENTRY, samples) if samples.exists() else None
-        made_by = self._training_run
         self._run.log_model_scores(name, pointer, self._made_by, made_by, metrics[TRAINED], data)
         # An average is in no stage's outputs: nobody could get it.
         self._scored = pointer if folder.name != Path(AVERAGE).name else None

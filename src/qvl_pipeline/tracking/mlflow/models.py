@@ -23,8 +23,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
+from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.intervals import bootstrap_interval
 from qvl_pipeline.kinds import rows_of
+from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.data_version import data_version
 from qvl_pipeline.tracking.lineage.digests import weights_digest
 
@@ -52,10 +54,26 @@ def pointer_to(folder: Path) -> dict[str, str]:
     """
     # Read whatever its size: DVC's record would be believed if its size is right, and so is that of any training.
     read = data_version(folder, read_all=True)
-    path = folder.absolute()
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    pointer = {"path": path.as_posix(), "digest": read.digest, "version": read.origin}
+    pointer = {"path": _in_project(folder), "digest": read.digest, "version": read.origin}
     return pointer | {"weights": weights_digest(folder)}
+
+
+def pointer_to_base(base_model: Path) -> dict[str, str]:
+    """Return where the untrained model is and which it is, as `pointer_to` does.
+
+    By the digest that trainings know it by: it may be on the hub, and is of no stage's making.
+
+    Args:
+        base_model: The catalog entry: a folder with `manifest.json`.
+    """
+    model, digest = read_base_model(base_model), base_model_digest(base_model)
+    path = _in_project(base_model) if model.is_own else model.path
+    return {"path": path, "digest": digest, "version": "the model that was trained", "weights": digest}
+
+
+def _in_project(folder: Path) -> str:
+    path = folder.absolute()
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
 
 
 def log_model(

@@ -1,0 +1,1 @@
+"""Answers of models behind servers with OpenAI's chat completions."""
