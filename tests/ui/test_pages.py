@@ -29,9 +29,10 @@ from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.reports.compare import compare_runs
 from qvl_pipeline.reports.compare_page import render_comparison
 from qvl_pipeline.reports.report import render_report
+from qvl_pipeline.reports.samples_page import PART, write_samples_page
 from qvl_pipeline.reports.validation_page import render_validation
 from tests.kedro_project import REPOSITORY, make_project
-from tests.reports.test_report import report_facts
+from tests.reports.test_report import prediction, report_facts
 from tests.trainings import Recorder, predictions
 from tests.ui.browser import open_page
 
@@ -154,6 +155,7 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
         "report": render_report(**facts),
         "compare": comparison,
         "validation": render_validation(
+            dataset="data",
             report=facts["validation_report"],
             samples=[],
             rejects=lost,
@@ -165,6 +167,9 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
     }
     for name, page in pages.items():
         (tmp_path / f"{name}.html").write_text(page)
+    long = facts["predictions"].assign(source=source * 2, trained_answer="x" * 500)
+    write_samples_page(tmp_path / "samples", title="a" * 60, predictions=long, media=facts["media"], most=100)
+    pages["samples/index"] = ""
     frames = "".join(f'<iframe id="{name}" src="{name}.html" width="360" height="1000"></iframe>' for name in pages)
     script = """onload = () => {
       for (const { id, contentDocument: { documentElement: page } } of document.querySelectorAll("iframe"))
@@ -176,10 +181,37 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
     assert text.strip() == " ".join(f"{name}: 0 too wide;" for name in pages)
 
 
+def test_the_page_of_samples_filters_and_loads_what_is_seen(tmp_path: Path) -> None:
+    facts = report_facts()
+    rows = [prediction(number, f"kind {number % 2}", number % 4 < 2) for number in range(20 * PART)]
+    write_samples_page(tmp_path / "s", title="tiny", predictions=pd.DataFrame(rows), media=facts["media"], most=1000)
+    asked: list[str] = []
+    with served(tmp_path, asked) as address:
+        page = open_page(f"{address}/s/index.html", "samples", wait_ms=3000)
+        assert "400 of 400 evaluated samples" in shown(page)
+        parts = [path for path in asked if "part" in path]
+        assert parts == ["/s/part-00000.js"], "of twenty"
+        asked.clear()
+        page = open_page(f"{address}/s/index.html#kind=kind+1&answer=right", "samples-filtered", wait_ms=3000)
+    assert "100 of 400 evaluated samples" in shown(page)
+    parts = [path for path in asked if "part" in path]
+    assert parts == ["/s/part-00015.js"], "kinds in order, wrong ones first"
+    cards = re.findall(r'<article class="card" title="made/(\d+)"', page)
+    assert len(cards) >= 4
+    assert {int(number) % 4 for number in cards} == {1}
+
+
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a web site of the files in `folder`."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+def served(folder: Path, asked: list[str] | None = None) -> Iterator[str]:
+    """The address of a web site of the files in `folder`; what is asked for is added to `asked`."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if asked is not None:
+                asked.append(self.path)
+            super().do_GET()
+
+    handler = functools.partial(Handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

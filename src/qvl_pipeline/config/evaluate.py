@@ -30,6 +30,8 @@ class EvaluateConfig(Block):
         compare_base: Evaluate the untrained base model too, for the gain.
         checkpoint: Kept checkpoint to evaluate instead of the trained model, such as `step-300`.
         average: Kept checkpoints, two at least, whose averaged weights are evaluated instead.
+        browsed_samples: Most samples on the page by which answers are browsed, evenly of all kinds and sources, right
+            and wrong ones; 0 shows none.
         report_title: Heading of the report; `None` takes the name of the model.
         dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
     """
@@ -46,6 +48,7 @@ class EvaluateConfig(Block):
     compare_base: bool = True
     checkpoint: str | None = None
     average: list[str] = Field(default_factory=list)
+    browsed_samples: int = Field(default=1000, ge=0)
     report_title: str | None = None
     dataset: str | None = None
 

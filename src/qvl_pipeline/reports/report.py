@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
 from qvl_pipeline.intervals import Score, score
+from qvl_pipeline.reports.answers import Media, confusion, gallery
+from qvl_pipeline.reports.chosen import chosen_parameters
 from qvl_pipeline.reports.page import count, percent, points, render
-from qvl_pipeline.reports.plots import WIDTH, loss_curve
-from qvl_pipeline.reports.thumbnails import Thumbnail
+from qvl_pipeline.reports.plots import WIDTH, training_curves
 
-EXAMPLES_EACH = 2
 OVERALL = "overall"
 NOT_SCORES = ("loss", "perplexity", "n")
-RIGHT = 0.5  # an answer with at least this score is shown as right
 
 
 def render_report(
@@ -30,7 +28,9 @@ def render_report(
     validation_report: dict[str, Any],
     validation_page: str | None,
     slices: dict[str, Any],
-    media: Callable[[str], list[list[Thumbnail]]],
+    media: Media,
+    parameters: dict[str, Any],
+    samples_page: str | None,
 ) -> str:
     """Write the page.
 
@@ -49,6 +49,8 @@ def render_report(
         validation_page: Address of the page that shows these rows, relative to the report.
         slices: Metrics by `source` and by `prompt_length`, of each model.
         media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
+        parameters: What the model was trained with, block by block; empty when it was not kept.
+        samples_page: Address of the page on which all of the samples can be browsed, relative to the report.
 
     Returns:
         HTML.
@@ -62,15 +64,16 @@ def render_report(
         tiles=_tiles(kinds[-1], train_result),
         kinds=kinds,
         slices=_slice_rows(slices),
-        curve=loss_curve(training_metrics),
+        curves=training_curves(training_metrics),
         plot_width=WIDTH,
         training=_training_facts(train_result, plan_summary, training_metrics),
         counts=validation_report["counts"],
         rules=_broken_rules(validation_report["rules"]),
         validation_page=validation_page,
-        examples=_examples(predictions, media),
-        examples_each=EXAMPLES_EACH,
-        right=RIGHT,
+        parameters=chosen_parameters(parameters),
+        confusion=confusion(predictions),
+        gallery=gallery(predictions, media),
+        samples_page=samples_page,
         provenance=_provenance(train_result, plan_summary),
     )
 
@@ -160,17 +163,6 @@ def _training_facts(
 
 def _broken_rules(rules: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(((rule, n) for rule, n in rules.items() if n), key=lambda item: (-item[1], item[0]))
-
-
-def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbnail]]]) -> list[dict[str, Any]]:
-    """The first right and the first wrong answers of every kind, with their pictures."""
-    groups = []
-    for kind, rows in predictions.groupby("kind", sort=True):
-        correct = rows["trained_score"].astype(float) >= RIGHT
-        shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
-        examples = [{**row, "media": media(row["sample_id"])} for row in shown.to_dict("records")]
-        groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})
-    return groups
 
 
 def _provenance(result: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -104,9 +104,9 @@ def _recorded(path: Path) -> _Record | None:
     stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {}) if lock.is_file() else {}
     locked = {Path(out["path"]).absolute(): out for stage in stages.values() for out in stage.get("outs", [])}
     for place in (absolute, *absolute.parents):
-        pointer = place.with_name(f"{place.name}.dvc")
         if place == project or place.parent == place:
             return None
+        pointer = place.with_name(f"{place.name}.dvc")
         if pointer.is_file():
             out = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]
             return _Record(place, out["md5"], out.get("size"), pointer.name)
