@@ -60,6 +60,8 @@ def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     half, most = [True, False] * 20, [True] * 35 + [False] * 5
     recorder.training("tiny_qwen3_vl", 2e-3, predictions({"video": half, "text": most}), final_loss=0.3)
     recorder.training("tiny_qwen2_5_vl", 1e-3, predictions({"video": most, "text": most}, answer="8"), final_loss=0.2)
+    for run, score in zip(recorder.runs(), (0.875, 0.6875), strict=True):
+        recorder.client.log_metric(run, "eval/overall/exact_match", score)
     return recorder
 
 
@@ -104,6 +106,18 @@ def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
     assert "Playground" not in text, "the menu of another kind of work"
     assert " tiny_qwen3_vl " in text
     assert " tiny_qwen2_5_vl " in text
+
+
+def test_mlflow_opens_a_table_of_what_matters_and_charts_that_begin_with_the_loss(mlflow_ui: str) -> None:
+    table = shown(open_page(mlflow_ui, "mlflow-view"))
+    for column in ("train/loss", "train/eval_loss", "eval/overall/exact_match", "train.learning_rate"):
+        assert column in table
+    assert "0.875" in table
+    assert "train.seed" not in table, "the same in all runs"
+    charts = open_page(f"{mlflow_ui}&compareRunsMode=CHART", "mlflow-charts", height=2400)
+    order = [charts.index(f">{name}<") for name in ("train/loss", "train/eval_loss", "eval/overall/exact_match")]
+    assert order == sorted(order)
+    assert len(re.findall(r'class="trace scatter', charts)) >= 4, "two curves of two runs"
 
 
 def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorder) -> None:
