@@ -248,9 +248,13 @@ def viz(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 def test_kedro_viz_shows_the_stages_the_layers_and_a_preview(viz: tuple[str, Path]) -> None:
     address, folder = viz
+    whole = open_page(f"{address}/?pid=__default__", "kedro-viz-stages", height=1100)
+    boxes = re.findall(r'class="[^"]*pipeline-node--modularPipeline[^"]*"[^>]*data-id="(\w+)"', whole)
+    assert sorted(boxes) == sorted(STAGES)
     nodes = json.loads((folder / "api" / "main").read_text())["nodes"]
     curves = next(node["id"] for node in nodes if node["name"] == "training_metrics")
-    page = open_page(f"{address}/?pid=__default__&sid={curves}", "kedro-viz", height=1100)
+    opened = f"{address}/?pid=__default__&expandAllPipelines=true&sid={curves}"
+    page = open_page(opened, "kedro-viz", height=1100)
     options = re.findall(r'class="menu-option__content[^"]*" title="(\w+)"', page)
     assert set(STAGES) <= set(options)
     layers = re.findall(r'class="pipeline-layer-name[^"]*"[^>]*>(\w+)<', page)
