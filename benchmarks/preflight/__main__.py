@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import benchmarks.preflight
+from benchmarks.preflight import duration
 from benchmarks.preflight.cpu import expected, measured
 from benchmarks.preflight.gpu_rows import expected_gib, measured_rows
 from benchmarks.preflight.profiles import rows
@@ -18,12 +19,14 @@ from benchmarks.report import report
 def main() -> None:
     """Run the benchmark and report."""
     parser = argparse.ArgumentParser(description=benchmarks.preflight.__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("cpu", "gpu", "profiles"))
+    parser.add_argument("--only", choices=("cpu", "gpu", "profiles", "time"))
     options = parser.parse_args()
     if options.only in (None, "profiles"):
         report("preflight_profiles", list(rows()), ratios={}, targets={})
     if options.only in (None, "cpu"):
         _report("preflight_cpu", cpu_rows(), {"median": "<= 0.05", "worst": "<= 0.12"})
+    if options.only in (None, "time"):
+        _report("preflight_time", list(duration.rows()), {"worst": "<= 0.15"})
     if options.only in (None, "gpu"):
         found = [
             _row(

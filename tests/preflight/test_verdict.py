@@ -15,13 +15,15 @@ from qvl_pipeline.preflight.verdict import Plan
 from qvl_pipeline.reports.preflight_page import render_preflight
 
 
-def answer(tmp_path: Path, hardware: str, *, length: int = 4096, **train: Any) -> dict[str, Any]:
+def answer(
+    tmp_path: Path, hardware: str, *, length: int = 4096, micro_batches: int = 1, **train: Any
+) -> dict[str, Any]:
     name = "Qwen/Qwen3-VL-2B-Instruct"
     return ask(
         Plan(None, None, tmp_path / "frames"),
         SampleConfig(),
         ModelConfig(processor_type="qwen3_vl", load_from_pretrained_path=name, processor_name=name),
-        BatchingConfig(packing_length=length, max_steps=100),
+        BatchingConfig(packing_length=length, max_steps=100, gradient_accumulation_steps=micro_batches),
         TrainConfig(bf16=True, use_liger_kernel=True, **train),
         AdapterConfig(),
         PreflightConfig(hardware=hardware, gpu_hour_price=2.0),
@@ -45,6 +47,14 @@ def test_what_does_not_fit_names_the_smallest_changes_that_do(small: dict[str, A
     assert last["what"] in small["sentence"]
     # States alone are 16 bytes a parameter: no recomputation is enough, and more of it takes the place of less.
     assert small["changes"][0]["parameters"] == "train.gradient_checkpointing=true"
+
+
+def test_gradients_in_shards_come_first_where_they_save_something(tmp_path: Path) -> None:
+    """On one rank, or in one micro-batch a step, they do not."""
+    changes = answer(tmp_path, "2xL4-24GB", micro_batches=4)["changes"]
+    assert changes[0]["parameters"] == "train.fsdp_config.accumulate_sharded=true"
+    saved = [change["needed_bytes"] for change in changes]
+    assert saved == sorted(saved, reverse=True)
 
 
 def test_parts_add_up(small: dict[str, Any]) -> None:
@@ -75,14 +85,19 @@ def test_the_least_recomputation_that_fits_is_chosen(tmp_path: Path) -> None:
 def test_the_page_shows_it(small: dict[str, Any]) -> None:
     page = render_preflight("mine", small)
     for shown in ("Does not fit", small["changes"][-1]["parameters"], "One block at work", "Weights"):
-        assert shown in page
+        assert shown in page.replace("<wbr>", "")
     assert render_preflight("mine", small) == page
     assert "nobody asked" in render_preflight("mine", {"verdict": "off", "sentence": "nobody asked"})
 
 
-@pytest.mark.parametrize("profile", ["qwen3_vl_2b", "qwen2_5_vl_72b"])
-def test_a_profile_fits_the_hardware_that_it_names(profile: str) -> None:
+@pytest.mark.parametrize(("profile", "hardware"), profiles.named_hardware().items())
+def test_a_profile_fits_the_hardware_that_it_names(profile: str, hardware: str) -> None:
     started = time.process_time()
-    report = profiles.answer(profile, profiles.named_hardware()[profile])
-    assert report["verdict"] == "fits", report["sentence"]
+    report = profiles.answer(profile, hardware)
     assert time.process_time() - started < 20
+    if profile.startswith("qwen3_5"):
+        assert report == {"verdict": "off", "sentence": report["sentence"]}
+        assert "linear attention has not been measured" in report["sentence"]
+        return
+    assert report["verdict"] == "fits", report["sentence"]
+    assert min(report["memory"]["parts"].values()) >= 0, "what a tower let go of others is theirs"

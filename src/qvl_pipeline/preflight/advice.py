@@ -46,12 +46,15 @@ def changes(
         estimate: From a run and micro-batches to what it needs.
 
     Returns:
-        The changes, in order. If the last does not fit, nothing that is known does.
+        The changes, in order, without those that save nothing. If the last does not fit, nothing that is known does.
     """
     made: list[Change] = []
+    least = estimate(spec, heaviest).bytes
     for what, parameters, costs, apply, lighter in _ladder(spec, config, heaviest, hardware):
-        spec, heaviest = apply(spec), lighter or heaviest
-        needed = estimate(spec, heaviest)
+        needed = estimate(apply(spec), lighter or heaviest)
+        if needed.bytes >= least:
+            continue
+        spec, heaviest, least = apply(spec), lighter or heaviest, needed.bytes
         change = Change(what, parameters, costs, needed, needed.high <= hardware.memory)
         # More of one thing takes the place of less of it.
         made = [old for old in made if _kind(old) != _kind(change)] + [change]
@@ -68,6 +71,14 @@ def _kind(change: Change) -> str:
 def _ladder(
     spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware
 ) -> Iterator[tuple[str, str, str, Callable[[TrainSpec], TrainSpec], list[Heavy] | None]]:
+    if not spec.parallel.accumulate_sharded:
+        yield (
+            "gradients added up in shards",
+            "train.fsdp_config.accumulate_sharded=true",
+            "an exchange after every micro-batch, in place of one a step",
+            _parallel(accumulate_sharded=True),
+            None,
+        )
     recompute = {spec.recompute.llm, spec.recompute.vit}
     rungs = [("selective", "norms and activation functions are computed twice, a few percent of time")]
     rungs += [("full", "a second forward pass, about a third more time")]

@@ -235,5 +235,13 @@ class _Course:
     def _see(self, moment: str, extra: int) -> None:
         total = sum(self.held.values()) + extra
         if total > self.highest.bytes:
-            parts = {name: self.held[name] for name in PARTS[:-1]} | {PARTS[-1]: extra}
-            self.highest = Peak(total, parts, moment)
+            self.highest = Peak(total, _none_below_zero(self.held) | {PARTS[-1]: extra}, moment)
+
+
+def _none_below_zero(held: Mapping[str, int]) -> dict[str, int]:
+    """Take from what lies between blocks what a tower let go of it, beyond what its own blocks had kept."""
+    parts = {name: held[name] for name in PARTS[:-1]}
+    for tower in (_ACTIVATIONS["llm"], _ACTIVATIONS["vit"]):
+        parts[_ACTIVATIONS[""]] += min(0, parts[tower])
+        parts[tower] = max(0, parts[tower])
+    return parts

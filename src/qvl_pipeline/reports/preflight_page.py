@@ -116,10 +116,9 @@ def _hours(hours: float) -> str:
 
 
 def _pack(pack: dict[str, Any], moment: str) -> str:
-    return (
-        f"Highest in {moment}, in {pack['what']}: {count(pack['samples'])} samples, {count(pack['tokens'])} tokens, "
-        f"{count(pack['patches'])} patches."
-    )
+    samples = f"{count(pack['samples'])} sample{'' if pack['samples'] == 1 else 's'}"
+    sizes = f"{samples}, {count(pack['tokens'])} tokens, {count(pack['patches'])} patches"
+    return f"Highest in {moment}, in {pack['what']}: {sizes}."
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -1,0 +1,55 @@
+"""How long trainings of the embedded example take, and what the preflight says before, after one that is recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[2]
+PROFILE = "tiny_qwen3_vl"
+# What each training changes of the one that is recorded: what a step has, how many there are, and what is computed.
+CHANGES = (
+    "batching.packing_length=2048",
+    "batching.num_train_epochs=2",
+    "model.freeze_modules=visual",
+    "sample.video_max_frames=4",
+)
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Run the example once; then ask and run with one change at a time.
+
+    Yields:
+        For each change: seconds of all its steps, expected and measured, and the relative error.
+    """
+    with TemporaryDirectory() as name:
+        project = Path(name, "project")
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+        _kedro(project, "ingest,validate,sample,tokenize,train")
+        for change in CHANGES:
+            _kedro(project, "sample,tokenize,preflight", change)
+            expected = json.loads(_one(project, "preflight.json").read_text())["time"]["seconds"]
+            _kedro(project, "train", change)
+            steps = pd.read_csv(_one(project, "training_metrics.csv"))
+            measured = float((steps["tokens"] / steps["tokens_per_second"]).sum())
+            yield {"change": change, "expected_s": expected, "measured_s": measured, "error": expected / measured - 1}
+
+
+def _one(project: Path, name: str) -> Path:
+    (path,) = project.glob(f"data/*/{PROFILE}/{name}")
+    return path
+
+
+def _kedro(project: Path, pipelines: str, *changes: str) -> None:
+    parameters = ["--params", ",".join(changes)] if changes else []
+    command = [sys.executable, "-m", "kedro", "run", "--pipelines", pipelines, *parameters]
+    environment = os.environ | {"PYTHONPATH": str(project / "src")}
+    subprocess.run(command, cwd=project, env=environment, check=True)
