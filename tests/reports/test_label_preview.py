@@ -142,6 +142,15 @@ def test_of_a_long_clip_some_temporal_patches_have_pictures(made: dict[str, Any]
     assert steps == {"qwen3_vl": "0 4 8 12 17 21 25 29", "qwen2_5_vl": "None"}[model.processor_type].split()
 
 
+def test_of_a_sample_of_many_images_the_first_have_pictures(made: dict[str, Any]) -> None:
+    processor = made["processor"]
+    image = {"type": "image", "grid_t": 1, "grid_h": 2, "grid_w": 2, "spectra": 0, "key": "page.png"}
+    ids = np.array([processor.image_token_id, 5] * 100)
+    sample = {"input_ids": ids, "label_spans": [], "media": [image] * 100}
+    shown = with_pictures(sample, processor, lambda medium, step: [Thumbnail("data:,", "")])
+    assert [bool(pictures) for piece, pictures in shown if piece.kind == "medium"] == [True] * 16 + [False] * 84
+
+
 def table(*groups: tuple[str, str, int]) -> pd.DataFrame:
     rows = [(kind, source) for kind, source, count in groups for _ in range(count)]
     frame = pd.DataFrame(rows, columns=["kind", "source"])

@@ -13,7 +13,7 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
 from qvl_pipeline.reports.pictures import SIDE, picture_uri
 from qvl_pipeline.reports.thumbnail import Thumbnail
-from qvl_pipeline.reports.thumbnails import MediaThumbnails
+from qvl_pipeline.reports.thumbnails import MOST_MEDIA, MediaThumbnails
 from tests.evaluation.world import write_tokenized
 
 
@@ -48,6 +48,7 @@ def thumbnails(tmp_path: Path) -> MediaThumbnails:
         sample("text"),
         sample("both", ("image", str(tmp_path / "red.png")), ("video", "clip.mp4")),
         sample("short", ("video", "short.mp4")),
+        sample("many", *[("image", str(tmp_path / "red.png"))] * 50),
         sample("gone", ("image", str(tmp_path / "gone.png"))),
     ]
     write_tokenized(tmp_path / "tokenized.arrow", rows)
@@ -81,6 +82,12 @@ def test_a_clip_shows_frames_from_start_to_end_with_their_seconds(thumbnails: Me
     assert [frame.caption for frame in clip] == ["0.00 s", "0.75 s", "1.25 s", "2.00 s"]
     assert [opened(frame).getpixel((0, 0))[0] for frame in clip] == [0, 60, 100, 160]
     assert len(thumbnails("short")[0]) == 2
+
+
+def test_of_many_pictures_the_first_are_shown(thumbnails: MediaThumbnails) -> None:
+    *shown, last = thumbnails("many")
+    assert len(shown) == MOST_MEDIA
+    assert last == [Thumbnail(None, f"and {50 - MOST_MEDIA} more")]
 
 
 def test_text_alone_has_no_pictures(thumbnails: MediaThumbnails) -> None:

@@ -21,8 +21,8 @@ from qvl_pipeline.tokens.encoding import placeholder_ids
 SAMPLES = 10
 # Of a longer stretch of text, the middle is collapsed: a page is to be looked at.
 LONGEST_TEXT = 200
-# And of a clip that is told its seconds one by one, not every picture.
-CLIP_PICTURES = 8
+# And of a clip that is told its seconds one by one, or of a sample of many media, not every picture.
+CLIP_PICTURES, SAMPLE_PICTURES = 8, 16
 
 _TITLES = {
     "tokens": ("Tokens of a sample", "tokens"),
@@ -170,7 +170,8 @@ def with_pictures(
     Args:
         sample: Row of `tokenized_samples`.
         processor: The model's processor.
-        pictures: Those of a medium, or of one temporal patch of it. Of a clip of many, some have one.
+        pictures: Those of a medium, or of one temporal patch of it. Of a clip of many, some have one, and of
+            more than a screen of them the first ones.
     """
     found = list(pieces(sample, processor))
     chips = Counter(piece.medium for piece in found if piece.kind == "medium")
@@ -178,7 +179,8 @@ def with_pictures(
     shown: list[tuple[Piece, list[Thumbnail]]] = []
     seen: Counter[int | None] = Counter()
     for piece in found:
-        is_shown = piece.medium is not None and seen[piece.medium] in some[piece.medium]
+        room = sum(len(beside) for _, beside in shown) < SAMPLE_PICTURES
+        is_shown = room and piece.medium is not None and seen[piece.medium] in some[piece.medium]
         shown.append((piece, pictures(sample["media"][piece.medium], piece.step) if is_shown else []))
         seen[piece.medium] += 1
     return shown

@@ -16,6 +16,8 @@ from qvl_pipeline.reports.pictures import FRAME_SIDE, image_uri, picture_uri
 from qvl_pipeline.reports.thumbnail import Thumbnail
 
 CLIP_FRAMES = 4
+# Of a sample with many pages or clips, the first ones stand for all: a page of such samples is to be looked at.
+MOST_MEDIA = 6
 
 
 class MediaThumbnails:
@@ -33,10 +35,15 @@ class MediaThumbnails:
         self._store = FrameStore(video_frames)
 
     def __call__(self, sample_id: str) -> list[list[Thumbnail]]:
-        """Return one list of thumbnails for every image, clip or sound of the sample, in reading order."""
+        """Return one list of thumbnails for every image, clip or sound of the sample, in reading order.
+
+        Of more than `MOST_MEDIA`, a line says how many more there are.
+        """
         media = self._samples.row(self._rows[sample_id])["media"]
         shown = {"video": self._clip, "image": lambda key: [_image(key)], "audio": lambda key: [_sound(key)]}
-        return [shown[item["type"]](item["key"]) for item in media]
+        strips = [shown[item["type"]](item["key"]) for item in media[:MOST_MEDIA]]
+        more = len(media) - len(strips)
+        return [*strips, [Thumbnail(None, f"and {more} more")]] if more else strips
 
     def pictures(self, medium: Mapping[str, Any], step: int | None) -> list[Thumbnail]:
         """Return the pictures of a run of placeholders.
