@@ -71,9 +71,8 @@ compare: $(ENVIRONMENT) ## Put trainings side by side on one page: RUNS="tiny_qw
 	@kedro run --pipelines compare$(if $(COMPARED), --params compare.runs=$(COMPARED))
 	@echo "==> data/08_reporting/compare.html"
 
-# Without the workflow in the address, MLflow shows its menu for applications of language models.
 ui: $(ENVIRONMENT) ## Compare the runs in the browser: MLflow on http://127.0.0.1:5000. PORT=5001 for another port.
-	@echo "==> http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends it)"
+	@python -m qvl_pipeline.tracking.mlflow.view $(PORT)
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
 	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 

@@ -169,7 +169,9 @@ def test_variables_reach_the_commands(folder: Folder) -> None:
     ui = "mlflow ui --workers 1 --host 127.0.0.1 --port"
     assert folder.calls() == [
         "kedro run --env tiny_qwen2_5_vl",
+        "python -m qvl_pipeline.tracking.mlflow.view 5001",
         f"{ui} 5001 --backend-store-uri sqlite:///mlflow.db",
+        "python -m qvl_pipeline.tracking.mlflow.view 5000",
         f"{ui} 5000 --backend-store-uri https://mlflow.example.org",
         "dvc repro",
         "kedro run --pipelines compare",

@@ -9,7 +9,9 @@ import pytest
 from kedro.framework.project import pipelines
 from kedro.validation.type_extractor import TypeExtractor
 
+from qvl_pipeline.cli.selection import check_selection
 from qvl_pipeline.config import BLOCKS
+from qvl_pipeline.errors import UserError
 from qvl_pipeline.pipeline_registry import STAGES, TOOLS, register_pipelines
 from tests.kedro_project import make_project
 
@@ -28,6 +30,21 @@ def test_the_default_is_all_stages_in_order() -> None:
         needed = {name for name in registered[stage].inputs() if not name.startswith("params:")}
         assert needed <= written, f"{stage} reads what a later stage writes"
         written |= registered[stage].all_outputs()
+
+
+def test_every_stage_is_one_box_of_kedro_viz_and_entries_keep_their_names() -> None:
+    registered = register_pipelines()
+    for stage in STAGES:
+        assert {node.namespace for node in registered[stage].nodes} == {stage}
+        assert not [name for name in registered[stage].datasets() if "." in name]
+
+
+def test_a_node_is_found_by_its_name_in_the_stage() -> None:
+    pipelines.configure("qvl_pipeline.pipeline_registry")
+    pipelines.set_requested(None)
+    check_selection({"pipelines": [], "node_names": ["train.train"]})
+    with pytest.raises(UserError, match=r"--nodes names 'write_report', .*: did you mean 'evaluate.write_report'\?"):
+        check_selection({"pipelines": [], "node_names": ["write_report"]})
 
 
 def test_nodes_have_names_of_their_own() -> None:

@@ -20,4 +20,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         {name: import_module(f"qvl_pipeline.pipelines.{name}.pipeline").create_pipeline() for name in names}
         for names in (STAGES, TOOLS)
     )
+    # A stage is a namespace, of nodes alone: Kedro-Viz draws it as one box, which a click opens.
+    stages = {
+        name: Pipeline(stage, namespace=name, prefix_datasets_with_namespace=False) for name, stage in stages.items()
+    }
     return {**stages, **tools, "__default__": sum(stages.values(), start=Pipeline([]))}

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_the_pipeline_runs_on_the_entries_of_the_catalog(inputs: dict[str, Any])
     named = {name for name in pipeline.datasets() if not name.startswith("params:")}
     assert named <= entries
     assert pipeline.inputs() == set(inputs)
-    made = {"predictions", "metrics", "evaluation_slices", "lmms_eval_results", "report", "model_card"}
+    made = {"predictions", "metrics", "evaluation_slices", "lmms_eval_results", "report", "samples_page", "model_card"}
     assert pipeline.all_outputs() == made
 
 
@@ -171,6 +172,20 @@ def test_the_report_of_a_run_shows_its_facts(inputs: dict[str, Any]) -> None:
         assert fact in report
     assert 'href="../digits/validation.html"' in report
     assert report.count("<img") == 1 + 4  # the image, and four frames of the clip
+    assert 'href="samples/index.html"' in report
+
+
+def test_the_samples_of_a_run_can_be_browsed(inputs: dict[str, Any], tmp_path: Path) -> None:
+    def samples(**evaluate: Any) -> Callable[[Path], None]:
+        given = inputs | {"params:evaluate": inputs["params:evaluate"].model_copy(update=evaluate)}
+        catalog = DataCatalog({name: MemoryDataset(value, copy_mode="assign") for name, value in given.items()})
+        return SequentialRunner().run(create_pipeline().to_outputs("samples_page"), catalog)["samples_page"].load()
+
+    samples()(tmp_path / "samples")
+    assert "tiny &amp; &lt;new&gt;" in (tmp_path / "samples" / "index.html").read_text()
+    part = (tmp_path / "samples" / "part-00000.js").read_text()
+    assert part.count("<article") == 3
+    assert part.count("<img") == 1 + 4
 
 
 def test_the_scores_go_into_a_card_and_the_trained_model_stays_as_it_is(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ BLANK = GOOD.replace('"b"', '" "')
 
 
 ENGINE = DataEngineConfig()
+NAMED = ValidateConfig(dataset="my data")
 # Media of these tests are in temporary folders.
 INGEST = IngestConfig(datasets=[{"path": "a.jsonl", "data_type": "jsonl", "data_folder": "/"}])
 
@@ -114,17 +115,22 @@ def test_the_page_shows_counts_histograms_and_pictures_of_sound_files_alone(tmp_
     samples = _samples(asked, reserved, media=(good, broken))
     tables = validate_rows(samples, _rejects("<i>bad</i>"), ValidateConfig(), INGEST, ENGINE)
     quarantine, warnings, media_index, report = tables
-    html = write_page(samples, _rejects("<i>bad</i>"), quarantine, warnings, media_index, report, ENGINE)
+    html = write_page(samples, _rejects("<i>bad</i>"), quarantine, warnings, media_index, report, NAMED, ENGINE)
     assert "&lt;i&gt;bad&lt;/i&gt;" in html
     assert "<i>bad" not in html
     assert "the text of turn 0 holds &lt;|im_end|&gt;" in html
-    assert "<img" not in html  # the only offender that was read has a file that cannot be decoded
+    assert "<h1>my data</h1>" in html
+    valid, offenders = html.split("Rows that are left out")
+    assert valid.count("<img") == 1
+    assert "&lt;b&gt;Which?" in valid
+    assert "<img" not in offenders  # the only offender that was read has a file that cannot be decoded
     assert "Text of a sample" in html
     assert "Resolution of a file" in html
     assert not re.search(r"url\(|@import|https?:|<script", html)
     samples = _samples(reserved, asked, media=(good, broken))
     quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), INGEST, ENGINE)
-    assert write_page(samples, _rejects(), quarantine, warnings, media_index, report, ENGINE).count("<img") == 1
+    html = write_page(samples, _rejects(), quarantine, warnings, media_index, report, NAMED, ENGINE)
+    assert html.split("Rows that are left out")[1].count("<img") == 1
 
 
 def test_columns_that_nothing_reads_are_counted_printed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,5 +144,5 @@ def test_columns_that_nothing_reads_are_counted_printed_and_shown(capsys: pytest
     quarantine, warnings, media_index, report = validate_rows(samples, _rejects(), ValidateConfig(), INGEST, ENGINE)
     assert report["put_aside"] == {"s": {"id": 2, "<score>": 1}}
     assert "columns of s that nothing reads, put aside in metadata: id (2), <score> (1)" in capsys.readouterr().out
-    html = write_page(samples, _rejects(), quarantine, warnings, media_index, report, ENGINE)
+    html = write_page(samples, _rejects(), quarantine, warnings, media_index, report, NAMED, ENGINE)
     assert "id (2), &lt;score&gt; (1)" in html

@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qvl_pipeline.config import DatasetSource
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.intervals import bootstrap_interval, wilson_interval
 from qvl_pipeline.reports.compare import compare_runs
 from qvl_pipeline.reports.compare_page import render_comparison
+from qvl_pipeline.reports.differing import ABSENT, grouped
+from tests.reports.test_report import Page
 from tests.trainings import Recorder, predictions
 
 EASY, HARD = [True] * 9 + [False], [True] * 3 + [False] * 7
@@ -182,6 +185,44 @@ def test_a_parameter_of_one_source_differs_alone(recorder: Recorder) -> None:
     recorder.training("other", parameters=declared(0.5))
     parameters = compare_runs(["first", "other"]).parameters
     assert parameters.T.to_dict("list") == {"ingest.datasets.a.weight": ["1.0", "0.5"]}
+
+
+def test_sources_are_one_row_each_and_defaults_are_folded(recorder: Recorder) -> None:
+    def declared(*names: str, **changed: Any) -> dict[str, Any]:
+        source = DatasetSource(name="x", path="data/a.json", data_type="json").model_dump(mode="json") | changed
+        return {"ingest": {"datasets": [source | {"name": name} for name in names]}}
+
+    names = [f"source.{number}" for number in range(22)]
+    recorder.training("first", parameters={"new": {"key": 1}, **declared("common")})
+    both = declared("common", *names, weight=0.5)
+    recorder.training("other", parameters={**both, "evaluate": {"seed": 0, "max_new_tokens": 9}, "new": {"key": 2}})
+    comparison = compare_runs(["first", "other"])
+    assert len(comparison.parameters) > 22 * 9
+    found = grouped(comparison.parameters)
+    assert found.changed == [("evaluate.max_new_tokens", ["not set", "9"]), ("new.key", ["1", "2"])]
+    assert found.defaults == [("evaluate.seed", ["not set", "0"])]
+    assert found.sources[0] == ("common", ["weight 1.0", "weight 0.5"])
+    assert found.sources[1] == ("source.0", [ABSENT, "path data/a.json, weight 0.5"])
+    assert len(found.sources) == 23
+    page = render_comparison(comparison)
+    before_curves = page.split('id="curves"')[0]
+    assert "<details><summary>23 sources differ</summary>" in before_curves
+    assert "<details><summary>1 more has its default" in before_curves
+
+
+def test_what_is_looked_for_first_is_first(recorder: Recorder) -> None:
+    recorder.training("first", 1e-3, parameters={"batching": {"max_steps": 1}, "validate": {"min_fps": 1}})
+    recorder.training("other", 2e-3, parameters={"batching": {"max_steps": 2}, "validate": {"min_fps": 2}})
+    changed = [name for name, _ in grouped(compare_runs(["first", "other"]).parameters).changed]
+    assert changed == ["train.learning_rate", "batching.max_steps", "validate.min_fps"]
+
+
+def test_the_page_begins_with_the_scores_of_all_samples(recorder: Recorder) -> None:
+    recorder.training("first", answers=predictions({"video": HARD}))
+    recorder.training("other", answers=predictions({"video": EASY}))
+    text = Page(render_comparison(compare_runs(["first", "other"]))).text
+    assert "first exact_match 30.0 %" in text.split("What differs")[0]
+    assert "other exact_match 90.0 % (+60.0)" in text.split("What differs")[0]
 
 
 def test_speed_memory_and_versions_stand_side_by_side(recorder: Recorder) -> None:

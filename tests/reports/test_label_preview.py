@@ -13,7 +13,8 @@ from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.tables import QUARANTINE, to_frame
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, preview, tokenize
-from qvl_pipeline.reports.label_preview import LONGEST_TEXT, SAMPLES, choose_samples, pieces
+from qvl_pipeline.reports.label_preview import LONGEST_TEXT, SAMPLES, choose_samples, pieces, with_pictures
+from qvl_pipeline.reports.thumbnail import Thumbnail
 from tests.data.samples import samples_table, write_images, write_store
 from tests.reports.test_report import NASTY, Page
 
@@ -59,7 +60,7 @@ def made(model: ModelConfig, valid_samples: pd.DataFrame, tmp_path_factory: pyte
     summary = plan(folder / "tokenized.arrow", folder / "stream.parquet", nothing, BatchingConfig(), ingest)[1]
     tokenized, base = folder / "tokenized.arrow", folder / "base"
     return {"samples": TokenizedSamples(tokenized), "processor": load_processor(base, model)} | {
-        "pages": [preview(tokenized, summary, base, model)[1] for _ in range(2)]
+        "pages": [preview(tokenized, summary, base, folder / "frames", model)[1] for _ in range(2)]
     }
 
 
@@ -111,11 +112,43 @@ def test_the_page_is_self_contained_escaped_and_the_same_each_time(made: dict[st
     first, second = made["pages"]
     assert first == second
     page = Page(first)
-    assert page.addresses == ["data:,"]
+    assert all(address.startswith("data:") for address in page.addresses)
     assert "script" not in page.tags
     assert NASTY in page.text
     assert f'<span class="special said">{END.replace("<", "&lt;").replace(">", "&gt;")}</span>' in first
     assert "4 samples, of as many kinds and sources as there are" in page.text
+
+
+def test_pictures_and_frames_stand_beside_their_chips(made: dict[str, Any], model: ModelConfig) -> None:
+    chat = made["pages"][0].split('<span class="medium">')
+    chips = [re.sub(r"<[^>]*>", "", chip).partition(" patches")[0] for chip in chat]
+    pictures = {
+        kind: [chip.count("<img ") for chip, text in zip(chat, chips, strict=True) if text.startswith(kind)]
+        for kind in ("image", "clip")
+    }
+    assert pictures["image"] == [1, 1, 1, 1]  # three of the chat, one that is drawn
+    # The frames of a clip stand beside the seconds that the model is told, or together where it is told none.
+    assert pictures["clip"] == {"qwen3_vl": [1, 1, 1], "qwen2_5_vl": [4]}[model.processor_type]
+
+
+def test_of_a_long_clip_some_temporal_patches_have_pictures(made: dict[str, Any], model: ModelConfig) -> None:
+    processor = made["processor"]
+    clip = {"type": "video", "grid_t": 30, "grid_h": 2, "grid_w": 2, "spectra": 0, "key": "long.mp4"}
+    between = {"qwen3_vl": [5], "qwen2_5_vl": []}[model.processor_type]  # the seconds, of whose text 5 stands for one
+    ids = np.array([processor.video_token_id, *between] * 30)
+    sample = {"input_ids": ids, "label_spans": [], "media": [clip]}
+    shown = with_pictures(sample, processor, lambda medium, step: [Thumbnail("data:,", str(step))])
+    steps = [pictures[0].caption for _, pictures in shown if pictures]
+    assert steps == {"qwen3_vl": "0 4 8 12 17 21 25 29", "qwen2_5_vl": "None"}[model.processor_type].split()
+
+
+def test_of_a_sample_of_many_images_the_first_have_pictures(made: dict[str, Any]) -> None:
+    processor = made["processor"]
+    image = {"type": "image", "grid_t": 1, "grid_h": 2, "grid_w": 2, "spectra": 0, "key": "page.png"}
+    ids = np.array([processor.image_token_id, 5] * 100)
+    sample = {"input_ids": ids, "label_spans": [], "media": [image] * 100}
+    shown = with_pictures(sample, processor, lambda medium, step: [Thumbnail("data:,", "")])
+    assert [bool(pictures) for piece, pictures in shown if piece.kind == "medium"] == [True] * 16 + [False] * 84
 
 
 def table(*groups: tuple[str, str, int]) -> pd.DataFrame:

@@ -9,8 +9,9 @@ import pytest
 from scipy.stats import binomtest
 
 from qvl_pipeline.intervals import wilson_interval
+from qvl_pipeline.reports.answers import confusion
 from qvl_pipeline.reports.report import render_report
-from qvl_pipeline.reports.thumbnails import Thumbnail
+from qvl_pipeline.reports.thumbnail import Thumbnail
 
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
 NASTY = '<script>alert(1)</script> & "co"'
@@ -50,12 +51,14 @@ def prediction(number: int, kind: str, trained_correct: bool, **answers: str) ->
         "trained_answer": "7" if trained_correct else "1",
         "base_score": 0.0,
         "trained_score": float(trained_correct),
+        "trained_loss": 0.1 * number,
     }
     return {**row, **answers}
 
 
 def metrics_row(step: int, loss: float) -> dict[str, float]:
-    return {"step": step, "loss": loss, "learning_rate": 1e-3, "data_wait_share": 0.012, "peak_memory_gib": 0.5 + step}
+    others = {"learning_rate": 1e-3, "grad_norm": 1.5, "tokens_per_second": 900.0}
+    return {"step": step, "loss": loss, "data_wait_share": 0.012, "peak_memory_gib": 0.5 + step, **others}
 
 
 @pytest.fixture
@@ -118,13 +121,17 @@ def report_facts() -> dict[str, Any]:
         },
         "validation_page": "../made/validation.html",
         "media": lambda sample_id: [[Thumbnail(PIXEL, f"picture of {sample_id}")]],
+        "parameters": {"train": {"learning_rate": 2e-3, "seed": 42, "ema_decay": 0.5, "adam_epsilon": 1e-8}},
+        "samples_page": "samples/index.html",
     }
 
 
 def test_the_page_asks_nobody_for_anything(facts: dict[str, Any]) -> None:
     html = render_report(**facts)
     page = Page(html)
-    assert {address for address in page.addresses if not address.startswith("data:")} == {"../made/validation.html"}
+    assert {address for address in page.addresses if not address.startswith("data:")} == {
+        *("../made/validation.html", "samples/index.html")
+    }
     assert 'The <a href="../made/validation.html">validation page</a>' in html
     assert not re.search(r"url\(|@import|https?:", html)
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
@@ -161,12 +168,75 @@ def test_facts_of_training_and_data(facts: dict[str, Any]) -> None:
     assert "Git commit" not in text
 
 
-def test_two_right_and_two_wrong_answers_of_each_kind_are_shown(facts: dict[str, Any]) -> None:
+def test_parameters_that_differ_from_their_defaults_and_those_that_all_ask_for_are_shown(facts: dict[str, Any]) -> None:
     text = Page(render_report(**facts)).text
-    shown = [number for number in range(8) if f"question {number} " in text]
-    assert shown == [0, 1, 4, 5]
+    assert "train.learning_rate 0.002 1e-05 train.seed 42 train.ema_decay 0.5 0 Data" in text
+    assert "Parameters" not in Page(render_report(**facts | {"parameters": {}})).text
+
+
+def test_all_curves_are_drawn_with_the_eval_loss_and_the_rates_of_parts(facts: dict[str, Any]) -> None:
+    html = render_report(**facts)
+    titles = ("Loss", "Gradient norm", "Learning rate", "Tokens per second", "Peak memory, GiB")
+    for title in (*titles, "Waiting for data, % of the time"):
+        assert f'aria-label="{title} by optimizer step"' in html
+    assert "eval split</span>" not in html
+    metrics = facts["training_metrics"]
+    parts = {
+        "learning_rate/vit": 1e-4,
+        "learning_rate/llm": 1e-3,
+        "eval_loss": metrics["loss"].where(metrics.index % 9 == 0),
+    }
+    page = render_report(**facts | {"training_metrics": metrics.assign(**parts)})
+    assert "eval split</span>" in page
+    assert Page(page).text.count("Learning rate vit llm") == 1
+
+
+def test_wrong_answers_come_first_the_least_likely_first(facts: dict[str, Any]) -> None:
+    text = Page(render_report(**facts)).text
+    shown = re.findall(r"question (\d)", text)
+    assert shown == ["3", "2", "1", "0", "4", "5"], "four wrong ones by their loss, and the first two right ones"
     assert "video 4 of 8 right" in text
     assert "picture of made/8" in text
+
+
+def test_a_long_answer_is_folded_and_whole(facts: dict[str, Any]) -> None:
+    answer = " ".join(f"word{number}" for number in range(400))
+    facts["predictions"].loc[0, "trained_answer"] = answer
+    html = render_report(**facts)
+    head, rest = re.search(
+        r"<dd>(word0 [^<]*)<details class=\"rest\"><summary>[\d,]+ more characters</summary>([^<]*)", html
+    ).groups()
+    assert head + rest == answer
+    assert len(head) <= 420
+
+
+def test_pictures_are_enlarged_without_a_script(facts: dict[str, Any]) -> None:
+    html = render_report(**facts)
+    assert html.count('<input class="zoom" type="checkbox" aria-label="enlarge"><img ') == html.count("<img ") > 0
+
+
+def test_short_answers_have_a_confusion_matrix(facts: dict[str, Any]) -> None:
+    pairs = {("yes", "Yes"): 5, ("yes", "no"): 2, ("no", "no"): 4, ("no", "perhaps"): 1, ("once", "never"): 1}
+    rows = [
+        prediction(number, "text", expected.casefold() == answer.casefold(), expected=expected, trained_answer=answer)
+        for number, (expected, answer) in enumerate(pair for pair, times in pairs.items() for pair in [pair] * times)
+    ]
+    found = confusion(pd.DataFrame(rows))
+    assert found["labels"] == ["no", "yes", "another answer"]
+    assert [[cell["n"] for cell in row["cells"]] for row in found["rows"]] == [[4, 0, 1], [2, 5, 0]]
+    assert found["mistakes"][0] == {"expected": "yes", "answered": "no", "n": 2}
+    assert (found["shown"], found["total"]) == (12, 13)
+    assert confusion(pd.DataFrame(rows).assign(task="rouge_l")) is None
+    facts["predictions"] = pd.concat([facts["predictions"], pd.DataFrame(rows)])  # which expect a 7
+    assert "yes 0 2 5 0 7" in Page(render_report(**facts)).text
+
+
+def test_the_score_itself_is_shown_where_an_answer_is_not_just_right_or_wrong(facts: dict[str, Any]) -> None:
+    facts["predictions"].loc[0, ["task", "trained_score"]] = ["rouge_l", 0.25]
+    facts["metrics"]["trained"]["video"]["rouge_l"] = 0.25
+    facts["metrics"]["base"]["video"]["rouge_l"] = 0.25
+    html = render_report(**facts)
+    assert '<span class="mark">rouge_l 0.25</span>' in html
 
 
 def test_a_report_without_the_base_model(facts: dict[str, Any]) -> None:

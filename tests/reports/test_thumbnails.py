@@ -11,13 +11,15 @@ from PIL import Image
 
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
-from qvl_pipeline.reports.thumbnails import MediaThumbnails, Thumbnail
+from qvl_pipeline.reports.pictures import SIDE, picture_uri
+from qvl_pipeline.reports.thumbnail import Thumbnail
+from qvl_pipeline.reports.thumbnails import MOST_MEDIA, MediaThumbnails
 from tests.evaluation.world import write_tokenized
 
 
 def opened(thumbnail: Thumbnail) -> Image.Image:
     header, _, data = thumbnail.uri.partition(",")
-    assert header == "data:image/png;base64"
+    assert header in ("data:image/png;base64", "data:image/webp;base64")
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
@@ -46,17 +48,33 @@ def thumbnails(tmp_path: Path) -> MediaThumbnails:
         sample("text"),
         sample("both", ("image", str(tmp_path / "red.png")), ("video", "clip.mp4")),
         sample("short", ("video", "short.mp4")),
+        sample("many", *[("image", str(tmp_path / "red.png"))] * 50),
         sample("gone", ("image", str(tmp_path / "gone.png"))),
     ]
     write_tokenized(tmp_path / "tokenized.arrow", rows)
     return MediaThumbnails(TokenizedSamples(tmp_path / "tokenized.arrow"), tmp_path / "frames")
 
 
-def test_an_image_is_shrunk_and_keeps_its_shape_and_colour(thumbnails: MediaThumbnails) -> None:
+def test_an_image_keeps_its_shape_and_colour_and_is_large_enough_to_be_read(thumbnails: MediaThumbnails) -> None:
     (image,), _ = thumbnails("both")
     picture = opened(image)
-    assert picture.size == (112, 56)
-    assert picture.getpixel((5, 5)) == (200, 30, 30)
+    assert picture.size == (400, 200)
+    assert picture.getpixel((5, 5)) == pytest.approx((200, 30, 30), abs=3)
+    large = Thumbnail(picture_uri(Image.new("RGB", (4000, 1000))), "")
+    assert opened(large).size == (SIDE, SIDE // 4)
+    assert large.uri == picture_uri(Image.new("RGB", (4000, 1000)))
+
+
+def test_a_temporal_patch_has_the_picture_of_its_first_frame(thumbnails: MediaThumbnails) -> None:
+    clip = {"type": "video", "key": "clip.mp4", "grid_t": 5}  # of nine frames, the last of which is alone
+    shown = [thumbnails.pictures(clip, step) for step in (0, 2, 4)]
+    assert [(frame.caption, opened(frame).getpixel((0, 0))[0]) for (frame,) in shown] == [
+        ("0.00 s", 0),
+        ("1.00 s", 80),
+        ("2.00 s", 160),
+    ]
+    assert thumbnails.pictures(clip, None) == thumbnails("both")[1]
+    assert thumbnails.pictures({"type": "audio", "key": "a.wav"}, None) == []
 
 
 def test_a_clip_shows_frames_from_start_to_end_with_their_seconds(thumbnails: MediaThumbnails) -> None:
@@ -64,6 +82,12 @@ def test_a_clip_shows_frames_from_start_to_end_with_their_seconds(thumbnails: Me
     assert [frame.caption for frame in clip] == ["0.00 s", "0.75 s", "1.25 s", "2.00 s"]
     assert [opened(frame).getpixel((0, 0))[0] for frame in clip] == [0, 60, 100, 160]
     assert len(thumbnails("short")[0]) == 2
+
+
+def test_of_many_pictures_the_first_are_shown(thumbnails: MediaThumbnails) -> None:
+    *shown, last = thumbnails("many")
+    assert len(shown) == MOST_MEDIA
+    assert last == [Thumbnail(None, f"and {50 - MOST_MEDIA} more")]
 
 
 def test_text_alone_has_no_pictures(thumbnails: MediaThumbnails) -> None:

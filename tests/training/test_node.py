@@ -91,6 +91,17 @@ def test_a_base_model_replaced_in_place_is_trained_anew(
     assert len(set(launched)) == 2
 
 
+def test_what_decided_the_training_goes_where_the_model_goes(
+    inputs: dict[str, Any], launched: list[Path], tmp_path: Path
+) -> None:
+    config = TrainConfig(report_to="none", nproc_per_node=1, learning_rate=3e-4)
+    nodes.train(**inputs, train=config)[0](tmp_path / "trained")
+    recorded = json.loads((tmp_path / "trained" / "training_parameters.json").read_text())
+    assert set(recorded) == {"sample", "model", "batching", "train", "adapter"}
+    assert recorded["train"]["learning_rate"] == 3e-4
+    assert "nproc_per_node" not in recorded["train"], "decides nothing"
+
+
 def test_lost_frames_are_named_before_anything_starts(inputs: dict[str, Any], launched: list[Path]) -> None:
     with pa.ipc.new_file(str(inputs["video_frames"] / "index.arrow"), INDEX_SCHEMA) as writer:
         row = {"clip_id": "a.mp4", "shard": "frames-00000.arrow", "batch": 0}

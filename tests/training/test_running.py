@@ -25,6 +25,7 @@ from qvl_pipeline.training.identity import run_fingerprint
 from qvl_pipeline.training.launcher import Processes, RankFailedError, _describe_failure, launch
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.progress import training_progress
+from qvl_pipeline.training.running import collect
 from qvl_pipeline.training.scratch import held, is_finished, leave, note_published, publish, starts_afresh
 from qvl_pipeline.training.spec import Inputs, make_spec
 from tests.engine.training import changed, make_training
@@ -91,7 +92,7 @@ class TestPublishing:
         return run
 
     def test_published_run_keeps_its_curve_but_not_its_checkpoints(self, run: Path, tmp_path: Path) -> None:
-        publish(run, "# a card", tmp_path / "trained")
+        publish(run, {"README.md": "# a card"}, tmp_path / "trained")
         assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == ["README.md", "model.safetensors"]
         assert (tmp_path / "trained" / "README.md").read_text() == "# a card"
         assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "result.json", "checkpoints", "export"}
@@ -138,6 +139,23 @@ class TestPublishing:
         (run / "export").rmdir()
         with held(run, resume=True):
             assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+class TestCollecting:
+    @pytest.mark.parametrize(("rates", "columns"), [((1e-3, 1e-4), ["llm", "vit"]), ((1e-3, 1e-3), [])])
+    def test_rates_of_parts_are_columns_where_they_differ(
+        self, tmp_path: Path, rates: tuple[float, float], columns: list[str]
+    ) -> None:
+        row = {"tokens": 10, "tokens_per_second": 5.0, "loss": 1.0, "learning_rate": 1e-3, "loss_by_source": {"a": 1.0}}
+        rows = [row | {"step": step, "learning_rates": {"llm": rates[0], "vit": rates[1]}} for step in (1, 2)]
+        (tmp_path / scratch.METRICS).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / scratch.RESULT).write_text("{}")
+        table, result = collect(tmp_path)
+        assert [name.partition("/")[2] for name in table if name.startswith("learning_rate/")] == columns
+        assert {"learning_rates", "loss_by_source"}.isdisjoint(table.columns)
+        assert result["train_time_s"] == 4.0
+        if columns:
+            assert table["learning_rate/vit"].tolist() == [1e-4, 1e-4]
 
 
 class TestSpec:

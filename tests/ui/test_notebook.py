@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from nbclient import NotebookClient
 
 from tests.kedro_project import REPOSITORY
 from tests.trainings import Recorder, predictions
+from tests.ui.browser import open_page
 
 NOTEBOOK = REPOSITORY / "notebooks" / "compare_runs.ipynb"
 
@@ -31,7 +33,16 @@ def test_the_notebook_shows_what_the_page_shows(
     text = "\n".join(outputs(cells, "text/plain"))
     assert "train.learning_rate  0.002  0.001" in text
     assert "5 of 10 common samples" in "".join(out.get("text", "") for cell in cells for out in cell["outputs"])
-    assert len([out for out in outputs(cells, "text/html") if "Plotly.newPlot" in out]) == 3
+    pages = outputs(cells, "text/html")
+    assert len([page for page in pages if 'class="plotly-graph-div"' in page]) == 3
+    assert len([page for page in pages if "plotly.js v" in page]) == 1, "Plotly itself, once"
+    assert not re.search(r'<(?:script|link)[^>]*(?:src|href)="?https?:|import "https?:', " ".join(pages))
+    (tmp_path / "plots.html").write_text("\n".join(pages))
+    drawn = open_page((tmp_path / "plots.html").as_uri(), "notebook", height=2600, wait_ms=3000)
+    assert len(re.findall(r'class="trace scatter', drawn)) == 4, "two curves of two runs"
+    assert len(re.findall(r'class="trace bars', drawn)) == 2
+    streams = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "stream"]
+    assert "".join(out["text"] for out in streams if out["name"] == "stderr") == "", "progress bars"
 
 
 def test_the_committed_notebook_has_no_output() -> None:

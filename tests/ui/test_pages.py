@@ -29,9 +29,10 @@ from qvl_pipeline.pipeline_registry import STAGES
 from qvl_pipeline.reports.compare import compare_runs
 from qvl_pipeline.reports.compare_page import render_comparison
 from qvl_pipeline.reports.report import render_report
+from qvl_pipeline.reports.samples_page import PART, write_samples_page
 from qvl_pipeline.reports.validation_page import render_validation
 from tests.kedro_project import REPOSITORY, make_project
-from tests.reports.test_report import report_facts
+from tests.reports.test_report import prediction, report_facts
 from tests.trainings import Recorder, predictions
 from tests.ui.browser import open_page
 
@@ -60,6 +61,8 @@ def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     half, most = [True, False] * 20, [True] * 35 + [False] * 5
     recorder.training("tiny_qwen3_vl", 2e-3, predictions({"video": half, "text": most}), final_loss=0.3)
     recorder.training("tiny_qwen2_5_vl", 1e-3, predictions({"video": most, "text": most}, answer="8"), final_loss=0.2)
+    for run, score in zip(recorder.runs(), (0.875, 0.6875), strict=True):
+        recorder.client.log_metric(run, "eval/overall/exact_match", score)
     return recorder
 
 
@@ -104,6 +107,18 @@ def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
     assert "Playground" not in text, "the menu of another kind of work"
     assert " tiny_qwen3_vl " in text
     assert " tiny_qwen2_5_vl " in text
+
+
+def test_mlflow_opens_a_table_of_what_matters_and_charts_that_begin_with_the_loss(mlflow_ui: str) -> None:
+    table = shown(open_page(mlflow_ui, "mlflow-view"))
+    for column in ("train/loss", "train/eval_loss", "eval/overall/exact_match", "train.learning_rate"):
+        assert column in table
+    assert "0.875" in table
+    assert "train.seed" not in table, "the same in all runs"
+    charts = open_page(f"{mlflow_ui}&compareRunsMode=CHART", "mlflow-charts", height=2400)
+    order = [charts.index(f">{name}<") for name in ("train/loss", "train/eval_loss", "eval/overall/exact_match")]
+    assert order == sorted(order)
+    assert len(re.findall(r'class="trace scatter', charts)) >= 4, "two curves of two runs"
 
 
 def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorder) -> None:
@@ -155,6 +170,7 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
         "report": render_report(**facts),
         "compare": comparison,
         "validation": render_validation(
+            dataset="data",
             report=facts["validation_report"],
             samples=[],
             rejects=lost,
@@ -166,6 +182,9 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
     }
     for name, page in pages.items():
         (tmp_path / f"{name}.html").write_text(page)
+    long = facts["predictions"].assign(source=source * 2, trained_answer="x" * 500)
+    write_samples_page(tmp_path / "samples", title="a" * 60, predictions=long, media=facts["media"], most=100)
+    pages["samples/index"] = ""
     frames = "".join(f'<iframe id="{name}" src="{name}.html" width="360" height="1000"></iframe>' for name in pages)
     script = """onload = () => {
       for (const { id, contentDocument: { documentElement: page } } of document.querySelectorAll("iframe"))
@@ -177,10 +196,37 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
     assert text.strip() == " ".join(f"{name}: 0 too wide;" for name in pages)
 
 
+def test_the_page_of_samples_filters_and_loads_what_is_seen(tmp_path: Path) -> None:
+    facts = report_facts()
+    rows = [prediction(number, f"kind {number % 2}", number % 4 < 2) for number in range(20 * PART)]
+    write_samples_page(tmp_path / "s", title="tiny", predictions=pd.DataFrame(rows), media=facts["media"], most=1000)
+    asked: list[str] = []
+    with served(tmp_path, asked) as address:
+        page = open_page(f"{address}/s/index.html", "samples", wait_ms=3000)
+        assert "400 of 400 evaluated samples" in shown(page)
+        parts = [path for path in asked if "part" in path]
+        assert parts == ["/s/part-00000.js"], "of twenty"
+        asked.clear()
+        page = open_page(f"{address}/s/index.html#kind=kind+1&answer=right", "samples-filtered", wait_ms=3000)
+    assert "100 of 400 evaluated samples" in shown(page)
+    parts = [path for path in asked if "part" in path]
+    assert parts == ["/s/part-00015.js"], "kinds in order, wrong ones first"
+    cards = re.findall(r'<article class="card" title="made/(\d+)"', page)
+    assert len(cards) >= 4
+    assert {int(number) % 4 for number in cards} == {1}
+
+
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a web site of the files in `folder`."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+def served(folder: Path, asked: list[str] | None = None) -> Iterator[str]:
+    """The address of a web site of the files in `folder`; what is asked for is added to `asked`."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if asked is not None:
+                asked.append(self.path)
+            super().do_GET()
+
+    handler = functools.partial(Handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -203,9 +249,13 @@ def viz(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 def test_kedro_viz_shows_the_stages_the_layers_and_a_preview(viz: tuple[str, Path]) -> None:
     address, folder = viz
+    whole = open_page(f"{address}/?pid=__default__", "kedro-viz-stages", height=1100)
+    boxes = re.findall(r'class="[^"]*pipeline-node--modularPipeline[^"]*"[^>]*data-id="(\w+)"', whole)
+    assert sorted(boxes) == sorted(STAGES)
     nodes = json.loads((folder / "api" / "main").read_text())["nodes"]
     curves = next(node["id"] for node in nodes if node["name"] == "training_metrics")
-    page = open_page(f"{address}/?pid=__default__&sid={curves}", "kedro-viz", height=1100)
+    opened = f"{address}/?pid=__default__&expandAllPipelines=true&sid={curves}"
+    page = open_page(opened, "kedro-viz", height=1100)
     options = re.findall(r'class="menu-option__content[^"]*" title="(\w+)"', page)
     assert set(STAGES) <= set(options)
     layers = re.findall(r'class="pipeline-layer-name[^"]*"[^>]*>(\w+)<', page)

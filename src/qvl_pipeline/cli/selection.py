@@ -63,6 +63,9 @@ def _known(pipeline: Pipeline, kind: str) -> Set[str]:
 
 
 def _hint(name: str, kind: str, known: Set[str]) -> str:
+    of_a_stage = sorted(node for node in known if kind == _NODES and node.rpartition(".")[2] == name)
+    if of_a_stage:
+        return f"did you mean '{of_a_stage[0]}'?"
     elsewhere = [stage for stage in pipelines if stage != "__default__" and name in _known(pipelines[stage], kind)]
     if elsewhere:
         return f"it is in '{elsewhere[0]}'"

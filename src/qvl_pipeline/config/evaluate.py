@@ -44,6 +44,8 @@ class EvaluateConfig(Block):
             `[chartqa, mmmu_val]`: beside the eval split, in rows of their own.
         lmms_eval_model_args: Arguments of lmms-eval's model, such as `{max_num_frames: 64, fps: 2.0}`; images get the
             limits of `model`.
+        browsed_samples: Most samples on the page by which answers are browsed, evenly of all kinds and sources, right
+            and wrong ones; 0 shows none.
         report_title: Heading of the report; `None` takes the name of the model.
         dataset: Name of the dataset, to whose validation page the report has a link; `None` has none.
     """
@@ -64,6 +66,7 @@ class EvaluateConfig(Block):
     average: list[str] = Field(default_factory=list)
     lmms_eval: list[str] = Field(default_factory=list)
     lmms_eval_model_args: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    browsed_samples: int = Field(default=1000, ge=0)
     report_title: str | None = None
     dataset: str | None = None
 

@@ -31,6 +31,7 @@ class ValidateConfig(Block):
     """Limits a sample must keep to.
 
     Attributes:
+        dataset: Name of the dataset, the title of the validation page; `None` names its sources.
         max_reject_fraction: Share of ingested rows that may be rejected or quarantined before the stage fails.
         max_text_chars: Longest text of a sample in characters, all turns together.
         max_image_pixels: Most pixels (height x width) an image or frame may have: a guard against decompression bombs.
@@ -54,6 +55,7 @@ class ValidateConfig(Block):
         probe_timeout_s: Wall-clock seconds one media file may take to probe before it is quarantined.
     """
 
+    dataset: Annotated[str | None, Indifferent()] = None
     # A limit on what may be lost was kept to when it was written, or nothing was.
     max_reject_fraction: Annotated[float, Indifferent()] = Field(default=0.05, ge=0, le=1)
     max_text_chars: int = Field(default=200_000, ge=1)

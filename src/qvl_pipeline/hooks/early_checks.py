@@ -68,9 +68,9 @@ class EarlyChecks:
                 that is damaged or was made otherwise, and how. Or this is one of several nodes, and not the one that
                 runs other pipelines than training. Or the training that follows could not run.
         """
-        self._stages = [node.name for node in pipeline.nodes if node.name in ("train", "generate")]
+        self._stages = [node.short_name for node in pipeline.nodes if node.short_name in ("train", "generate")]
         self._evaluation_checked_before = self._stages[0] if "generate" in self._stages else None
-        waiting = [node.name for node in pipeline.nodes if "valid_samples" in node.inputs]
+        waiting = [node.short_name for node in pipeline.nodes if "valid_samples" in node.inputs]
         self._split_checked_before = waiting[0] if waiting and self._stages else None
         _check_node(pipeline, catalog)
         self._warn_of_what_dvc_does_not_see(pipeline)
@@ -190,9 +190,9 @@ class EarlyChecks:
         Raises:
             UserError: Says what, and how to train all the same.
         """
-        if node.name == self._split_checked_before:
+        if node.short_name == self._split_checked_before:
             self._check_eval_split()
-        if node.name != self._evaluation_checked_before:
+        if node.short_name != self._evaluation_checked_before:
             return
         from qvl_pipeline.evaluation.checks import checked_samples, warn_of_cut_answers
 
@@ -201,7 +201,7 @@ class EarlyChecks:
             chosen = checked_samples(tokenized, evaluate)
             warn_of_cut_answers(tokenized, chosen, evaluate.max_new_tokens)
         except UserError as error:
-            if node.name == "generate":
+            if node.short_name == "generate":
                 raise
             raise UserError(
                 f"nothing was trained, because 'evaluate', which follows, would fail: {error}. To train without an "
@@ -248,7 +248,7 @@ def _check_node(pipeline: Pipeline, catalog: DataCatalog) -> None:
     if "params:train" not in pipeline.inputs():
         return
     nodes = catalog.load("params:train").launch.nodes()
-    if nodes.node_rank > 0 and not {node.name for node in pipeline.nodes} <= {"preflight", "train"}:
+    if nodes.node_rank > 0 and not {node.short_name for node in pipeline.nodes} <= {"preflight", "train"}:
         raise UserError(
             f"node {nodes.node_rank} of {nodes.nnodes} can only join the training: run `kedro run --pipelines train` "
             "on every node, and the other pipelines on one"

@@ -8,15 +8,19 @@ from typing import Any
 import pandas as pd
 
 from qvl_pipeline.kinds import OVERALL
+from qvl_pipeline.reports.answers import RIGHT
 from qvl_pipeline.reports.compare import EXAMPLES, SAME_SAMPLE, Comparison
+from qvl_pipeline.reports.differing import grouped
 from qvl_pipeline.reports.page import render
 from qvl_pipeline.reports.plots import WIDTH, Panel, overlay
-from qvl_pipeline.reports.report import RIGHT
 
+# More of them are folded: the curves are not to be a screen away.
+FEW_SOURCES = 6
 CURVES = {
     "train/loss": ("Training loss", 240),
     "train/eval_loss": ("Eval loss", 160),
     "train/learning_rate": ("Learning rate", 90),
+    "train/tokens_per_second": ("Tokens per second", 90),
 }
 
 
@@ -27,10 +31,17 @@ def render_comparison(comparison: Comparison) -> str:
     return render(
         "compare",
         runs=[
-            {"name": name, "colour": colours[name], "run_id": row.run_id, "started": _date(row.started)}
+            {
+                "name": name,
+                "colour": colours[name],
+                "run_id": row.run_id,
+                "started": _date(row.started),
+                "scores": _overall(comparison, name),
+            }
             for name, row in comparison.runs.iterrows()
         ],
-        parameters=_rows(comparison.parameters),
+        few_sources=FEW_SOURCES,
+        differing=grouped(comparison.parameters),
         panels=_panels(comparison, colours),
         plot_width=WIDTH,
         kinds=_kinds(comparison, colours),
@@ -47,6 +58,16 @@ def render_comparison(comparison: Comparison) -> str:
 
 def _rows(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, *values in table.itertuples(name=None)]
+
+
+def _overall(comparison: Comparison, name: str) -> list[dict[str, Any]]:
+    """Return the scores of all samples of a training, by metric, with its gain over the first training."""
+    scores, gains = (
+        table[(table["run"] == name) & (table["kind"] == OVERALL)]
+        for table in (comparison.scores, comparison.differences)
+    )
+    by_metric = gains.set_index("metric").to_dict("index")
+    return [{**row, "gain": by_metric.get(row["metric"])} for row in scores.to_dict("records")]
 
 
 def _panels(comparison: Comparison, colours: dict[str, str]) -> list[Panel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,11 +15,14 @@ from qvl_pipeline.families.family import MERGE_SIZE
 from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.reports.page import render
+from qvl_pipeline.reports.thumbnail import Thumbnail
 from qvl_pipeline.tokens.encoding import placeholder_ids
 
 SAMPLES = 10
 # Of a longer stretch of text, the middle is collapsed: a page is to be looked at.
 LONGEST_TEXT = 200
+# And of a clip that is told its seconds one by one, or of a sample of many media, not every picture.
+CLIP_PICTURES, SAMPLE_PICTURES = 8, 16
 
 _TITLES = {
     "tokens": ("Tokens of a sample", "tokens"),
@@ -43,11 +46,23 @@ class Piece(NamedTuple):
         kind: `text`, `special` (one special token), `medium` (placeholders) or `gap` (text that is not shown).
         trained: Whether they are trained on.
         text: What is shown.
+        medium: Of a medium, its number in the sample.
+        step: Of a clip, which of its temporal patches it is; `None` where it is all of them.
     """
 
     kind: str
     trained: bool
     text: str
+    medium: int | None = None
+    step: int | None = None
+
+
+class _Chip(NamedTuple):
+    """What stands for a run of placeholders: its text, and the fields of `Piece` with the same names."""
+
+    text: str
+    medium: int
+    step: int | None = None
 
 
 def render_label_preview(
@@ -57,6 +72,7 @@ def render_label_preview(
     processor: ProcessorMixin,
     statistics: dict[str, dict[str, Any]],
     plan_summary: dict[str, Any],
+    pictures: Callable[[dict[str, Any], int | None], list[Thumbnail]],
 ) -> str:
     """Write the page. It makes no request to anywhere and shows text of the data escaped.
 
@@ -66,6 +82,7 @@ def render_label_preview(
         processor: The model's processor.
         statistics: Distributions; see `token_statistics`.
         plan_summary: With its `sources` and `overlong`.
+        pictures: Those of a medium, or of one temporal patch of it; see `MediaThumbnails.pictures`.
 
     Returns:
         HTML, the same bytes for the same inputs.
@@ -83,7 +100,7 @@ def render_label_preview(
             {"title": _TITLES[name][0], "unit": _TITLES[name][1], **values, "bins": _bars(values["bins"])}
             for name, values in statistics.items()
         ],
-        samples=[{**sample, "pieces": list(pieces(sample, processor))} for sample in shown],
+        samples=[{**sample, "pieces": with_pictures(sample, processor, pictures)} for sample in shown],
     )
 
 
@@ -133,7 +150,7 @@ def pieces(sample: dict[str, Any], processor: ProcessorMixin) -> Iterator[Piece]
     for start, end in runs:
         said = bool(trained[start])
         if placeholder[start]:
-            yield Piece("medium", said, next(chips))
+            yield Piece("medium", said, *next(chips))
         elif end - start <= LONGEST_TEXT:
             yield Piece("special" if special[start] else "text", said, tokenizer.decode(ids[start:end]))
         else:
@@ -143,10 +160,36 @@ def pieces(sample: dict[str, Any], processor: ProcessorMixin) -> Iterator[Piece]
             yield Piece("text", said, tokenizer.decode(ids[tail:end]))
 
 
-def _chips(media: Sequence[dict[str, Any]], processor: ProcessorMixin, runs: Sequence[int]) -> Iterator[str]:
+def with_pictures(
+    sample: dict[str, Any],
+    processor: ProcessorMixin,
+    pictures: Callable[[dict[str, Any], int | None], list[Thumbnail]],
+) -> list[tuple[Piece, list[Thumbnail]]]:
+    """Return the pieces, those of media with their pictures.
+
+    Args:
+        sample: Row of `tokenized_samples`.
+        processor: The model's processor.
+        pictures: Those of a medium, or of one temporal patch of it. Of a clip of many, some have one, and of
+            more than a screen of them the first ones.
+    """
+    found = list(pieces(sample, processor))
+    chips = Counter(piece.medium for piece in found if piece.kind == "medium")
+    some = {medium: set(np.linspace(0, n - 1, min(n, CLIP_PICTURES)).round()) for medium, n in chips.items()}
+    shown: list[tuple[Piece, list[Thumbnail]]] = []
+    seen: Counter[int | None] = Counter()
+    for piece in found:
+        room = sum(len(beside) for _, beside in shown) < SAMPLE_PICTURES
+        is_shown = room and piece.medium is not None and seen[piece.medium] in some[piece.medium]
+        shown.append((piece, pictures(sample["media"][piece.medium], piece.step) if is_shown else []))
+        seen[piece.medium] += 1
+    return shown
+
+
+def _chips(media: Sequence[dict[str, Any]], processor: ProcessorMixin, runs: Sequence[int]) -> Iterator[_Chip]:
     """Describe each run of placeholders: a whole medium, or one temporal patch of a clip where times stand between."""
     lengths = iter(runs)
-    for medium in media:
+    for number, medium in enumerate(media):
         heard = audio_tokens(medium["spectra"]) if medium["spectra"] else 0
         if heard:  # one run; of a clip that is seen too, pictures and sound take turns
             name = "sound" if medium["type"] == "audio" else "clip with its sound"
@@ -155,7 +198,7 @@ def _chips(media: Sequence[dict[str, Any]], processor: ProcessorMixin, runs: Seq
             while run < tokens:
                 run += next(lengths)
                 so_far = f"{tokens:,}" if run == tokens else f"{run:,} of {tokens:,}"
-                yield f"{name} · {medium['spectra']:,} spectra · {so_far} tokens"
+                yield _Chip(f"{name} · {medium['spectra']:,} spectra · {so_far} tokens", number)
             continue
         steps, height, width = (medium[f"grid_{axis}"] for axis in "thw")
         all_tokens = steps * height * width // getattr(processor, f"{medium['type']}_processor").merge_size ** 2
@@ -166,10 +209,11 @@ def _chips(media: Sequence[dict[str, Any]], processor: ProcessorMixin, runs: Seq
             left -= run
             grid = f"{height} by {width}"
             if run == all_tokens:
-                part, grid = name, f"{steps} by {grid}" if name == "clip" else grid
+                part, grid, step = name, f"{steps} by {grid}" if name == "clip" else grid, None
             else:
-                part = f"{name}, {steps - left * steps // all_tokens} of {steps}"
-            yield f"{part} · {grid} patches · {run:,} tokens"
+                step = steps - left * steps // all_tokens - 1
+                part = f"{name}, {step + 1} of {steps}"
+            yield _Chip(f"{part} · {grid} patches · {run:,} tokens", number, step)
 
 
 def _totals(sources: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -1,10 +1,10 @@
-"""Geometry of the line plots in the report: figures become SVG paths, the template draws them in the page's colours."""
+"""Geometry of the line plots of pages: figures become SVG paths, the template draws them in the page's colours."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,8 @@ WIDTH = 1000
 MOST_POINTS = 1000
 FEW_POINTS = 30
 SMOOTHING_SHARE = 50
+LEARNING_RATE = "learning_rate"
+LOW = 90  # pixels: a plot of this height has room for two ticks
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Panel:
         x_ticks: Position in percent of the width and label of each tick.
         y_ticks: Position in pixels and label of each tick.
         lines: CSS class and SVG path of each line.
+        legend: CSS class and name of each line that needs one.
     """
 
     title: str
@@ -33,30 +36,47 @@ class Panel:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[tuple[str, str]]
+    legend: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class LossCurve:
-    """Loss and learning rate over the optimizer steps.
+class TrainingCurves:
+    """What was logged over the optimizer steps.
 
     Attributes:
-        panels: The loss above, the learning rate below; none when no step was logged.
+        loss: The loss as logged, its running mean, and the eval loss; `None` when no finite loss was logged.
+        others: Gradient norm, learning rate, speed, memory and waiting, as far as they were logged.
         window: Logged steps in the running mean that is the smooth line.
         stride: Every `stride`-th logged step is drawn.
         not_finite: Logged steps whose loss is not a finite number, left out of the plot.
     """
 
-    panels: list[Panel]
+    loss: Panel | None
+    others: list[Panel]
     window: int
     stride: int
     not_finite: int
 
 
-def loss_curve(training_metrics: pd.DataFrame) -> LossCurve:
-    """Lay out the loss (as logged, and its centred running mean) and the learning rate.
+# Columns of the logged steps that are drawn below the loss. Percentages are shares there.
+_OTHERS = {
+    "grad_norm": "Gradient norm",
+    LEARNING_RATE: "Learning rate",
+    "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOPs utilisation, %",
+    "peak_memory_gib": "Peak memory, GiB",
+    "data_wait_share": "Waiting for data, % of the time",
+}
+_SHARES = ("mfu", "data_wait_share")
+
+
+def training_curves(training_metrics: pd.DataFrame) -> TrainingCurves:
+    """Lay out all curves of a training: the loss (as logged, and its centred running mean), and what else was logged.
 
     Args:
-        training_metrics: Columns `step`, `loss` and `learning_rate`, one row for every logged step.
+        training_metrics: Column `step`, and any of `loss`, `eval_loss`, `grad_norm`, `learning_rate`,
+            `learning_rate/<part>`, `tokens_per_second`, `mfu`, `peak_memory_gib` and `data_wait_share`; one row for
+            every logged step.
 
     Returns:
         The panels with what the reader has to know about them.
@@ -66,14 +86,38 @@ def loss_curve(training_metrics: pd.DataFrame) -> LossCurve:
     stride = math.ceil(len(finite) / MOST_POINTS) or 1
     not_finite = len(training_metrics) - len(finite)
     if finite.empty:
-        return LossCurve([], window, stride, not_finite)
+        return TrainingCurves(None, [], window, stride, not_finite)
     smooth = finite["loss"].rolling(window, center=True, min_periods=1).mean()
     shown = finite.assign(smooth=smooth).iloc[::stride]
-    steps = shown["step"].tolist()
-    drawn = {"raw": (steps, shown["loss"].tolist()), "smooth": (steps, shown["smooth"].tolist())}
-    loss = panel("Loss", 220, drawn, y_bins=5)
-    rate = panel("Learning rate", 70, {"rate": (steps, shown["learning_rate"].tolist())}, y_bins=2)
-    return LossCurve([loss, rate], window, stride, not_finite)
+    lines = {"raw": _points(shown, "loss"), "smooth": _points(shown, "smooth")}
+    legend = []
+    if evaluated := _points(finite, "eval_loss"):  # at few of the steps: none is passed over
+        lines["eval"], legend = evaluated, [("raw", "training"), ("eval", "eval split")]
+    loss = panel("Loss", 220, lines, y_bins=5, legend=legend)
+    others = [drawn for name, title in _OTHERS.items() if (drawn := _other(shown, name, title))]
+    return TrainingCurves(loss, others, window, stride, not_finite)
+
+
+def _other(shown: pd.DataFrame, name: str, title: str) -> Panel | None:
+    scale = 100 if name in _SHARES else 1
+    parts = [column for column in shown if name == LEARNING_RATE and column.startswith(f"{LEARNING_RATE}/")]
+    if parts:
+        classes = {f"part{number}": column for number, column in enumerate(parts)}
+        lines = {of: points for of, column in classes.items() if (points := _points(shown, column))}
+        legend = [(of, classes[of].partition("/")[2]) for of in lines]
+    else:
+        points = _points(shown, name, scale)
+        lines, legend = {"rate": points} if points else {}, []
+    return panel(title, LOW, lines, y_bins=2, legend=legend) if lines else None
+
+
+def _points(rows: pd.DataFrame, column: str, scale: float = 1) -> tuple[list[float], list[float]] | None:
+    """Return steps and finite values of a column; nothing where it has none."""
+    if column not in rows:
+        return None
+    values = rows[column].astype(float)
+    kept = np.isfinite(values)
+    return (rows["step"][kept].tolist(), (scale * values[kept]).tolist()) if kept.any() else None
 
 
 def overlay(title: str, height: int, curves: dict[str, pd.Series]) -> Panel | None:
@@ -96,10 +140,17 @@ def overlay(title: str, height: int, curves: dict[str, pd.Series]) -> Panel | No
         for kind, values in {"raw": finite, "smooth": smooth}.items():
             if len(finite) and (kind == "smooth" or window > 1):
                 lines[f"{name} {kind}"] = (values.index[::stride].tolist(), values.iloc[::stride].tolist())
-    return panel(title, height, lines, y_bins=5) if lines else None
+    return panel(title, height, lines, y_bins=5 if height > LOW else 2) if lines else None
 
 
-def panel(title: str, height: int, lines: dict[str, tuple[Sequence[float], Sequence[float]]], *, y_bins: int) -> Panel:
+def panel(
+    title: str,
+    height: int,
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    y_bins: int,
+    legend: Sequence[tuple[str, str]] = (),
+) -> Panel:
     """Lay out lines in one plot whose vertical axis starts at zero.
 
     Args:
@@ -107,6 +158,7 @@ def panel(title: str, height: int, lines: dict[str, tuple[Sequence[float], Seque
         height: Height in pixels.
         lines: x, ascending, and y of every line, by its CSS class.
         y_bins: Ticks of the vertical axis, about.
+        legend: CSS class and name of each line that needs one.
     """
     top = max(max(y) for _, y in lines.values()) or 1.0
     # A hair less than the top, or rounding may add a tick above a round top.
@@ -127,6 +179,12 @@ def panel(title: str, height: int, lines: dict[str, tuple[Sequence[float], Seque
         title=title,
         height=height,
         x_ticks=[(round(100 * (tick - left) / (right - left), 2), f"{tick:,.0f}") for tick in x_ticks],
-        y_ticks=[(round(height * (1 - tick / y_ticks[-1]), 2), f"{tick:.3g}") for tick in y_ticks],
+        y_ticks=[(round(height * (1 - tick / y_ticks[-1]), 2), _tick(tick)) for tick in y_ticks],
         lines=paths,
+        legend=list(legend),
     )
+
+
+def _tick(value: float) -> str:
+    """Write a tick as people do: 12,000 and not 1.2e+04; very small ones by their power of ten."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
-from qvl_pipeline.evaluation.metrics import right_answers
 from qvl_pipeline.intervals import score
 from qvl_pipeline.kinds import BENCHMARK, OVERALL, rows_of
+from qvl_pipeline.reports.answers import Media, confusion, gallery
+from qvl_pipeline.reports.chosen import chosen_parameters
 from qvl_pipeline.reports.headline import evaluation_notes, headline_tiles
 from qvl_pipeline.reports.page import count, percent, points, render
-from qvl_pipeline.reports.plots import WIDTH, loss_curve
-from qvl_pipeline.reports.thumbnails import Thumbnail
+from qvl_pipeline.reports.plots import WIDTH, training_curves
 
-EXAMPLES_EACH = 2
 NOT_SCORES = ("loss", "perplexity", "n")
 _LOSS_FORMS = {"loss": ".3f", "perplexity": ".3g"}
-RIGHT = 0.5  # an answer with at least this score is shown as right
 
 
 def render_report(
@@ -33,7 +30,9 @@ def render_report(
     validation_report: dict[str, Any],
     validation_page: str | None,
     slices: dict[str, Any],
-    media: Callable[[str], list[list[Thumbnail]]],
+    media: Media,
+    parameters: dict[str, Any],
+    samples_page: str | None,
     measured: dict[str, Any] | None = None,
 ) -> str:
     """Write the page.
@@ -53,6 +52,8 @@ def render_report(
         validation_page: Address of the page that shows these rows, relative to the report.
         slices: Metrics by `source` and by `prompt_length`, of each model.
         media: Pictures of a sample, by its `sample_id`: one list of thumbnails for every image or clip.
+        parameters: What the model was trained with, block by block; empty when it was not kept.
+        samples_page: Address of the page on which all of the samples can be browsed, relative to the report.
         measured: What lmms-eval measured of these models: `{model: {task: {metric: score, n}}}`.
 
     Returns:
@@ -73,15 +74,16 @@ def render_report(
         benchmarks=any(row["kind"].startswith(BENCHMARK) for row in kinds),
         slices=_slice_rows(slices),
         measured=_measured_rows(measured or {}),
-        curve=loss_curve(training_metrics),
+        curves=training_curves(training_metrics),
         plot_width=WIDTH,
         training=_training_facts(train_result, plan_summary, training_metrics),
         counts=validation_report["counts"],
         rules=_broken_rules(validation_report["rules"]),
         validation_page=validation_page,
-        examples=_examples(predictions, media),
-        examples_each=EXAMPLES_EACH,
-        right=RIGHT,
+        parameters=chosen_parameters(parameters),
+        confusion=confusion(predictions),
+        gallery=gallery(predictions, media),
+        samples_page=samples_page,
         provenance=_provenance(train_result, plan_summary),
     )
 
@@ -172,24 +174,6 @@ def _training_facts(
 
 def _broken_rules(rules: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(((rule, n) for rule, n in rules.items() if n), key=lambda item: (-item[1], item[0]))
-
-
-def _examples(predictions: pd.DataFrame, media: Callable[[str], list[list[Thumbnail]]]) -> list[dict[str, Any]]:
-    """The first right and the first wrong answers of every kind, with their pictures."""
-    groups = []
-    for kind, rows in predictions.groupby("kind", sort=True):
-        correct = rows["trained_score"].astype(float) >= RIGHT
-        shown = pd.concat([rows[correct].head(EXAMPLES_EACH), rows[~correct].head(EXAMPLES_EACH)])
-        examples = [
-            {
-                **row,
-                "expected": " | ".join(right_answers(row["expected"], row["task"])),
-                "media": media(row["sample_id"]),
-            }
-            for row in shown.to_dict("records")
-        ]
-        groups.append({"kind": kind, "right": int(correct.sum()), "n": len(rows), "rows": examples})
-    return groups
 
 
 def _provenance(result: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:

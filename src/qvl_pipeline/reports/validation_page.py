@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,12 +13,15 @@ import orjson
 import pandas as pd
 
 from qvl_pipeline.reports.page import render
+from qvl_pipeline.reports.thumbnail import Thumbnail
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BINS = 12
 OFFENDERS_EACH = 3
+# Valid samples that are shown, of as many sources as there are, and what is shown of each.
+VALID_SHOWN, TURNS, FILES = 12, 4, 4
 
 
 class _Seen(NamedTuple):
@@ -28,6 +33,7 @@ class _Seen(NamedTuple):
         read: Samples by source.
         held_out: Those of the eval split by source.
         media: Uses of files of the samples that are shown, by id.
+        valid: The first valid samples of each source.
     """
 
     characters: np.ndarray
@@ -35,10 +41,12 @@ class _Seen(NamedTuple):
     read: Counter[str]
     held_out: Counter[str]
     media: dict[str, list[dict[str, Any]]]
+    valid: dict[str, list[dict[str, Any]]]
 
 
 def render_validation(
     *,
+    dataset: str | None,
     report: dict[str, Any],
     samples: Iterable[pa.RecordBatch],
     rejects: pd.DataFrame,
@@ -50,6 +58,7 @@ def render_validation(
     """Write the page. It makes no request to anywhere and shows text of the data escaped.
 
     Args:
+        dataset: Its name; `None` names its sources.
         report: `counts`, `rules`, `warnings` and `put_aside`.
         samples: All samples that could be read, batch by batch, with the columns `sample_id`, `source`, `split`,
             `messages` and `media`.
@@ -65,24 +74,28 @@ def render_validation(
     ids = rejects["source"].astype(str) + "/" + rejects["row"].astype(str)
     lost = pd.concat([rejects.assign(sample_id=ids), quarantine])
     shown = [table.groupby("rule").head(OFFENDERS_EACH)["sample_id"] for table in (lost, warnings)]
-    seen = _read(samples, set(pd.concat(shown)))
+    seen = _read(samples, set(pd.concat(shown)), set(quarantine["sample_id"]))
+    sources = sorted(set(seen.read) | set(rejects["source"]))
     return render(
         "validation",
-        dataset=", ".join(sorted(set(seen.read) | set(rejects["source"]))) or "no data",
+        dataset=dataset or ", ".join(sources) or "no data",
+        sources=len(sources),
         counts=report["counts"],
         histograms=_histograms(seen, media_index),
         by_source=_by_source(seen, rejects, quarantine),
         put_aside=report["put_aside"],
+        valid=[_valid(sample, thumbnail) for sample in _of_all_sources(seen.valid)],
         lost=_offenders(lost, seen.media, thumbnail),
         warned=_offenders(warnings, seen.media, thumbnail),
         offenders_each=OFFENDERS_EACH,
     )
 
 
-def _read(samples: Iterable[pa.RecordBatch], shown: set[str]) -> _Seen:
+def _read(samples: Iterable[pa.RecordBatch], shown: set[str], quarantined: set[str]) -> _Seen:
     characters, images = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     read, held_out = Counter(), Counter()
     media: dict[str, list[dict[str, Any]]] = {}
+    valid: dict[str, list[dict[str, Any]]] = {}
     for batch in samples:
         rows = batch.to_pylist()
         read.update(row["source"] for row in rows)
@@ -90,7 +103,41 @@ def _read(samples: Iterable[pa.RecordBatch], shown: set[str]) -> _Seen:
         characters.append(np.array([_characters(row["messages"]) for row in rows], np.int64))
         images.append(np.array([sum(use["type"] == "image" for use in row["media"]) for row in rows], np.int64))
         media |= {row["sample_id"]: row["media"] for row in rows if row["sample_id"] in shown}
-    return _Seen(np.concatenate(characters), np.concatenate(images), read, held_out, media)
+        for row in rows:
+            first = valid.setdefault(row["source"], [])
+            if len(first) < VALID_SHOWN and row["sample_id"] not in quarantined:
+                first.append(row)
+    return _Seen(np.concatenate(characters), np.concatenate(images), read, held_out, media, valid)
+
+
+def _of_all_sources(valid: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Take samples of all sources in turn, those with media first, as many as are shown."""
+    turns = [sorted(rows, key=lambda row: not row["media"]) for _, rows in sorted(valid.items())]
+    return [row for rows in zip_longest(*turns) for row in rows if row is not None][:VALID_SHOWN]
+
+
+def _valid(sample: dict[str, Any], thumbnail: Callable[[str, str], str | None]) -> dict[str, Any]:
+    """Return what is shown of a valid sample: its first turns, and pictures or names of its first files."""
+    turns = orjson.loads(sample["messages"])
+    shown = [{"role": turn["role"], "text": _text(turn)} for turn in turns[:TURNS]]
+    return {
+        "sample_id": sample["sample_id"],
+        "turns": shown,
+        "more": len(turns) - len(shown),
+        "media": [[_shot(use, thumbnail) for use in sample["media"][:FILES]]] if sample["media"] else [],
+    }
+
+
+def _text(turn: dict[str, Any]) -> str:
+    """Return the text of a turn, with names in the places of media, and its calls of tools as they are."""
+    texts = [item["text"].strip() if item["type"] == "text" else f"[{item['type']}]" for item in turn["content"]]
+    others = {name: value for name, value in turn.items() if value and name not in ("role", "content")}
+    return " ".join(text for text in [*texts, orjson.dumps(others).decode() if others else ""] if text)
+
+
+def _shot(use: dict[str, Any], thumbnail: Callable[[str, str], str | None]) -> Thumbnail:
+    uri = thumbnail(use["type"], use["path"])
+    return Thumbnail(uri, "" if uri else f"{use['type']} {PurePath(use['path']).name}")
 
 
 def _characters(messages: str) -> int:
@@ -118,15 +165,23 @@ def _bins(values: Any) -> list[dict[str, Any]]:
         return []
     distinct = np.unique(array)
     if len(distinct) <= BINS:
-        counts = [(f"{value:g}", int((array == value).sum())) for value in distinct]
+        counts = [
+            (f"{value:,.0f}" if value.is_integer() else f"{value:.4g}", int((array == value).sum()))
+            for value in distinct
+        ]
     else:
         low, high = max(distinct[0], 1e-9), distinct[-1]
         spread = distinct[0] > 0 and high / low > 50
         edges = np.geomspace(low, high, BINS + 1) if spread else np.linspace(distinct[0], high, BINS + 1)
         found, _ = np.histogram(array, np.concatenate([edges[:-1], [np.inf]]))
-        counts = [(f"{a:.3g} to {b:.3g}", int(n)) for a, b, n in zip(edges[:-1], edges[1:], found, strict=True)]
+        counts = [(f"{_short(a)} to {_short(b)}", int(n)) for a, b, n in zip(edges[:-1], edges[1:], found, strict=True)]
     most = max(n for _, n in counts)
     return [{"label": label, "n": n, "share": n / most} for label, n in counts]
+
+
+def _short(value: float) -> str:
+    """Write three digits of a number as people do: 2,480 and not 2.48e+03."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _by_source(seen: _Seen, rejects: pd.DataFrame, quarantine: pd.DataFrame) -> list[dict[str, Any]]:
@@ -147,7 +202,9 @@ def _offenders(
                 "sample_id": row["sample_id"],
                 "detail": row["detail"],
                 "pictures": [
-                    uri for use in media.get(row["sample_id"], [])[:4] if (uri := thumbnail(use["type"], use["path"]))
+                    uri
+                    for use in media.get(row["sample_id"], [])[:FILES]
+                    if (uri := thumbnail(use["type"], use["path"]))
                 ],
             }
             for row in rows.head(OFFENDERS_EACH).to_dict("records")

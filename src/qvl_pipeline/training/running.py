@@ -76,10 +76,12 @@ def collect(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read what a finished training left: its logged steps, and its result with what only all of them tell.
 
     Returns:
-        One row a logged step, and `result.json` with `final_loss`, `train_time_s` and `tokens_per_second`.
+        One row a logged step, with `learning_rate/<part>` where parts differ, and `result.json` with `final_loss`,
+        `train_time_s` and `tokens_per_second`.
     """
     rows = pd.read_json(folder / METRICS, lines=True)
-    rows = rows.drop(columns=[name for name in _NESTED if name in rows])
+    rates = _rates_by_part(rows)
+    rows = rows.drop(columns=[name for name in _NESTED if name in rows]).join(rates)
     # From the rows, which are those of all legs of a training that was cut off and resumed.
     train_time_s = float((rows["tokens"] / rows["tokens_per_second"]).sum())
     losses = rows["loss"].dropna()  # of samples that are skipped there is none
@@ -89,3 +91,9 @@ def collect(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         "tokens_per_second": float(rows["tokens"].sum()) / train_time_s,
     }
     return rows, json.loads((folder / RESULT).read_text(encoding="utf-8")) | facts
+
+
+def _rates_by_part(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the learning rates of parts of the model as columns; none where all parts have the same."""
+    by_part = pd.DataFrame(rows["learning_rates"].tolist() if "learning_rates" in rows else [], index=rows.index)
+    return by_part.add_prefix("learning_rate/") if (by_part.nunique(axis=1) > 1).any() else by_part[[]]

@@ -36,6 +36,8 @@ RESULT = "result.json"
 EXPORT = "export"
 KEPT = "kept"
 CARD = "README.md"
+# What decided the training, block by block; beside the model's weights, so that it goes where they go.
+PARAMETERS = "training_parameters.json"
 CHECKPOINTS = "checkpoints"
 PUBLISHED = "PUBLISHED"
 # In the folder of models of chosen steps: why each is there.
@@ -135,25 +137,24 @@ def _make_ready(folder: Path, *, resume: bool) -> None:
     keep_rows_until(folder / METRICS, done)
 
 
-def publish(folder: Path, card: str, destination: Path) -> None:
+def publish(folder: Path, papers: Mapping[str, str], destination: Path) -> None:
     """Copy the export to its place; nothing is deleted before all results are in theirs.
 
     Args:
         folder: The training's scratch folder.
-        card: The model card that goes with it.
+        papers: Texts that go with it, by the names of their files: `CARD` and `PARAMETERS`.
         destination: Folder to make.
     """
     shutil.copytree(folder / EXPORT, destination)
-    (destination / CARD).write_text(card, encoding="utf-8")
-    add_digest(destination, CARD)
+    _add(papers, destination)
 
 
-def publish_kept(folder: Path, card: str, kept: Mapping[str, Sequence[str]], destination: Path) -> None:
+def publish_kept(folder: Path, papers: Mapping[str, str], kept: Mapping[str, Sequence[str]], destination: Path) -> None:
     """Put the models of chosen steps into their place; files that two of them have in common are one file on disk.
 
     Args:
         folder: The training's scratch folder.
-        card: The model card that goes with each.
+        papers: Texts that go with each, as in `publish`.
         kept: Why each is kept, by its name, such as `step-300`.
         destination: Folder to make: one folder a step, and `checkpoints.json`.
     """
@@ -164,10 +165,16 @@ def publish_kept(folder: Path, card: str, kept: Mapping[str, Sequence[str]], des
         for file, digest in sorted(read_sealed(source / DIGESTS)["files"].items()):
             link_file(known.setdefault((file, digest), source / file), destination / name / file)
         shutil.copy(source / DIGESTS, destination / name)
-        (destination / name / CARD).write_text(card, encoding="utf-8")
-        add_digest(destination / name, CARD)
+        _add(papers, destination / name)
     text = json.dumps(sealed({"kept": {name: list(reasons) for name, reasons in kept.items()}}), indent=2)
     (destination / CHECKPOINTS_LIST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _add(papers: Mapping[str, str], destination: Path) -> None:
+    for name, text in papers.items():
+        (destination / name).unlink(missing_ok=True)  # a link to that of the base model would be written through
+        (destination / name).write_text(text, encoding="utf-8")
+        add_digest(destination, name)
 
 
 def note_published(folder: Path) -> None:

@@ -55,6 +55,14 @@ def test_what_a_stage_made_is_found_in_the_lock(data: Path) -> None:
     assert changed == DataVersion(f"md5:{dvc_md5(Path('folder'))[:-4]}", "content, not recorded by DVC")
 
 
+def test_data_outside_of_the_project_has_the_digest_of_its_content(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("project"))
+    content = f"md5:{dvc_md5(data / 'rows.jsonl')}"
+    assert data_version(data / "rows.jsonl") == DataVersion(content, "content, not recorded by DVC")
+
+
 def test_what_is_inside_of_a_recorded_folder_is_recorded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in (["init", "--quiet", "--no-scm"], ["add", "--quiet", "folder"]):
         subprocess.run([sys.executable, "-m", "dvc", *command], check=True)

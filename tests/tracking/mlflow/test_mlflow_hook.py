@@ -150,8 +150,8 @@ def test_metrics_artifacts_tags_and_data_of_saved_entries_are_recorded(project: 
     run(project)
     new = recorded()[-1]
     assert new.data.metrics == {
-        "base/video/exact_match": 0.1,
-        "base/video/n": 3,
+        "untrained/video/exact_match": 0.1,
+        "untrained/video/n": 3,
         "trained/video/exact_match": 0.9,
         "trained/video/n": 3,
         "trained/kind_-1f15a3/exact_match": 1,

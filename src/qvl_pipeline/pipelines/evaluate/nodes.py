@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +25,7 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.training.card import with_scores
 from qvl_pipeline.training.processes import processes_per_node
-from qvl_pipeline.training.scratch import CARD
+from qvl_pipeline.training.scratch import CARD, PARAMETERS
 
 
 def generate(
@@ -255,6 +257,7 @@ def write_report(
     tokenized_samples: Path,
     video_frames: Path,
     evaluation_slices: dict[str, Any],
+    trained_model: Path,
     model: ModelConfig,
     evaluate: EvaluateConfig,
 ) -> str:
@@ -271,6 +274,7 @@ def write_report(
         tokenized_samples: Arrow file of the samples, for their media.
         video_frames: Folder of the frame store.
         evaluation_slices: Metrics by source and by prompt length.
+        trained_model: Folder of the trained model, for the parameters that it was trained with.
         model: Parameters of the model.
         evaluate: Parameters of the stage.
 
@@ -280,7 +284,7 @@ def write_report(
     from qvl_pipeline.reports.report import render_report
     from qvl_pipeline.reports.thumbnails import MediaThumbnails
 
-    name = model.family.title
+    recorded, name = trained_model / PARAMETERS, model.family.title
     origin = model.load_from_pretrained_path or f"a tiny {name} with random weights (seed {model.tiny_seed})"
     return render_report(
         title=evaluate.report_title or name,
@@ -296,4 +300,34 @@ def write_report(
         validation_page=f"../{evaluate.dataset}/validation.html" if evaluate.dataset else None,
         media=MediaThumbnails(TokenizedSamples(tokenized_samples), video_frames),
         measured=lmms_eval_results,
+        # A model that was trained before they were kept has none.
+        parameters=json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {},
+        samples_page="samples/index.html" if evaluate.browsed_samples else None,
+    )
+
+
+def write_samples(
+    predictions: pd.DataFrame, tokenized_samples: Path, video_frames: Path, model: ModelConfig, evaluate: EvaluateConfig
+) -> Callable[[Path], None]:
+    """Write the page of samples to browse.
+
+    Args:
+        predictions: Predictions of the evaluated models.
+        tokenized_samples: Arrow file of the samples, for their media.
+        video_frames: Folder of the frame store.
+        model: Parameters of the model.
+        evaluate: Parameters of the stage.
+
+    Returns:
+        A writer of the folder of the page.
+    """
+    from qvl_pipeline.reports.samples_page import write_samples_page
+    from qvl_pipeline.reports.thumbnails import MediaThumbnails
+
+    return partial(
+        write_samples_page,
+        title=evaluate.report_title or model.family.title,
+        predictions=predictions,
+        media=MediaThumbnails(TokenizedSamples(tokenized_samples), video_frames),
+        most=evaluate.browsed_samples,
     )

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from kedro.pipeline import Node, Pipeline
 
-from qvl_pipeline.pipelines.evaluate.nodes import complete_card, generate, measure, refuse_regressions, write_report
+from qvl_pipeline.pipelines.evaluate.nodes import (
+    complete_card,
+    generate,
+    measure,
+    refuse_regressions,
+    write_report,
+    write_samples,
+)
 
 
 def create_pipeline() -> Pipeline:
@@ -55,11 +62,18 @@ def create_pipeline() -> Pipeline:
                     "tokenized_samples",
                     "video_frames",
                     "evaluation_slices",
+                    "trained_model",
                     "params:model",
                     "params:evaluate",
                 ],
                 outputs="report",
                 name="write_report",
+            ),
+            Node(
+                write_samples,
+                inputs=["predictions", "tokenized_samples", "video_frames", "params:model", "params:evaluate"],
+                outputs="samples_page",
+                name="write_samples",
             ),
             Node(complete_card, inputs=["trained_model", "metrics"], outputs="model_card", name="complete_card"),
             Node(

@@ -162,7 +162,11 @@ def plan(
 
 
 def preview(
-    tokenized_samples: Path, plan_summary: dict[str, Any], base_model: Path, model: ModelConfig
+    tokenized_samples: Path,
+    plan_summary: dict[str, Any],
+    base_model: Path,
+    video_frames: Path,
+    model: ModelConfig,
 ) -> tuple[dict[str, Any], str]:
     """Show what is trained on, before it is.
 
@@ -170,6 +174,7 @@ def preview(
         tokenized_samples: File of the tokenized samples.
         plan_summary: What the plan amounts to.
         base_model: Folder with the manifest of the model.
+        video_frames: Folder of the frame store.
         model: Parameters of the model.
 
     Returns:
@@ -179,14 +184,16 @@ def preview(
     from qvl_pipeline.data.plan.token_statistics import token_statistics
     from qvl_pipeline.media.arrow_rows import TokenizedSamples
     from qvl_pipeline.reports.label_preview import render_label_preview
+    from qvl_pipeline.reports.thumbnails import MediaThumbnails
 
-    statistics = token_statistics(tokenized_samples)
+    statistics, samples = token_statistics(tokenized_samples), TokenizedSamples(tokenized_samples)
     page = render_label_preview(
         model_name=model.load_from_pretrained_path or f"a tiny {model.processor_type}",
-        samples=TokenizedSamples(tokenized_samples),
+        samples=samples,
         processor=load_processor(base_model, model),
         statistics=statistics,
         plan_summary=plan_summary,
+        pictures=MediaThumbnails(samples, video_frames).pictures,
     )
     return statistics, page
 

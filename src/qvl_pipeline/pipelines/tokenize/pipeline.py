@@ -45,7 +45,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 preview,
-                inputs=["tokenized_samples", "plan_summary", "base_model", "params:model"],
+                inputs=["tokenized_samples", "plan_summary", "base_model", "video_frames", "params:model"],
                 outputs=["token_statistics", "label_preview"],
                 name="preview",
             ),

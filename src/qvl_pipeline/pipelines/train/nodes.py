@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
 from qvl_pipeline.training.running import collect, join, run_engine
-from qvl_pipeline.training.scratch import EVAL_PLAN, PACK_PLAN, SPEC, held, publish, publish_kept
+from qvl_pipeline.training.scratch import CARD, EVAL_PLAN, PACK_PLAN, PARAMETERS, SPEC, held, publish, publish_kept
 from qvl_pipeline.training.spec import Inputs, make_spec
 
 
@@ -150,7 +151,9 @@ def train(
     code = git_tags(Path.cwd())
     name = base_model.parent.name
     facts = {"sample": sample, "model": model, "train": train, "adapter": adapter, "plan_summary": plan_summary}
-    card = model_card(name, **facts, code=code)
+    blocks = {"sample": sample, "model": model, "batching": batching, "train": train, "adapter": adapter}
+    decisive = {block: values.decisive() for block, values in blocks.items()}
+    papers = {CARD: model_card(name, **facts, code=code), PARAMETERS: f"{json.dumps(decisive, indent=2)}\n"}
     provenance = {
         "training": fingerprint,
         "plan_fingerprint": plan_summary["fingerprint"],
@@ -158,5 +161,5 @@ def train(
         "git_commit": code.get("mlflow.source.git.commit"),
         "mlflow_run_id": active.info.run_id if active else None,
     }
-    kept = partial(publish_kept, folder, card, result.get("kept_checkpoints", {}))
-    return partial(publish, folder, card), kept, rows, result | provenance
+    kept = partial(publish_kept, folder, papers, result.get("kept_checkpoints", {}))
+    return partial(publish, folder, papers), kept, rows, result | provenance

@@ -55,6 +55,7 @@ def write_page(
     validation_warnings: pd.DataFrame,
     media_index: pd.DataFrame,
     validation_report: dict[str, Any],
+    validate: ValidateConfig,
     data_engine: DataEngineConfig,
 ) -> str:
     """Write the validation page.
@@ -66,6 +67,7 @@ def write_page(
         validation_warnings: Valid samples that broke a rule which only warns.
         media_index: Every media file as probed.
         validation_report: Report of the validation.
+        validate: With the name of the dataset.
         data_engine: How many rows to read at a time.
 
     Returns:
@@ -79,6 +81,7 @@ def write_page(
     sound = media_index[(media_index["type"] == "image") & media_index["rule"].isna()]
     decodable = set(sound["path"])
     return render_validation(
+        dataset=validate.dataset,
         report=validation_report,
         samples=read_batches(samples, ["sample_id", "source", "split", "messages", "media"], data_engine.batch_rows),
         rejects=rejects,

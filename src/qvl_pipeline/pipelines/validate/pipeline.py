@@ -26,6 +26,7 @@ def create_pipeline() -> Pipeline:
                     "validation_warnings",
                     "media_index",
                     "validation_report",
+                    "params:validate",
                     "params:data_engine",
                 ],
                 outputs="validation_page",

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 # Stages that keep a machine busy for long.
 LONG_STAGES = ("sample", "train", "evaluate")
 
+# What a model is called in the names of metrics, where `base` would say nothing.
+MODELS = {"base": "untrained"}
 MODEL_ENTRY, KEPT_ENTRY, DATA_ENTRY = "trained_model", "kept_checkpoints", "tokenized_samples"
 # Beside the base model: where an average of checkpoints is evaluated.
 AVERAGE = "scratch/average"
@@ -256,8 +258,9 @@ class MlflowHook:
             if wanted.get("metrics") and data:
                 # Scores of another model than the trained one have no place in its row.
                 of_training = self._training_run if self._evaluated == TRAINED else None
+                named = {MODELS.get(model, model): scores for model, scores in data.items()}
                 for run_id in filter(None, (self._run.id, of_training, self._above)):
-                    self._run.log_metrics(data, run_id=run_id)
+                    self._run.log_metrics(named, run_id=run_id)
                 if of_training:
                     self._run.complete_parameters(self._made_by, of_training)
                 self._log_model_scores(data)

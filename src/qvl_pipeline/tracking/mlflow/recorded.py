@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from io import BytesIO
@@ -168,5 +169,6 @@ def _artifact(run: Run, name: str) -> bytes | None:
     """Return the content of an artifact; None when the run has none of this name."""
     if name not in {artifact.path for artifact in MlflowClient().list_artifacts(run.info.run_id)}:
         return None
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for a file or two, of a few MB
     with tempfile.TemporaryDirectory() as folder:
         return Path(download_artifacts(run_id=run.info.run_id, artifact_path=name, dst_path=folder)).read_bytes()
