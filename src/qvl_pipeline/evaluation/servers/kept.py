@@ -32,7 +32,8 @@ class KeptAnswers:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
             try:
                 values = json.loads(line)
-                self._answers[values.pop("asked")] = Answer(**values)
+                asked = values.pop("asked")
+                self._answers[asked] = Answer(**values)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
 
