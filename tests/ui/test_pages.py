@@ -43,7 +43,8 @@ MAKE = ["make", "--no-print-directory", f"--makefile={REPOSITORY}/Makefile", "--
 def environment(**variables: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # Without the variables that `make test` itself was given: they would be those of these commands, too.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    given = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "VENV")
+    inherited = {name: value for name, value in os.environ.items() if name not in given}
     return inherited | {"PATH": path, "PYTHONPATH": str(REPOSITORY / "src"), **variables}
 
 
