@@ -29,6 +29,7 @@ def write_samples_page(folder: Path, *, title: str, predictions: pd.DataFrame, m
         media: Pictures of a sample, by its `sample_id`.
         most: Samples shown; of more, so many are taken evenly of all kinds, sources, and right and wrong ones.
     """
+    predictions = predictions[predictions["trained_answer"].notna()]
     ordered = predictions.assign(right=is_right(predictions)).sort_values(["kind", "right", "source"], kind="stable")
     if len(ordered) > most:
         ordered = ordered.iloc[np.linspace(0, len(ordered) - 1, most).round().astype(int)]
