@@ -199,6 +199,13 @@ def test_wrong_answers_come_first_the_least_likely_first(facts: dict[str, Any]) 
     assert "picture of made/8" in text
 
 
+def test_every_model_that_answered_is_shown_the_trained_one_first(facts: dict[str, Any]) -> None:
+    facts["predictions"] = facts["predictions"].assign(api_answer="seven", api_score=0.0, base_answer=None)
+    text = Page(render_report(**facts)).text
+    assert "Expected 7 Trained ✗ 1 api ✗ seven" in text
+    assert "Base ✗" not in text
+
+
 def test_a_long_answer_is_folded_and_whole(facts: dict[str, Any]) -> None:
     answer = " ".join(f"word{number}" for number in range(400))
     facts["predictions"].loc[0, "trained_answer"] = answer

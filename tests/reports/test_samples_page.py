@@ -50,6 +50,14 @@ def test_every_sample_is_in_a_part_where_the_index_says(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(rows.index)
 
 
+def test_samples_without_an_answer_are_left_out(tmp_path: Path) -> None:
+    predictions = table(10).astype({"trained_answer": "string"})
+    predictions.loc[3, "trained_answer"] = pd.NA
+    folder = write(tmp_path / "samples", predictions)
+    assert len(index(folder)["right"]) == 9
+    assert "total = 9" in (folder / "index.html").read_text()
+
+
 def test_what_a_filter_leaves_is_in_few_parts(tmp_path: Path) -> None:
     found = index(write(tmp_path / "samples", table(12 * PART)))
     wrong = [row // PART for row, right in enumerate(found["right"]) if not right and found["kind"][row] == 1]

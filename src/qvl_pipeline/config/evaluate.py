@@ -92,6 +92,7 @@ class EvaluateConfig(Block):
             raise ValueError("lmms_eval_model_args are for the tasks of lmms_eval, and there are none: name some")
         return self
 
+    @model_validator(mode="after")
     def _servers_answer_for_models(self) -> EvaluateConfig:
         for name, server in self.servers.items():
             if not _SERVER_NAME.fullmatch(name):

@@ -22,6 +22,7 @@ YES_OR_NO = (
 OF_A_CHOICE = ("exact_match", "multiple_choice")
 MOST_CLASSES, LONGEST_CLASS, FEWEST_EACH, MISTAKES = 12, 24, 3, 8
 OTHER = "another answer"
+ANSWER, NAMES = "_answer", {"trained": "Trained", "base": "Base"}
 
 Media = Callable[[str], list[list[Thumbnail]]]
 
@@ -55,8 +56,11 @@ def gallery(predictions: pd.DataFrame, media: Media) -> list[dict[str, Any]]:
 
 
 def card(row: dict[str, Any], media: Media) -> dict[str, Any]:
-    """Return what is shown of one sample: its media, question, expected answer, and each model's answer and score."""
-    models = [("Trained", "trained")] if pd.isna(row["base_score"]) else [("Trained", "trained"), ("Base", "base")]
+    """Return what is shown of one sample: its media, question, expected answer, and each model's answer and score.
+
+    The trained model's comes first. A model without an answer is left out.
+    """
+    answered = [name.removesuffix(ANSWER) for name in row if name.endswith(ANSWER) and not pd.isna(row[name])]
     return {
         "sample_id": row["sample_id"],
         "source": row["source"],
@@ -65,12 +69,12 @@ def card(row: dict[str, Any], media: Media) -> dict[str, Any]:
         "media": media(row["sample_id"]),
         "answers": [
             {
-                "model": name,
-                "text": row[f"{model}_answer"],
+                "model": NAMES.get(model, model),
+                "text": row[f"{model}{ANSWER}"],
                 "right": float(row[f"{model}_score"]) >= RIGHT,
                 "score": None if row["task"] in YES_OR_NO else f"{row['task']} {float(row[f'{model}_score']):.2f}",
             }
-            for name, model in models
+            for model in sorted(answered, key=lambda name: (name != "trained", name != "base"))
         ],
     }
 
