@@ -289,7 +289,7 @@ def test_servers_answer_instead_and_beside(inputs: dict[str, Any]) -> None:
     assert predictions["trained_loss"].isna().all()
     assert predictions["trained_failure"].isna().all()
     assert predictions["big-model_answer"].tolist() == [ANSWERS[0]] * 3
-    made = {"metrics": metrics, "predictions": predictions, "evaluation_slices": slices}
+    made = {"metrics": metrics, "predictions": predictions, "evaluation_slices": slices, "lmms_eval_results": {}}
     node = next(node for node in create_pipeline().nodes if node.name == "write_report")
     assert ">big-model<" in write_report(*((given | made)[name] for name in node.inputs))
     assert "33.3%" in table_text(_score_table(metrics))

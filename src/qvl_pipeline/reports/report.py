@@ -69,7 +69,7 @@ def render_report(
         compared="base" in metrics,
         others=[name for name in metrics if name not in ("trained", "base")],
         notes=notes,
-        tiles=[*headline_tiles(kinds, metrics, predictions), _time_tile(train_result)],
+        tiles=[*headline_tiles(kinds, metrics, rows_of(predictions, OVERALL)), _time_tile(train_result)],
         kinds=kinds,
         benchmarks=any(row["kind"].startswith(BENCHMARK) for row in kinds),
         slices=_slice_rows(slices),
