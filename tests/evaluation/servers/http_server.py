@@ -107,6 +107,7 @@ def chat_server(says: Says, models: tuple[str, ...] = (MODEL,)) -> Iterator[Chat
                 self.wfile.write(content[:20])
                 return
             self.send_response(fault.status)
+            self.send_header("Connection", "close")  # or the next request may be sent into a connection that is gone
             for name, value in fault.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(fault.text.encode())))
