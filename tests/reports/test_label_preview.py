@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.tables import QUARANTINE, to_frame
+from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, preview, tokenize
 from qvl_pipeline.reports.label_preview import LONGEST_TEXT, SAMPLES, choose_samples, pieces, with_pictures
@@ -149,6 +150,15 @@ def test_of_a_sample_of_many_images_the_first_have_pictures(made: dict[str, Any]
     sample = {"input_ids": ids, "label_spans": [], "media": [image] * 100}
     shown = with_pictures(sample, processor, lambda medium, step: [Thumbnail("data:,", "")])
     assert [bool(pictures) for piece, pictures in shown if piece.kind == "medium"] == [True] * 16 + [False] * 84
+
+
+def test_frames_of_a_clip_that_is_heard_too_stand_at_its_first_chip(made: dict[str, Any]) -> None:
+    token = made["processor"].video_token_id
+    clip = {"type": "video", "grid_t": 1, "grid_h": 2, "grid_w": 2, "spectra": 100, "key": "heard.mp4"}
+    ids = np.array([token, 5, *[token] * audio_tokens(100)])  # one of its picture, then its sound
+    sample = {"input_ids": ids, "label_spans": [], "media": [clip]}
+    shown = with_pictures(sample, made["processor"], lambda medium, step: [Thumbnail("data:,", str(step))])
+    assert [len(pictures) for piece, pictures in shown if piece.kind == "medium"] == [1, 0]
 
 
 def table(*groups: tuple[str, str, int]) -> pd.DataFrame:

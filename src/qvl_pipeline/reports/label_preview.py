@@ -181,6 +181,8 @@ def with_pictures(
     for piece in found:
         room = sum(len(beside) for _, beside in shown) < SAMPLE_PICTURES
         is_shown = room and piece.medium is not None and seen[piece.medium] in some[piece.medium]
+        # Frames of a clip that is heard too stand together, at its first chip.
+        is_shown = is_shown and (piece.step is not None or not seen[piece.medium])
         shown.append((piece, pictures(sample["media"][piece.medium], piece.step) if is_shown else []))
         seen[piece.medium] += 1
     return shown
