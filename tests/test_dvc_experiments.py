@@ -79,7 +79,7 @@ def test_a_clone_gets_data_from_an_s3_server_and_evaluates_without_training(
 
 
 def test_a_clone_trains_on_from_a_checkpoint_that_it_pulled(trained: Path, tmp_path: Path) -> None:
-    """In a profile of its own, and with a learning rate that moves nothing: so it ends where it began."""
+    """In a profile of its own, and with a learning rate that hardly moves anything: so it ends where it began."""
     copy, kept = tmp_path / "clone", "data/06_models/tiny_qwen3_vl/checkpoints/step-1"
     command(trained.parent, f"git clone --quiet {trained} {copy}")
     for folder in (trained, copy):
@@ -103,10 +103,11 @@ def test_a_clone_trains_on_from_a_checkpoint_that_it_pulled(trained: Path, tmp_p
         weights("data/06_models/tiny_qwen3_vl/base"),
     )
     assert end.keys() == start.keys()
-    assert all(torch.equal(end[name], start[name]) for name in start)
+    assert all(torch.allclose(end[name], start[name], rtol=0, atol=1e-10) for name in start)
     assert not all(torch.equal(untrained[name].to(start[name].dtype), start[name]) for name in start)
     metrics = json.loads((copy / "data/08_reporting/more/metrics.json").read_text())
-    assert metrics["base"] == metrics["trained"], "what it is compared with is the checkpoint"
+    # What it is compared with is the checkpoint.
+    assert metrics["base"]["overall"]["loss"] == pytest.approx(metrics["trained"]["overall"]["loss"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
