@@ -149,5 +149,5 @@ def test_another_seed_gives_other_weights_and_global_state_stays(
 
 
 def test_unknown_family_is_an_error(tmp_path: Path, corpus: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"family 'llava'.*qwen2_5_vl, qwen3_5, qwen3_vl"):
+    with pytest.raises(ValueError, match=r"family 'llava'.*qwen2_5_vl, qwen3_5, qwen3_5_moe, qwen3_vl"):
         build_tiny_model(tmp_path, family="llava", seed=0, corpus=corpus)

@@ -115,7 +115,9 @@ def test_mlflow_opens_a_table_of_what_matters_and_charts_that_begin_with_the_los
         assert column in table
     assert "0.875" in table
     assert "train.seed" not in table, "the same in all runs"
-    charts = open_page(f"{mlflow_ui}&compareRunsMode=CHART", "mlflow-charts", height=2400)
+    charts = open_page(
+        f"{mlflow_ui}&compareRunsMode=CHART", "mlflow-charts", height=2400, shows=">eval/overall/exact_match<"
+    )
     order = [charts.index(f">{name}<") for name in ("train/loss", "train/eval_loss", "eval/overall/exact_match")]
     assert order == sorted(order)
     assert len(re.findall(r'class="trace scatter', charts)) >= 4, "two curves of two runs"

@@ -119,7 +119,8 @@ def test_twenty_steps_are_those_of_peft_on_the_plain_model(
         error = (tensor - tensors[name]).norm() / tensors[name].norm()
         assert error <= 1e-5, f"{name}: differs by {error:.1e}"
     begun = load_file(start / "adapter_model.safetensors")
-    assert all((tensor - begun[name]).norm() > 1e-3 * tensor.norm() for name, tensor in ours.items())
+    # Ten times what they may differ by, and more.
+    assert all((tensor - begun[name]).norm() > 1e-4 * tensor.norm() for name, tensor in ours.items())
     assert_same_losses(training, folder)
 
 

@@ -30,7 +30,7 @@ from tests.engine.training import changed, make_training
         ({"type": "lore"}, "'none', 'lora' or 'dora'"),
         ({"type": "lora", "r": 0}, "greater than or equal to 1"),
         ({"type": "lora", "rank": 8}, "unknown key 'rank'"),
-        ({"type": "lora", "targets": {"head": "all"}}, "'vit', 'merger', 'deepstack', 'visual' or 'llm'"),
+        ({"type": "lora", "targets": {"head": "all"}}, "'vit', 'merger', 'deepstack', 'visual', 'llm', 'audio' or"),
         ({"type": "lora", "targets": {"llm": "none"}}, "targets names no part to adapt: name one, such as {llm: all}"),
         ({"type": "lora", "targets": ["*_proj"]}, "valid dictionary"),
         ({"type": "dora", "init": "pissa"}, "init 'pissa' is for type 'lora'"),

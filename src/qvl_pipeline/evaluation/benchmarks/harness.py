@@ -66,7 +66,8 @@ def run_lmms_eval(
     folder.mkdir(parents=True)
     log = folder / f"{_PACKAGE}.log"
     given = ",".join(f"{key}={value}" for key, value in {"pretrained": model, **arguments}.items())
-    command = [sys.executable, "-m", _PACKAGE, "--model", _MODELS[family], "--model_args", given]
+    # Unbuffered, so that the log has what happened last at its end.
+    command = [sys.executable, "-u", "-m", _PACKAGE, "--model", _MODELS[family], "--model_args", given]
     command += ["--tasks", ",".join(tasks), "--batch_size", "1", "--output_path", str(folder)]
     with log.open("wb") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, preexec_fn=end_with_parent)
