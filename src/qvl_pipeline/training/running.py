@@ -42,7 +42,8 @@ def run_engine(folder: Path, processes: Processes, steps: int, trackers: list[st
             sink.close()
         return
     where = f" on each of {processes.nodes.nnodes} nodes" if processes.nodes.nnodes > 1 else ""
-    log = folder / "engine.log"
+    log, here = folder / "engine.log", Path.cwd()
+    log = log.relative_to(here) if log.is_relative_to(here) else log
     print(f"train: {steps} steps on {processes.per_node} processes{where}; log: {log}", flush=True)
     with training_progress(metrics, steps) as update:
 
