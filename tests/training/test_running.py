@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -408,8 +409,13 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(training: TrainSpec, tm
     _, errors = parent.communicate(timeout=60)
     assert processes_of(spec_path) == []
     assert "RankFailedError" in errors
-    with only_sender(tmp_path / "run"):
-        pass
+    wait_until(lambda: is_free(tmp_path / "run"), 30)  # a killed process holds its locks until it is taken down
+
+
+def is_free(run: Path) -> bool:
+    with contextlib.suppress(UserError), only_sender(run):
+        return True
+    return False
 
 
 def test_a_rank_whose_launcher_was_gone_before_it_looked_ends(training: TrainSpec, tmp_path: Path) -> None:
