@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from qvl_pipeline.preflight.duration import duration_of, total_flops
 from qvl_pipeline.preflight.hardware import GIB, Hardware, named_hardware
 from qvl_pipeline.preflight.ledger import Ledger
 from qvl_pipeline.preflight.model import Kernels, config_of, prepare
-from qvl_pipeline.preflight.packs import heaviest_allowed, make_batch, work_of
+from qvl_pipeline.preflight.packs import Work, heaviest_allowed, make_batch, work_of
 from qvl_pipeline.preflight.units import units_of
 from qvl_pipeline.preflight.versions import known_bad
 from tests.engine.training import make_training
@@ -147,31 +148,28 @@ def test_of_a_model_that_also_speaks_the_part_that_is_trained_is_looked_at(tmp_p
     assert config_of("Qwen/Qwen2.5-Omni-7B").model_type == "qwen2_5_omni_thinker"
 
 
-def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
-    CONFIGS["qwen2_5_vl"].save_pretrained(tmp_path / "model")
-    spec = make_training(tmp_path / "data", tmp_path / "model", "qwen2_5_vl")
-    config, family = config_of(spec.model.path), FAMILIES["qwen2_5_vl"]
+def counted_work(tmp_path: Path, family: str, *kinds: Sequence[str]) -> Work:
+    """Return the work of a small training's plan, whose FLOPs are those that training counts of its batches."""
+    CONFIGS[family].save_pretrained(tmp_path / "model")
+    spec = make_training(tmp_path / "data", tmp_path / "model", family, *kinds)
+    config = config_of(spec.model.path)
     flops = flops_of(prepare(spec, config, Kernels("cpu", "sdpa", "sdpa", fused=False)))
     plan, tokenized = pd.read_parquet(spec.data.pack_plan), Path(spec.data.tokenized)
     work, rows = work_of(plan, tokenized), TokenizedSamples(tokenized)
     packs = [[rows.row(int(row)) for row in numbers] for numbers in plan["sample_rows"]]
-    batches = [make_batch(pack, config, family, degree=1, rmpad=True) for pack in packs]
-    assert (work.steps, work.images, work.frames) == (3, 4, 16)
+    batches = [make_batch(pack, config, FAMILIES[family], degree=1, rmpad=True) for pack in packs]
     assert total_flops(flops, work) == pytest.approx(sum(flops.count(batch) for batch in batches), rel=1e-9)
+    return work
+
+
+def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
+    work = counted_work(tmp_path, "qwen2_5_vl")
+    assert (work.steps, work.images, work.frames) == (3, 4, 16)
 
 
 def test_the_work_of_a_plan_with_sounds_is_what_training_counts(tmp_path: Path) -> None:
-    CONFIGS["qwen2_5_omni"].save_pretrained(tmp_path / "model")
-    kinds = ("audio", "text", "image", "audio", "video", "audio")
-    spec = make_training(tmp_path / "data", tmp_path / "model", "qwen2_5_omni", kinds)
-    config, family = config_of(spec.model.path), FAMILIES["qwen2_5_omni"]
-    flops = flops_of(prepare(spec, config, Kernels("cpu", "sdpa", "sdpa", fused=False)))
-    plan, tokenized = pd.read_parquet(spec.data.pack_plan), Path(spec.data.tokenized)
-    work, rows = work_of(plan, tokenized), TokenizedSamples(tokenized)
-    packs = [[rows.row(int(row)) for row in numbers] for numbers in plan["sample_rows"]]
-    batches = [make_batch(pack, config, family, degree=1, rmpad=True) for pack in packs]
+    work = counted_work(tmp_path, "qwen2_5_omni", ("audio", "text", "image", "audio", "video", "audio"))
     assert sum(work.sounds.values()) == 3
-    assert total_flops(flops, work) == pytest.approx(sum(flops.count(batch) for batch in batches), rel=1e-9)
 
 
 def test_a_training_that_cannot_fit_is_refused_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ class Change:
 
 
 def changes(
-    spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware, estimate: Estimator
+    spec: TrainSpec, config: Any, heaviest: Sequence[Heavy], hardware: Hardware, needed: Estimate, estimate: Estimator
 ) -> list[Change]:
     """Make changes one after the other until the run fits.
 
@@ -43,18 +43,19 @@ def changes(
         config: Configuration of its model.
         heaviest: Its heaviest micro-batches.
         hardware: Where it is to fit.
+        needed: What it needs as it is.
         estimate: From a run and micro-batches to what it needs.
 
     Returns:
         The changes, in order, without those that save nothing. If the last does not fit, nothing that is known does.
     """
     made: list[Change] = []
-    least = estimate(spec, heaviest).bytes
     for what, parameters, costs, apply, lighter in _ladder(spec, config, heaviest, hardware):
-        needed = estimate(apply(spec), lighter or heaviest)
-        if needed.bytes >= least:
+        changed, packs = apply(spec), lighter or heaviest
+        less = estimate(changed, packs)
+        if less.bytes >= needed.bytes:
             continue
-        spec, heaviest, least = apply(spec), lighter or heaviest, needed.bytes
+        spec, heaviest, needed = changed, packs, less
         change = Change(what, parameters, costs, needed, needed.high <= hardware.memory)
         # More of one thing takes the place of less of it.
         made = [old for old in made if _kind(old) != _kind(change)] + [change]

@@ -82,7 +82,7 @@ def look_ahead(
     count = partial(_estimated, config=config, hardware=hardware, packs_per_step=batching.packs_per_step)
     spec, needed = least_recomputation(spec, heaviest, hardware, count) if automatic else (spec, count(spec, heaviest))
     verdict = FITS if needed.high <= hardware.memory else DOES_NOT_FIT if needed.low > hardware.memory else MAY_NOT_FIT
-    smallest = [] if verdict == FITS else changes(spec, config, heaviest, hardware, count)
+    smallest = [] if verdict == FITS else changes(spec, config, heaviest, hardware, needed, count)
     kernels, notes = kernels_on(hardware, spec)
     work = _work(plan, needed.heavy, batching, hardware, spec)
     return {

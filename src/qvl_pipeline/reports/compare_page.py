@@ -10,7 +10,7 @@ import pandas as pd
 from qvl_pipeline.kinds import OVERALL
 from qvl_pipeline.reports.answers import RIGHT
 from qvl_pipeline.reports.compare import EXAMPLES, SAME_SAMPLE, Comparison
-from qvl_pipeline.reports.differing import grouped
+from qvl_pipeline.reports.differing import grouped, rows_by_name
 from qvl_pipeline.reports.page import render
 from qvl_pipeline.reports.plots import WIDTH, Panel, overlay
 
@@ -47,17 +47,13 @@ def render_comparison(comparison: Comparison) -> str:
         kinds=_kinds(comparison, colours),
         intervals_missing=[name for name in names if _has_no_intervals(comparison.scores, name)],
         gains_missing=_without_gain(comparison, names),
-        figures=_rows(comparison.figures.map(_figure)),
-        versions=_rows(comparison.versions),
+        figures=rows_by_name(comparison.figures.map(_figure)),
+        versions=rows_by_name(comparison.versions),
         examples=_examples(comparison, names),
         most_examples=EXAMPLES,
         disagreeing=comparison.disagreeing,
         common=comparison.common,
     )
-
-
-def _rows(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    return [(name, values) for name, *values in table.itertuples(name=None)]
 
 
 def _overall(comparison: Comparison, name: str) -> list[dict[str, Any]]:

@@ -55,9 +55,9 @@ def grouped(parameters: pd.DataFrame) -> Differing:
     for name, match in of_source.items():
         tables.setdefault(match["source"], {})[match["key"]] = parameters.loc[name].tolist()
     return Differing(
-        changed=_rows(others[[not is_default for is_default in folded]]),
+        changed=rows_by_name(others[[not is_default for is_default in folded]]),
         sources=[(source, _of_source(table, parameters.shape[1])) for source, table in sorted(tables.items())],
-        defaults=_rows(others[folded]),
+        defaults=rows_by_name(others[folded]),
     )
 
 
@@ -66,7 +66,8 @@ def _place(name: str) -> tuple[int, str]:
     return _ORDER.index(block) if block in _ORDER else len(_ORDER), name
 
 
-def _rows(table: pd.DataFrame) -> list[Row]:
+def rows_by_name(table: pd.DataFrame) -> list[Row]:
+    """Return a table by the names in its index."""
     return [(name, values) for name, *values in table.itertuples(name=None)]
 
 

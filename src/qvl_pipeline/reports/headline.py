@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_pipeline.intervals import Score
+from qvl_pipeline.kinds import OVERALL
 from qvl_pipeline.reports.page import count, percent
 
 _NAMES = {"trained": "Trained model", "base": "Base model"}
@@ -30,7 +31,7 @@ def headline_tiles(
     weak = _chosen_for_free_text(predictions)
     totals = [row for row in kinds if row["total"]]
     told = [row for row in totals if row["metric"] not in weak]
-    if not told and "loss" in metrics["trained"]["overall"]:
+    if not told and "loss" in metrics["trained"][OVERALL]:
         return _loss_tiles(metrics, totals)
     row = max(told or totals, key=lambda row: row["trained"].n)
     models = [name for name in _NAMES if row[name]]
@@ -41,7 +42,7 @@ def headline_tiles(
 
 
 def _loss_tiles(metrics: dict[str, Any], totals: list[dict[str, Any]]) -> list[dict[str, str]]:
-    overall = {name: metrics[name]["overall"] for name in _NAMES if "loss" in metrics.get(name, {}).get("overall", {})}
+    overall = {name: metrics[name][OVERALL] for name in _NAMES if "loss" in metrics.get(name, {}).get(OVERALL, {})}
     tiles = []
     for name, figures in overall.items():
         scores = ", ".join(f"{row['metric']} {percent(row[name].rate)}" for row in totals)

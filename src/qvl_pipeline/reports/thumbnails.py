@@ -64,19 +64,17 @@ class MediaThumbnails:
         seconds = self._store.info(medium["key"])["seconds"]
         number = step * ceil(len(seconds) / medium["grid_t"])
         (frame,) = self._store.frames(medium["key"], slice(number, number + 1))
-        return [
-            Thumbnail(picture_uri(Image.fromarray(frame.transpose(1, 2, 0)), FRAME_SIDE), f"{seconds[number]:.2f} s")
-        ]
+        return [_frame(frame, seconds[number])]
 
     def _clip(self, key: str) -> list[Thumbnail]:
         frames, seconds = self._store.frames(key), self._store.info(key)["seconds"]
         shown = np.unique(np.linspace(0, len(frames) - 1, CLIP_FRAMES).round().astype(int))
-        return [
-            Thumbnail(
-                picture_uri(Image.fromarray(frames[number].transpose(1, 2, 0)), FRAME_SIDE), f"{seconds[number]:.2f} s"
-            )
-            for number in shown
-        ]
+        return [_frame(frames[number], seconds[number]) for number in shown]
+
+
+def _frame(frame: np.ndarray, second: float) -> Thumbnail:
+    """A frame of a clip, uint8 `[3, H, W]`."""
+    return Thumbnail(picture_uri(Image.fromarray(frame.transpose(1, 2, 0)), FRAME_SIDE), f"{second:.2f} s")
 
 
 def _sound(key: str) -> Thumbnail:

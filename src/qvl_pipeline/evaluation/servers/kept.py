@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import IO
 
 from qvl_pipeline.evaluation.servers.client import Answer
-
-logger = logging.getLogger(__name__)
 
 
 class KeptAnswers:
