@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from qvl_pipeline.data.rejection import RejectedRowError, quote
+from qvl_pipeline.data.sources import paths
 from qvl_pipeline.data.sources.paths import LocalFolder, RemoteFolder, media_folder, project_path
 
 
@@ -148,3 +151,17 @@ def test_an_absolute_path_that_starts_at_the_folder_is_told_so(project: Path) ->
     with pytest.raises(RejectedRowError, match="outside") as caught:
         LocalFolder(Path("data")).locate("/media/b.png")
     assert caught.value.detail == "'/media/b.png' is outside of 'data'"
+
+
+def test_threads_may_look_at_a_new_folder_at_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daft's runner on Ray reads rows in several threads of one process."""
+    listing, both_asked = paths._links, Barrier(2)
+
+    def slow_listing(folder: str) -> set[str] | None:
+        both_asked.wait(timeout=30)  # neither thread has the answer before the other one asked too
+        return listing(folder)
+
+    monkeypatch.setattr(paths, "_links", slow_listing)
+    folder = LocalFolder(Path("data"))
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(folder.locate, ["media/a.png"] * 2)) == ["data/media/a.png"] * 2

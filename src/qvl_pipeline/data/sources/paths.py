@@ -119,8 +119,9 @@ class LocalFolder:
         self._folder = _normal(folder)
         self._real = _real(self._folder)
         self._root = f"{Path.cwd()}/"
-        self._inside: dict[str, bool] = {}  # by folder
-        self._links: dict[str, set[str] | None] = {}  # names of the links in a folder; `None` if it cannot be listed
+        # By folder: whether it lies inside, and the names of the links in it (`None` if it cannot be listed). Written in
+        # one assignment, since Daft's runner on Ray reads rows in several threads of one process.
+        self._looked_at: dict[str, tuple[bool, set[str] | None]] = {}
 
     @property
     def root(self) -> str:
@@ -162,14 +163,13 @@ class LocalFolder:
     def _holds_file(self, path: str) -> bool:
         folder, _, name = path.rpartition("/")
         folder = folder or "/"
-        if folder not in self._inside:
-            self._inside[folder] = _real(folder).is_relative_to(self._real)
-            self._links[folder] = _links(folder)
-        links = self._links[folder]
+        if folder not in self._looked_at:
+            self._looked_at[folder] = _real(folder).is_relative_to(self._real), _links(folder)
+        folder_is_inside, links = self._looked_at[folder]
         # One listing of a folder instead of a look at each file, which is what most of the time went into. A long name
         # is looked at all the same: it may be longer than the file system allows.
         is_link = Path(path).is_symlink() if links is None or len(name) > _SHORT else name in links
-        return _real(path).is_relative_to(self._real) if is_link else self._inside[folder]
+        return _real(path).is_relative_to(self._real) if is_link else folder_is_inside
 
 
 def _links(folder: str) -> set[str] | None:
