@@ -119,8 +119,8 @@ class LocalFolder:
         self._folder = _normal(folder)
         self._real = _real(self._folder)
         self._root = f"{Path.cwd()}/"
-        # By folder: whether it lies inside, and the names of the links in it (`None` if it cannot be listed). Written in
-        # one assignment, since Daft's runner on Ray reads rows in several threads of one process.
+        # By folder: whether it lies inside, and the names of the links in it (`None` if it cannot be listed). Written
+        # in one assignment, since Daft's runner on Ray reads rows in several threads of one process.
         self._looked_at: dict[str, tuple[bool, set[str] | None]] = {}
 
     @property
