@@ -81,14 +81,14 @@ class _Clock:
     def __init__(self) -> None:
         """Put clocks around all functions that compute digests."""
         from qvl_pipeline.engine.run import checkpoint_files
-        from qvl_pipeline.media import frame_store
+        from qvl_pipeline.media.frames import store
         from qvl_pipeline.storage import batches, digests, soundness
 
         self._seconds = [0.0, 0.0]
         self._inside = threading.local()
         for module, names in (
             (batches, ("write_checked", "agrees")),
-            (frame_store, ("write_checked",)),
+            (store, ("write_checked",)),
             (digests, ("agrees", "sealed", "write_digests", "damage_of")),
             (soundness, ("damage",)),
             (checkpoint_files, ("digest_of", "damage_of")),

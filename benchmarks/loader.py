@@ -24,11 +24,11 @@ from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
 from transformers.video_utils import load_video
 
 from benchmarks.report import report
-from qvl_pipeline.media.frame_encoding import encode_frame
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.encoding import encode_frame
+from qvl_pipeline.media.frames.sampling import smart_resize
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalize_patches, patchify, resize
-from qvl_pipeline.media.sampling import smart_resize
 
 PATCH_SIZE, FACTOR = 16, 32
 LIMITS = {"shortest_edge": 64 * FACTOR**2 // 16, "longest_edge": 1280 * FACTOR**2}

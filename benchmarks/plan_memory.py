@@ -85,7 +85,7 @@ def share_out(tokenized: Path, plan: Path) -> None:
 
 def open_index(frames: Path) -> None:
     """Open the frame store and look up a clip."""
-    from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.media.frames.store import FrameStore
 
     store = FrameStore(frames)
     if store.info("videos/0000007.mp4")["n_frames"] != FRAMES:
@@ -99,7 +99,7 @@ def _in_a_process(function: Callable[..., None], *arguments: Any) -> tuple[float
 
 def _grown(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, int]:
     """Seconds, and bytes by which the peak of this process grows over what the imports of all cases take."""
-    import qvl_pipeline.media.frame_store  # noqa: F401
+    import qvl_pipeline.media.frames.store  # noqa: F401
 
     pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not hold
     before, started = _anonymous(), time.perf_counter()
@@ -150,7 +150,7 @@ def _write_samples(path: Path, count: int) -> None:
 
 
 def _write_index(folder: Path, clips: int) -> None:
-    from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+    from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 
     seconds, numbers = [n / 2 for n in range(FRAMES)], list(range(FRAMES))
     with FrameStoreWriter(folder) as writer:

@@ -53,7 +53,7 @@ from qvl_pipeline.engine.run.watchdog import Watchdog
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStoreWriter
+from qvl_pipeline.media.frames.store import FrameStoreWriter
 from qvl_pipeline.media.loading import PatchLoader
 
 RANKS = 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qvl_pipeline.config.launch import _VARIABLES, LaunchConfig
+from qvl_pipeline.config.training.launch import _VARIABLES, LaunchConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 JOBS = [DOCS / "slurm" / "train.sbatch", DOCS / "kubernetes" / "trainjob.yaml"]

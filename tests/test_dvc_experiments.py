@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qvl_pipeline.reports.compare import compare_runs
+from qvl_pipeline.reports.compare.tables import compare_runs
 from tests.dvc_repository import command
 
 RESULT = "data/08_reporting/tiny_qwen3_vl/train_result.json"

@@ -35,7 +35,7 @@ def hang(*_: object) -> None:
 def decode() -> None:
     from threading import Thread
 
-    from qvl_pipeline.media.decode_worker import DecodeWorker
+    from qvl_pipeline.media.frames.decode_worker import DecodeWorker
 
     Thread(target=DecodeWorker(hang, timeout_s=600).read, args=(0,), daemon=True).start()
 

@@ -20,8 +20,8 @@ from benchmarks.data_plane import Row, Section
 from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples
-from qvl_pipeline.media.frame_encoding import encode_frame
-from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.encoding import encode_frame
+from qvl_pipeline.media.frames.store import FrameStore, FrameStoreWriter, StoredClip
 from qvl_pipeline.pipelines.tokenize.nodes import prepare_base_model
 from qvl_pipeline.tokens.encoding import MediaGrids, video_metadata
 

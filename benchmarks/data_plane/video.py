@@ -22,8 +22,8 @@ from benchmarks.data_plane import Row, Section
 from qvl_pipeline.config import SampleConfig
 from qvl_pipeline.data.frames.clips import Clip, read_clip
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.backends import choose_backend
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.backends import choose_backend
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 from qvl_pipeline.media.loading import PatchLoader
 
 _SECONDS, _RATE, _HEIGHT, _WIDTH = 60, 30, 360, 640

@@ -23,7 +23,7 @@ from kedro.utils import load_obj
 
 from qvl_pipeline.data.made_with import attrs_of, first_difference
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_cache import FrameCache
+from qvl_pipeline.media.frames.cache import FrameCache
 from qvl_pipeline.storage.batches import CheckedBatches
 from qvl_pipeline.storage.digests import read_sealed
 from qvl_pipeline.storage.soundness import damage

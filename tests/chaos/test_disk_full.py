@@ -26,8 +26,8 @@ from qvl_pipeline.data.tables import REJECTS
 from qvl_pipeline.datasets import CurvesDataset, FileDataset, FolderDataset, JsonDataset, PageDataset, TableDataset
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.run.checkpoint_files import CheckpointError, completed
-from qvl_pipeline.media.frame_cache import FrameCache
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.cache import FrameCache
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 from qvl_pipeline.storage.batches import write_checked
 from qvl_pipeline.storage.room import NoRoomError, room_for
 from qvl_pipeline.storage.tables import table_writer

@@ -8,7 +8,7 @@ import pytest
 
 from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.config.across import find_conflicts
-from qvl_pipeline.config.train import Optimizer
+from qvl_pipeline.config.training.train import Optimizer
 
 LARGE = {"processor_type": "qwen2_5_vl", "load_from_pretrained_path": "Qwen/Qwen2.5-VL-72B-Instruct"}
 SOURCE = {"path": "rows.json", "data_type": "json"}

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from qvl_pipeline.media.frame_encoding import encode_frame
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.encoding import encode_frame
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 
 # Texts of the tests, and enough blank lines for the tokenizer to learn them as one token.
 CORPUS = [

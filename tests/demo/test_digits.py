@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from qvl_pipeline.config.ingest import DemoKind
+from qvl_pipeline.config.data.ingest import DemoKind
 from qvl_pipeline.demo.digits import TRAIN_WEIGHTS, _of_split, build_digits
 from qvl_pipeline.demo.questions import KINDS
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from qvl_pipeline.demo.speech import RATE, speak, write_speech
 from qvl_pipeline.families import FAMILIES
-from qvl_pipeline.media.log_mel import log_mel
-from qvl_pipeline.media.sound import read_sound
+from qvl_pipeline.media.sound.decoding import read_sound
+from qvl_pipeline.media.sound.log_mel import log_mel
 
 HEARING = FAMILIES["qwen2_5_omni"].hearing
 STEPS = 16

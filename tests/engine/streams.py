@@ -16,7 +16,7 @@ from qvl_pipeline.engine.model.loading import load_processor
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.tokens.encoding import ImageFacts, MediaGrids
 from qvl_pipeline.tokens.raw_samples import RawSamples
 from tests.data.samples import samples_table

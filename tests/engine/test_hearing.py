@@ -21,7 +21,7 @@ from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalization
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.sound.store import SoundStore
 from tests.engine.model.test_hearing import thinker_loss
 from tests.engine.packs import make_builder
 from tests.engine.test_distributed import assert_same_training, losses

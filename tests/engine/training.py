@@ -24,10 +24,10 @@ from qvl_pipeline.engine import spec
 from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.hearing import audio_tokens
-from qvl_pipeline.media.frame_encoding import encode_frame
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.encoding import encode_frame
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 from qvl_pipeline.media.pixels import open_image
-from qvl_pipeline.media.sound_store import SoundStoreWriter, StoredSound
+from qvl_pipeline.media.sound.store import SoundStoreWriter, StoredSound
 from tests.engine.ranks import run_ranks
 
 SCHEMA = pa.schema(

@@ -24,7 +24,7 @@ from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.model.export.folder import exported_files
 from qvl_pipeline.evaluation.generation import generate_answers, load_model
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter
+from qvl_pipeline.media.frames.store import FrameStore, FrameStoreWriter
 from qvl_pipeline.training.spec import _filled
 from tests.data.samples import samples_table, write_images
 from tests.engine.training import make_training

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.video_utils import VideoMetadata
 
 from qvl_pipeline.families import FAMILIES
-from qvl_pipeline.training.card import sampling_item
+from qvl_pipeline.training.card.model_card import sampling_item
 from tests.evaluation.exported import GREEDY, SAMPLE, Served, all_frames, export_and_evaluate
 
 

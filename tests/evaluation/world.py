@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 from qvl_pipeline.data.plan.tokenization import SCHEMA
 from qvl_pipeline.demo.tiny_model import build_tiny_model
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 
 FRAMES, FPS = 8, 2.0  # every clip: 8 frames at 2 a second
 KINDS = {

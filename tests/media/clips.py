@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pandas as pd
 
-from qvl_pipeline.media.decoding import read_frame_table
+from qvl_pipeline.media.frames.decoding import read_frame_table
 
 SIZE = 64
 BITS = 8

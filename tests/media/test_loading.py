@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_encoding import encode_frame
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.encoding import encode_frame
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalize_patches
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.clip_frames import frames_from_source
-from qvl_pipeline.media.decoding import read_frame_table
+from qvl_pipeline.media.frames.clips import frames_from_source
+from qvl_pipeline.media.frames.decoding import read_frame_table
 from qvl_pipeline.media.opening import ChangedMediaError, NoFileError, OutsideFolderError, hash_media, open_media
 from qvl_pipeline.media.pixels import open_image
 from qvl_pipeline.media.probe import probe_media

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from qvl_pipeline.media.decoding import decode_frames, read_frame_table
+from qvl_pipeline.media.frames.decoding import decode_frames, read_frame_table
+from qvl_pipeline.media.frames.sampling import frame_range
 from qvl_pipeline.media.pixels import open_image
 from qvl_pipeline.media.probe import Probe, probe_media
-from qvl_pipeline.media.sampling import frame_range
 from tests.media.clips import number_in, write_clip
 from tests.media.files import cut, write_image, write_png_bomb, write_video
 

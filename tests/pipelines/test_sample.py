@@ -23,9 +23,9 @@ from qvl_pipeline.data.frames import writing
 from qvl_pipeline.data.frames.clips import list_clips
 from qvl_pipeline.data.made_with import made_with
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media import frame_store
-from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames import store
+from qvl_pipeline.media.frames.decode_worker import DecodeWorker, Failure
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.pipelines.sample.nodes import keep_sampled, quarantine_samples, sample_clips
 from tests.data.samples import samples_table
 from tests.media.clips import index_clips, number_in, write_clip
@@ -147,7 +147,7 @@ def many_clips(media_index: pd.DataFrame, clip: Callable[..., Any]) -> pd.DataFr
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard is full with two clips."""
-    monkeypatch.setattr(frame_store.FrameStoreWriter.__init__, "__defaults__", (350, None))
+    monkeypatch.setattr(store.FrameStoreWriter.__init__, "__defaults__", (350, None))
 
 
 @pytest.fixture
@@ -230,13 +230,13 @@ def test_shards_that_no_store_holds_are_removed_from_the_cache(
 KILLED_RUN = """
 import pickle, sys
 from pathlib import Path
-from qvl_pipeline.media import frame_store
-from qvl_pipeline.media.frame_cache import FrameCache
+from qvl_pipeline.media.frames import store
+from qvl_pipeline.media.frames.cache import FrameCache
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 
 if __name__ == "__main__":
     arguments, folder, shards = pickle.loads(Path(sys.argv[1]).read_bytes())
-    frame_store.FrameStoreWriter.__init__.__defaults__ = (350, None)
+    store.FrameStoreWriter.__init__.__defaults__ = (350, None)
     keep = FrameCache.keep
 
     def keep_and_wait(self, *arguments):

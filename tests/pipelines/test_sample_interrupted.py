@@ -18,8 +18,8 @@ import pytest
 from qvl_pipeline.config import ModelConfig, SampleConfig
 from qvl_pipeline.data.frames import writing
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.decode_worker import DecodeWorker
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.decode_worker import DecodeWorker
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from tests.data.samples import samples_table
 from tests.media.clips import index_clips, write_clip
@@ -32,7 +32,7 @@ import pickle, signal, sys
 from pathlib import Path
 from qvl_pipeline.cli.run import _Terminated, _end, _leave
 from qvl_pipeline.datasets import FolderDataset
-from qvl_pipeline.media import decode_worker, frame_store
+from qvl_pipeline.media.frames import decode_worker, store
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 
 def say_when(owner, name, calls, before):
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     if moment == "starting":
         say_when(decode_worker.DecodeWorker, "_start", 1, True)
     else:
-        say_when(frame_store.FrameStoreWriter, "add", 3, False)
+        say_when(store.FrameStoreWriter, "add", 3, False)
     try:
         FolderDataset(filepath=folder).save(sample_clips(*arguments))
     except KeyboardInterrupt:
@@ -139,7 +139,7 @@ def test_a_store_goes_on_with_the_longest_shard_that_it_may_begin_with(
     clips: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first shard was finished by a run that found its beginning in the cache and was interrupted later."""
-    monkeypatch.setattr("qvl_pipeline.media.frame_store.FrameStoreWriter.__init__.__defaults__", (360, None))
+    monkeypatch.setattr("qvl_pipeline.media.frames.store.FrameStoreWriter.__init__.__defaults__", (360, None))
     add, added = writing.FrameStoreWriter.add, []
 
     def interrupted_in(clip: int) -> None:

@@ -33,11 +33,11 @@ from qvl_pipeline.engine.feed.sounds import SoundReader
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.mrope import mrope_positions
 from qvl_pipeline.media.pixels import normalization
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.sound.store import SoundStore
 from qvl_pipeline.pipelines.ingest.pipeline import create_pipeline as create_ingest
 from qvl_pipeline.pipelines.sample.pipeline import create_pipeline as create_sample
 from qvl_pipeline.pipelines.tokenize.pipeline import create_pipeline as create_tokenize
@@ -186,7 +186,7 @@ def test_every_row_arrives(run: dict[str, Any]) -> None:
 
 def test_ids_features_and_positions_are_the_processors(run: dict[str, Any]) -> None:
     processor = load_processor(run["base_model"], MODEL)
-    # Of the 300 s that it would fill each sound up to, nine are enough: tests/media/test_log_mel.py has them all.
+    # Of the 300 s that it would fill each sound up to, nine are enough: tests/media/sound/test_log_mel.py has them all.
     processor.feature_extractor.n_samples, processor.feature_extractor.nb_max_frames = 144_000, 900
     model = AutoModelForImageTextToText.from_pretrained(run["base_model"], dtype=torch.float32)
     sounds, tokenized = SoundStore(run["video_frames"], HEARING), TokenizedSamples(run["tokenized_samples"])

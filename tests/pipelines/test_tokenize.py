@@ -23,7 +23,7 @@ from qvl_pipeline.data.plan.steps import make_plan
 from qvl_pipeline.datasets import FileDataset, FolderDataset, TableDataset
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore, clip_id
+from qvl_pipeline.media.frames.store import FrameStore, clip_id
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.pipelines.sample.pipeline import create_pipeline as create_sample
 from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, tokenize

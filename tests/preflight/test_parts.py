@@ -22,10 +22,10 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.preflight.asking import expected_peak_bytes, refuse_what_cannot_fit, with_chosen_recomputation
 from qvl_pipeline.preflight.duration import duration_of, total_flops
 from qvl_pipeline.preflight.hardware import GIB, Hardware, named_hardware
-from qvl_pipeline.preflight.ledger import Ledger
-from qvl_pipeline.preflight.model import Kernels, config_of, prepare
+from qvl_pipeline.preflight.memory.ledger import Ledger
+from qvl_pipeline.preflight.memory.model import Kernels, config_of, prepare
+from qvl_pipeline.preflight.memory.units import units_of
 from qvl_pipeline.preflight.packs import Work, heaviest_allowed, make_batch, work_of
-from qvl_pipeline.preflight.units import units_of
 from qvl_pipeline.preflight.versions import known_bad
 from tests.engine.training import make_training
 

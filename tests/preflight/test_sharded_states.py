@@ -24,8 +24,8 @@ from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel import sharding
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS
-from qvl_pipeline.preflight.memory import Step, optimizer_bytes
-from qvl_pipeline.preflight.units import units_of
+from qvl_pipeline.preflight.memory.rank import Step, optimizer_bytes
+from qvl_pipeline.preflight.memory.units import units_of
 
 RANKS = 8
 

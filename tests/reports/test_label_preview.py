@@ -17,7 +17,7 @@ from qvl_pipeline.pipelines.tokenize.nodes import plan, prepare_base_model, prev
 from qvl_pipeline.reports.label_preview import LONGEST_TEXT, SAMPLES, choose_samples, pieces, with_pictures
 from qvl_pipeline.reports.thumbnail import Thumbnail
 from tests.data.samples import samples_table, write_images, write_store
-from tests.reports.test_report import NASTY, Page
+from tests.reports.evaluation.test_report import NASTY, Page
 
 END = "<|im_end|>"
 

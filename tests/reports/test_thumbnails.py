@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
 from qvl_pipeline.reports.pictures import SIDE, picture_uri
 from qvl_pipeline.reports.thumbnail import Thumbnail
 from qvl_pipeline.reports.thumbnails import MOST_MEDIA, MediaThumbnails

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from qvl_pipeline.reports.validation_page import VALID_SHOWN, render_validation
-from tests.reports.test_report import PIXEL, Page
+from tests.reports.evaluation.test_report import PIXEL, Page
 
 LOST = pd.DataFrame({"sample_id": [], "source": [], "row": [], "rule": [], "detail": []})
 

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from qvl_pipeline.cli.submit import submit
-from qvl_pipeline.config.launch import _VARIABLES
+from qvl_pipeline.config.training.launch import _VARIABLES
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.submit.job import TARGETS, make_job, render
 

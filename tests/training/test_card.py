@@ -18,9 +18,9 @@ from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainC
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.hearing import audio_tokens
-from qvl_pipeline.media.sound import read_sound
+from qvl_pipeline.media.sound.decoding import read_sound
 from qvl_pipeline.tracking.mlflow.loading import AnsweringModel
-from qvl_pipeline.training.card import model_card, sampling_item, with_scores
+from qvl_pipeline.training.card.model_card import model_card, sampling_item, with_scores
 from tests.engine.training import published
 from tests.media.sounds import tone, write_heard_clip, write_wav
 

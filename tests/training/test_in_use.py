@@ -14,7 +14,7 @@ import pytest
 
 from qvl_pipeline.datasets import FolderDataset
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_store import FrameStore, FrameStoreWriter, StoredClip
+from qvl_pipeline.media.frames.store import FrameStore, FrameStoreWriter, StoredClip
 from qvl_pipeline.training.in_use import READ_WHILE_TRAINING, InUse
 from tests.kedro_project import run
 

@@ -24,7 +24,7 @@ from tests.training.test_running import launched, processes_of, start
 NODE = """
 import sys
 from pathlib import Path
-from qvl_pipeline.config.launch import LaunchConfig
+from qvl_pipeline.config.training.launch import LaunchConfig
 from qvl_pipeline.training.launcher import Processes, launch
 config = LaunchConfig(nnodes=2, master_addr="127.0.0.1", master_port=int(sys.argv[2]))
 launch(Path(sys.argv[1]), Processes(1, config.nodes()), lambda: None)

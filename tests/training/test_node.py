@@ -16,7 +16,7 @@ from qvl_pipeline.config import AdapterConfig, BatchingConfig, IngestConfig, Mod
 from qvl_pipeline.data.plan.steps import plan_fingerprint
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_cache import INDEX_SCHEMA
+from qvl_pipeline.media.frames.cache import INDEX_SCHEMA
 from qvl_pipeline.pipelines.train import nodes
 from qvl_pipeline.training import running
 from qvl_pipeline.training.launcher import Processes

@@ -13,7 +13,7 @@ import pytest
 
 from qvl_pipeline.config import BatchingConfig, ModelConfig, SampleConfig, TrainConfig
 from qvl_pipeline.config.base import Block
-from qvl_pipeline.config.train import FSDPConfig
+from qvl_pipeline.config.training.train import FSDPConfig
 from qvl_pipeline.engine import spec as engine_spec
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.training.spec import Inputs, make_spec

@@ -26,13 +26,13 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.pipeline_registry import STAGES
-from qvl_pipeline.reports.compare import compare_runs
-from qvl_pipeline.reports.compare_page import render_comparison
-from qvl_pipeline.reports.report import render_report
-from qvl_pipeline.reports.samples_page import PART, write_samples_page
+from qvl_pipeline.reports.compare.page import render_comparison
+from qvl_pipeline.reports.compare.tables import compare_runs
+from qvl_pipeline.reports.evaluation.report import render_report
+from qvl_pipeline.reports.evaluation.samples_page import PART, write_samples_page
 from qvl_pipeline.reports.validation_page import render_validation
 from tests.kedro_project import REPOSITORY, make_project
-from tests.reports.test_report import prediction, report_facts
+from tests.reports.evaluation.test_report import prediction, report_facts
 from tests.trainings import Recorder, predictions
 from tests.ui.browser import open_page
 

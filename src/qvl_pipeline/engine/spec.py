@@ -307,7 +307,7 @@ class ExportSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A low-rank update that is trained in place of the model; names as in `config/adapter.py`.
+    """A low-rank update that is trained in place of the model; names as in `config/training/adapter.py`.
 
     Attributes:
         type: `none`, `lora` or `dora`; with `none` nothing else here counts.

@@ -17,7 +17,7 @@ from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.mrope import mrope_positions
 from qvl_pipeline.media.pixels import normalize_patches
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.sound.store import SoundStore
 from qvl_pipeline.tokens.encoding import placeholder_ids
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.media.pixels import open_image, patchify, resize
 
 

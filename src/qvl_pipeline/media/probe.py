@@ -12,9 +12,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.decoding import clock_start, decode_frames, open_container, read_frame_table
+from qvl_pipeline.media.frames.decoding import clock_start, decode_frames, open_container, read_frame_table
 from qvl_pipeline.media.opening import NoFileError, OpenMedia, OutsideFolderError, hash_media, open_media, open_picture
-from qvl_pipeline.media.sound import SoundError, probe_sound
+from qvl_pipeline.media.sound.decoding import SoundError, probe_sound
 
 # EXIF orientations that turn the picture by a quarter.
 _LYING = (5, 6, 7, 8)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, PreflightConfig, SampleConfig, TrainConfig
-from qvl_pipeline.config.recomputation import GradientCheckpointingConfig
+from qvl_pipeline.config.training.recomputation import GradientCheckpointingConfig
 from qvl_pipeline.data.base_model import MANIFEST, read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.preflight.verdict import DOES_NOT_FIT, FITS, OFF, UNKNOWN, Plan, look_ahead

@@ -10,11 +10,11 @@ from qvl_pipeline.engine.model.flops import ModelFlops, flops_of
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.preflight.hardware import GIB, Hardware, kernels_on
-from qvl_pipeline.preflight.memory import Peak, Step, optimizer_bytes, peak_of
-from qvl_pipeline.preflight.model import cut, number_of, prepare
+from qvl_pipeline.preflight.memory.model import cut, number_of, prepare
+from qvl_pipeline.preflight.memory.rank import Peak, Step, optimizer_bytes, peak_of
+from qvl_pipeline.preflight.memory.rehearsal import rehearse
+from qvl_pipeline.preflight.memory.units import FLOAT32, units_of
 from qvl_pipeline.preflight.packs import Heavy, make_batch
-from qvl_pipeline.preflight.rehearsal import rehearse
-from qvl_pipeline.preflight.units import FLOAT32, units_of
 
 # Largest relative error that was measured, on one GPU and on a CPU (docs/preflight.md).
 ERROR = 0.10

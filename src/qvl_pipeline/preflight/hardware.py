@@ -11,7 +11,7 @@ from qvl_pipeline.engine.model.attention.kernels import choose_kernels, installe
 from qvl_pipeline.engine.model.flops import peak_flops_by_name
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.preflight.model import Kernels
+from qvl_pipeline.preflight.memory.model import Kernels
 
 GIB = 1 << 30
 # Gigabytes that a GPU is sold with, where its name alone tells them.

@@ -17,7 +17,7 @@ from qvl_pipeline.preflight.advice import Change, changes, least_recomputation
 from qvl_pipeline.preflight.duration import duration_of, total_flops
 from qvl_pipeline.preflight.estimate import Estimate, estimate
 from qvl_pipeline.preflight.hardware import GIB, Hardware, kernels_on, named_hardware, this_hardware
-from qvl_pipeline.preflight.model import config_of
+from qvl_pipeline.preflight.memory.model import config_of
 from qvl_pipeline.preflight.packs import Heavy, Work, heaviest_allowed, heaviest_planned, work_of, work_of_steps
 from qvl_pipeline.preflight.places import disk, host
 from qvl_pipeline.preflight.versions import bad_versions

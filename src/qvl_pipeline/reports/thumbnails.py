@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.reports.pictures import FRAME_SIDE, image_uri, picture_uri
 from qvl_pipeline.reports.thumbnail import Thumbnail
 

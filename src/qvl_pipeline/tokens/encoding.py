@@ -22,9 +22,9 @@ from transformers.video_utils import VideoMetadata
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.hearing import audio_tokens
 from qvl_pipeline.families.tokens import END_OF_TURN
-from qvl_pipeline.media.frame_store import FrameStore, clip_id
-from qvl_pipeline.media.sampling import seconds_per_grid, told_seconds_per_grid
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.frames.sampling import seconds_per_grid, told_seconds_per_grid
+from qvl_pipeline.media.frames.store import FrameStore, clip_id
+from qvl_pipeline.media.sound.store import SoundStore
 from qvl_pipeline.tokens.chat import RenderedChat, render_chats
 from qvl_pipeline.tokens.control import encode_texts, without_marks
 from qvl_pipeline.tokens.unusable import Unusable, UnusableSampleError

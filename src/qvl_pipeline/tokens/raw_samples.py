@@ -14,8 +14,8 @@ from transformers import ProcessorMixin
 
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.hearing import Hearing
-from qvl_pipeline.media.frame_store import FrameStore
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.frames.store import FrameStore
+from qvl_pipeline.media.sound.store import SoundStore
 from qvl_pipeline.storage.tables import damage_named, open_table
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_pipeline.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
-from qvl_pipeline.config.adapter import NO_ADAPTER
+from qvl_pipeline.config.training.adapter import NO_ADAPTER
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.tracking.lineage.digests import content_digest
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from qvl_pipeline.config.launch import THIS_NODE, Nodes
+from qvl_pipeline.config.training.launch import THIS_NODE, Nodes
 from qvl_pipeline.engine.run.stopping import STOPPED
 from qvl_pipeline.engine.signals import STOP_SIGNALS
 from qvl_pipeline.errors import UserError

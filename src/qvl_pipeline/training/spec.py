@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvl_pipeline.config import AdapterConfig, BatchingConfig, ModelConfig, SampleConfig, TrainConfig
-from qvl_pipeline.config.adapter import NO_ADAPTER
+from qvl_pipeline.config.training.adapter import NO_ADAPTER
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.training.scratch import EVAL_PLAN, EXPORT, PACK_PLAN

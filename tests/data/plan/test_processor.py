@@ -13,7 +13,7 @@ from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.plan.processor import check_token_counts, load_processor
 from qvl_pipeline.data.plan.tokenization import media_grids
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from tests.data.samples import write_images, write_store
 
 

@@ -21,7 +21,7 @@ from transformers.video_utils import VideoMetadata
 from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.plan.tokenization import SCHEMA, Tokenized, media_grids, tokenize_samples, useful_workers
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.tokens.encoding import MediaGrids
 from tests.data.samples import samples_table, write_images, write_store
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
-from qvl_pipeline.config.ingest import BenchmarkName
+from qvl_pipeline.config.data.ingest import BenchmarkName
 from qvl_pipeline.data.sources.forms.benchmarks import BENCHMARKS
 from qvl_pipeline.data.sources.ingest import ingest_sources
 from qvl_pipeline.data.sources.raw import list_files

@@ -11,7 +11,7 @@ import pytest
 
 from qvl_pipeline.config import SampleConfig
 from qvl_pipeline.data.frames.clips import Clip, read_clip
-from qvl_pipeline.media.frame_store import FrameStoreWriter
+from qvl_pipeline.media.frames.store import FrameStoreWriter
 from tests.engine.training import changed, make_training, trained
 from tests.media.clips import SIZE, write_clip
 

@@ -28,7 +28,7 @@ from qvl_pipeline.engine.model.export.folder import exported_files
 from qvl_pipeline.engine.model.export.processor_files import video_values
 from qvl_pipeline.engine.spec import SamplingSpec, TrainSpec
 from qvl_pipeline.families import FAMILIES
-from qvl_pipeline.media.sampling import smart_nframes, video_size
+from qvl_pipeline.media.frames.sampling import smart_nframes, video_size
 from tests.engine.training import changed, make_training
 from tests.layouts import OLD_FORMS, in_old_form
 

@@ -10,7 +10,7 @@ import torch
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from qvl_pipeline.config.schedules import SCHEDULES
+from qvl_pipeline.config.training.schedules import SCHEDULES
 from qvl_pipeline.engine.model.freezing import freeze
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.optim.optimization import learning_rate_schedule, make_optimizers, set_learning_rates

@@ -19,7 +19,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.evaluation.servers.media import MediaParts, NotAskableError
 from qvl_pipeline.evaluation.servers.questions import Questions
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from tests.evaluation.world import KINDS, World, build_world
 
 ROWS = {kind: row for row, kind in enumerate(KINDS)}

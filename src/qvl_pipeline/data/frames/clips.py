@@ -12,13 +12,13 @@ import pandas as pd
 
 from qvl_pipeline.config import SampleConfig
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.clip_frames import resized_frames
-from qvl_pipeline.media.decode_worker import ClipError
-from qvl_pipeline.media.decoding import read_frame_table
-from qvl_pipeline.media.frame_encoding import encode_frame
-from qvl_pipeline.media.frame_store import StoredClip, clip_id
+from qvl_pipeline.media.frames.clips import resized_frames
+from qvl_pipeline.media.frames.decode_worker import ClipError
+from qvl_pipeline.media.frames.decoding import read_frame_table
+from qvl_pipeline.media.frames.encoding import encode_frame
+from qvl_pipeline.media.frames.sampling import frame_range, rate_within, smart_nframes, spread_frames, video_size
+from qvl_pipeline.media.frames.store import StoredClip, clip_id
 from qvl_pipeline.media.opening import ChangedMediaError, OpenMedia, open_media
-from qvl_pipeline.media.sampling import frame_range, rate_within, smart_nframes, spread_frames, video_size
 
 # Changes when the same settings give other frames than they did.
 RULES_VERSION = 2

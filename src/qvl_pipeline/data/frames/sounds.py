@@ -8,12 +8,12 @@ import pandas as pd
 
 from qvl_pipeline.config import SampleConfig
 from qvl_pipeline.families.hearing import FEWEST_SPECTRA, Hearing
-from qvl_pipeline.media.decode_worker import ClipError
-from qvl_pipeline.media.frame_store import clip_id
-from qvl_pipeline.media.log_mel import log_mel
+from qvl_pipeline.media.frames.decode_worker import ClipError
+from qvl_pipeline.media.frames.store import clip_id
 from qvl_pipeline.media.opening import ChangedMediaError, open_media
-from qvl_pipeline.media.sound import SoundError, read_sound
-from qvl_pipeline.media.sound_store import StoredSound
+from qvl_pipeline.media.sound.decoding import SoundError, read_sound
+from qvl_pipeline.media.sound.log_mel import log_mel
+from qvl_pipeline.media.sound.store import StoredSound
 
 
 @dataclass(frozen=True)

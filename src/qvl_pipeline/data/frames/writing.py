@@ -23,10 +23,10 @@ from qvl_pipeline.data.made_with import Attrs, write_record
 from qvl_pipeline.data.progress import progress_bar
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.hearing import Hearing
-from qvl_pipeline.media.decode_worker import DecodeWorker, Failure
-from qvl_pipeline.media.frame_cache import FrameCache
-from qvl_pipeline.media.frame_store import FrameStoreWriter, StoredClip
-from qvl_pipeline.media.sound_store import SoundStoreWriter
+from qvl_pipeline.media.frames.cache import FrameCache
+from qvl_pipeline.media.frames.decode_worker import DecodeWorker, Failure
+from qvl_pipeline.media.frames.store import FrameStoreWriter, StoredClip
+from qvl_pipeline.media.sound.store import SoundStoreWriter
 from qvl_pipeline.storage.room import size_text
 from qvl_pipeline.storage.tables import write_table
 

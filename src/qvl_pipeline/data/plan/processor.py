@@ -13,9 +13,9 @@ from qvl_pipeline.config import ModelConfig
 from qvl_pipeline.data.base_model import read_base_model
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.hearing import Hearing
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.media.pixels import normalization, open_image
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.sound.store import SoundStore
 from qvl_pipeline.tokens.chat import render_chats
 from qvl_pipeline.tokens.encoding import Medium, encode_chats, video_metadata
 

@@ -12,7 +12,7 @@ import torch
 from qvl_pipeline.engine.parallel.sequence_parallel import heard_spectra, split_sounds
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families.hearing import Hearing
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.sound.store import SoundStore
 
 # Spectra of the sound of a rank that has none: they make a token.
 _BLANK = 4

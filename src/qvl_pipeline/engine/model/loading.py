@@ -32,7 +32,7 @@ from qvl_pipeline.families import FAMILIES, divided_heads
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.loading import PatchLoader
 from qvl_pipeline.media.pixels import normalization
-from qvl_pipeline.media.sound_store import SoundStore
+from qvl_pipeline.media.sound.store import SoundStore
 from qvl_pipeline.tokens.encoding import placeholder_ids
 
 logger = logging.getLogger(__name__)

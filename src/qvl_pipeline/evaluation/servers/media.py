@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from qvl_pipeline.config import ServerConfig
-from qvl_pipeline.media.frame_store import FrameStore
+from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.media.opening import open_media, open_picture
 from qvl_pipeline.media.pixels import open_image
 

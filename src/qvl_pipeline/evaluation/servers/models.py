@@ -24,7 +24,7 @@ from qvl_pipeline.evaluation.servers.questions import Questions
 from qvl_pipeline.evaluation.servers.sampling import choice_of_tokens, sampling_of_clips
 from qvl_pipeline.storage.digests import DIGESTS
 from qvl_pipeline.tracking.lineage.digests import weights_digest
-from qvl_pipeline.training.card import vllm_options
+from qvl_pipeline.training.card.model_card import vllm_options
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from qvl_pipeline.config import EvaluateConfig, ServerConfig
 from qvl_pipeline.errors import UserError, did_you_mean
 from qvl_pipeline.families import FAMILIES
-from qvl_pipeline.training.card import vllm_sampling
+from qvl_pipeline.training.card.model_card import vllm_sampling
 
 # Of `GenerationConfig`, what a request can say, by what the server is.
 _OPENAI = ("do_sample", "temperature", "top_p")
@@ -57,7 +57,7 @@ def _seed(evaluate: EvaluateConfig, *, sampled: bool) -> dict[str, Any]:
 
 
 def sampling_of_clips(processor: ProcessorMixin) -> dict[str, Any]:
-    """Return how the exported processor samples clips, in the keys of `training.card.sampling_item`."""
+    """Return how the exported processor samples clips, in the keys of `training.card.model_card.sampling_item`."""
     video = processor.video_processor
     if (frames := getattr(video, "num_frames", None)) is not None:
         return {"nframes": frames}

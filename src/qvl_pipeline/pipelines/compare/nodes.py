@@ -21,8 +21,8 @@ def write_comparison(compare: CompareConfig) -> str:
     Raises:
         UserError: A name means no training, or these are not two to eight trainings; or MLflow's server is down.
     """
-    from qvl_pipeline.reports.compare import compare_runs
-    from qvl_pipeline.reports.compare_page import render_comparison
+    from qvl_pipeline.reports.compare.page import render_comparison
+    from qvl_pipeline.reports.compare.tables import compare_runs
     from qvl_pipeline.tracking.mlflow.server import answering
 
     with answering():

@@ -23,7 +23,7 @@ from qvl_pipeline.evaluation.metrics import LOSSES, average_scores, check_answer
 from qvl_pipeline.evaluation.predictions import prediction_table
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
-from qvl_pipeline.training.card import with_scores
+from qvl_pipeline.training.card.model_card import with_scores
 from qvl_pipeline.training.processes import processes_per_node
 from qvl_pipeline.training.scratch import CARD, PARAMETERS
 
@@ -73,7 +73,7 @@ def generate(
     from qvl_pipeline.evaluation.likelihood import supervised_tokens
     from qvl_pipeline.evaluation.questions import last_question
     from qvl_pipeline.evaluation.servers.models import Asked, ask_servers, forget_answers, served_models
-    from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.media.frames.store import FrameStore
 
     check_prepared(base_model, model)
     if train_result["plan_fingerprint"] != plan_summary["fingerprint"]:
@@ -281,7 +281,7 @@ def write_report(
     Returns:
         HTML.
     """
-    from qvl_pipeline.reports.report import render_report
+    from qvl_pipeline.reports.evaluation.report import render_report
     from qvl_pipeline.reports.thumbnails import MediaThumbnails
 
     recorded, name = trained_model / PARAMETERS, model.family.title
@@ -321,7 +321,7 @@ def write_samples(
     Returns:
         A writer of the folder of the page.
     """
-    from qvl_pipeline.reports.samples_page import write_samples_page
+    from qvl_pipeline.reports.evaluation.samples_page import write_samples_page
     from qvl_pipeline.reports.thumbnails import MediaThumbnails
 
     return partial(

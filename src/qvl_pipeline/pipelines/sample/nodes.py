@@ -15,7 +15,7 @@ from qvl_pipeline.errors import UserError
 from qvl_pipeline.families import FAMILIES
 
 if TYPE_CHECKING:
-    from qvl_pipeline.media.decode_worker import Failure
+    from qvl_pipeline.media.frames.decode_worker import Failure
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def sample_clips(
     from qvl_pipeline.data.frames.sounds import list_sounds
     from qvl_pipeline.data.frames.writing import write_store
     from qvl_pipeline.data.made_with import made_with
-    from qvl_pipeline.media.backends import choose_backend
-    from qvl_pipeline.media.decode_worker import Failure
+    from qvl_pipeline.media.frames.backends import choose_backend
+    from qvl_pipeline.media.frames.decode_worker import Failure
 
     _check_hearing(valid_samples, model)
     sounds = list_sounds(valid_samples, media_index, sample) if model.family.hearing else []
@@ -81,8 +81,8 @@ def quarantine_samples(valid_samples: pd.DataFrame, video_frames: Path) -> tuple
     Returns:
         The tables `sample_quarantine` and `sample_report`.
     """
-    from qvl_pipeline.media.decode_worker import Failure
-    from qvl_pipeline.media.frame_store import AGAIN, FrameStore
+    from qvl_pipeline.media.frames.decode_worker import Failure
+    from qvl_pipeline.media.frames.store import AGAIN, FrameStore
     from qvl_pipeline.storage.tables import read_table
 
     failed = read_table(video_frames / "failures.parquet", advice=AGAIN).to_pylist()
@@ -132,7 +132,7 @@ def keep_sampled(
 def _lost_samples(valid_samples: pd.DataFrame, failures: Mapping[str, Failure]) -> pd.DataFrame:
     """The samples with a failed clip, each with the first one; columns of the table `quarantine`."""
     from qvl_pipeline.data.tables import QUARANTINE
-    from qvl_pipeline.media.frame_store import clip_id
+    from qvl_pipeline.media.frames.store import clip_id
 
     rows = []
     for sample in valid_samples.to_dict("records") if failures else ():

@@ -83,8 +83,8 @@ def tokenize(
     from qvl_pipeline.data.plan.stream_samples import tokenized_beforehand, write_stream_samples
     from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples, useful_workers
     from qvl_pipeline.data.plan.turns import with_prompts_of_turns
-    from qvl_pipeline.media.frame_store import FrameStore
-    from qvl_pipeline.media.sound_store import SoundStore
+    from qvl_pipeline.media.frames.store import FrameStore
+    from qvl_pipeline.media.sound.store import SoundStore
 
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
     last_turn_only = model.thinking == "last_turn_only"

@@ -26,7 +26,7 @@ from qvl_pipeline.storage.tables import write_table
 from qvl_pipeline.tracking.lineage.base_model import base_model_digest
 from qvl_pipeline.tracking.lineage.code import git_tags
 from qvl_pipeline.tracking.lineage.digests import content_digest
-from qvl_pipeline.training.card import model_card
+from qvl_pipeline.training.card.model_card import model_card
 from qvl_pipeline.training.checks import check_before_launch
 from qvl_pipeline.training.identity import adapter_digest, checkpoint_to_start_from, run_fingerprint, run_identity
 from qvl_pipeline.training.processes import training_processes
@@ -102,7 +102,7 @@ def train(
         RankFailedError: A training process failed.
         StoppedOnRequest: A signal asked to stop.
     """
-    from qvl_pipeline.media.frame_store import FrameStore
+    from qvl_pipeline.media.frames.store import FrameStore
     from qvl_pipeline.preflight.asking import expected_peak_bytes, with_chosen_recomputation
 
     train = with_chosen_recomputation(train, preflight_report)

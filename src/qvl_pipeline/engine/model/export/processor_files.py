@@ -17,7 +17,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from qvl_pipeline.engine.model.export.base_files import to_json
 from qvl_pipeline.engine.spec import ModelSpec, SamplingSpec
 from qvl_pipeline.families import FAMILIES
-from qvl_pipeline.media.sampling import FRAME_FACTOR, SHARE_FLOOR, frame_limit
+from qvl_pipeline.media.frames.sampling import FRAME_FACTOR, SHARE_FLOOR, frame_limit
 
 PROCESSOR_FILES = (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME)
 

@@ -1,0 +1,1 @@
+"""Parameters of a training: batches, optimisation, adapters, recomputation, processes."""

@@ -1,0 +1,1 @@
+"""Comparing trainings: tables, and the page that draws them."""

@@ -1,0 +1,1 @@
+"""Pages of an evaluation: the report and the samples to browse."""
