@@ -116,7 +116,7 @@ class DataSpec:
         use_rmpad: Micro-batches are packs; otherwise a padded row for each sample.
         epochs: Passes over the data that the plan makes.
         dataloader_num_workers: Loader processes of each rank, or `auto`.
-        dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
+        dataloader_prefetch_factor: Micro-batches, or pieces of heavy ones, that each loader process prepares ahead.
         dataloader_pin_memory: Pin batches for copies to a GPU.
         on_bad_sample: `raise` or `skip` a sample whose media cannot be loaded.
     """

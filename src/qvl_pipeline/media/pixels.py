@@ -38,7 +38,9 @@ def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
         if image.has_transparency_data:
             ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(ground, image.convert("RGBA"))
-        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        # Channel by channel, by Pillow: it takes apart its own pixels several times as fast as NumPy does an array.
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return np.stack([np.asarray(channel) for channel in rgb.split()])
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -74,14 +76,18 @@ def patchify(
         merge_size: Side of a merged token in patches.
     """
     missing = -len(frames) % temporal_patch_size
-    if missing:
+    if len(frames) == 1:
+        frames = np.broadcast_to(frames, (temporal_patch_size, *frames.shape[1:]))  # an image is not copied for it
+    elif missing:
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
     count, channels, height, width = frames.shape
     side = patch_size * merge_size
     times, rows, columns = count // temporal_patch_size, height // side, width // side
-    split = (times, temporal_patch_size, channels, rows, merge_size, patch_size, columns, merge_size, patch_size)
-    pixels = frames.reshape(split).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    out.reshape(pixels.shape)[...] = pixels
+    split = (times, temporal_patch_size, channels, rows, merge_size, patch_size, columns, merge_size)
+    # A row of a patch is one element: NumPy moves it as a whole, many times as fast as pixel by pixel.
+    row = np.dtype((np.void, patch_size))
+    pixels = frames.view(row).reshape(split).transpose(0, 3, 6, 4, 7, 2, 1, 5)
+    out.view(row).reshape(pixels.shape)[...] = pixels
 
 
 def normalization(processor: Any) -> tuple[list[float], list[float]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from qvl_pipeline.engine.feed.batch import PIECE_BYTES
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.preflight.estimate import Estimate
 from qvl_pipeline.preflight.hardware import Hardware
@@ -41,8 +43,11 @@ def disk(spec: TrainSpec, needed: Estimate, steps: int | None, frames: Path) -> 
 def host(spec: TrainSpec, needed: Estimate, hardware: Hardware, packs: int) -> dict[str, Any]:
     """Return the memory that the processes of one machine need beside GPUs, and what this machine has."""
     batch = needed.heavy.tokens * _TOKEN + needed.heavy.patches * _patch_values(needed)
-    ahead = max(1, spec.data.dataloader_num_workers * spec.data.dataloader_prefetch_factor)
-    loaders = spec.data.dataloader_num_workers * _LOADER + ahead * batch
+    # Heavy micro-batches are prepared in pieces: at least one of them ahead, and with each process a piece more.
+    workers, pieces = spec.data.dataloader_num_workers, math.ceil(batch / PIECE_BYTES)
+    items = workers * spec.data.dataloader_prefetch_factor
+    items = items if pieces == 1 else max(items, pieces + 2 * workers)
+    loaders = workers * _LOADER + (items * min(batch, PIECE_BYTES) if workers else 0) + batch
     copied = needed.checkpoint // hardware.ranks if spec.run.save_async and hardware.device == "cuda" else 0
     rank = _PROCESS + loaders + packs * _PLAN_ROW + needed.offloaded + copied
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

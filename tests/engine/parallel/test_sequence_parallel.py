@@ -160,6 +160,12 @@ class TestSplittingMedia:
             [medium(5, 4, 4) | {"part": (2, 5)}],
         ]
 
+    def test_a_share_is_shared_again_in_the_same_order(self) -> None:
+        shares = split_media([medium(9, 4, 4), medium(1, 4, 6), medium(4, 2, 2)], 2)
+        pieces = [item for share in shares for piece in split_media(share, 3) for item in piece]
+        frames = [(item["grid_w"], n) for item in pieces for n in range(*item.get("part", (0, item["grid_t"])))]
+        assert frames == [*((4, n) for n in range(9)), (6, 0), *((2, n) for n in range(4))]
+
     def test_image_is_never_cut(self) -> None:
         shares = split_media([medium(1, 8, 8), medium(1, 2, 2)], 4)
         assert [item for share in shares for item in share] == [medium(1, 8, 8), medium(1, 2, 2)]

@@ -125,7 +125,8 @@ class TrainConfig(Block):
         metric_for_best_model: What is best: the lowest `eval_loss`.
         dataloader_num_workers: Loader processes of each rank, which live as long as the run; 0 loads in the training
             process; `auto` measures on some batches of the plan how many keep the device busy, and says so.
-        dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead.
+        dataloader_prefetch_factor: Micro-batches that each loader process prepares ahead; of one with more than 128 MiB
+            of pixels, such as an hour of video, pieces of that size, which the processes of a rank share.
         dataloader_pin_memory: On CUDA, load into pinned memory, from which copies overlap with computation.
         on_bad_sample: What happens when media that passed validation cannot be loaded: `raise` ends the run and names
             sample and file; `skip` trains its pack without the sample, counts it in `skipped_samples` and names it in

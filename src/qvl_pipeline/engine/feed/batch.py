@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from qvl_pipeline.engine.feed.sounds import SoundReader
     from qvl_pipeline.media.loading import PatchLoader
 
+# Most bytes of pixels that a loader process prepares at a time; a picture, or a pair of frames, may have more.
+PIECE_BYTES = 1 << 27
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -147,13 +150,14 @@ class BatchBuilder:
     rmpad: bool = True
     share: SequenceShare = field(default_factory=SequenceShare)
 
-    def build(self, samples: Sequence[dict[str, Any]], *, vision: bool, sound: bool = False) -> Batch:
+    def build(self, samples: Sequence[dict[str, Any]], *, vision: bool, sound: bool = False, pieces: int = 1) -> Batch:
         """Turn samples into one micro-batch.
 
         Args:
             samples: Rows of `tokenized_samples`; none at all makes a batch that trains on nothing.
             vision: Some rank has images or clips in this micro-batch, so this one must call its vision tower as well.
             sound: Some rank has sounds in it; the same of the audio tower.
+            pieces: Of the pixels, load only the first of so many pieces: `piece` loads the others.
 
         Returns:
             The batch, or this rank's share of it. Targets are shifted within each sample, before anything is cut: no
@@ -178,7 +182,7 @@ class BatchBuilder:
         sound_inputs, spectra = {}, []
         if self.sounds and (sound or any(heard)):
             sound_inputs, spectra = self.sounds.inputs(heard[self.share.rank])
-        patches, grid = self._pixels(shares[self.share.rank], vision or any(shares))
+        patches, grid = self._pixels(shares[self.share.rank], vision or any(shares), pieces)
         mine = self.share.of(input_ids.shape[1])
         trained = np.ones(len(target_index), dtype=bool)
         if self.share.degree > 1:
@@ -246,10 +250,27 @@ class BatchBuilder:
         except ValueError as error:
             raise ValueError(f"sample '{sample['sample_id']}': {error}") from error
 
-    def _pixels(self, media: list[dict[str, Any]], vision: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def piece(self, samples: Sequence[dict[str, Any]], number: int, pieces: int) -> torch.Tensor:
+        """Load a piece of the pixels of one micro-batch, which are all pieces one behind the other.
+
+        Args:
+            samples: Rows of `tokenized_samples`.
+            number: Of the piece, from 0.
+            pieces: How many there are, of about the same size.
+
+        Returns:
+            Uint8 `[N, C*T*P*P]`, of this rank's media only.
+        """
+        media = [item for sample in samples for item in sample["media"] if item["grid_t"]]
+        mine = split_media(media, self.share.degree)[self.share.rank]
+        return self.loader.load(split_media(mine, pieces)[number])
+
+    def _pixels(
+        self, media: list[dict[str, Any]], vision: bool, pieces: int = 1
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if media:
             grid = [[temporal_patches(item), item["grid_h"], item["grid_w"]] for item in media]
-            return self.loader.load(media), torch.tensor(grid)
+            return self.loader.load(split_media(media, pieces)[0]), torch.tensor(grid)
         if not vision:
             return None, None
         # The smallest image there is: patches are merged two by two.

@@ -1,9 +1,15 @@
-"""Micro-batches as tensors, prepared ahead of time in loader processes; media that fail are named, or left out."""
+"""Micro-batches as tensors, prepared ahead of time in loader processes; media that fail are named, or left out.
+
+How far ahead is bounded by bytes: a micro-batch with many pixels is loaded in pieces, each an item of the loader like a
+small micro-batch. So the processes share a long clip, and what they hold ready does not grow with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +19,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qvl_pipeline.engine.feed.batch import BadSample, Batch, BatchBuilder
+from qvl_pipeline.engine.feed.batch import PIECE_BYTES, BadSample, Batch, BatchBuilder
 from qvl_pipeline.engine.feed.steps import MicroBatch
+from qvl_pipeline.engine.parallel.sequence_parallel import PATCHES_PER_TOKEN
 from qvl_pipeline.engine.signals import start_loader
 from qvl_pipeline.engine.spec import DataSpec
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
@@ -47,15 +54,19 @@ class LoaderOptions:
 
     Attributes:
         num_workers: Loader processes, which live as long as the run; 0 loads in the training process.
-        prefetch_factor: Micro-batches that each process prepares ahead.
+        prefetch_factor: Micro-batches, or pieces of heavy ones, that each process prepares ahead.
         pin_memory: Pin the tensors for copies to a GPU.
         skip_bad_samples: Leave out a sample whose media fail; otherwise that is an error.
+        most_patches: Patches that a micro-batch may have, all ranks of a sequence-parallel group together.
+        piece_bytes: Pixels of a micro-batch that one process loads; of more, several load a piece each.
     """
 
     num_workers: int
     prefetch_factor: int
     pin_memory: bool
     skip_bad_samples: bool
+    most_patches: int = 0
+    piece_bytes: int = PIECE_BYTES
 
     @classmethod
     def from_spec(cls, data: DataSpec, *, cuda: bool) -> LoaderOptions:
@@ -65,6 +76,24 @@ class LoaderOptions:
             prefetch_factor=data.dataloader_prefetch_factor,
             pin_memory=data.dataloader_pin_memory and cuda,
             skip_bad_samples=data.on_bad_sample == "skip",
+            most_patches=data.per_device_train_batch_size * data.packing_length * PATCHES_PER_TOKEN,
+        )
+
+    def pieces_of(self, patches: int, builder: BatchBuilder) -> int:
+        """Say in how many pieces a micro-batch of so many patches is loaded."""
+        mine = patches * builder.patch_values // builder.share.degree
+        return max(1, math.ceil(mine / self.piece_bytes)) if self.num_workers else 1
+
+    def items_ahead(self, builder: BatchBuilder) -> int | None:
+        """Say how many micro-batches or pieces each process prepares ahead; all together, the heaviest one at least.
+
+        Training would wait for what is behind it otherwise, whenever it comes to such a micro-batch.
+        """
+        if not self.num_workers:
+            return None
+        pieces = self.pieces_of(self.most_patches, builder)
+        return (
+            self.prefetch_factor if pieces == 1 else max(self.prefetch_factor, 1 + math.ceil(pieces / self.num_workers))
         )
 
 
@@ -74,7 +103,8 @@ def load_batches(
     """Iterate over micro-batches as tensors, in order.
 
     Args:
-        micro_batches: What to load; read as far ahead as batches are prepared, and no further.
+        micro_batches: What to load; read as far ahead as batches are prepared, and no further. Beside the batch that
+            comes, `num_workers` times `items_ahead` are ready or under way, of `piece_bytes` each at most.
         tokenized: Arrow file of `tokenized_samples`.
         builder: Builds a batch from rows.
         options: How.
@@ -91,10 +121,10 @@ def load_batches(
     batches = iter(
         DataLoader(
             dataset,
-            sampler=ahead,
+            sampler=(piece for micro_batch in ahead for piece in _pieces(micro_batch, builder, options)),
             batch_size=None,
             num_workers=options.num_workers,
-            prefetch_factor=options.prefetch_factor if options.num_workers else None,
+            prefetch_factor=options.items_ahead(builder),
             worker_init_fn=start_loader,
             pin_memory=options.pin_memory,
             # A loader draws a seed for its processes when it starts: from the generator that a checkpoint holds, a run
@@ -104,14 +134,38 @@ def load_batches(
     )
     for micro_batch in awaited:
         try:
-            batch = next(batches)
+            batch, *rest = [next(batches) for _ in _pieces(micro_batch, builder, options)]
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
             raise LoaderDiedError(dataset.sample_ids(micro_batch), str(error).splitlines()[0]) from error
+        if rest:
+            failed = any(piece is None for piece in (batch, *rest))
+            batch = dataset.built(micro_batch) if failed else _joined(batch, rest, pinned=options.pin_memory)
         if isinstance(batch, BadSample):
             raise BadSampleError(batch)
         yield batch
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One of `count` pieces of a micro-batch; the first is the batch, with its share of the pixels."""
+
+    micro_batch: MicroBatch
+    number: int
+    count: int
+
+
+def _pieces(micro_batch: MicroBatch, builder: BatchBuilder, options: LoaderOptions) -> list[_Piece]:
+    count = options.pieces_of(micro_batch.patches, builder)
+    return [_Piece(micro_batch, number, count) for number in range(count)]
+
+
+def _joined(batch: Batch, rest: Sequence[torch.Tensor], *, pinned: bool) -> Batch:
+    pixels = [batch.patches, *rest]
+    shape = sum(map(len, pixels)), pixels[0].shape[1]
+    joined = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    return dataclasses.replace(batch, patches=torch.cat(pixels, out=joined))
 
 
 class _MicroBatches(Dataset[Batch]):
@@ -134,7 +188,18 @@ class _MicroBatches(Dataset[Batch]):
     def sample_ids(self, micro_batch: MicroBatch) -> list[str]:
         return [row["sample_id"] for row in self._rows(micro_batch)]
 
-    def __getitem__(self, micro_batch: MicroBatch) -> Batch | BadSample:
+    def __getitem__(self, piece: _Piece) -> Batch | BadSample | torch.Tensor | None:
+        """Build a batch or load a piece of its pixels; `None` where a piece cannot be: all are looked through then."""
+        if piece.count == 1:
+            return self.built(piece.micro_batch)
+        rows, calls = self._rows(piece.micro_batch), piece.micro_batch
+        with contextlib.suppress(Exception):  # whatever a decoder raises on a broken file
+            if piece.number:
+                return self._builder.piece(rows, piece.number, piece.count)
+            return self._builder.build(rows, vision=calls.vision, sound=calls.sound, pieces=piece.count)
+        return None
+
+    def built(self, micro_batch: MicroBatch) -> Batch | BadSample:
         """Build a batch, or say which sample cannot be used: an exception would reach the trainer as a wall of text."""
         rows = self._rows(micro_batch)
         try:

@@ -57,12 +57,14 @@ class MicroBatch:
         vision: Some rank has images or clips in it.
         sound: Some rank has sounds in it.
         samples: The samples themselves, where they were tokenised as they were read.
+        patches: Patches of its images and clips.
     """
 
     sample_rows: tuple[int, ...]
     vision: bool
     sound: bool = False
     samples: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
+    patches: int = 0
 
     def sample_ids(self, tokenized: Path) -> list[str]:
         """Return the ids of its samples, which those of a plan have in the file `tokenized`."""
@@ -187,7 +189,8 @@ class SharedSteps(Sequence[Step]):
             vision = self._always_vision or bool(plan.vit_patches[start:stop].any())
             sound = self._always_sound or bool(plan.spectra[start:stop].any())
             own = range(start + self._rank, stop, self._world_size)
-            micro_batches.append(MicroBatch(plan.sample_rows(own), vision, sound))
+            patches = int(plan.vit_patches[own].sum())
+            micro_batches.append(MicroBatch(plan.sample_rows(own), vision, sound, patches=patches))
         return Step(
             number=number + 1,
             micro_batches=tuple(micro_batches),

@@ -140,6 +140,7 @@ class StreamedFeed:
                         vision=self._always_vision or bool(patches),
                         sound=self._always_sound or bool(spectra),
                         samples=tuple(part),
+                        patches=sum(sample["vit_patches"] for sample in part),
                     )
                     for part, patches, spectra in zip(parts, seen, heard, strict=True)
                 ),

@@ -80,7 +80,7 @@ def split_media(media: Sequence[dict[str, Any]], degree: int) -> list[list[dict[
     between any two temporal patches with exactly the same features.
 
     Args:
-        media: Entries with `grid_t`, `grid_h`, `grid_w`.
+        media: Entries with `grid_t`, `grid_h`, `grid_w`; of a clip that is cut already, its `part`.
         degree: Number of shares.
 
     Returns:
@@ -90,7 +90,7 @@ def split_media(media: Sequence[dict[str, Any]], degree: int) -> list[list[dict[
     if not media:
         return [[] for _ in range(degree)]
     patches = np.array([item["grid_h"] * item["grid_w"] for item in media], dtype=np.int64)
-    frames = np.array([item["grid_t"] for item in media], dtype=np.int64)
+    frames = np.array([temporal_patches(item) for item in media], dtype=np.int64)
     weight = np.repeat(patches, frames)
     middle = weight.cumsum() - weight / 2
     # Each frame belongs to the share in which its middle lies when all patches are cut into equal lengths.
@@ -99,10 +99,11 @@ def split_media(media: Sequence[dict[str, Any]], degree: int) -> list[list[dict[
     for item, owners in zip(media, np.split(owner, frames.cumsum()[:-1]), strict=True):
         for rank in range(degree):
             start, end = np.searchsorted(owners, [rank, rank + 1]).tolist()
-            if end - start == item["grid_t"]:
+            if end - start == temporal_patches(item):
                 shares[rank].append(item)
             elif end > start:
-                shares[rank].append({**item, "part": (start, end)})
+                first, _ = item.get("part", (0, item["grid_t"]))
+                shares[rank].append({**item, "part": (first + start, first + end)})
     return shares
 
 

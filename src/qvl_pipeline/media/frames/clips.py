@@ -40,11 +40,12 @@ def resized_frames(
         yield resize(frame.transpose(2, 0, 1).copy(), *size(*frame.shape[:2]))
 
 
-def frames_from_source(info: Mapping[str, Any]) -> np.ndarray:
+def frames_from_source(info: Mapping[str, Any], part: slice = slice(None)) -> np.ndarray:
     """Decode the frames that a row of the store's index names: what the store would hold with a lossless encoding.
 
     Args:
         info: Row of `index.arrow`.
+        part: Which of them; the others are decoded only as far as these refer to them.
 
     Returns:
         Uint8 `[T, 3, H, W]`.
@@ -52,11 +53,11 @@ def frames_from_source(info: Mapping[str, Any]) -> np.ndarray:
     Raises:
         UserError: The file is gone, damaged, or not the one that was sampled.
     """
-    indices, size = info["frame_indices"], (info["height"], info["width"])
+    indices, size = info["frame_indices"][part], (info["height"], info["width"])
     try:
         with open_media(info["path"], content_hash=info["content_hash"]) as file:
             table = read_frame_table(file)
-            if indices[-1] >= len(table.seconds) or table.seconds[indices].tolist() != info["seconds"]:
+            if indices[-1] >= len(table.seconds) or table.seconds[indices].tolist() != info["seconds"][part]:
                 raise UserError(
                     f"video '{file}' shows its frames at other times than when it was sampled: run the pipeline "
                     "'sample' again"

@@ -270,7 +270,7 @@ class FrameStore:
         if info["shard"] is None:
             from qvl_pipeline.media.frames.clips import frames_from_source  # needs PyAV, which stored frames do not
 
-            return frames_from_source(info)[part]
+            return frames_from_source(info, part)
         frames = self._shards[info["shard"]].batch(info["batch"], ["frame"]).column("frame")
         if info["encoding"] == "raw":
             offsets = np.frombuffer(frames.buffers()[1], dtype=np.int32, count=len(frames) + 1)
