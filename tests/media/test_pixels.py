@@ -77,6 +77,17 @@ def test_one_frame_and_all_frames_are_resized_alike(pixels: np.random.Generator)
     np.testing.assert_array_equal(one_by_one, resize(frames, 56, 84))
 
 
+@pytest.mark.parametrize("size", [(56, 84), (112, 28), (280, 308)])
+def test_a_picture_is_resized_alike_however_its_pixels_lie(pixels: np.random.Generator, size: tuple[int, int]) -> None:
+    view = pixels.integers(0, 256, size=(83, 130, 3), dtype=np.uint8).transpose(2, 0, 1)
+    view.setflags(write=False)
+    expected = resize(np.ascontiguousarray(view), *size)
+    assert expected.flags.c_contiguous
+    np.testing.assert_array_equal(resize(view, *size), expected)
+    # And cut into the same patches.
+    assert torch.equal(to_patches(resize(view, *size)[None], 14), to_patches(expected[None], 14))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
 def test_every_colour_mode_opens_as_the_image_processor_sees_it(
     tmp_path: Path, pixels: np.random.Generator, mode: str

@@ -27,7 +27,7 @@ def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
         content_hash: Sha256 of the file that is meant; `None` takes whatever is there.
 
     Returns:
-        RGB picture, uint8 `[3, H, W]`.
+        RGB picture, uint8 `[3, H, W]`: a view, not to be written to, in which the channels of a pixel lie together.
 
     Raises:
         OSError: The file is missing or is no image.
@@ -38,16 +38,15 @@ def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
         if image.has_transparency_data:
             ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(ground, image.convert("RGBA"))
-        # Channel by channel, by Pillow: it takes apart its own pixels several times as fast as NumPy does an array.
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        return np.stack([np.asarray(channel) for channel in rgb.split()])
+        # Without copies: of what is RGB a conversion would be one. The view is resized twice as fast as its copy, too.
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize as transformers does: torchvision's bicubic with antialiasing, on uint8.
 
     Args:
-        picture: One or more pictures, contiguous uint8 `[..., C, H, W]`.
+        picture: One or more pictures, uint8 `[..., C, H, W]`; fastest where the channels of a pixel lie together.
         height: Wanted height in pixels.
         width: Wanted width in pixels.
 
@@ -56,6 +55,8 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if picture.shape[-2:] == (height, width):
         return picture
+    if not picture.flags.writeable:
+        picture = picture.copy(order="K")  # torch has no tensors that may not be written to, and warns
     resized = tvf.resize(torch.from_numpy(picture), [height, width], InterpolationMode.BICUBIC, antialias=True)
     return resized.numpy()
 
@@ -75,6 +76,7 @@ def patchify(
         temporal_patch_size: Frames in a patch.
         merge_size: Side of a merged token in patches.
     """
+    frames = np.ascontiguousarray(frames)
     missing = -len(frames) % temporal_patch_size
     if len(frames) == 1:
         frames = np.broadcast_to(frames, (temporal_patch_size, *frames.shape[1:]))  # an image is not copied for it

@@ -37,7 +37,7 @@ def resized_frames(
         UserError: A frame cannot be decoded.
     """
     for frame in decode_with(backend, path, table, indices):
-        yield resize(frame.transpose(2, 0, 1).copy(), *size(*frame.shape[:2]))
+        yield np.ascontiguousarray(resize(frame.transpose(2, 0, 1), *size(*frame.shape[:2])))
 
 
 def frames_from_source(info: Mapping[str, Any], part: slice = slice(None)) -> np.ndarray:
