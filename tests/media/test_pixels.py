@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from qwen_vl_utils.vision_process import to_rgb
+from torchvision.io import decode_jpeg
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
 from qvl_pipeline.media.pixels import normalize_patches, open_image, patchify, resize
@@ -86,6 +87,40 @@ def test_a_picture_is_resized_alike_however_its_pixels_lie(pixels: np.random.Gen
     np.testing.assert_array_equal(resize(view, *size), expected)
     # And cut into the same patches.
     assert torch.equal(to_patches(resize(view, *size)[None], 14), to_patches(expected[None], 14))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_jpeg_is_decoded_to_the_pixels_of_pillow(
+    tmp_path: Path, pixels: np.random.Generator, subsampling: int, progressive: bool
+) -> None:
+    options = {"subsampling": subsampling, "progressive": progressive}
+    for number, (height, width) in enumerate([(48, 64), (53, 37), (1, 1)]):
+        path = tmp_path / f"{number}.jpg"
+        Image.fromarray(pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, quality=85, **options)
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(open_image(path), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_a_jpeg_that_is_cut_off_is_an_error_and_one_of_a_camera_is_upright(
+    tmp_path: Path, pixels: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("qvl_pipeline.media.pixels.decode_jpeg", lambda *args: asked.append(1) or decode_jpeg(*args))
+    image = Image.fromarray(pixels.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.jpg")
+    assert open_image(tmp_path / "a.jpg").shape == (3, 48, 64)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-200])
+    with pytest.raises(OSError, match="truncated"):
+        open_image(tmp_path / "b.jpg")
+    assert len(asked) == 2
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter turn
+    image.save(tmp_path / "c.jpg", exif=exif)
+    assert open_image(tmp_path / "c.jpg").shape == (3, 64, 48)
+    image.convert("CMYK").save(tmp_path / "d.jpg")
+    assert open_image(tmp_path / "d.jpg").shape == (3, 48, 64)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
