@@ -3,11 +3,12 @@
 Eight ranks, each with a fake device that sleeps as long as a GPU would compute at 20,000 tokens a second, and with the
 loader processes that `dataloader_num_workers: auto` gives it. What loading takes is CPU time, measured on one batch:
 `cores_a_gpu` at full speed follows from it. Few cores cannot load so much: then all devices are slower, so that loading
-takes `--cores` in all. `waits` is the `data_wait_share` of the rank that waits most.
+takes `--cores` in all, which must be less than other programs leave. `waits` is the `data_wait_share` of the rank that
+waits most.
 
-The last rows are a rank whose packs are pictures but for every tenth, a long clip (an eighth of 256K tokens, in pieces
-of an eighth of what they have in training): loaded in pieces by two processes, and whole by one of them. Loading sleeps
-there too, as long as it takes on a core, so that both processes have one.
+The last rows are a rank whose packs are a picture each but for every tenth, a clip as long as 64 of them: loaded in
+pieces by two processes, and whole by one of them. Loading sleeps there too, as if each process had a core that loads
+half as much again as the device computes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ PATCH_SIZE = CONFIG.vision_config.patch_size
 PATCH_BYTES = 3 * 2 * PATCH_SIZE**2
 FRAMES, SIDE, TEXT = 32, 448, 64
 WARM_UP = 3  # batches for which loader processes start
-LONG_PATCHES, PIECES, LONG_EVERY = 32 * 1024 * 4, 12, 10
+# The long clip: its pairs of frames, of 16 x 16 patches each, and its pieces, as many as 256K tokens have in training.
+LONG_PAIRS, PIECES, LONG_EVERY = 64, 12, 10
+LONG_TOKENS_PER_SECOND = 2_000
 
 
 def main() -> None:
@@ -78,10 +81,8 @@ def measure(ranks: int, cores: float, batches: int, smaller: int) -> list[dict[s
         with TemporaryDirectory() as folder:
             cases = _cases(Path(folder), smaller)
             fed = [_feed(case, feed, ranks, cores, batches) for case, feed in cases.items()]
-            core = fed[-1]["tokens_a_core"]
-            return fed + [
-                _long(how, pieces, core, batches, smaller) for how, pieces in (("in pieces", PIECES), ("whole", 1))
-            ]
+            loaded = {"in pieces": PIECES, "whole": 1}.items()
+            return fed + [_long(how, pieces, max(batches, 2 * LONG_EVERY)) for how, pieces in loaded]
     finally:
         torch.set_num_threads(threads)
 
@@ -155,15 +156,12 @@ def _feed(case: str, feed: _Feed, ranks: int, cores: float, batches: int) -> dic
     return _row(case, ranks, workers, speed, core, waits)
 
 
-def _long(how: str, pieces: int, core: float, batches: int, smaller: int) -> dict[str, Any]:
-    """A rank of full speed, or of what two processes can load, with a long clip among its pictures."""
-    patches = LONG_PATCHES // smaller**2
-    light = _micro_batch([_medium(1, 32, 32)])
-    long = _micro_batch([_medium(patches // 1024, 32, 32)])
-    speed = min(TOKENS_PER_SECOND, core)
+def _long(how: str, pieces: int, batches: int) -> dict[str, Any]:
+    light, long = (_micro_batch([_medium(pairs, 16, 16)]) for pairs in (1, LONG_PAIRS))
+    speed, core = LONG_TOKENS_PER_SECOND, 1.5 * LONG_TOKENS_PER_SECOND
     built = [light if number % LONG_EVERY else long for number in range(1, batches + 1)]
-    most, piece = long.patches, long.patches // pieces * PATCH_BYTES
-    waits = _simulated(1, 2, speed, built, _builder(_Sleeping(4 * core)), most_patches=most, piece_bytes=piece)
+    loaded = {"most_patches": long.patches, "piece_bytes": -(-LONG_PAIRS // pieces) * light.patches * PATCH_BYTES}
+    waits = _simulated(1, 2, speed, built, _builder(_Sleeping(4 * core)), **loaded)
     return _row(f"a long clip among pictures, {how}", 1, 2, speed, core, waits)
 
 
