@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PROFILE = "tiny_qwen3_vl"
-# What each training changes of the one that is recorded: nothing, what is computed, what a step has, how many there are.
+# What each training changes of the recorded one: nothing, what is computed, what a step has, how many there are.
 # The fixed cost of a step is part of the recorded speed, so packs of another length are foretold worst.
 CHANGES: tuple[dict[str, dict[str, Any]], ...] = (
     {},
