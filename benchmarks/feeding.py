@@ -82,7 +82,7 @@ def measure(ranks: int, cores: float, batches: int, smaller: int) -> list[dict[s
             cases = _cases(Path(folder), smaller)
             fed = [_feed(case, feed, ranks, cores, batches) for case, feed in cases.items()]
             loaded = {"in pieces": PIECES, "whole": 1}.items()
-            return fed + [_long(how, pieces, max(batches, 2 * LONG_EVERY)) for how, pieces in loaded]
+            return fed + [_long(how, pieces) for how, pieces in loaded]
     finally:
         torch.set_num_threads(threads)
 
@@ -156,12 +156,12 @@ def _feed(case: str, feed: _Feed, ranks: int, cores: float, batches: int) -> dic
     return _row(case, ranks, workers, speed, core, waits)
 
 
-def _long(how: str, pieces: int, batches: int) -> dict[str, Any]:
+def _long(how: str, pieces: int) -> dict[str, Any]:
     light, long = (_micro_batch([_medium(pairs, 16, 16)]) for pairs in (1, LONG_PAIRS))
     speed, core = LONG_TOKENS_PER_SECOND, 1.5 * LONG_TOKENS_PER_SECOND
-    built = [light if number % LONG_EVERY else long for number in range(1, batches + 1)]
+    built = [light if number % LONG_EVERY else long for number in range(1, 4 * LONG_EVERY + 1)]
     loaded = {"most_patches": long.patches, "piece_bytes": -(-LONG_PAIRS // pieces) * light.patches * PATCH_BYTES}
-    waits = _simulated(1, 2, speed, built, _builder(_Sleeping(4 * core)), **loaded)
+    waits = _simulated(1, 2, speed, built, _builder(_Sleeping(4 * core)), LONG_EVERY, **loaded)
     return _row(f"a long clip among pictures, {how}", 1, 2, speed, core, waits)
 
 
@@ -205,7 +205,13 @@ def _cpu_seconds(load: Callable[[], Any], times: int = 5) -> float:
 
 
 def _simulated(
-    ranks: int, workers: int, speed: float, micro_batches: list[MicroBatch], builder: BatchBuilder, **loaded: int
+    ranks: int,
+    workers: int,
+    speed: float,
+    micro_batches: list[MicroBatch],
+    builder: BatchBuilder,
+    warm_up: int = WARM_UP,
+    **loaded: int,
 ) -> float:
     """Let ranks take batches, and sleep as long as devices of `speed` would; return the longest share waited."""
     context = get_context("fork")
@@ -219,7 +225,7 @@ def _simulated(
             came = time.perf_counter()
             time.sleep(batch.input_ids.numel() / speed)
             done = time.perf_counter()
-            if number >= WARM_UP:
+            if number >= warm_up:
                 waited, computed = waited + came - asked, computed + done - came
             asked = done
         results.put(waited / (waited + computed))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.feeding import TOKENS_PER_SECOND, measure
+from benchmarks.feeding import TOKENS_PER_SECOND
+
+from tests.benchmarks.afresh import call
 
 
 def test_ranks_take_batches_and_it_is_known_how_long_they_wait() -> None:
-    rows = measure(ranks=2, cores=0.2, batches=8, smaller=8)
+    rows = call("benchmarks.feeding", "measure", ranks=2, cores=0.2, batches=8, smaller=8)
     assert [row["ranks"] for row in rows] == [2, 2, 1, 1]
     assert all(row["cores_a_gpu"] == pytest.approx(TOKENS_PER_SECOND / row["tokens_a_core"]) for row in rows)
     assert all(0 <= row["waits"] < 1 for row in rows)
