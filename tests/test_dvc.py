@@ -27,6 +27,7 @@ GLUE = {
     "config.data_engine",
     "data.progress",
     "data.runner",
+    "data.spread",
     "errors",
     "locks",
     "orphans",
