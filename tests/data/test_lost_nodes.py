@@ -24,13 +24,14 @@ from tests.media.clips import index_clips, write_clip
 CLIPS = 12
 # Runs in a process of its own. The cluster is started elsewhere than in the project, as clusters are.
 SCRIPT = """
-import atexit, os, pickle, sys, threading, time
+import atexit, os, pickle, signal, sys, threading, time
 from functools import partial
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from qvl_pipeline.config import DataEngineConfig
 from qvl_pipeline.data.frames import writing
 from qvl_pipeline.data.plan import tokenization
+from qvl_pipeline.data.runner import join_cluster
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from qvl_pipeline.pipelines.tokenize.nodes import tokenize
 from tests.data.lost_nodes import clip_path, noted, noted_start, read_notes
@@ -42,6 +43,9 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_s
 atexit.register(cluster.shutdown)
 os.chdir(project)
 engine = DataEngineConfig(runner="ray", ray_address=cluster.address)
+leave = lambda *_: None
+signal.signal(signal.SIGTERM, leave)
+join_cluster(engine)  # while there is one node: the other ones can be taken away
 
 def lose_a_node(log):
     log.touch()
@@ -58,6 +62,7 @@ def lose_a_node(log):
 log = project / "clips"
 writing.read_clip = partial(noted, log, lose_a_node(log), writing.read_clip, clip_path)
 sample_clips(*sample, engine)(project / "ray")
+assert signal.getsignal(signal.SIGTERM) is leave
 
 log = project / "samples"
 tokenization.ROWS_PER_BATCH = 2
@@ -93,7 +98,8 @@ def test_a_lost_node_repeats_only_its_own_work(
 
     (tmp_path / "arguments").write_bytes(pickle.dumps((sample, tokens)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(place).absolute()) for place in sys.path)}
-    environment |= {"RAY_worker_niceness": "0", "RAY_include_dashboard": "0"}  # on a machine that does other things too
+    # On a machine that does other things too, all of it takes longer.
+    environment |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "200"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1280)
     assert done.returncode == 0, done.stderr

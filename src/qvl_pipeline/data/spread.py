@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from qvl_pipeline.errors import UserError
@@ -142,8 +143,9 @@ class _Task:
         except RayError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self._what} were lost on the Ray cluster {_RETRIES + 1} times ({reason}): most likely memory ran "
-                "out on its nodes; run the pipeline again when they have more"
+                f"{self._what} cannot be worked on on the Ray cluster ({reason}): its nodes need memory, this folder "
+                f"({Path.cwd()}) and the packages of this machine; what a lost node had begun was tried {_RETRIES + 1} "
+                "times"
             ) from error
         self.taken, self.reference = True, None
         return found
