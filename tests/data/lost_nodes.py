@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 
-def noted(log: Path, doomed: int, work: Callable[..., Any], name: Callable[[Any], str], *piece: Any) -> Any:
+def noted(log: Path, doomed: int, work: Callable[..., Any], name: Callable[[Any], str], *piece: Any, **how: Any) -> Any:
     """Note process, node and piece; on the node with the raylet `doomed`, only the first piece is ever finished."""
     raylet = int(os.environ["RAY_RAYLET_PID"])
     with log.open("a") as file:
         file.write(f"{os.getpid()} {raylet} {name(piece[0])}\n")
     if raylet == doomed and len(read_notes(log, doomed)) > 1:
         time.sleep(600)
-    while {node for _, node, _ in read_notes(log)} == {raylet}:
+    while raylet != doomed and len(read_notes(log, doomed)) < 2:
         time.sleep(0.05)  # until there is work on both nodes
-    return work(*piece)
+    return work(*piece, **how)
 
 
 def read_notes(log: Path, node: int | None = None) -> list[tuple[int, int, str]]:

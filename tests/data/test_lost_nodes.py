@@ -27,6 +27,7 @@ SCRIPT = """
 import atexit, os, pickle, signal, sys, threading, time
 from functools import partial
 from pathlib import Path
+import ray
 from ray.cluster_utils import Cluster
 from qvl_pipeline.config import DataEngineConfig
 from qvl_pipeline.data.frames import writing
@@ -40,12 +41,13 @@ project = Path(sys.argv[1])
 sample, tokens = pickle.loads((project / "arguments").read_bytes())
 os.chdir("/")
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
-atexit.register(cluster.shutdown)
+atexit.register(lambda: (ray.shutdown(), cluster.shutdown()))
 os.chdir(project)
 engine = DataEngineConfig(runner="ray", ray_address=cluster.address)
 leave = lambda *_: None
 signal.signal(signal.SIGTERM, leave)
 join_cluster(engine)  # while there is one node: the other ones can be taken away
+assert signal.getsignal(signal.SIGTERM) is leave
 
 def lose_a_node(log):
     log.touch()
@@ -62,7 +64,6 @@ def lose_a_node(log):
 log = project / "clips"
 writing.read_clip = partial(noted, log, lose_a_node(log), writing.read_clip, clip_path)
 sample_clips(*sample, engine)(project / "ray")
-assert signal.getsignal(signal.SIGTERM) is leave
 
 log = project / "samples"
 tokenization.ROWS_PER_BATCH = 2
@@ -72,6 +73,7 @@ for write, name in zip(tokenize(*tokens, engine), ("tokenized", "stream", "quara
 """
 
 
+@pytest.mark.timeout(600)  # two clusters' worth of processes start
 def test_a_lost_node_repeats_only_its_own_work(
     tmp_path: Path, base_model: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +103,7 @@ def test_a_lost_node_repeats_only_its_own_work(
     # On a machine that does other things too, all of it takes longer.
     environment |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "200"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in native.iterdir())
     assert {"failures.parquet", "frames-00000.arrow", "index.arrow", "tokenized"} < set(files)
