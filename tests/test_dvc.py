@@ -15,6 +15,7 @@ import yaml
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
+from qvl_pipeline.config import BLOCKS
 from qvl_pipeline.pipeline_registry import STAGES, register_pipelines
 from qvl_pipeline.profiles.loader import ProfileLoader
 from qvl_pipeline.settings import CONFIG_LOADER_ARGS
@@ -24,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "qvl_pipeline"
 # Decide what is shown, recorded or refused, not what a stage writes.
 GLUE = {
-    "config.data_engine",
     "data.progress",
     "data.runner",
     "errors",
@@ -100,7 +100,7 @@ def imported(pipeline: str) -> set[str]:
     modules |= {module for root in roots for module in [root, *graph.find_descendants(root)]}
     relative = {module.removeprefix(f"{PACKAGE}.") for module in modules}
     # The package `config` holds the models of all blocks; a stage depends on those it reads.
-    config = {"config.base"} | {f"config.{block}" for block in blocks(pipeline)}
+    config = {"config.base"} | {BLOCKS[block].__module__.removeprefix(f"{PACKAGE}.") for block in blocks(pipeline)}
     unread = (
         "families" if "model" not in blocks(pipeline) else None
     )  # facts about models, by which the block is checked

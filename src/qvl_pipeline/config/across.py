@@ -106,7 +106,7 @@ def _experts(blocks: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _compiled(blocks: Mapping[str, Any]) -> Iterator[Problem]:
     """What has not been seen to work compiled is not compiled."""
-    if blocks["train"].torch_compile and blocks["adapter"].quantizes:
+    if blocks["train"].torch_compile is True and blocks["adapter"].quantizes:
         yield (
             ("train", "torch_compile"),
             "torch_compile over a quantised base has not been seen to end: set torch_compile or adapter.quantize_base "

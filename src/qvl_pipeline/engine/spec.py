@@ -61,10 +61,10 @@ class ModelSpec:
         experts_implementation: How experts are computed, or `auto`; only read where a family has any.
         ignore_empty_think: Empty thoughts before answers are not trained on; of a stream, which is tokenised here.
         freeze_modules: Short names or globs of parts that stay as they are.
-        use_liger_kernel: Use Liger's fused kernels where they run.
+        use_liger_kernel: Use Liger's fused kernels where they run; `auto` where blocks are not compiled.
         image_min_pixels: Fewest pixels of an image, as tokenised; the exported processor keeps to them too.
         image_max_pixels: Most pixels of an image.
-        torch_compile: Compile decoder layers and vision blocks.
+        torch_compile: Compile decoder layers and vision blocks; `auto` where that was measured to be the fastest.
         torch_compile_backend: Backend of `torch.compile`.
         torch_compile_mode: Mode of `torch.compile`.
     """
@@ -78,10 +78,10 @@ class ModelSpec:
     experts_implementation: str
     ignore_empty_think: bool
     freeze_modules: tuple[str, ...]
-    use_liger_kernel: bool
+    use_liger_kernel: bool | str
     image_min_pixels: int
     image_max_pixels: int
-    torch_compile: bool
+    torch_compile: bool | str
     torch_compile_backend: str
     torch_compile_mode: str
 

@@ -33,8 +33,8 @@ CAPABILITIES: Mapping[str, Capability] = {
     "quantized_base": Capability(
         "a quantised base (QLoRA)", ("adapter", "quantize_base"), lambda value: value != "none"
     ),
-    "compile": Capability("torch.compile", ("train", "torch_compile"), bool),
-    "liger": Capability("Liger's kernels", ("train", "use_liger_kernel"), bool),
+    "compile": Capability("torch.compile", ("train", "torch_compile"), lambda value: value is True),
+    "liger": Capability("Liger's kernels", ("train", "use_liger_kernel"), lambda value: value is True),
     "recompute": Capability("gradient checkpointing", ("train", "gradient_checkpointing"), bool),
     "preflight": Capability(
         "memory and time foretold", ("train", "gradient_checkpointing"), lambda value: value == "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qvl_pipeline.families.hearing import Hearing
 
@@ -54,6 +54,8 @@ class ModelFamily:
         tokens_per_second: Temporal M-RoPE positions per second, read from the config; `None` when time is in the text.
         vision_pairs: Query-key pairs that see each other in each vision block, from `(vision config, grids (t, h, w))`:
             the part of the FLOPs that a family's attention pattern decides.
+        fastest_blocks: What makes blocks fastest on a GPU where nothing is recomputed, `liger` or `compiled`
+            (docs/training.md, from `benchmarks.gpu`).
         liger_kernels: Kernel (`rms_norm`, `rms_norm_zero_centred` or `swiglu`) of liger-kernel for each module class
             that it fits.
         hub_prefixes: `(prefix in published checkpoints, prefix in the module)`, where the two differ.
@@ -88,6 +90,7 @@ class ModelFamily:
     liger_kernels: Mapping[str, str]
     hub_prefixes: tuple[tuple[str, str], ...] = ()
     linear_attention: str | None = None
+    fastest_blocks: Literal["liger", "compiled"] = "liger"
     unsupported: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     experts: str | None = None

@@ -67,6 +67,7 @@ FAMILY = ModelFamily(
     vision_pairs=_vision_pairs,
     # The vision MLPs have biases, which change nothing: the kernel computes what lies between the linears.
     liger_kernels={"Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
+    fastest_blocks="compiled",
     unsupported=NO_EXPERTS,
     # Published before transformers moved the decoder to `language_model`.
     hub_prefixes=(("visual.", "model.visual."), ("model.", "model.language_model.")),

@@ -119,5 +119,6 @@ def kernels_on(hardware: Hardware, spec: TrainSpec) -> tuple[Kernels, list[str]]
             notes.append(f"{names[place]} is not installed on this machine: it must be where the training runs")
     if not spec.data.use_rmpad and spec.model.attn_implementation == "auto":
         names[0] = "sdpa"
-    fused = spec.model.use_liger_kernel or spec.model.torch_compile
+    # `auto` is one of both on a GPU.
+    fused = bool(spec.model.use_liger_kernel or spec.model.torch_compile)
     return Kernels("cuda", *names, fused=fused), list(dict.fromkeys(notes))

@@ -41,7 +41,7 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> str:
     from qvl_pipeline.engine.model.attention.kernels import choose_kernels
     from qvl_pipeline.engine.model.attention.linear import choose_linear_kernel
     from qvl_pipeline.engine.model.freezing import freeze
-    from qvl_pipeline.engine.model.kernels import use_liger_kernels
+    from qvl_pipeline.engine.model.kernels import fused_blocks, use_liger_kernels
     from qvl_pipeline.engine.model.routing import choose_experts_kernel
     from qvl_pipeline.engine.model.sharded import frozen_parameters, layers_to_wrap
     from qvl_pipeline.engine.model.weights import build_skeleton
@@ -75,7 +75,7 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> str:
         peak_rates(spec.optim, trained_parts(model, family, spec.optim))
         if steps is not None:
             learning_rate_schedule(spec.optim, steps)
-        if spec.model.use_liger_kernel:
+        if fused_blocks(spec, device)[0]:
             use_liger_kernels(model, family, device)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -121,7 +121,7 @@ def _check_settings(spec: TrainSpec, steps: int | None) -> None:
 
 def _warn(spec: TrainSpec, device: torch.device) -> None:
     """Say what will not be as the parameters let one expect."""
-    from qvl_pipeline.engine.model.kernels import why_not_liger
+    from qvl_pipeline.engine.model.kernels import fused_blocks, why_not_liger
     from qvl_pipeline.engine.optim.optimization import SAVED_BLOCKING
 
     if spec.run.save_async and spec.optim.optim in SAVED_BLOCKING:
@@ -132,8 +132,10 @@ def _warn(spec: TrainSpec, device: torch.device) -> None:
         )
     if spec.run.worst_case_first and spec.stream.max_steps:
         logger.warning("worst_case_first is not used: without a plan, nobody knows the heaviest pack beforehand")
-    if spec.model.use_liger_kernel and (why_not := why_not_liger(device)):
+    if spec.model.use_liger_kernel is True and (why_not := why_not_liger(device)):
         logger.warning("use_liger_kernel is %s", why_not)
+    if spec.model.use_liger_kernel == "auto" and device.type == "cuda" and not any(fused_blocks(spec, device)):
+        logger.warning("use_liger_kernel: auto finds no liger-kernel, and steps take longer: pip install liger-kernel")
 
 
 def _check_backend(name: str) -> None:

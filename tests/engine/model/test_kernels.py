@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
 from transformers import PreTrainedModel
 
-from qvl_pipeline.engine.model.kernels import use_liger_kernels
+from qvl_pipeline.engine.model.kernels import fused_blocks, use_liger_kernels
 from qvl_pipeline.engine.model.loading import build_model, load_processor
 from qvl_pipeline.families import FAMILIES
 from tests.engine.training import changed, make_training
@@ -80,3 +81,43 @@ def test_what_became_of_it_is_logged(
     with caplog.at_level(logging.INFO):
         build_model(spec, load_processor(spec), torch.device("cpu"), None)
     assert "use_liger_kernel: not used: Liger's kernels need CUDA, and this is cpu" in caplog.messages
+
+
+LIGER, COMPILED, NEITHER = (True, False), (False, True), (False, False)
+AUTO = {"use_liger_kernel": "auto", "torch_compile": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "recompute", "device", "chosen"),
+    [
+        ("qwen2_5_vl", AUTO, "none", "cuda", COMPILED),
+        ("qwen2_5_vl", AUTO, "full", "cuda", LIGER),
+        ("qwen2_5_vl", AUTO, "none", "cpu", NEITHER),
+        ("qwen2_5_vl", AUTO | {"use_liger_kernel": True}, "none", "cuda", LIGER),
+        ("qwen2_5_vl", AUTO | {"use_liger_kernel": False}, "none", "cuda", COMPILED),
+        ("qwen2_5_vl", AUTO | {"torch_compile": False}, "none", "cuda", LIGER),
+        ("qwen3_vl", AUTO, "none", "cuda", LIGER),
+        ("qwen3_vl", AUTO | {"torch_compile": True}, "none", "cuda", COMPILED),
+        ("qwen3_vl_moe", AUTO, "none", "cuda", LIGER),
+        ("qwen3_vl", {"use_liger_kernel": True, "torch_compile": True}, "none", "cpu", (True, True)),
+    ],
+)
+def test_auto_takes_the_fastest_blocks_that_were_measured(
+    tmp_path: Path,
+    tiny_folders: Callable[[str], Path],
+    family: str,
+    model: dict[str, object],
+    recompute: str,
+    device: str,
+    chosen: tuple[bool, bool],
+) -> None:
+    spec = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", ("text",))
+    spec = changed(spec, tmp_path, model=model | {"family": family}, recompute={"llm": recompute, "vit": recompute})
+    assert fused_blocks(spec, torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl_3b", "qwen3_vl_4b"])
+def test_what_a_family_calls_the_fastest_was_measured_to_be_it(model: str) -> None:
+    result = json.loads(Path(f"benchmarks/results/gpu_{model}.json").read_text(encoding="utf-8"))
+    speeds = {row["blocks"]: row["tokens_per_second"] for row in result["rows"] if row["stack"] == "ours"}
+    assert FAMILIES[model.rpartition("_")[0]].fastest_blocks == max(speeds, key=speeds.__getitem__)

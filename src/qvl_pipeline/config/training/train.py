@@ -90,13 +90,15 @@ class TrainConfig(Block):
         gradient_checkpointing: Recompute activations in the backward pass: those of all blocks, with a list `[llm]` or
             `[vit]` those of that tower, or as a block says; `auto` lets the preflight choose the least that fits the
             device. The gradients are the same.
-        torch_compile: Compile each decoder layer and vision block; pays off over many steps.
+        torch_compile: Compile each decoder layer and vision block; pays off over many steps. `auto` does so on CUDA
+            where it was measured to be faster than Liger's kernels.
         torch_compile_backend: Backend of `torch.compile`.
         torch_compile_mode: Mode of `torch.compile`. Modes with CUDA graphs are not there: FSDP2 gathers weights into
             new memory each time.
         freeze_modules: Parts that stay bit-unchanged: `visual`, `merger`, `deepstack`, `llm`, `embed`, `head`, or a
             glob over parameter names. One that matches nothing is an error.
-        use_liger_kernel: Fused Liger kernels on CUDA; on a CPU a warning says that they are not used.
+        use_liger_kernel: Fused Liger kernels on CUDA; on a CPU a warning says that they are not used. `auto` uses them
+            on CUDA where blocks are not compiled.
         use_rmpad: Packs without padding. `false` is the reference to compare with: every sample a padded row, and
             transformers' own attention with a mask; the same losses, slower, and with far more memory.
         fsdp2: Shard with FSDP2, the only strategy.
@@ -162,11 +164,11 @@ class TrainConfig(Block):
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(MB|GB)$")
     gradient_checkpointing: bool | Literal["auto"] | list[Literal["llm", "vit"]] | GradientCheckpointingConfig = False
-    torch_compile: bool = False
+    torch_compile: bool | Literal["auto"] = False
     torch_compile_backend: str = "inductor"
     torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     freeze_modules: list[str] = Field(default_factory=list)
-    use_liger_kernel: bool = False
+    use_liger_kernel: bool | Literal["auto"] = False
     use_rmpad: bool = True
     fsdp2: Literal[True] = True
     fsdp_config: Annotated[FSDPConfig, Indifferent()] = FSDPConfig()
@@ -236,7 +238,7 @@ class TrainConfig(Block):
 
     @model_validator(mode="after")
     def _what_is_offloaded_is_not_compiled(self) -> TrainConfig:
-        if self.torch_compile and self.recomputed.offload:
+        if self.torch_compile is True and self.recomputed.offload:
             raise ValueError(
                 "gradient_checkpointing.offload copies from within blocks, and nobody has tried to compile that: set "
                 "it, or torch_compile, to false"

@@ -1,19 +1,45 @@
-"""Liger's fused kernels, where they run."""
+"""Fused blocks: Liger's kernels or compiled ones, and which of them where parameters leave it to the engine."""
 
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from types import MethodType
 
 import torch
 from torch import nn
 
-from qvl_pipeline.families import ModelFamily
+from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.families import FAMILIES, ModelFamily
 
 
 def why_not_liger(device: torch.device) -> str | None:
     """Say why Liger's kernels cannot be used on a device; `None` when they can."""
     return None if device.type == "cuda" else f"not used: Liger's kernels need CUDA, and this is {device.type}"
+
+
+def fused_blocks(spec: TrainSpec, device: torch.device) -> tuple[bool, bool]:
+    """Choose how blocks are computed: what parameters say, and for `auto` the fastest that was measured.
+
+    Only one of both is chosen by itself: compiled blocks were the fastest with Liger's norms off. With recomputation,
+    over a quantised base, and where inputs are offloaded, compiling was not measured or does not work.
+
+    Args:
+        spec: The run.
+        device: Where it computes.
+
+    Returns:
+        Whether Liger's kernels are used, and whether blocks are compiled.
+    """
+    liger, compiled = spec.model.use_liger_kernel, spec.model.torch_compile
+    family, on_gpu = FAMILIES[spec.model.family], device.type == "cuda"
+    if compiled == "auto":
+        plain = spec.recompute.llm == spec.recompute.vit == "none" and not spec.adapter.quantizes
+        may = plain and liger is not True and "compile" not in family.unsupported
+        compiled = on_gpu and may and family.fastest_blocks == "compiled"
+    if liger == "auto":
+        liger = on_gpu and not compiled and "liger" not in family.unsupported and find_spec("liger_kernel") is not None
+    return bool(liger), bool(compiled)
 
 
 def use_liger_kernels(model: nn.Module, family: ModelFamily, device: torch.device) -> str | dict[str, int]:

@@ -19,7 +19,7 @@ from qvl_pipeline.engine.model.attention.linear import use_packed_linear_attenti
 from qvl_pipeline.engine.model.attention.packed import use_packed_attention
 from qvl_pipeline.engine.model.compilation import compile_blocks
 from qvl_pipeline.engine.model.freezing import freeze, hold_parameters
-from qvl_pipeline.engine.model.kernels import use_liger_kernels
+from qvl_pipeline.engine.model.kernels import fused_blocks, use_liger_kernels
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
 from qvl_pipeline.engine.model.patch_embedding import use_linear_patch_embedding
 from qvl_pipeline.engine.model.recomputation import recompute_activations
@@ -67,6 +67,7 @@ def build_model(
         check_degree(sp_group.size(), dist.get_world_size(), divided_heads(hf.config.text_config))
     hf.train()
     use_linear_patch_embedding(hf)
+    liger, compiled = fused_blocks(spec, device)
     facts: dict[str, Any] = {
         "attention": use_packed_attention(
             hf,
@@ -81,7 +82,7 @@ def build_model(
         **({"adapter": inject(hf, family, spec.adapter)} if spec.adapter.used else {}),
         "parameters": sum(parameter.numel() for parameter in hf.parameters()),
         "trained_parameters": sum(p.numel() for p in hf.parameters() if p.requires_grad),
-        "liger": use_liger_kernels(hf, family, device) if spec.model.use_liger_kernel else "not asked for",
+        "liger": use_liger_kernels(hf, family, device) if liger else "not asked for",
     }
     if family.experts:
         facts["experts"] = use_experts_kernel(hf, spec.model.experts_implementation, device)
@@ -90,14 +91,14 @@ def build_model(
         facts["linear_attention"] = use_packed_linear_attention(
             hf, family, chosen, device, half=half, sp_group=sp_group
         )
-    if spec.model.use_liger_kernel:
+    if liger:
         logger.info("use_liger_kernel: %s", facts["liger"])
     trained = torch.bfloat16 if spec.optim.in_bfloat16 else torch.float32
     hold_parameters(hf, trained=trained, frozen=compute_dtype(spec.parallel))
     if spec.adapter.quantizes:
         facts["quantized"] = quantize_base(hf, family, spec.adapter)
     facts["recomputed"] = recompute_activations(hf, spec.recompute)
-    if spec.model.torch_compile:
+    if compiled:
         backend, mode = spec.model.torch_compile_backend, spec.model.torch_compile_mode
         facts["compiled"] = compile_blocks(hf, family, backend=backend, mode=mode)
     return PackedVLM(hf, family, *normalization(processor), sp_group), facts
