@@ -281,7 +281,11 @@ def with_gates_exchanged(*args: str) -> None:
 
 
 def without_moments(spec_path: Path) -> int:
-    OptimizerState.load_state_dict = lambda state, loaded: None
+    def forget(state: OptimizerState, _loaded: dict[str, Any]) -> None:
+        for optimizer in state._optimizers:
+            optimizer.state.clear()
+
+    OptimizerState.load_state_dict = forget
     return main(spec_path)
 
 
