@@ -22,7 +22,7 @@ def resolved(*rows: tuple[str, str, str]) -> list[tuple[str, str | None]]:
 
 
 def test_a_source_has_one_task_by_its_answers() -> None:
-    short, long = ("exact_match", "answers of 1 words"), ("rouge_l", "answers of 11 words")
+    short, long = ("exact_match", "answers of 1 word"), ("rouge_l", "answers of 11 words")
     assert resolved(("a", AUTO, "7"), ("b", AUTO, LONG), ("a", AUTO, LONG), ("a", AUTO, "red"), ("b", AUTO, LONG)) == [
         *(short, long, short, short, long)
     ]
@@ -34,17 +34,17 @@ def test_ten_words_are_short() -> None:
 
 def test_what_rows_name_is_left_and_does_not_count() -> None:
     assert resolved(("a", "anls", LONG), ("a", "anls", LONG), ("a", AUTO, "7")) == [
-        *(("anls", None), ("anls", None), ("exact_match", "answers of 1 words"))
+        *(("anls", None), ("anls", None), ("exact_match", "answers of 1 word"))
     ]
 
 
 def test_of_several_answers_the_shortest_counts() -> None:
-    assert resolved(("a", AUTO, json.dumps([LONG, "seven"]))) == [("exact_match", "answers of 1 words")]
+    assert resolved(("a", AUTO, json.dumps([LONG, "seven"]))) == [("exact_match", "answers of 1 word")]
 
 
 def test_characters_count_where_words_are_not_parted() -> None:
     assert resolved(("a", AUTO, "这只猫坐在窗台上看外面的鸟")) == [("rouge_l", "answers of 13 words")]
-    assert resolved(("a", AUTO, "七")) == [("exact_match", "answers of 1 words")]
+    assert resolved(("a", AUTO, "七")) == [("exact_match", "answers of 1 word")]
 
 
 def test_free_text_of_any_script_can_be_right() -> None:

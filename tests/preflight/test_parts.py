@@ -127,17 +127,20 @@ def test_less_memory_is_foretold_where_less_is_kept() -> None:
 
 def test_time_is_that_of_the_last_training_on_such_a_device(tmp_path: Path) -> None:
     hardware = Hardware("NVIDIA H100 80GB HBM3", 1, 8, 80 * GIB, 9.89e14)
-    usual = duration_of(8 * 9.89e14, hardware, [], 0.0)
+    usual = duration_of(8 * 9.89e14, 4, hardware, [], 0.0)
     assert (usual.seconds, usual.mfu) == (pytest.approx(1 / 0.3), pytest.approx(0.3))
-    assert duration_of(8 * 9.89e14, hardware, [], 0.5).seconds == pytest.approx(2)
+    assert duration_of(8 * 9.89e14, 4, hardware, [], 0.5).seconds == pytest.approx(2)
     (tmp_path / "train_result.json").write_text(json.dumps({"device": "NVIDIA H100 PCIe", "world_size": 8}))
-    rows = {"tflops_per_rank": [200.0, 400.0], "tokens": [10, 30], "tokens_per_second": [10.0, 10.0]}
+    rows = {"step": [1, 4], "tflops_per_rank": [200.0, 400.0], "tokens": [10, 30], "tokens_per_second": [10.0, 10.0]}
     pd.DataFrame(rows).to_csv(tmp_path / "training_metrics.csv", index=False)
     recorded = [tmp_path / "train_result.json"]
-    assert duration_of(8 * 9.89e14, hardware, recorded, 0.0).mfu == pytest.approx(0.3), "another device"
+    assert duration_of(8 * 9.89e14, 4, hardware, recorded, 0.0).mfu == pytest.approx(0.3), "another device"
     (tmp_path / "train_result.json").write_text(json.dumps({"device": hardware.name, "world_size": 2}))
-    found = duration_of(8 * 350e12, hardware, recorded, 0.0)
+    found = duration_of(8 * 350e12, 1, hardware, recorded, 0.0)
     assert found.seconds == pytest.approx(1), "each second of the recorded training counts the same"
+    assert found.source == f"the recorded training of {tmp_path.name}"
+    larger = duration_of(8 * 700e12, 1, hardware, recorded, 0.0)
+    assert larger.source.endswith(", whose steps had 0.5 times the work: a rough guess")
 
 
 def test_of_a_model_that_also_speaks_the_part_that_is_trained_is_looked_at(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def resolve_tasks(samples: pd.DataFrame) -> pd.DataFrame:
         words = rows["expected"].map(_shortest)
         long = (words > LONG_WORDS).mean() >= 0.5
         resolved.loc[rows.index, "task"] = "rouge_l" if long else "exact_match"
-        resolved.loc[rows.index, "task_from"] = f"answers of {words.median():g} words"
+        length = words.median()
+        resolved.loc[rows.index, "task_from"] = f"answers of {length:g} word{'' if length == 1 else 's'}"
     return resolved
 
 

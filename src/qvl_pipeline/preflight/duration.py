@@ -18,6 +18,8 @@ from qvl_pipeline.preflight.packs import Work
 _USUAL_MFU = 0.30
 # FLOPs a second of one process on a CPU, which no peak is known of: the order of magnitude only.
 _USUAL_ON_A_CPU = 2e10
+# Work of a step over that of a recorded one, beyond which the fixed cost of a step is no longer the same share of it.
+_LIKE = (0.8, 1.25)
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,26 @@ def total_flops(flops: ModelFlops, work: Work) -> float:
     return total + sum(times * flops.of_sound(spectra) for spectra, times in work.sounds.items())
 
 
-def duration_of(total: float, hardware: Hardware, recorded: Iterable[Path], mfu: float) -> Duration:
+def duration_of(total: float, steps: int, hardware: Hardware, recorded: Iterable[Path], mfu: float) -> Duration:
     """Divide FLOPs by the speed of some hardware.
 
     Args:
         total: FLOPs of the training.
+        steps: Its optimizer steps.
         hardware: Where it runs.
         recorded: Files `train_result.json` of earlier trainings, those to be preferred first.
         mfu: Share of the peak to take where none of them ran on such a device; 0 takes the usual one.
     """
     for path in recorded:
         if found := _recorded_speed(path, hardware):
-            return _at(total, hardware, found, f"the recorded training of {path.parent.name}")
+            speed, of_step = found
+            work = total / hardware.ranks / steps / of_step
+            rough = (
+                ""
+                if _LIKE[0] <= work <= _LIKE[1]
+                else f", whose steps had {1 / work:.1f} times the work: a rough guess"
+            )
+            return _at(total, hardware, speed, f"the recorded training of {path.parent.name}{rough}")
     if hardware.peak_flops:
         source = "preflight.mfu" if mfu else "the usual share of the peak, with no training recorded on this device"
         return _at(total, hardware, hardware.peak_flops * (mfu or _USUAL_MFU), source)
@@ -70,8 +80,8 @@ def _at(total: float, hardware: Hardware, rank_flops: float, source: str) -> Dur
     return Duration(total / hardware.ranks / rank_flops, rank_flops, share, source)
 
 
-def _recorded_speed(path: Path, hardware: Hardware) -> float | None:
-    """FLOPs a second of a rank of a recorded training, where it ran on such devices; on CPUs, on as many processes."""
+def _recorded_speed(path: Path, hardware: Hardware) -> tuple[float, float] | None:
+    """FLOPs of a rank a second and a step of a training that ran on such devices; on CPUs, on as many processes."""
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     device = result.get("device", "")
     alike = device == hardware.name or (
@@ -83,8 +93,8 @@ def _recorded_speed(path: Path, hardware: Hardware) -> float | None:
     if not alike or not metrics.exists():
         return None
     rows = pd.read_csv(metrics)
-    if not {"tflops_per_rank", "tokens", "tokens_per_second"} <= set(rows.columns) or not len(rows):
+    if not {"step", "tflops_per_rank", "tokens", "tokens_per_second"} <= set(rows.columns) or not len(rows):
         return None
     seconds = rows["tokens"] / rows["tokens_per_second"]
-    speed = float((rows["tflops_per_rank"] * seconds).sum() / seconds.sum()) * 1e12
-    return speed if speed > 0 else None
+    computed = float((rows["tflops_per_rank"] * seconds).sum()) * 1e12
+    return (computed / float(seconds.sum()), computed / int(rows["step"].iloc[-1])) if computed > 0 else None

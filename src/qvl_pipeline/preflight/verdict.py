@@ -186,7 +186,7 @@ def _time(
     work: Work, needed: Estimate, hardware: Hardware, recorded: Sequence[Path], preflight: PreflightConfig
 ) -> dict[str, Any]:
     total = total_flops(needed.flops, work)
-    duration = duration_of(total, hardware, recorded, preflight.mfu)
+    duration = duration_of(total, work.steps, hardware, recorded, preflight.mfu)
     hours = duration.seconds / 3600
     return asdict(duration) | {
         "flops": total,

@@ -54,7 +54,7 @@ def test_the_score_of_most_samples_is_shown() -> None:
 
 def test_rouge_that_nobody_asked_for_gives_way() -> None:
     kinds = [row("exact_match", [1.0]), row("rouge_l", [0.2, 0.2, 0.2])]
-    [tile, *_] = tiles_of(kinds, LOSSES, table(("exact_match", "answers of 1 words"), *[FREE] * 3))
+    [tile, *_] = tiles_of(kinds, LOSSES, table(("exact_match", "answers of 1 word"), *[FREE] * 3))
     assert tile["detail"] == "1 of 1 exact matches"
 
 
