@@ -2,8 +2,9 @@
 
 `[--samples 1000000] [--clips 100000]`. Each figure is the growth of the peak memory of a process of its own, over what
 it has imported; files that are memory-mapped, which processes share and the system may drop, do not count. Measured are
-making the plan; reading and sharing it out on one of eight ranks, with the sources of the samples; the index of the
-frame store. `gib_at_10m` is what ten million samples (a million clips) would take, the growth being even.
+making the plan, and adding up its work when a training starts; reading and sharing it out on one of eight ranks, with
+the sources of the samples; the index of the frame store. `gib_at_10m` is what ten million samples (a million clips)
+would take, the growth being even.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def main() -> None:
     rows = measure(options.samples, options.clips)
     figures = {row["case"]: row["gib_at_10m"] for row in rows}
     rank = sum(value for case, value in figures.items() if case.startswith("a rank"))
-    ratios = {"launching_node_gib_at_10m": figures["making the plan"], "rank_gib_at_10m": rank}
+    launching = max(figures["making the plan"], figures["the start of a training"])
+    ratios = {"launching_node_gib_at_10m": launching, "rank_gib_at_10m": rank}
     targets = {"launching_node_gib_at_10m": "<= 4", "rank_gib_at_10m": "<= 0.5"}
     report("plan_memory", rows, ratios=ratios, targets=targets)
 
@@ -50,6 +52,7 @@ def measure(samples: int, clips: int) -> list[dict[str, Any]]:
         cases = (
             (_write_samples, (tokenized, samples), "", 0),
             (make, (tokenized, plan), "making the plan", samples),
+            (start, (tokenized, plan), "the start of a training", samples),
             (share_out, (tokenized, plan), "a rank: its steps, and the sources", samples),
             (_write_index, (frames, clips), "", 0),
             (open_index, (frames,), "a rank: the index of its frames", 10 * clips),
@@ -69,6 +72,20 @@ def make(tokenized: Path, plan: Path) -> None:
 
     table, _ = make_plan(tokenized, BatchingConfig(packing_length=16_384, data_parallel_size=RANKS), {"a": 1, "b": 1})
     table.to_parquet(plan, index=False)
+
+
+def start(tokenized: Path, plan: Path) -> None:
+    """Do with the plan what the node that starts a training does: estimate its memory and its work, and copy it."""
+    import pandas as pd
+
+    from qvl_pipeline.preflight.packs import heaviest_planned, work_of
+    from qvl_pipeline.storage.tables import write_table
+
+    table = pd.read_parquet(plan)
+    heaviest, work = heaviest_planned(table, tokenized, RANKS, 1), work_of(table, tokenized)
+    write_table(pa.Table.from_pandas(table, preserve_index=False), plan.with_suffix(".copy"))
+    if not heaviest or work.tokens != int(table["tokens"].sum()):
+        raise RuntimeError(f"{work.tokens} tokens are added up of {table['tokens'].sum()}")
 
 
 def share_out(tokenized: Path, plan: Path) -> None:
@@ -99,7 +116,7 @@ def _in_a_process(function: Callable[..., None], *arguments: Any) -> tuple[float
 
 def _grown(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, int]:
     """Seconds, and bytes by which the peak of this process grows over what the imports of all cases take."""
-    import qvl_pipeline.media.frames.store  # noqa: F401
+    import qvl_pipeline.preflight.packs  # noqa: F401
 
     pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not hold
     before, started = _anonymous(), time.perf_counter()

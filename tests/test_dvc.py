@@ -27,6 +27,7 @@ PACKAGE = "qvl_pipeline"
 GLUE = {
     "data.progress",
     "data.runner",
+    "data.spread",
     "errors",
     "locks",
     "orphans",

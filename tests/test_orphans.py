@@ -41,15 +41,14 @@ def decode() -> None:
 
 
 def tokenize() -> None:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    from qvl_pipeline.data.spread import Processes
 
-    from qvl_pipeline.data.plan.tokenization import _start_worker
+    orphaned.append(Processes(get_hang, 2))
+    orphaned[0].begin()
 
-    orphaned.append(
-        ProcessPoolExecutor(2, multiprocessing.get_context("forkserver"), _start_worker, (None, None, None, None))
-    )
-    orphaned[0].submit(hang)
+
+def get_hang() -> object:
+    return hang
 
 
 orphaned: list[object] = []

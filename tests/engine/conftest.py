@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from qvl_pipeline.demo import tiny_model
 from qvl_pipeline.engine.feed.batch import BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
+from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.families import FAMILIES, ModelFamily
 from tests.engine.packs import load_packed, make_builder, make_samples
+from tests.engine.training import changed, make_training, trained
 
 # Few blocks, but of every kind: with and without DeepStack, of windows and of whole images, of softmax and of linear
 # attention. What a step of a tiny model costs depends on the number of its parameters, not on their sizes.
@@ -75,6 +78,24 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return folder
 
 
+@pytest.fixture(scope="session")
+def trainings(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]
+) -> Callable[[str], TrainSpec]:
+    """A training of each family that has run on two ranks, with a checkpoint after each of its three steps."""
+    made: dict[str, TrainSpec] = {}
+
+    def training(family: str) -> TrainSpec:
+        if family not in made:
+            base = make_training(tmp_path_factory.mktemp("training"), tiny_folders(family), family)
+            run = {"save_steps": 1, "save_total_limit": 3}
+            made[family] = changed(base, Path(base.run.output_dir), run=run)
+            trained(made[family], nproc=2)
+        return made[family]
+
+    return training
+
+
 # A family that hears has tests of its own, with sounds in the packs.
 @pytest.fixture(params=[name for name in FEW_BLOCKS if not FAMILIES[name].hearing])
 def family(request: pytest.FixtureRequest) -> str:
@@ -99,3 +120,11 @@ def builder(family: str, hf_model: PreTrainedModel) -> BatchBuilder:
 @pytest.fixture
 def samples(family: str, hf_model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     return make_samples(hf_model.config, family)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """This process is the only rank of a job."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -29,24 +29,6 @@ from tests.engine.ranks import JobFailedError, run_ranks
 from tests.engine.training import changed, first_error, main_that_hangs, make_training, trained
 
 
-@pytest.fixture(scope="session")
-def trainings(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folders: Callable[[str], Path]
-) -> Callable[[str], TrainSpec]:
-    """A training of each family that has run on two ranks, with a checkpoint after each of its three steps."""
-    made: dict[str, TrainSpec] = {}
-
-    def training(family: str) -> TrainSpec:
-        if family not in made:
-            base = make_training(tmp_path_factory.mktemp("training"), tiny_folders(family), family)
-            run = {"save_steps": 1, "save_total_limit": 3}
-            made[family] = changed(base, Path(base.run.output_dir), run=run)
-            trained(made[family], nproc=2)
-        return made[family]
-
-    return training
-
-
 def metrics(training: TrainSpec) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(training.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
@@ -83,14 +65,35 @@ def test_same_batches_on_any_number_of_ranks(
     assert_same_training(actual, expected)
 
 
-@pytest.mark.parametrize("rmpad", [True, False], ids=["pack", "padded rows"])
+@pytest.mark.parametrize(
+    ("family", "rmpad"),
+    [
+        ("qwen3_vl", True),
+        ("qwen3_vl", False),
+        ("qwen3_5", True),
+        ("qwen3_vl_moe", True),
+        ("qwen3_vl_moe", False),
+        ("qwen3_5_moe", True),
+    ],
+)
 def test_packs_in_one_micro_batch_train_the_same(
-    rmpad: bool, trainings: Callable[[str], TrainSpec], tmp_path: Path
+    family: str, rmpad: bool, trainings: Callable[[str], TrainSpec], tmp_path: Path
 ) -> None:
-    expected = trainings("qwen3_vl")
+    expected = trainings(family)
+    # Three packs and then one, where two ranks had two micro-batches of one; or rows that are filled up.
     data = {"per_device_train_batch_size": 3, "dataloader_num_workers": 1, "use_rmpad": rmpad}
     actual = changed(expected, tmp_path, run={"save_steps": 0}, data=data)
     trained(actual, nproc=1)
+    assert_same_training(actual, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl_moe", "qwen3_5_moe"])
+def test_gradients_that_are_exchanged_after_each_micro_batch_train_the_same(
+    family: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    expected = trainings(family)
+    actual = changed(expected, tmp_path, run={"save_steps": 0}, parallel={"accumulate_sharded": True})
+    trained(actual, nproc=2)
     assert_same_training(actual, expected)
 
 
@@ -160,21 +163,42 @@ def test_ranks_that_share_packs_train_the_same(
         assert row["loss_by_source"] == pytest.approx(other["loss_by_source"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("killed_after", "nproc", "sp_ulysses_degree"), [(1, 2, 1), (2, 1, 1), (1, 2, 2)])
+def killed_after(step: int, whole: TrainSpec, folder: Path, **groups: dict[str, Any]) -> TrainSpec:
+    """A training that was killed while it wrote the checkpoint behind that of a step, to be gone on with otherwise."""
+    killed = changed(whole, folder, run={"save_steps": 0}, **groups)
+    shutil.copytree(whole.run.output_dir, killed.run.output_dir)
+    for path in (Path(killed.run.output_dir) / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            (path / "COMPLETE").unlink()
+    shutil.rmtree(killed.export.output_dir)
+    return killed
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "nproc", "sp_ulysses_degree"),
+    [
+        ("qwen3_vl", 1, 2, 1),
+        ("qwen3_vl", 2, 1, 1),
+        ("qwen3_vl", 1, 2, 2),
+        ("qwen2_5_vl", 1, 1, 1),
+        # Of linear attention and of experts, each sharded otherwise than before.
+        *((family, 1, *ranks) for family in ("qwen3_5", "qwen3_vl_moe", "qwen3_5_moe") for ranks in ((1, 1), (4, 2))),
+    ],
+)
 def test_resumed_equals_uninterrupted_on_any_number_of_ranks(
-    killed_after: int, nproc: int, sp_ulysses_degree: int, trainings: Callable[[str], TrainSpec], tmp_path: Path
+    family: str,
+    step: int,
+    nproc: int,
+    sp_ulysses_degree: int,
+    trainings: Callable[[str], TrainSpec],
+    tmp_path: Path,
 ) -> None:
-    expected = trainings("qwen3_vl")
+    expected = trainings(family)
     parallel = {"sp_ulysses_degree": sp_ulysses_degree}
-    actual = changed(expected, tmp_path / "run", run={"save_steps": 0}, parallel=parallel)
-    shutil.copytree(expected.run.output_dir, actual.run.output_dir)
-    for path in (Path(actual.run.output_dir) / "checkpoints").glob("checkpoint-*"):
-        if int(path.name.split("-")[1]) > killed_after:
-            (path / "COMPLETE").unlink()  # as if the run had been killed while it wrote this one
-    shutil.rmtree(actual.export.output_dir)
+    actual = killed_after(step, expected, tmp_path / "run", parallel=parallel)
     trained(actual, nproc)
     result = json.loads((Path(actual.run.output_dir) / "result.json").read_text())
-    assert result["resumed_from_step"] == killed_after
+    assert result["resumed_from_step"] == step
     assert_same_training(actual, expected)
 
 
@@ -183,7 +207,9 @@ def test_export_is_the_last_checkpoint_under_names_that_transformers_knows(
 ) -> None:
     training = trainings(family)
     folder = Path(training.export.output_dir)
-    assert weights(training).keys() == load_file(Path(training.model.path) / "model.safetensors").keys()
+    published = load_file(Path(training.model.path) / "model.safetensors")
+    # Experts too, which are published in another layout than the module's.
+    assert {n: w.shape for n, w in weights(training).items()} == {n: w.shape for n, w in published.items()}
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -208,13 +234,32 @@ def test_frozen_parts_stay_bit_unchanged_under_weight_decay(
     groups = {"model": {"freeze_modules": ("visual",)}, "parallel": {"bf16": bf16}}
     training = changed(trainings(family), tmp_path, run={"save_steps": 0}, **groups)
     trained(training, nproc=2)
-    stored = FileSystemReader(tmp_path / "checkpoints" / "checkpoint-3").read_metadata().state_dict_metadata
+    assert_frozen(training, "visual.")
+
+
+FROZEN = [("qwen3_vl_moe", "*.mlp.experts.*"), ("qwen3_5_moe", "*.mlp.gate.weight"), ("qwen3_5", "*.linear_attn.*")]
+
+
+@pytest.mark.parametrize(("family", "pattern"), FROZEN)
+def test_frozen_experts_routers_and_linear_attention_stay_bit_unchanged(
+    family: str, pattern: str, trainings: Callable[[str], TrainSpec], tmp_path: Path
+) -> None:
+    training = changed(trainings(family), tmp_path, run={"save_steps": 0}, model={"freeze_modules": (pattern,)})
+    trained(training, nproc=2)
+    assert_frozen(training, pattern.strip("*"))
+
+
+def assert_frozen(training: TrainSpec, part: str) -> None:
+    """Weights with this in their names are those of the base, and in no checkpoint; all others are neither."""
+    checkpoint = Path(training.run.output_dir) / "checkpoints" / "checkpoint-3"
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     names = [name for name in stored if name.startswith("model.")]
     assert names
-    assert not [name for name in names if ".visual." in name]
+    assert not [name for name in names if part in name]
     base = load_file(Path(training.model.path) / "model.safetensors")
+    kept = FAMILIES[training.model.family].keeps
     for name, weight in weights(training).items():
-        assert torch.equal(weight, base[name]) == ("visual" in name or FAMILIES[family].keeps(name)), name
+        assert torch.equal(weight, base[name]) == (part in name or kept(name)), name
 
 
 def test_failed_rank_names_its_sample_and_ends_the_job(trainings: Callable[[str], TrainSpec], tmp_path: Path) -> None:

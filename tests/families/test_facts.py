@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig, Qwen3_5MoeVisionConfig
 
 from qvl_pipeline.families import FAMILIES
 from qvl_pipeline.families.facts import MODELS, ModelFacts
@@ -61,6 +63,27 @@ def test_model_builds_from_facts_with_the_published_number_of_parameters(facts: 
 @pytest.mark.parametrize(("name", "parameters"), TRAINED_ALONE.items())
 def test_the_thinker_has_the_number_of_parameters_that_it_has_alone(name: str, parameters: int) -> None:
     assert sum(tensor.numel() for tensor in built_from(MODELS[name]).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", [name for name, facts in MODELS.items() if facts.text.linear_num_key_heads])
+def test_what_is_kept_beside_the_model_is_one_layer_more_and_what_leads_into_it(name: str) -> None:
+    """Multi-token prediction: a layer of softmax attention, a projection of two widths to one, and three norms."""
+    facts, width = MODELS[name], MODELS[name].text.hidden_size
+    layers = built_from(facts).model.language_model.layers
+    layer = next(layer for layer in layers if hasattr(layer, "self_attn"))
+    assert facts.kept_parameters == sum(tensor.numel() for tensor in layer.parameters()) + 2 * width**2 + 3 * width
+
+
+def test_35b_a3b_is_what_transformers_takes_for_granted() -> None:
+    """Its classes name this checkpoint as the one that their defaults are of."""
+    facts = MODELS["Qwen/Qwen3.5-35B-A3B"]
+    for said, default, differs in (
+        (facts.text, Qwen3_5MoeTextConfig(), {"max_position_embeddings"}),
+        (facts.vision, Qwen3_5MoeVisionConfig(), set()),
+    ):
+        values = {key: value for key, value in dataclasses.asdict(said).items() if hasattr(default, key)}
+        assert {key for key, value in values.items() if value not in (None, getattr(default, key))} == differs
+    assert AutoConfig.for_model(**facts.config()).text_config.layer_types == Qwen3_5MoeTextConfig().layer_types
 
 
 def test_everything_said_reaches_the_config(facts: ModelFacts) -> None:

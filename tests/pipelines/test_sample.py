@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from qvl_pipeline.config import ModelConfig, SampleConfig, ValidateConfig
+from qvl_pipeline.config import DataEngineConfig, ModelConfig, SampleConfig, ValidateConfig
 from qvl_pipeline.data.frames import writing
 from qvl_pipeline.data.frames.clips import list_clips
 from qvl_pipeline.data.made_with import made_with
+from qvl_pipeline.data.spread import in_order
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frames import store
 from qvl_pipeline.media.frames.decode_worker import DecodeWorker, Failure
@@ -34,6 +36,7 @@ from tests.pipelines import bad_readers
 CONSTANT = [number / 10 for number in range(60)]
 VARIABLE = np.concatenate([np.arange(40) / 20, 2 + np.arange(20) / 2]).tolist()
 MODEL = ModelConfig(processor_type="qwen3_vl")
+HERE = DataEngineConfig()
 
 
 def config(**changes: Any) -> SampleConfig:
@@ -64,7 +67,7 @@ def table_of(*clips: tuple[str, str, float | None, float | None]) -> pd.DataFram
 
 
 def sampled(tmp_path: Path, samples: pd.DataFrame, media_index: pd.DataFrame, **changes: Any) -> FrameStore:
-    sample_clips(samples, media_index, config(**changes), MODEL)(tmp_path / "store")
+    sample_clips(samples, media_index, config(**changes), MODEL, HERE)(tmp_path / "store")
     return FrameStore(tmp_path / "store")
 
 
@@ -132,7 +135,7 @@ def test_frames_fit_the_patches_of_the_model(
 ) -> None:
     for family, side in (("qwen3_vl", 64), ("qwen2_5_vl", 56)):
         model = ModelConfig(processor_type=family)
-        sample_clips(table_of(clip("constant")), media_index, config(), model)(tmp_path / family)
+        sample_clips(table_of(clip("constant")), media_index, config(), model, HERE)(tmp_path / family)
         store = FrameStore(tmp_path / family)
         [clip_id] = store
         assert store.frames(clip_id).shape[1:] == (3, side, side)
@@ -258,7 +261,7 @@ def test_a_killed_run_is_taken_up_where_it_was(
     undisturbed = sampled(tmp_path / "undisturbed", many_clips, media_index)
     settings = config(frame_cache=str(tmp_path / "cache"), num_workers=2)
     (tmp_path / "program.py").write_text(KILLED_RUN)
-    arguments = ((many_clips, media_index, settings, MODEL), tmp_path / "killed", 2)
+    arguments = ((many_clips, media_index, settings, MODEL, HERE), tmp_path / "killed", 2)
     pd.to_pickle(arguments, tmp_path / "arguments", compression=None)
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "arguments")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -277,7 +280,8 @@ def test_a_killed_run_is_taken_up_where_it_was(
 def test_no_more_clips_are_held_than_the_window() -> None:
     started: list[int] = []
     with ThreadPoolExecutor(4) as pool:
-        for expected, number in enumerate(writing._in_order(pool, bad_readers.recorder(started), range(50), window=6)):
+        begin = partial(pool.submit, bad_readers.recorder(started))
+        for expected, number in enumerate(in_order(begin, range(50), ahead=6)):
             assert number == expected
             assert len(started) <= expected + 6
 
@@ -288,7 +292,7 @@ def test_too_many_clips_that_are_too_short_are_refused_before_any_decoding(
     samples = pd.concat([table_of(clip("constant")), table_of("How many?")], ignore_index=True)
     settings = {"video_sampling_strategy": "frame_num", "frame_num": 100}
     with pytest.raises(UserError, match=r"1 of 2 samples .* by clip_unfit: .*constant.mp4': 100 frames are to be"):
-        sample_clips(samples, media_index, config(max_reject_fraction=0.4, **settings), MODEL)
+        sample_clips(samples, media_index, config(max_reject_fraction=0.4, **settings), MODEL, HERE)
 
 
 def test_what_is_kept_holds_the_parameters_that_it_was_made_with() -> None:
@@ -383,7 +387,7 @@ def test_a_part_with_too_few_frames_is_named(
 
 def test_a_clip_that_was_not_probed_is_an_error(media_index: pd.DataFrame) -> None:
     with pytest.raises(UserError, match=r"video 'gone.mp4' is not in media_index: run the pipeline 'validate' again"):
-        sample_clips(table_of(("video", "gone.mp4", None, None)), media_index, config(), MODEL)
+        sample_clips(table_of(("video", "gone.mp4", None, None)), media_index, config(), MODEL, HERE)
 
 
 def test_a_store_that_does_not_fit_on_the_disk_is_refused(

@@ -15,7 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from qvl_pipeline.config import ModelConfig, SampleConfig
+from qvl_pipeline.config import DataEngineConfig, ModelConfig, SampleConfig
 from qvl_pipeline.data.frames import writing
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frames.decode_worker import DecodeWorker
@@ -74,7 +74,7 @@ def arguments(clips: pd.DataFrame, cache: Path) -> tuple[object, ...]:
     small = {"video_min_frames": 2, "video_min_pixels": 1024, "video_max_pixels": 64 * 64, "num_workers": 2}
     messages = [[("user", [("video", path, None, None)]), ("assistant", "7")] for path in clips["path"]]
     samples = samples_table([{"messages": turns} for turns in messages])
-    return samples, clips, SampleConfig(**small, frame_cache=str(cache)), MODEL
+    return samples, clips, SampleConfig(**small, frame_cache=str(cache)), MODEL, DataEngineConfig()
 
 
 def processes_of(group: int) -> list[int]:

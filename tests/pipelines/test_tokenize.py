@@ -16,7 +16,14 @@ from kedro_datasets.json import JSONDataset
 from qwen_vl_utils.vision_process import calculate_video_frame_range
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig, SampleConfig, ValidateConfig
+from qvl_pipeline.config import (
+    BatchingConfig,
+    DataEngineConfig,
+    IngestConfig,
+    ModelConfig,
+    SampleConfig,
+    ValidateConfig,
+)
 from qvl_pipeline.data.made_with import made_with, read_record
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.plan.steps import make_plan
@@ -101,6 +108,7 @@ def run(
         "params:sample": SAMPLE,
         "params:model": model,
         "params:batching": BATCHING,
+        "params:data_engine": DataEngineConfig(),
         "params:ingest": INGEST,
     }
     catalog = DataCatalog(
@@ -235,7 +243,7 @@ def test_sizes_that_are_not_those_of_the_files_stop_the_stage(
 ) -> None:
     wrong = media_index.assign(width=media_index["width"].where(media_index["type"] != "image", 300))
     with pytest.raises(UserError, match=r"the processor makes \d+ tokens and \d+ patches of .*, but"):
-        tokenize(valid_samples, wrong, run["video_frames"], run["base_model"], model, BATCHING)
+        tokenize(valid_samples, wrong, run["video_frames"], run["base_model"], model, BATCHING, DataEngineConfig())
 
 
 def test_the_tiny_model_is_a_folder_that_plain_transformers_loads(run: dict[str, Any], model: ModelConfig) -> None:
@@ -357,7 +365,7 @@ def test_a_sample_that_the_template_refuses_is_counted_listed_and_left_out(
     (tmp_path / "base" / "chat_template.jinja").write_text(refusing + template)
     samples = samples_table([{"messages": [("user", text), ("assistant", "7")]} for text in ("a", "refuse", "b")])
     write_tokens, _, write_quarantine = tokenize(
-        samples, media_index, run["video_frames"], tmp_path / "base", model, BATCHING
+        samples, media_index, run["video_frames"], tmp_path / "base", model, BATCHING, DataEngineConfig()
     )
     write_tokens(tmp_path / "tokenized.arrow")
     write_quarantine(tmp_path / "quarantine.parquet")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from transformers import ProcessorMixin
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
+from qvl_pipeline.config import BatchingConfig, DataEngineConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.plan.processor import load_processor
 from qvl_pipeline.data.tables import QUARANTINE, to_frame
 from qvl_pipeline.families.hearing import audio_tokens
@@ -53,9 +53,9 @@ def made(model: ModelConfig, valid_samples: pd.DataFrame, tmp_path_factory: pyte
     side = 2 * model.family.patch_size
     write_store(folder / "frames", {"clip.mp4": (range(0, 12, 2), 4.0, (2 * side, 3 * side))})
     prepare_base_model(valid_samples, model)(folder / "base")
-    tokenize(valid_samples, media_index, folder / "frames", folder / "base", model, BatchingConfig())[0](
-        folder / "tokenized.arrow"
-    )
+    tokenize(
+        valid_samples, media_index, folder / "frames", folder / "base", model, BatchingConfig(), DataEngineConfig()
+    )[0](folder / "tokenized.arrow")
     ingest = IngestConfig(datasets=[{"name": "source", "path": "x", "data_type": "json"}])
     nothing = to_frame(QUARANTINE.empty_table())
     summary = plan(folder / "tokenized.arrow", folder / "stream.parquet", nothing, BatchingConfig(), ingest)[1]

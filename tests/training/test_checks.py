@@ -137,4 +137,17 @@ def test_what_fits_passes(training: TrainSpec, tmp_path: Path, monkeypatch: pyte
             "sp_ulysses_degree": 4,
         },
     }
-    assert checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4) == ("sdpa", "eager")
+    kernels = checks.check_before_launch(changed(training, tmp_path, **groups), steps=10, ranks=4)
+    assert kernels == "sdpa in the language model, eager in the vision tower"
+
+
+def test_kernels_of_experts_and_of_linear_attention_are_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    build_tiny_model(tmp_path / "model", family="qwen3_5_moe", seed=0, corpus=["which digit is this?"])
+    training = make_training(tmp_path / "data", tmp_path / "model", "qwen3_5_moe", kinds=("text",))
+    kernels = checks.check_before_launch(training, steps=10, ranks=1)
+    assert (
+        kernels == "sdpa in the language model, sdpa in the vision tower; experts: grouped_mm; linear attention: torch"
+    )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple[str, str]:
+def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> str:
     """Run the engine's own checks of parts, rates, schedule, kernels and ranks on a model without weights.
 
     Args:
@@ -26,7 +26,8 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
         ranks: Processes of the whole job.
 
     Returns:
-        The attention kernels that will be used in the language model and in the vision tower.
+        The kernels of attention that will be used in the language model and in the vision tower, and those of experts
+        and of linear attention where the model has any, as people are told.
 
     Raises:
         UserError: A name in `freeze_modules`, `adapter.targets`, `learning_rates`, `transformer_layer_cls_to_wrap` or
@@ -54,11 +55,13 @@ def check_before_launch(spec: TrainSpec, steps: int | None, ranks: int) -> tuple
     _warn(spec, device)
     names = spec.model.attn_implementation, spec.model.vit_attn_implementation
     try:
-        kernels = choose_kernels(*names, device, half=spec.parallel.half, rmpad=spec.data.use_rmpad)
+        half, chosen = spec.parallel.half, spec.model.linear_attn_implementation
+        text, vision = choose_kernels(*names, device, half=half, rmpad=spec.data.use_rmpad)
+        kernels = f"{text} in the language model, {vision} in the vision tower"
         if family.experts:
-            choose_experts_kernel(spec.model.experts_implementation, device)
+            kernels += f"; experts: {choose_experts_kernel(spec.model.experts_implementation, device)}"
         if family.linear_attention:
-            choose_linear_kernel(spec.model.linear_attn_implementation, device, half=spec.parallel.half)
+            kernels += f"; linear attention: {choose_linear_kernel(chosen, device, half=half)}"
         check_shard_size(spec.parallel.hsdp_shard_size, ranks)
         model = build_skeleton(spec.model.path)
         check_degree(spec.parallel.sp_ulysses_degree, ranks, divided_heads(model.config.text_config))

@@ -39,6 +39,20 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+@pytest.mark.parametrize("slab_bytes", [4, 40, 4000])
+def test_lines_are_whole_wherever_a_block_of_the_file_ends(tmp_path: Path, slab_bytes: int, end: bytes) -> None:
+    """A line may have 64 bytes, its end included; of one that ends nowhere, 63."""
+    lines = [bytes([97 + n % 26]) * n for n in (*range(70), 63, 64, 200, 1, 0, 62, 63)]
+    path = _write(tmp_path / "a.jsonl", b"\n".join(lines) + end)
+    slabs = list(read_slabs(path, "jsonl", slab_bytes, memory_bytes=50 * 64))
+    found = [row for slab in slabs for row in slab.rows.to_pylist()]
+    whole = [line + b"\n" for line in lines[:-1]] + [lines[-1] + end]
+    assert [row["record"] for row in found] == [line if len(line) <= 64 else b"" for line in whole]
+    assert [row["problem"] is None for row in found] == [len(line) <= 64 for line in whole]
+    assert slabs[-1].done == 1.0
+
+
 def test_jsonl_is_a_record_a_line(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.jsonl", b'{"a":1}\r\n\n  \n{"b": "\xff"}\nlast')
     assert _records(path, "jsonl") == [b'{"a":1}\r\n', b"\n", b"  \n", b'{"b": "\xff"}\n', b"last"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qvl_pipeline.engine.feed.batch import Batch, BatchBuilder
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -28,10 +28,26 @@ def reference_loss(
     normalization: tuple[list[float], list[float]] = (MEAN, STD),
 ) -> torch.Tensor:
     """Sum of the sample's supervised losses by transformers' own top-level forward, positions included."""
-    config = model.config
+    inputs = inputs_of(model.config, sample, builder, normalization)
+    logits, ids = model(**inputs).logits[0].float(), inputs["input_ids"]
+    losses = [
+        F.cross_entropy(logits[start - 1 : end - 1], ids[0, start:end], reduction="sum")
+        for start, end in sample["label_spans"].tolist()
+    ]
+    return torch.stack(losses).sum()
+
+
+def inputs_of(
+    config: PreTrainedConfig,
+    sample: dict[str, Any],
+    builder: BatchBuilder,
+    normalization: tuple[list[float], list[float]] = (MEAN, STD),
+) -> dict[str, torch.Tensor]:
+    """What a processor of transformers would make of the sample."""
     ids = torch.tensor(sample["input_ids"], dtype=torch.long)[None]
-    inputs: dict[str, Any] = {
-        "mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    inputs = {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int(),
     }
     for kind, pixels, grid in (
         ("image", "pixel_values", "image_grid_thw"),
@@ -43,12 +59,7 @@ def reference_loss(
             inputs[grid] = torch.tensor([[item["grid_t"], item["grid_h"], item["grid_w"]] for item in media])
             if kind == "video" and builder.tokens_per_second:
                 inputs["second_per_grid_ts"] = torch.tensor([item["seconds_per_grid"] for item in media])
-    logits = model(input_ids=ids, **inputs).logits[0].float()
-    losses = [
-        F.cross_entropy(logits[start - 1 : end - 1], ids[0, start:end], reduction="sum")
-        for start, end in sample["label_spans"].tolist()
-    ]
-    return torch.stack(losses).sum()
+    return inputs
 
 
 def gradients(model: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from qvl_pipeline.engine.model.packed_vlm import PackedVLM
@@ -16,8 +15,10 @@ from qvl_pipeline.engine.model.recomputation import recompute_activations
 from qvl_pipeline.engine.model.routing import StepBalance, choose_experts_kernel, expert_load
 from qvl_pipeline.engine.spec import RecomputeSpec
 from qvl_pipeline.families import FAMILIES
-from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients
+from tests.engine.model.test_packed_vlm import KINDS, assert_same_gradients, gradients, inputs_of
 from tests.engine.packs import load_packed, make_builder, make_samples
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(params=[name for name, family in FAMILIES.items() if family.router])
@@ -28,13 +29,6 @@ def moe(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model(moe: str, tiny_folders: Callable[[str], Path]) -> PackedVLM:
     return load_packed(tiny_folders(moe), moe)
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def of_a_step(
@@ -57,15 +51,15 @@ def of_a_step(
     return total, {name: grad.clone() for name, grad in gradients(model).items()}
 
 
+@pytest.mark.parametrize("kind", ["text", "image_and_video"])
 def test_one_unpadded_batch_has_the_loss_of_transformers(
-    model: PackedVLM, moe: str, tiny_folders: Callable[[str], Path]
+    kind: str, model: PackedVLM, moe: str, tiny_folders: Callable[[str], Path]
 ) -> None:
     hf = AutoModelForImageTextToText.from_pretrained(tiny_folders(moe), dtype=torch.float32)
-    sample = make_samples(hf.config, moe)["text"]
-    ids = torch.tensor(sample["input_ids"], dtype=torch.long)[None]
-    expected = hf(input_ids=ids, output_router_logits=True).aux_loss
+    inputs = inputs_of(hf.config, make_samples(hf.config, moe)[kind], make_builder(hf.config, moe))
+    expected = hf(**inputs, output_router_logits=True).aux_loss
     expected.backward()
-    loss, grads = of_a_step(model, [["text"]])
+    loss, grads = of_a_step(model, [[kind]])
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     theirs = {name: grad for name, grad in gradients(hf).items() if name in {n.removeprefix("hf.") for n in grads}}
     ours = {name.removeprefix("hf."): grad for name, grad in grads.items() if name.removeprefix("hf.") in theirs}

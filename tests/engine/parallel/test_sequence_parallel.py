@@ -105,6 +105,7 @@ def assert_shared_as_alone(
     degree: int,
     tmp_path: Path,
     micro_batches: Sequence[tuple[Sequence[str], bool]] = MICRO_BATCHES,
+    compare: Callable[[str, str, str], None] = compare_with_one_rank,
 ) -> None:
     alone = []
     for kinds, vision in micro_batches:
@@ -113,7 +114,7 @@ def assert_shared_as_alone(
         alone.append({"micro_batch": (kinds, vision), "losses": losses, "gradients": grads, "calls": calls})
     torch.save(alone, tmp_path / "alone.pt")
     arguments = (str(folder), packed.family.name, str(tmp_path / "alone.pt"))
-    run_ranks(compare_with_one_rank, degree, *arguments, log_dir=tmp_path, timeout_s=60)
+    run_ranks(compare, degree, *arguments, log_dir=tmp_path, timeout_s=60)
 
 
 def compare_attention(heads: tuple[tuple[int, int], ...]) -> None:

@@ -10,13 +10,14 @@ from qvl_pipeline.config.base import Block, Indifferent
 
 
 class DataEngineConfig(Block):
-    """Where rows are worked on. Nothing here changes what is written: tables are the same bytes with any value.
+    """Where the data stages work. Nothing here changes what is written: it is the same bytes with any value.
 
     (But for rows that are too long for `memory_limit_gib`, which are rejects.)
 
     Attributes:
-        runner: `native` works on this machine, on all of its cores; `ray` on a Ray cluster, by Daft. The project folder
-            and the media must be at the same path on all nodes of the cluster.
+        runner: `native` works on this machine, on all of its cores; `ray` on a Ray cluster: `ingest` and `validate` by
+            Daft, `sample` and `tokenize` in tasks. The project folder and the media must be at the same path on all
+            nodes of the cluster, and the same packages be installed there.
         ray_address: Address of the cluster, such as `ray://head:10001` or `auto`; `None` starts Ray on this machine.
         memory_limit_gib: Memory that `ingest` keeps within, however many rows there are; what Python and its libraries
             take from the start (0.4 GiB) is in it. Of what is above 1 GiB, each process that reads rows has 0.1 GiB: at

@@ -35,9 +35,11 @@ class SampleConfig(Block):
             no profile and after no interruption. `null` keeps none.
         decode_timeout_s: Wall-clock seconds one clip may take before its decoder is killed and its samples quarantined.
         max_reject_fraction: Share of samples that may be quarantined here before the stage fails.
-        num_workers: Decoding processes, each of one thread; `null` takes one for every core.
+        num_workers: Decoding processes, each of one thread; `null` takes one for every core, of this machine or of the
+            Ray cluster.
         memory_gib: Most memory of all decoding processes and the clips that wait to be written; it holds back
-            `num_workers`.
+            `num_workers`. On Ray it is the most that one clip may need, and each task asks its node for as much as the
+            largest clip needs.
     """
 
     video_backend: Literal["pyav", "torchcodec", "decord", "qwen_vl_utils"] = "pyav"

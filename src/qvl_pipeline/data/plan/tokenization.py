@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 from transformers import ProcessorMixin
 
+from qvl_pipeline.data.spread import Begun, Processes, RayTasks, in_order
 from qvl_pipeline.data.tables import QUARANTINE
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.media.frames.store import FrameStore
 from qvl_pipeline.media.sound.store import SoundStore
-from qvl_pipeline.orphans import end_with_client
 from qvl_pipeline.tokens.encoding import COPIED, ImageFacts, MediaGrids, encode_samples
 from qvl_pipeline.tokens.unusable import Unusable
 
@@ -76,6 +75,7 @@ def tokenize_samples(
     processor: ProcessorMixin,
     *,
     workers: int = 1,
+    runner: str = "native",
     ignore_empty_think: bool = True,
 ) -> Iterator[Tokenized]:
     """Tokenise samples, a bounded number at a time.
@@ -84,19 +84,24 @@ def tokenize_samples(
         samples: Table `valid_samples`.
         grids: Sizes of all media.
         processor: The model's processor.
-        workers: Processes that do it; with 1, this one does.
+        workers: Processes of this machine that do it; with 1, this one does.
+        runner: With `ray`, tasks of the cluster that was joined do it instead.
         ignore_empty_think: Empty thoughts before answers are not trained on.
 
     Yields:
-        Batches in the order of `samples`; the same ones for any number of workers.
+        Batches in the order of `samples`; the same ones whoever makes them.
 
     Raises:
         UserError: A medium is not in the media index or the frame store; or a worker process died.
     """
     starts = range(0, len(samples), ROWS_PER_BATCH)
     chunks = (samples.iloc[start : start + ROWS_PER_BATCH].to_dict("records") for start in starts)
-    if workers > 1:
-        yield from _in_parallel(chunks, grids, processor, workers, ignore_empty_think)
+    start = partial(_tokenizer, processor, grids.store, grids.sounds, ignore_empty_think)
+    if runner == "ray":
+        yield from _side_by_side(chunks, grids, RayTasks(start, what="samples"))
+    elif workers > 1:
+        preload = [__name__, type(processor).__module__]
+        yield from _side_by_side(chunks, grids, Processes(start, workers, preload))
     else:
         yield from (_tokenized(rows, grids, processor, ignore_empty_think) for rows in chunks)
 
@@ -135,51 +140,30 @@ def _tokenized(
     return Tokenized(pa.RecordBatch.from_pylist(usable, schema=SCHEMA), unusable)
 
 
-def _in_parallel(
-    chunks: Iterable[list[dict[str, Any]]],
-    grids: MediaGrids,
-    processor: ProcessorMixin,
-    workers: int,
-    ignore_empty_think: bool,
+def _side_by_side(
+    chunks: Iterable[list[dict[str, Any]]], grids: MediaGrids, pool: Processes | RayTasks
 ) -> Iterator[Tokenized]:
-    """Tokenise each chunk in one of some processes, no further ahead of the reader than two chunks for each."""
-    # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, type(processor).__module__])
-    start = processor, grids.store, grids.sounds, ignore_empty_think
-    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
-        waiting: deque[Future[Tokenized]] = deque()
-        try:
-            for rows in chunks:
-                if len(waiting) == 2 * workers:
-                    yield waiting.popleft().result()
-                paths = {item["path"] for row in rows for item in row["media"]}
-                images = {path: grids.images[path] for path in paths & grids.images.keys()}
-                waiting.append(pool.submit(_work, rows, images))
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process that tokenises samples was ended from outside, most likely because memory ran out: run the "
-                "pipeline 'tokenize' again on a machine with more memory or fewer cores"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def begin(rows: list[dict[str, Any]]) -> Begun:
+        paths = {item["path"] for row in rows for item in row["media"]}
+        return pool.begin(rows, {path: grids.images[path] for path in paths & grids.images.keys()})
+
+    try:
+        with closing(pool):
+            yield from in_order(begin, chunks, pool.ahead)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenises samples was ended from outside, most likely because memory ran out: run the "
+            "pipeline 'tokenize' again on a machine with more memory or fewer cores"
+        ) from error
 
 
-# What a worker process tokenises with: the processor, the sampled clips and sounds, what is done with empty thoughts.
-_worker: tuple[ProcessorMixin, FrameStore, SoundStore | None, bool]
-
-
-def _start_worker(
+def _tokenizer(
     processor: ProcessorMixin, store: FrameStore, sounds: SoundStore | None, ignore_empty_think: bool
-) -> None:
-    global _worker
-    end_with_client()  # it would wait for work forever: its queue has an end in every one of these processes
-    _worker = processor, store, sounds, ignore_empty_think
+) -> Callable[[list[dict[str, Any]], dict[str, ImageFacts]], Tokenized]:
+    """Return what tokenises rows, with the facts about their images, in a process of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
+    def tokenized(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
+        return _tokenized(rows, MediaGrids(processor, images, store, sounds), processor, ignore_empty_think)
 
-def _work(rows: list[dict[str, Any]], images: dict[str, ImageFacts]) -> Tokenized:
-    processor, store, sounds, ignore_empty_think = _worker
-    return _tokenized(rows, MediaGrids(processor, images, store, sounds), processor, ignore_empty_think)
+    return tokenized

@@ -38,7 +38,7 @@ _LOGGER = logging.getLogger(__name__)
 
 def is_url(path: str) -> bool:
     """Whether a path is a URL of any kind."""
-    return _URL.match(path) is not None
+    return "://" in path and _URL.match(path) is not None
 
 
 def list_remote(url: str, options: Mapping[str, Any]) -> dict[str, str]:

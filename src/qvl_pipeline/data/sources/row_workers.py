@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import daft
@@ -71,15 +71,18 @@ class RowWorkers:
             What waits for the table of `READ_ROW`s, and raises a `UserError` where they cannot be read.
         """
         batch_rows = self._engine.batch_rows
-        pieces = [_copied(rows, start, batch_rows) for start in range(0, len(rows), batch_rows)]
+        starts = range(0, len(rows), batch_rows)
         if self._engine.runner == "ray":
+            pieces = [_copied(rows, start, batch_rows) for start in starts]
             return lambda: by_daft(RowReader(source, config), split, pieces, batch_rows, path)
-        if len(pieces) == 1 or self._workers < 2:
-            reader = self._readers.setdefault(source.name, RowReader(source, config))
-            return lambda: _joined((_read(reader, split, piece) for piece in pieces), path)
+        if len(starts) == 1 or self._workers < 2:
+            if source.name not in self._readers:
+                self._readers[source.name] = RowReader(source, config)
+            read = partial(_read, self._readers[source.name], split)
+            return lambda: _joined((read(_copied(rows, start, batch_rows)) for start in starts), path)
         pool, given = self._processes(), pickle.dumps((source, config))
         with _named(path):
-            futures = [pool.submit(_read_there, given, split, piece) for piece in pieces]
+            futures = [pool.submit(_read_there, given, split, _packed(rows.slice(at, batch_rows))) for at in starts]
         return lambda: _joined((future.result() for future in futures), path)
 
     def _processes(self) -> ProcessPoolExecutor:
@@ -97,6 +100,14 @@ def _copied(rows: pa.Table, start: int, count: int) -> pa.RecordBatch:
     numbers = pa.array(range(start, min(start + count, len(rows))), pa.int64())
     (batch,) = rows.take(numbers).combine_chunks().to_batches()
     return batch
+
+
+def _packed(rows: pa.Table) -> pa.Buffer:
+    """Return rows as they are sent: of a slice, nothing but its rows, which pickle would not do."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    return sink.getvalue()
 
 
 def _joined(pieces: Iterable[pa.RecordBatch], path: str) -> pa.Table:
@@ -123,7 +134,8 @@ def _reader(given: bytes) -> RowReader:
     return RowReader(*pickle.loads(given))
 
 
-def _read_there(given: bytes, split: str | None, rows: pa.RecordBatch) -> pa.RecordBatch:
+def _read_there(given: bytes, split: str | None, packed: pa.Buffer) -> pa.RecordBatch:
+    (rows,) = pa.ipc.open_stream(packed).read_all().combine_chunks().to_batches()
     return _read(_reader(given), split, rows)
 
 

@@ -97,7 +97,7 @@ class RowReader:
             if self._source.benchmark:
                 row = benchmark_row(row, self._source.benchmark, self._source.name)
             messages, found = to_conversation(row, self._source.format)
-        media = [use._replace(path=self._locate(use)) for use in found]
+        media = [Media(use.type, self._locate(use), use.start, use.end) for use in found]
         split = self._source.split or split or _text(row, "split")
         if split not in (*SPLITS, self._source.split, None):
             raise RejectedRowError(
@@ -106,7 +106,8 @@ class RowReader:
             )
         if split is None and media:
             # By the first medium instead of the row, so that rows about one picture do not leak into the other split.
-            split = assign_split(self._name(found[0], media[0].path), self._config)
+            name = self._name(found[0], media[0].path) if self._config.eval_fraction else ""
+            split = assign_split(name, self._config)
         kind = _text(row, "kind") or derive_kind(media)
         if kind.startswith(BENCHMARK) and not self._source.benchmark:
             raise RejectedRowError(
@@ -114,15 +115,15 @@ class RowReader:
                 f"its kind is {quote(kind)}, which is that of a benchmark: rename it, or say `benchmark` of the source",
             )
         answer = _text(row, "answer")
-        read = read_columns(row, self._source.format) | _SAMPLE_COLUMNS
+        read = read_columns(row, self._source.format)
         return {
             "split": split,
             "kind": kind,
             "task": _text(row, "task") or AUTO,
             "answer": _last_answer(messages) if answer is None else answer,
             "messages": orjson.dumps(messages).decode(),
-            "media": [use._asdict() for use in media],
-            "metadata": _to_json({key: value for key, value in row.items() if key not in read}),
+            "media": [{"type": use.type, "path": use.path, "start": use.start, "end": use.end} for use in media],
+            "metadata": _to_json({key: row[key] for key in row.keys() - read - _SAMPLE_COLUMNS}),
         }
 
     def _locate(self, use: Media) -> str:
@@ -145,8 +146,8 @@ def assign_split(key: str, config: IngestConfig) -> str:
 
 def derive_kind(media: Sequence[Media]) -> str:
     """Name the kind of a sample by its media, when its row does not."""
-    types = sorted(use.type for use in media)
-    return _KINDS.get(tuple(types)) or _MANY_KINDS[tuple(sorted(set(types)))]
+    types = tuple(sorted([use.type for use in media]))
+    return _KINDS.get(types) or _MANY_KINDS[tuple(sorted(set(types)))]
 
 
 def _parse(record: bytes | Row) -> Row:

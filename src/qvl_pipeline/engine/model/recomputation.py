@@ -15,7 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qvl_pipeline.engine.spec import RecomputeSpec
 
-_PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
+# The last is that of all experts of a layer, on a CPU and on a GPU alike.
+_NAMES = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+_PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in _NAMES)
 # torch's own attention on all devices, its varlen attention, and both packages of FlashAttention.
 _ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "torch_attn::", "flash_attn")
 # A product is of a low rank where each number that it puts out costs this many times fewer multiplications than there
@@ -79,7 +81,7 @@ def _keep(_context: Any, op: Any, *args: Any, **_: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _is_low_rank(factors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether a product `[…, k] x [k, n]`, the last two of these, has a `k` far below `n`."""
-    inner, outer = factors[-1].shape[-2:]
+def _is_low_rank(args: tuple[Any, ...]) -> bool:
+    """Whether a product `[…, k] x [k, n]`, the last two matrices of these, has a `k` far below `n`."""
+    inner, outer = next(arg for arg in reversed(args) if isinstance(arg, torch.Tensor) and arg.ndim > 1).shape[-2:]
     return inner * _LOW_RANK < outer

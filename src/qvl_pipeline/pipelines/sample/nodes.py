@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qvl_pipeline.config import ModelConfig, SampleConfig
+from qvl_pipeline.config import DataEngineConfig, ModelConfig, SampleConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.families import FAMILIES
 
@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def sample_clips(
-    valid_samples: pd.DataFrame, media_index: pd.DataFrame, sample: SampleConfig, model: ModelConfig
+    valid_samples: pd.DataFrame,
+    media_index: pd.DataFrame,
+    sample: SampleConfig,
+    model: ModelConfig,
+    data_engine: DataEngineConfig,
 ) -> Callable[[Path], None]:
     """Sample the frames of every clip that any sample refers to.
 
@@ -30,21 +34,24 @@ def sample_clips(
         media_index: Every media file as probed.
         sample: Which frames, and at which size.
         model: Model whose patch size the frames must fit.
+        data_engine: Where to read clips.
 
     Returns:
         A writer of the frame store, with the sounds.
 
     Raises:
-        UserError: There are sounds and the model does not hear, too many clips are too short for the parameters, or the
-            decoder cannot be loaded. Found before any decoding.
+        UserError: There is no cluster, there are sounds and the model does not hear, too many clips are too short for
+            the parameters, or the decoder cannot be loaded. Found before any decoding.
     """
     from qvl_pipeline.data.frames.clips import estimated_bytes, list_clips
     from qvl_pipeline.data.frames.sounds import list_sounds
     from qvl_pipeline.data.frames.writing import write_store
     from qvl_pipeline.data.made_with import made_with
+    from qvl_pipeline.data.runner import join_cluster
     from qvl_pipeline.media.frames.backends import choose_backend
     from qvl_pipeline.media.frames.decode_worker import Failure
 
+    join_cluster(data_engine)
     _check_hearing(valid_samples, model)
     sounds = list_sounds(valid_samples, media_index, sample) if model.family.hearing else []
     fit, unfit = [], []
@@ -66,6 +73,7 @@ def sample_clips(
         sounds=sounds,
         hearing=model.family.hearing,
         sample=sample,
+        engine=data_engine,
         attrs=attrs,
         **reading,
     )

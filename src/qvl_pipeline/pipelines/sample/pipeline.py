@@ -13,7 +13,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 sample_clips,
-                inputs=["valid_samples", "media_index", "params:sample", "params:model"],
+                inputs=["valid_samples", "media_index", "params:sample", "params:model", "params:data_engine"],
                 outputs="video_frames",
                 name="sample_clips",
             ),

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from qvl_pipeline.config import BatchingConfig, IngestConfig, ModelConfig
+from qvl_pipeline.config import BatchingConfig, DataEngineConfig, IngestConfig, ModelConfig
 from qvl_pipeline.data.base_model import check_family, write_manifest
 from qvl_pipeline.data.progress import progress_bar
 
@@ -58,6 +58,7 @@ def tokenize(
     base_model: Path,
     model: ModelConfig,
     batching: BatchingConfig,
+    data_engine: DataEngineConfig,
 ) -> tuple[Callable[[Path], None], Callable[[Path], None], Callable[[Path], None]]:
     """Tokenise every sample, of the eval split too.
 
@@ -71,21 +72,24 @@ def tokenize(
         base_model: Folder with the manifest of the model.
         model: Parameters of the model.
         batching: Whether training is a stream.
+        data_engine: Where to work.
 
     Returns:
         Writers of `tokenized_samples`, of `stream_samples`, which are none for a map-style type, and of
         `tokenize_quarantine`, to be called after the first: the samples that cannot be tokenised.
 
     Raises:
-        UserError: The processor does not fit the model, or counts other tokens than we do.
+        UserError: The processor does not fit the model, or counts other tokens than we do; or there is no cluster.
     """
     from qvl_pipeline.data.plan.processor import check_token_counts, load_processor
     from qvl_pipeline.data.plan.stream_samples import tokenized_beforehand, write_stream_samples
     from qvl_pipeline.data.plan.tokenization import media_grids, tokenize_samples, useful_workers
     from qvl_pipeline.data.plan.turns import with_prompts_of_turns
+    from qvl_pipeline.data.runner import join_cluster
     from qvl_pipeline.media.frames.store import FrameStore
     from qvl_pipeline.media.sound.store import SoundStore
 
+    join_cluster(data_engine)
     processor, store = load_processor(base_model, model), FrameStore(video_frames)
     last_turn_only = model.thinking == "last_turn_only"
     valid_samples = with_prompts_of_turns(valid_samples, processor, last_turn_only=last_turn_only)
@@ -106,7 +110,12 @@ def tokenize(
             flush=True,
         )
     batches = tokenize_samples(
-        now, grids, processor, workers=useful_workers(len(now)), ignore_empty_think=model.ignore_empty_think
+        now,
+        grids,
+        processor,
+        workers=useful_workers(len(now)),
+        runner=data_engine.runner,
+        ignore_empty_think=model.ignore_empty_think,
     )
     unusable: list[Unusable] = []
     return (

@@ -26,6 +26,7 @@ def create_pipeline() -> Pipeline:
                     "base_model",
                     "params:model",
                     "params:batching",
+                    "params:data_engine",
                 ],
                 # In this order: the last is known once the first is written.
                 outputs=["tokenized_samples", "stream_samples", "tokenize_quarantine"],

@@ -132,8 +132,8 @@ def train(
         expected_peak_bytes=expected_peak_bytes(preflight_report),
     )
     processes = training_processes(train, batching)
-    text, vision = check_before_launch(spec, plan_summary["steps"], processes.per_node * processes.nodes.nnodes)
-    print(f"train: attention kernels: {text} in the language model, {vision} in the vision tower", flush=True)
+    kernels = check_before_launch(spec, plan_summary["steps"], processes.per_node * processes.nodes.nnodes)
+    print(f"train: attention kernels: {kernels}", flush=True)
 
     if processes.nodes.node_rank > 0:
         join(folder, processes, resume=resume)

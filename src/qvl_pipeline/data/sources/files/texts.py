@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import orjson
 import pyarrow as pa
 
@@ -29,17 +30,32 @@ Row = tuple[bytes, str | None]  # JSON of a row, and why there is none
 def _read_jsonl(path: Path, limits: Limits) -> Iterator[Piece]:
     # By bytes: one that is not UTF-8 fails its line, not the file.
     with path.open("rb") as raw, decompressed(raw, limits.guard(path)) as file:
-        yield from _pieces(_lines(file, limits), raw, limits)
+        while block := file.read(min(limits.piece_bytes, limits.row_bytes)):
+            yield _lines(block, file, limits, lambda: position(raw))
 
 
-def _lines(file: BinaryIO, limits: Limits) -> Iterator[Row]:
-    for line in iter(lambda: file.readline(limits.row_bytes), b""):
-        if len(line) < limits.row_bytes or line.endswith(b"\n"):
-            yield line, None
-            continue
-        while not line.endswith(b"\n") and (line := file.readline(_BUFFER_BYTES)):
+def _lines(block: bytes, file: BinaryIO, limits: Limits, done: Callable[[], float]) -> Piece:
+    """Take the lines of a block, and the rest of its last one, out of a file: where they end, as columns.
+
+    Lines of Python one by one would take a third as long as reading the rows does.
+    """
+    begun = len(block) - 1 - block.rfind(b"\n")  # bytes of a line that goes on behind the block
+    rest = file.readline(limits.row_bytes - begun) if begun else b""
+    is_too_long = begun + len(rest) >= limits.row_bytes and not rest.endswith(b"\n")
+    if is_too_long:
+        while not rest.endswith(b"\n") and (rest := file.readline(_BUFFER_BYTES)):
             pass
-        yield b"", limits.too_long()
+        block, rest = block[: len(block) - begun], b""
+    content = block + rest
+    ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
+    if content and (not len(ends) or ends[-1] < len(content)):  # the last line of a file may not end
+        ends = np.append(ends, len(content))
+    lines = len(ends) + is_too_long
+    offsets = np.concatenate([[0], ends, [len(content)] * is_too_long]).astype(np.int64)
+    records = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), lines, [None, pa.py_buffer(offsets), pa.py_buffer(content)]
+    )
+    return Piece(records, [None] * (lines - 1) + [limits.too_long()] if is_too_long else None, done())
 
 
 def _read_json(path: Path, limits: Limits) -> Iterator[Piece]:

@@ -104,7 +104,8 @@ def openai(row: Row) -> Conversation:
     when there is such a column, so do the markers `<image>`, `<video>` and `<audio>` in texts. A thought in
     `reasoning_content` goes before its answer, as Qwen's templates read and write it.
     """
-    return _conversation(row, _OPENAI, _MEDIA, marked=any(is_given(row.get(column)) for column in _MEDIA))
+    marked = not row.keys().isdisjoint(_MEDIA) and any(is_given(row.get(column)) for column in _MEDIA)
+    return _conversation(row, _OPENAI, _MEDIA, marked=marked)
 
 
 def sharegpt(row: Row) -> Conversation:
@@ -158,26 +159,30 @@ FORMATS: dict[str, Callable[[Row], Conversation]] = {
 
 def detect_format(row: Row) -> str:
     """Name the form of a row with turns, by the keys of the first and the columns of its media."""
-    _, turn = next(_turns(row), ("", {}))
-    if not is_given(turn.get("from")):
+    column = _turn_column(row)
+    turns = expect(list, row[column], f"'{column}'")
+    if not turns or not is_given(expect(dict, turns[0], f"{column}[0]").get("from")):
         return "openai"
     return "llava" if any(is_given(row.get(kind)) for kind in MEDIA_COLUMNS) else "sharegpt"
 
 
 def _is_alpaca(row: Row) -> bool:
-    turns = any(row.get(column) is not None for column in TURN_COLUMNS)
-    return not turns and row.get("instruction") is not None and "output" in row
+    if row.get("instruction") is None or "output" not in row:
+        return False
+    return all(row.get(column) is None for column in TURN_COLUMNS)
 
 
 def _conversation(row: Row, keys: tuple[str, str], columns: Sequence[str], *, marked: bool) -> Conversation:
     """Read turns that have these keys; files are named in the items, or in these columns."""
-    listed = {kind: listed_media(row, kind, columns) for kind in MEDIA_COLUMNS}
+    listed: dict[str, list[Media]] = {}
+    if not row.keys().isdisjoint(_MEDIA):
+        listed = {kind: listed_media(row, kind, columns) for kind in MEDIA_COLUMNS}
     messages, media = _system_turn(row), []
     for where, turn in _turns(row):
         message, content = _open_turn(turn, keys, where)
         for item, own in read_items(content, where, marked=marked):
             message["content"].append(item)
-            if item["type"] != "text" and (own or listed[item["type"]]):
+            if item["type"] != "text" and (own or listed.get(item["type"])):
                 media.append(own or listed[item["type"]].pop(0))
         messages.append(message)
     return Conversation(messages, media + [file for files in listed.values() for file in files])
@@ -192,12 +197,14 @@ def _system_turn(row: Row) -> list[Row]:
 
 
 def _turn_column(row: Row) -> str:
-    columns = [column for column in TURN_COLUMNS if row.get(column) is not None]
-    if len(columns) == 2:
+    messages, conversations = TURN_COLUMNS
+    if row.get(messages) is None:
+        if row.get(conversations) is None:
+            raise no_form(row, sorted(_CONVERSATION_COLUMNS | _ALPACA_COLUMNS))
+        return conversations
+    if row.get(conversations) is not None:
         raise unknown("it has both 'messages' and 'conversations'")
-    if not columns:
-        raise no_form(row, sorted(_CONVERSATION_COLUMNS | _ALPACA_COLUMNS))
-    return columns[0]
+    return messages
 
 
 def _with_turns(row: Row) -> Row:

@@ -21,6 +21,7 @@ _LOCATIONS = {
     "video": ("video_url", "video", "url", "path", "value"),
     "audio": ("audio_url", "audio", "input_audio", "url", "path", "value"),
 }
+_PLAIN_TEXT = {"type", "text"}
 # Which seconds of a file are used.
 _WINDOWS = {"video": ("video_start", "video_end"), "audio": ("audio_start", "audio_end")}
 _ALL = [None, None]
@@ -60,6 +61,9 @@ def read_items(content: Any, where: str, *, marked: bool) -> Iterator[tuple[Row,
                 yield {"type": "text", "text": piece}, None
         return
     for number, item in enumerate(expect(list, content, f"the content of {where}")):
+        if _is_plain(item):  # most items: there is nothing else to look for
+            yield {"type": "text", "text": item["text"]}, None
+            continue
         place = f"{where}.content[{number}]"
         yield _item(expect(dict, item, place), place)
 
@@ -82,6 +86,12 @@ def listed_media(row: Row, kind: str, columns: Sequence[str]) -> list[Media]:
     return files
 
 
+def _is_plain(item: Any) -> bool:
+    if not isinstance(item, dict) or item.keys() != _PLAIN_TEXT:
+        return False
+    return item["type"] == "text" and isinstance(item["text"], str)
+
+
 def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     kind = _ITEM_TYPES.get(item.get("type")) if isinstance(item.get("type"), str) else None
     if kind is None:
@@ -90,7 +100,7 @@ def _item(item: Row, where: str) -> tuple[Row, Media | None]:
     if kind == "text":
         text = item.get("value") if item.get("text") is None else item["text"]
         return {"type": "text", "text": expect(str, text, f"{where}.text")}, None
-    files = [item[key] for key in _LOCATIONS[kind] if key in item and is_given(item[key])]
+    files = [value for key, value in item.items() if key in _LOCATIONS[kind] and is_given(value)]
     if len(files) > 1:
         raise unknown(f"{where} names {len(files)} files; an item has one")
     window = [item.get(key) for key in _WINDOWS[kind]] if kind in _WINDOWS else _ALL
