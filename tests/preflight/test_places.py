@@ -12,7 +12,7 @@ LOADER, PIECE = 300 << 20, 128 << 20
 TOKEN, PATCH = 41, 3 * 2 * 16**2
 
 
-def loaders_bytes(tokens: int, workers: int) -> int:
+def loaders_bytes(tokens: int, workers: int | str) -> int:
     data = SimpleNamespace(dataloader_num_workers=workers, dataloader_prefetch_factor=2)
     spec = SimpleNamespace(data=data, run=SimpleNamespace(save_async=False))
     vision = SimpleNamespace(temporal_patch_size=2, patch_size=16)
@@ -30,6 +30,10 @@ def test_light_micro_batches_are_prepared_whole(workers: int) -> None:
     batch = 16_000 * (TOKEN + 4 * PATCH)
     assert batch < PIECE
     assert loaders_bytes(16_000, workers) == workers * (LOADER + 2 * batch) + batch
+
+
+def test_an_automatic_number_of_processes_is_taken_to_be_that_of_a_stream() -> None:
+    assert loaders_bytes(16_000, "auto") == loaders_bytes(16_000, 4)
 
 
 def test_of_heavy_ones_pieces_are_ready_as_many_as_one_of_them_has_and_two_a_process() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,7 +124,8 @@ class RayTasks:
 
         for task in self._tasks:
             if not task.taken:
-                ray.cancel(task.reference, force=True)
+                with contextlib.suppress(Exception):  # a cluster that is lost has no tasks, and why it is has been said
+                    ray.cancel(task.reference, force=True)
         self._tasks.clear()
 
 
@@ -140,7 +142,7 @@ class _Task:
             found = self.reference.future().result()
         except RayTaskError as error:
             raise error.cause from None
-        except RayError as error:
+        except (RayError, ConnectionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{self._what} cannot be worked on on the Ray cluster ({reason}): its nodes need memory, this folder "

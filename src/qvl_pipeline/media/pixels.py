@@ -15,6 +15,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from qvl_pipeline.media.opening import OpenMedia, open_media, open_picture
 
+# Bytes that a JPEG may have beside its pixels: profile, preview, notes of a camera.
+_BESIDE_PIXELS = 1 << 20
+
 
 def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
     """Open an image the way it is meant to be seen: upright, and over white where it is transparent.
@@ -53,6 +56,8 @@ def _decoded_jpeg(file: OpenMedia, image: Image.Image) -> np.ndarray | None:
         Uint8 `[3, H, W]`; `None` for all else, and for what is damaged: Pillow says in which way.
     """
     if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    if file.size > image.width * image.height * 3 + _BESIDE_PIXELS:  # it would be read whole, with whatever follows it
         return None
     try:
         return decode_jpeg(torch.from_numpy(np.fromfile(file, dtype=np.uint8)), ImageReadMode.RGB).numpy()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from qvl_pipeline.config.preflight import HARDWARE
 from qvl_pipeline.engine.model.attention.kernels import choose_kernels, installed
 from qvl_pipeline.engine.model.flops import peak_flops_by_name
+from qvl_pipeline.engine.model.kernels import fused_blocks
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.preflight.memory.model import Kernels
@@ -119,6 +121,7 @@ def kernels_on(hardware: Hardware, spec: TrainSpec) -> tuple[Kernels, list[str]]
             notes.append(f"{names[place]} is not installed on this machine: it must be where the training runs")
     if not spec.data.use_rmpad and spec.model.attn_implementation == "auto":
         names[0] = "sdpa"
-    # `auto` is one of both on a GPU.
-    fused = bool(spec.model.use_liger_kernel or spec.model.torch_compile)
-    return Kernels("cuda", *names, fused=fused), list(dict.fromkeys(notes))
+    liger, compiled = fused_blocks(spec, torch.device("cuda"), liger_is_there=True)
+    if liger and find_spec("liger_kernel") is None:
+        notes.append("liger-kernel is not installed on this machine: it must be where the training runs")
+    return Kernels("cuda", *names, fused=liger or compiled), list(dict.fromkeys(notes))

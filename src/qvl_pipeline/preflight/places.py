@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_pipeline.engine.feed.batch import PIECE_BYTES
+from qvl_pipeline.engine.feed.loader_processes import OF_A_STREAM
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.preflight.estimate import Estimate
 from qvl_pipeline.preflight.hardware import Hardware
@@ -45,6 +46,7 @@ def host(spec: TrainSpec, needed: Estimate, hardware: Hardware, packs: int) -> d
     batch = needed.heavy.tokens * _TOKEN + needed.heavy.patches * _patch_values(needed)
     # Heavy micro-batches are prepared in pieces: at least one of them ahead, and with each process a piece more.
     workers, pieces = spec.data.dataloader_num_workers, math.ceil(batch / PIECE_BYTES)
+    workers = OF_A_STREAM if workers == "auto" else workers  # how many it will be is measured when training starts
     items = workers * spec.data.dataloader_prefetch_factor
     items = items if pieces == 1 else max(items, pieces + 2 * workers)
     loaders = workers * _LOADER + (items * min(batch, PIECE_BYTES) if workers else 0) + batch

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,3 +254,22 @@ def test_a_process_that_leaves_its_loaders_to_python_ends_all_the_same() -> None
     # Python asks them to stop, by the signal that they ignore, and waits for them.
     done = subprocess.run([sys.executable, "-c", LEAVES_A_LOADER], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_ranks_read_the_same_micro_batches_ahead_however_heavy_their_own_are(training: TrainSpec, workers: int) -> None:
+    """A stream exchanges facts at each step that is read: who reads fewer of them keeps the others waiting."""
+
+    def read_by(patches: int) -> list[int]:
+        read: list[int] = []
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for number in range(9):
+                read.append(number)
+                yield MicroBatch((0,), True, patches=patches)
+
+        chosen = options(num_workers=workers, most_patches=40, piece_bytes=8 * PATCH_BYTES)
+        built = load_batches(micro_batches(), Path(training.data.tokenized), builder(training), chosen)
+        return [len(read) for _ in built]
+
+    assert read_by(4) == read_by(40)

@@ -70,8 +70,8 @@ def hash_file(path: Path) -> str:
 
 
 def hash_code(folder: Path) -> str:
-    """Return one sha256 over the Python files of a package: another version of it may make something else."""
-    return fingerprint([hash_file(path) for path in sorted(folder.glob("*.py"))])
+    """Return one sha256 over the Python files of a package and its rooms: another version may make something else."""
+    return fingerprint([hash_file(path) for path in sorted(folder.rglob("*.py"))])
 
 
 def hash_folder(folder: Path, exclude: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,12 +117,17 @@ def load_batches(
         BadSampleError: A sample's media fail, and may not be skipped.
         LoaderDiedError: A loader process was killed.
     """
-    ahead, awaited = itertools.tee(micro_batches)
+    # How many micro-batches are read ahead does not depend on their pieces: a stream exchanges facts among ranks at
+    # each step that is read, and ranks that read different steps would wait for each other for ever. None has fewer
+    # than one piece, so those that are read are enough for all that the loader asks for.
+    source, behind = iter(micro_batches), options.num_workers * (options.items_ahead(builder) or 0)
+    awaited = deque(itertools.islice(source, behind + 1))
+    unsent = deque(awaited)
     dataset = _MicroBatches(tokenized, builder, skip_bad_samples=options.skip_bad_samples)
     batches = iter(
         DataLoader(
             dataset,
-            sampler=(piece for micro_batch in ahead for piece in _pieces(micro_batch, builder, options)),
+            sampler=_pieces_of(unsent, builder, options),
             batch_size=None,
             num_workers=options.num_workers,
             prefetch_factor=options.items_ahead(builder),
@@ -132,19 +138,24 @@ def load_batches(
             generator=torch.Generator(),
         )
     )
-    for micro_batch in awaited:
+    while awaited:
+        micro_batch = awaited.popleft()
         try:
-            batch, *rest = [next(batches) for _ in _pieces(micro_batch, builder, options)]
+            pieces = [next(batches) for _ in _pieces(micro_batch, builder, options)]
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
             raise LoaderDiedError(dataset.sample_ids(micro_batch), str(error).splitlines()[0]) from error
-        if rest:
-            failed = any(piece is None for piece in (batch, *rest))
-            batch = dataset.built(micro_batch) if failed else _joined(batch, rest, pinned=options.pin_memory)
+        if any(piece is None for piece in pieces):
+            pieces.clear()  # make room for them once more
+            pieces.append(dataset.built(micro_batch))
+        batch = _joined(pieces, pinned=options.pin_memory)
         if isinstance(batch, BadSample):
             raise BadSampleError(batch)
         yield batch
+        for micro_batch in itertools.islice(source, 1):
+            awaited.append(micro_batch)
+            unsent.append(micro_batch)
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,16 @@ def _pieces(micro_batch: MicroBatch, builder: BatchBuilder, options: LoaderOptio
     return [_Piece(micro_batch, number, count) for number in range(count)]
 
 
-def _joined(batch: Batch, rest: Sequence[torch.Tensor], *, pinned: bool) -> Batch:
+def _pieces_of(unsent: deque[MicroBatch], builder: BatchBuilder, options: LoaderOptions) -> Iterator[_Piece]:
+    while unsent:
+        yield from _pieces(unsent.popleft(), builder, options)
+
+
+def _joined(pieces: Sequence[Any], *, pinned: bool) -> Batch | BadSample:
+    """Make one batch of the first piece and the pixels that are the others."""
+    batch, *rest = pieces
+    if not rest:
+        return batch
     pixels = [batch.patches, *rest]
     shape = sum(map(len, pixels)), pixels[0].shape[1]
     joined = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)

@@ -18,7 +18,9 @@ def why_not_liger(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"not used: Liger's kernels need CUDA, and this is {device.type}"
 
 
-def fused_blocks(spec: TrainSpec, device: torch.device) -> tuple[bool, bool]:
+def fused_blocks(
+    spec: TrainSpec, device: torch.device, *, liger_is_there: bool = find_spec("liger_kernel") is not None
+) -> tuple[bool, bool]:
     """Choose how blocks are computed: what parameters say, and for `auto` the fastest that was measured.
 
     Only one of both is chosen by itself: compiled blocks were the fastest with Liger's norms off. With recomputation,
@@ -27,6 +29,7 @@ def fused_blocks(spec: TrainSpec, device: torch.device) -> tuple[bool, bool]:
     Args:
         spec: The run.
         device: Where it computes.
+        liger_is_there: Whether `auto` may take Liger's kernels: whether they are installed there.
 
     Returns:
         Whether Liger's kernels are used, and whether blocks are compiled.
@@ -38,7 +41,7 @@ def fused_blocks(spec: TrainSpec, device: torch.device) -> tuple[bool, bool]:
         may = plain and liger is not True and "compile" not in family.unsupported
         compiled = on_gpu and may and family.fastest_blocks == "compiled"
     if liger == "auto":
-        liger = on_gpu and not compiled and "liger" not in family.unsupported and find_spec("liger_kernel") is not None
+        liger = on_gpu and not compiled and "liger" not in family.unsupported and liger_is_there
     return bool(liger), bool(compiled)
 
 
