@@ -64,6 +64,13 @@ def test_optuna_finds_a_better_rate_than_the_default_in_a_few_trials(trained: Pa
     assert command(trained, "dvc status") == "Data and pipelines are up to date.\n"
 
 
+def test_losses_that_no_trial_would_have_are_asked_for_before_one_is_trained(trained: Path) -> None:
+    line = sweep_file(trained, "blind", objective={"minimize": "train/eval_loss"}, parameters={"train.seed": [1]})
+    result = subprocess.run(line.split(), cwd=trained, capture_output=True, text=True, check=False)
+    assert (result.returncode, trials(trained, "blind")) == (1, [])
+    assert "evaluations while training: set train.eval_strategy to steps" in " ".join(result.stderr.split())
+
+
 def test_a_grid_that_is_killed_goes_on_where_it_was(trained: Path) -> None:
     line = sweep_file(
         trained, "seeds", objective={"minimize": "trained/overall/loss"}, parameters={"train.seed": [1, 2]}, keep="all"

@@ -18,7 +18,9 @@ def profile() -> None:
 @profile.command()
 @click.argument("name")
 @click.option("--like", default="qwen3_vl_8b", show_default=True, help="Profile whose model and parameters it takes.")
-@click.option("--data", required=True, help="File of rows, or folder of such files: Parquet, JSON, JSONL, CSV, Arrow.")
+@click.option(
+    "--data", required=True, help="File of rows, or folder of such files: Parquet, JSON, JSONL, CSV, Arrow, WebDataset."
+)
 @click.option("--data-folder", help="Folder where media paths in rows start.  [default: the folder of the data]")
 def new(name: str, like: str, data: str, data_folder: str | None) -> None:
     """Make a profile with a dataset of your own: conf/NAME/globals.yml and parameters.yml.

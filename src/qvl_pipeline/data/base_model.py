@@ -73,7 +73,8 @@ def check_family(name: str, family: str) -> None:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.load_from_pretrained_path '{name}' is neither a model folder nor a hub id that can be read here: "
-            f"{reason}"
+            f"{reason}; check the name and the network, set HF_TOKEN where the model asks for a login, or give the "
+            "folder of a copy"
         ) from error
     if config.model_type not in (FAMILIES[family].model_types or (family,)):
         raise UserError(f"model '{name}' is of type {config.model_type}, but model.processor_type is {family}")

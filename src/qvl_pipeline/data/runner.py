@@ -48,7 +48,7 @@ def join_cluster(engine: DataEngineConfig) -> None:
     try:
         import ray
     except ImportError as error:
-        raise UserError("data_engine.runner is ray, which is not installed: pip install 'qvl-pipeline[ray]'") from error
+        raise UserError("data_engine.runner is ray, which is not installed: uv pip install 'ray[default]'") from error
     if ray.is_initialized():
         return
     project, address = Path.cwd(), engine.ray_address

@@ -27,6 +27,9 @@ Every block and key of `conf/<profile>/parameters.yml`. `make docs` writes this 
 
 **Decides**: whether the value decides what is written (tables, frames, tokens, weights). What was made with another
 value of it is refused by later stages. Where it says `no`, any value gives the same bytes.
+
+**Default** is that of the declaration. `conf/base/parameters.yml`, which goes under every profile, has other values for
+`train.bf16`, `export_dtype`, `gradient_checkpointing`, `use_liger_kernel` and `dataloader_num_workers`.
 """
 _LIMITS = (
     ("minimum", "≥ {}"),

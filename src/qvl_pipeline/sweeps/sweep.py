@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,9 @@ class Sweep:
         from qvl_pipeline.tracking.mlflow.sweep_run import SweepRun
 
         with KedroSession.create(project_path=self._project, env=self._config.env) as session:
-            settings = session.load_context().config_loader["mlflow"]
+            loader = session.load_context().config_loader
+            settings = loader["mlflow"]
+            self._check_losses_are_reported(loader["parameters"]["train"])
         noted = self._folder / _ABOVE
         known = json.loads(noted.read_text(encoding="utf-8"))["run_id"] if noted.exists() else None
         run = SweepRun(settings, f"{self._profile} {self._config.name}", self._config.model_dump(mode="json"), known)
@@ -207,6 +209,16 @@ class Sweep:
             raise
         best = self.ranked()[0]
         run.finish("FINISHED", self._page_path, {self._config.objective.metric: best.objective} | best.values)
+
+    def _check_losses_are_reported(self, train: Mapping[str, Any]) -> None:
+        config = self._config
+        needed = config.objective.metric.startswith("train/eval_") or config.prune is not None
+        asked = "train.eval_strategy" in config.parameters or train.get("eval_strategy", "no") != "no"
+        if needed and not asked:
+            raise UserError(
+                "objective train/eval_loss and prune need evaluations while training: set train.eval_strategy to steps "
+                f"with train.eval_steps, or to epoch, in conf/{config.env}/parameters.yml"
+            )
 
     @property
     def _page_path(self) -> Path:

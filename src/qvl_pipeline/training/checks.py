@@ -89,7 +89,7 @@ def _check_settings(spec: TrainSpec, steps: int | None) -> None:
 
     if (optim := spec.optim.optim) in ("adamw_8bit", "adamw_bf16") and find_spec("torchao") is None:
         raise UserError(
-            f"optim '{optim}' needs the package torchao: install it (pip install torchao), or choose another"
+            f"optim '{optim}' needs the package torchao: install it (uv pip install torchao), or choose another"
         )
     if spec.optim.in_bfloat16 and spec.adapter.used:
         raise UserError(
@@ -135,7 +135,9 @@ def _warn(spec: TrainSpec, device: torch.device) -> None:
     if spec.model.use_liger_kernel is True and (why_not := why_not_liger(device)):
         logger.warning("use_liger_kernel is %s", why_not)
     if spec.model.use_liger_kernel == "auto" and device.type == "cuda" and not any(fused_blocks(spec, device)):
-        logger.warning("use_liger_kernel: auto finds no liger-kernel, and steps take longer: pip install liger-kernel")
+        logger.warning(
+            "use_liger_kernel: auto finds no liger-kernel, and steps are slower: uv pip install liger-kernel"
+        )
 
 
 def _check_backend(name: str) -> None:

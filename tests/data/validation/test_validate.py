@@ -288,12 +288,12 @@ def _report(valid: int, rules: dict[str, int]) -> dict[str, Any]:
 def test_too_many_rejects_name_the_top_reasons() -> None:
     report = _report(88, {"unreadable_row": 2, "roles": 1, "leakage": 0, "too_long": 6, "missing_media": 3})
     with pytest.raises(TooManyRejectsError) as caught:
-        check_reject_fraction(report, ValidateConfig(max_reject_fraction=0.11))
+        check_reject_fraction(report, ValidateConfig(max_reject_fraction=0.11, dataset="digits"))
     assert str(caught.value) == (
         "12 of 100 rows (12.0%) are rejected or quarantined, more than the 11.0% that validate.max_reject_fraction "
-        "allows; most of them by too_long (6), missing_media (3), unreadable_row (2): mend the rows, which are "
-        "listed in quarantine.parquet (data/03_primary/<dataset>) and rejects.parquet "
-        "(data/02_intermediate/<dataset>), or raise the limit"
+        "allows; most of them by too_long (6), missing_media (3), unreadable_row (2): mend the rows, which "
+        "data/08_reporting/digits/validation.html shows (all of them: data/03_primary/digits/quarantine.parquet, "
+        "data/02_intermediate/digits/rejects.parquet), or raise the limit"
     )
     assert isinstance(caught.value, UserError)
     with pytest.raises(TooManyRejectsError, match="may lie elsewhere than ingest"):

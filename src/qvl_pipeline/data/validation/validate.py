@@ -156,12 +156,14 @@ def check_reject_fraction(report: dict[str, Any], config: ValidateConfig) -> Non
         return
     reasons = [f"{rule} ({count})" for rule, count in Counter(report["rules"]).most_common(_REASONS_NAMED) if count]
     folder = "; media that are missing may lie elsewhere than ingest.datasets[].data_folder says"
+    dataset = config.dataset or "<dataset>"
     advice = folder if report["rules"].get("missing_media", 0) > lost / 2 else ""
     raise TooManyRejectsError(
         f"{lost} of {ingested} rows ({lost / ingested:.1%}) are rejected or quarantined, more than the "
         f"{config.max_reject_fraction:.1%} that validate.max_reject_fraction allows; most of them by "
-        f"{', '.join(reasons)}: mend the rows, which are listed in quarantine.parquet (data/03_primary/<dataset>) and "
-        f"rejects.parquet (data/02_intermediate/<dataset>), or raise the limit{advice}"
+        f"{', '.join(reasons)}: mend the rows, which data/08_reporting/{dataset}/validation.html shows (all of "
+        f"them: data/03_primary/{dataset}/quarantine.parquet, data/02_intermediate/{dataset}/"
+        f"rejects.parquet), or raise the limit{advice}"
     )
 
 

@@ -51,7 +51,9 @@ def choose_linear_kernel(name: str, device: torch.device, *, half: bool) -> str:
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     reason = None
     if missing:
-        reason = f"needs the package {' and '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
+        reason = (
+            f"needs the package {' and '.join(missing)}, which is not installed: uv pip install {' '.join(missing)}"
+        )
     elif device.type != "cuda":
         reason = f"runs on CUDA only, and this is {device.type}: use 'auto'"
     elif not half:
