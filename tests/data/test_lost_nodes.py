@@ -88,7 +88,8 @@ def test_a_lost_node_repeats_only_its_own_work(
         [{"messages": [("user", [("video", str(path), None, None), "Which?"]), ("assistant", "7")]} for path in paths]
     )
     small = {"video_min_frames": 2, "video_min_pixels": 1024, "video_max_pixels": 64 * 64}
-    config = SampleConfig(**small, fps=10, frame_encoding="raw", num_workers=2, frame_cache=None)
+    # Four at a time: one that waits where work goes on, and two or more for the node that is lost at its second.
+    config = SampleConfig(**small, fps=10, frame_encoding="raw", num_workers=4, frame_cache=None)
     sampled = samples.drop(5).reset_index(drop=True)
     sample = (samples, index, config, model)
     native, on_ray = tmp_path / "native", tmp_path / "ray"

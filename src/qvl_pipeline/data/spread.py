@@ -47,6 +47,24 @@ def in_order(begin: Callable[[Any], Begun], pieces: Iterable[Any], ahead: int) -
         yield begun.popleft().result()
 
 
+def clean_processes(
+    size: int, preload: Sequence[str], initializer: Callable[..., None], *arguments: Any
+) -> ProcessPoolExecutor:
+    """Make a pool of processes that are forked from a clean one, which has the imports done.
+
+    So each starts at once, and inherits no thread or lock.
+
+    Args:
+        size: How many processes.
+        preload: Modules to import.
+        initializer: Is called in each process when it starts.
+        *arguments: With these.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return ProcessPoolExecutor(size, context, initializer, arguments)
+
+
 class Processes:
     """Processes of this machine.
 
@@ -62,11 +80,8 @@ class Processes:
             size: How many processes.
             preload: Modules that `start` needs.
         """
-        # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread or lock.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *preload])
         self.ahead = 2 * size
-        self._pool = ProcessPoolExecutor(size, context, _start_here, (start,))
+        self._pool = clean_processes(size, [__name__, *preload], _start_here, start)
 
     def begin(self, *piece: Any) -> Begun:
         """Begin to work on a piece: what `start` has made is called with it."""
@@ -99,11 +114,11 @@ class RayTasks:
         import ray
 
         self.ahead = most or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
-        if memory > most:
+        offered = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if memory > offered:
             raise UserError(
                 f"{what} need {memory / 2**30:.1f} GiB of memory each, and no node of the Ray cluster offers its tasks "
-                f"more than {most / 2**30:.1f} GiB: add one, or start Ray there with a larger --memory"
+                f"more than {offered / 2**30:.1f} GiB: add one, or start Ray there with a larger --memory"
             )
         self._what = what
         self._start = ray.put(start)

@@ -63,12 +63,10 @@ def duration_of(total: float, steps: int, hardware: Hardware, recorded: Iterable
         if found := _recorded_speed(path, hardware):
             speed, of_step = found
             work = total / hardware.ranks / steps / of_step
-            rough = (
-                ""
-                if _LIKE[0] <= work <= _LIKE[1]
-                else f", whose steps had {1 / work:.1f} times the work: a rough guess"
-            )
-            return _at(total, hardware, speed, f"the recorded training of {path.parent.name}{rough}")
+            source = f"the recorded training of {path.parent.name}"
+            if not _LIKE[0] <= work <= _LIKE[1]:
+                source += f", whose steps had {1 / work:.1f} times the work: a rough guess"
+            return _at(total, hardware, speed, source)
     if hardware.peak_flops:
         source = "preflight.mfu" if mfu else "the usual share of the peak, with no training recorded on this device"
         return _at(total, hardware, hardware.peak_flops * (mfu or _USUAL_MFU), source)

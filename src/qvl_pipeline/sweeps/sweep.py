@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from qvl_pipeline.config import TrainConfig
 from qvl_pipeline.config.sweep import SweepConfig
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.locks import holding
@@ -86,7 +87,9 @@ class Sweep:
         Raises:
             UserError: The sweep goes on in another process, or no trial came to its end.
         """
-        with self._alone(), self._above_in_mlflow() as above:
+        settings = self._settings()
+        self._check_losses_are_reported(TrainConfig.model_validate(settings["parameters"]["train"]))
+        with self._alone(), self._above_in_mlflow(settings["mlflow"]) as above:
             slots = self._config.parallel
             with ThreadPoolExecutor(slots) as pool:
                 waiting = [pool.submit(self._work, slot, above) for slot in range(slots)]
@@ -188,16 +191,10 @@ class Sweep:
         return environment
 
     @contextlib.contextmanager
-    def _above_in_mlflow(self) -> Iterator[str | None]:
+    def _above_in_mlflow(self, settings: dict[str, Any]) -> Iterator[str | None]:
         """Have a run in MLflow below which those of the trials are, and at the end the best figures in it."""
-        from kedro.framework.session import KedroSession
-
         from qvl_pipeline.tracking.mlflow.sweep_run import SweepRun
 
-        with KedroSession.create(project_path=self._project, env=self._config.env) as session:
-            loader = session.load_context().config_loader
-            settings = loader["mlflow"]
-            self._check_losses_are_reported(loader["parameters"]["train"])
         noted = self._folder / _ABOVE
         known = json.loads(noted.read_text(encoding="utf-8"))["run_id"] if noted.exists() else None
         run = SweepRun(settings, f"{self._profile} {self._config.name}", self._config.model_dump(mode="json"), known)
@@ -210,10 +207,17 @@ class Sweep:
         best = self.ranked()[0]
         run.finish("FINISHED", self._page_path, {self._config.objective.metric: best.objective} | best.values)
 
-    def _check_losses_are_reported(self, train: Mapping[str, Any]) -> None:
+    def _settings(self) -> Mapping[str, Any]:
+        """Return the configuration of the profile, checked."""
+        from kedro.framework.session import KedroSession
+
+        with KedroSession.create(project_path=self._project, env=self._config.env) as session:
+            return session.load_context().config_loader
+
+    def _check_losses_are_reported(self, train: TrainConfig) -> None:
         config = self._config
         needed = config.objective.metric.startswith("train/eval_") or config.prune is not None
-        asked = "train.eval_strategy" in config.parameters or train.get("eval_strategy", "no") != "no"
+        asked = "train.eval_strategy" in config.parameters or train.eval_strategy != "no"
         if needed and not asked:
             raise UserError(
                 "objective train/eval_loss and prune need evaluations while training: set train.eval_strategy to steps "

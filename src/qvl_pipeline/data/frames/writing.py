@@ -130,16 +130,23 @@ def _readers(
     engine: DataEngineConfig,
 ) -> DecodeProcesses | RayTasks:
     """Return who reads clips or sounds, so many at a time that the largest fit into memory."""
-    fitting = _count_workers(media, sizes, sample)
     if engine.runner == "ray":
-        each = _process_bytes(sizes, sample)
+        each = _process_bytes(media, sizes, sample)
         return decode_tasks(read, sample.decode_timeout_s, memory=each, most=sample.num_workers)
-    return DecodeProcesses(read, sample.decode_timeout_s, fitting)
+    return DecodeProcesses(read, sample.decode_timeout_s, _count_workers(media, sizes, sample))
 
 
-def _process_bytes(sizes: Sequence[int], sample: SampleConfig) -> int:
+def _process_bytes(media: Sequence[Clip | Sound], sizes: Sequence[int], sample: SampleConfig) -> int:
+    """Say what a process needs that reads the largest of the media, which must not be more than there may be."""
     # In its process the clip is there encoded, and once more while it is sent.
-    return PROCESS_BYTES + (2 + READ_AHEAD) * max(sizes, default=0) * sample.materialize
+    each = PROCESS_BYTES + (2 + READ_AHEAD) * max(sizes, default=0) * sample.materialize
+    if media and each > sample.memory_gib * GIB:
+        largest = media[max(range(len(media)), key=sizes.__getitem__)]
+        raise UserError(
+            f"clip '{largest.name}' needs about {each / GIB:.1f} GiB to be sampled, more than sample.memory_gib "
+            f"({sample.memory_gib:g}): raise it, or lower sample.video_max_frames or sample.video_max_pixels"
+        )
+    return each
 
 
 def _count_workers(media: Sequence[Clip | Sound], sizes: Sequence[int], sample: SampleConfig) -> int:
@@ -147,14 +154,7 @@ def _count_workers(media: Sequence[Clip | Sound], sizes: Sequence[int], sample: 
     asked = sample.num_workers or len(os.sched_getaffinity(0))
     if not media:
         return 1
-    each = _process_bytes(sizes, sample)
-    fitting = int(sample.memory_gib * GIB // each)
-    if fitting == 0:
-        largest = media[max(range(len(media)), key=sizes.__getitem__)]
-        raise UserError(
-            f"clip '{largest.name}' needs about {each / GIB:.1f} GiB to be sampled, more than sample.memory_gib "
-            f"({sample.memory_gib:g}): raise it, or lower sample.video_max_frames or sample.video_max_pixels"
-        )
+    fitting = int(sample.memory_gib * GIB // _process_bytes(media, sizes, sample))
     if fitting < asked:
         logger.info("sample.memory_gib (%g) lets %d of %d decoding processes run", sample.memory_gib, fitting, asked)
     return min(asked, fitting)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from daft.exceptions import DaftCoreException
 
 from qvl_pipeline.config import DataEngineConfig, DatasetSource, IngestConfig
 from qvl_pipeline.data.sources.rows import READ_ROW, RowReader
+from qvl_pipeline.data.spread import clean_processes
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.orphans import end_with_client
 
@@ -87,10 +87,7 @@ class RowWorkers:
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # Forked from a clean process that has the imports done: a child starts at once, and inherits no thread.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._pool = ProcessPoolExecutor(self._workers, context, end_with_client)
+            self._pool = clean_processes(self._workers, [__name__], end_with_client)
         return self._pool
 
 

@@ -141,7 +141,7 @@ def load_batches(
     while awaited:
         micro_batch = awaited.popleft()
         try:
-            pieces = [next(batches) for _ in _pieces(micro_batch, builder, options)]
+            pieces = [next(batches) for _ in range(options.pieces_of(micro_batch.patches, builder))]
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
@@ -167,14 +167,11 @@ class _Piece:
     count: int
 
 
-def _pieces(micro_batch: MicroBatch, builder: BatchBuilder, options: LoaderOptions) -> list[_Piece]:
-    count = options.pieces_of(micro_batch.patches, builder)
-    return [_Piece(micro_batch, number, count) for number in range(count)]
-
-
 def _pieces_of(unsent: deque[MicroBatch], builder: BatchBuilder, options: LoaderOptions) -> Iterator[_Piece]:
     while unsent:
-        yield from _pieces(unsent.popleft(), builder, options)
+        micro_batch = unsent.popleft()
+        count = options.pieces_of(micro_batch.patches, builder)
+        yield from (_Piece(micro_batch, number, count) for number in range(count))
 
 
 def _joined(pieces: Sequence[Any], *, pinned: bool) -> Batch | BadSample:

@@ -126,8 +126,8 @@ class StreamedFeed:
             parts = [[sample for pack in part for sample in pack] for part in parts]
             mine = [sample for part in parts for sample in part]
             facts = [sum(sample[fact] for sample in mine) for fact in ("length", "supervised_tokens")]
-            media = [sum(sample[of] for sample in part) for of in ("vit_patches", "spectra") for part in parts]
-            facts = self._exchange([*facts, len(mine) + share.passed_over, *media])
+            patches, spectra = ([sum(s[of] for s in part) for part in parts] for of in ("vit_patches", "spectra"))
+            facts = self._exchange([*facts, len(mine) + share.passed_over, *patches, *spectra])
             step_tokens, step_supervised, step_passed, *media = facts
             seen, heard = media[: len(parts)], media[len(parts) :]
             tokens, supervised_tokens = tokens + step_tokens, supervised_tokens + step_supervised
@@ -137,12 +137,12 @@ class StreamedFeed:
                 micro_batches=tuple(
                     MicroBatch(
                         tuple(s["row"] for s in part),
-                        vision=self._always_vision or bool(patches),
-                        sound=self._always_sound or bool(spectra),
+                        vision=self._always_vision or bool(on_some_rank),
+                        sound=self._always_sound or bool(heard_on_some),
                         samples=tuple(part),
-                        patches=sum(sample["vit_patches"] for sample in part),
+                        patches=own,
                     )
-                    for part, patches, spectra in zip(parts, seen, heard, strict=True)
+                    for part, own, on_some_rank, heard_on_some in zip(parts, patches, seen, heard, strict=True)
                 ),
                 packs=self._spec.packs_per_step,
                 tokens=step_tokens,
