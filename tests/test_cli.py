@@ -178,6 +178,29 @@ def test_an_interrupted_run_keeps_its_status_when_nobody_reads_its_output() -> N
     assert (done.returncode, done.stderr) == (130, "")
 
 
+UNHEARD = """
+import os, signal, sys, threading
+from qvl_pipeline.cli.waking import woken_by_signals
+
+def end(*_):
+    sys.exit(f"heard in {threading.current_thread().name}")
+
+signal.signal(signal.SIGTERM, end)
+with woken_by_signals():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # another thread gets it, and this one waits on
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Event().wait()
+"""
+
+
+def test_a_signal_that_comes_just_before_the_main_thread_waits_is_heard() -> None:
+    """What the system does then, noting the signal without interrupting the wait, it does for other threads, too."""
+    code = [sys.executable, "-c", UNHEARD]
+    done = subprocess.run(code, cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, "heard in MainThread\n")
+
+
 def test_the_real_command_says_what_to_run_first(tmp_path: Path) -> None:
     """`kedro run` itself, with the real pipelines: it finds our command, and no other output disturbs."""
     folder = make_project(tmp_path / "project")

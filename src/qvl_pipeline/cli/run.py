@@ -18,6 +18,7 @@ from kedro.framework.cli.project import run as kedro_run
 
 from qvl_pipeline.cli.selection import check_selection
 from qvl_pipeline.cli.sentences import one_sentence
+from qvl_pipeline.cli.waking import woken_by_signals
 from qvl_pipeline.profiles.snippets import with_blocks
 from qvl_pipeline.unfinished import unfinished_folder
 
@@ -27,6 +28,7 @@ _TEMPORARY = "qvl-run-"
 _LONGEST = 107 - len("/qvl-run-12345678/pymp-12345678/listener-12345678")
 
 
+@woken_by_signals()
 def _run(**options: Any) -> dict[str, Any]:
     _speak_utf8()
     signal.signal(signal.SIGTERM, _leave)

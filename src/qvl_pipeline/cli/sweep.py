@@ -12,10 +12,12 @@ from kedro.framework.startup import bootstrap_project
 from kedro.utils import find_kedro_project
 
 from qvl_pipeline.cli.sentences import one_sentence
+from qvl_pipeline.cli.waking import woken_by_signals
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@woken_by_signals()
 def sweep(file: Path) -> None:
     """Try values of parameters, as FILE says, and rank them.
 
