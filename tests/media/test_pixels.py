@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from qwen_vl_utils.vision_process import to_rgb
 from torchvision.io import decode_jpeg
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
@@ -106,7 +110,7 @@ def test_a_jpeg_that_is_cut_off_is_an_error_and_one_of_a_camera_is_upright(
     tmp_path: Path, pixels: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr("qvl_pipeline.media.pixels.decode_jpeg", lambda *args: asked.append(1) or decode_jpeg(*args))
+    monkeypatch.setattr("qvl_pipeline.media.pictures.decode_jpeg", lambda *args: asked.append(1) or decode_jpeg(*args))
     image = Image.fromarray(pixels.integers(0, 256, (48, 64, 3), dtype=np.uint8))
     image.save(tmp_path / "a.jpg")
     assert open_image(tmp_path / "a.jpg").shape == (3, 48, 64)
@@ -123,6 +127,65 @@ def test_a_jpeg_that_is_cut_off_is_an_error_and_one_of_a_camera_is_upright(
     (tmp_path / "e.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + bytes(2 << 20))  # a film behind the photo
     assert open_image(tmp_path / "e.jpg").shape == (3, 48, 64)
     assert len(asked) == 2, "neither is the rest of a long file read into memory"
+
+
+def by_pillow(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (53, 37), (1, 1)])
+def test_a_png_of_three_colours_is_not_decoded_by_pillow_but_to_its_pixels(
+    tmp_path: Path, pixels: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    Image.fromarray(pixels.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    expected = by_pillow(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.png"), expected)
+
+
+def exif_behind_the_pixels(image: Image.Image, path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    image.save(path)
+    chunk = b"eXIf" + content
+    end = path.read_bytes()[-12:]
+    chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(path.read_bytes()[:-12] + chunk + end)
+
+
+def xmp_says_that_it_is_turned(image: Image.Image, path: Path) -> None:
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>', zip=True)
+    image.save(path, pnginfo=texts)
+
+
+@pytest.mark.parametrize("save", [exif_behind_the_pixels, xmp_says_that_it_is_turned])
+def test_a_png_is_upright_wherever_it_says_that_it_is_turned(
+    tmp_path: Path, pixels: np.random.Generator, save: Callable[[Image.Image, Path], None]
+) -> None:
+    save(Image.fromarray(pixels.integers(0, 256, (48, 64, 3), dtype=np.uint8)), tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").shape == (3, 64, 48)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.png"), by_pillow(tmp_path / "a.png"))
+
+
+def test_a_png_with_a_transparent_colour_is_over_white_and_a_damaged_one_an_error(
+    tmp_path: Path, pixels: np.random.Generator
+) -> None:
+    content = pixels.integers(1, 256, (48, 64, 3), dtype=np.uint8)
+    content[0, 0] = (0, 0, 0)
+    image = Image.fromarray(content)
+    image.save(tmp_path / "a.png", transparency=(0, 0, 0))
+    content[0, 0] = (255, 255, 255)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.png"), content.transpose(2, 0, 1))
+    image.save(tmp_path / "b.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    for number, damaged in enumerate([whole[:-300], whole[:3000] + bytes(8) + whole[3008:]]):
+        path = tmp_path / f"damaged_{number}.png"
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match=r"truncated|broken"):
+            open_image(path)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])

@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from qvl_pipeline.media.opening import OpenMedia, open_media, open_picture
-
-# Bytes that a JPEG may have beside its pixels: profile, preview, notes of a camera.
-_BESIDE_PIXELS = 1 << 20
+from qvl_pipeline.media.opening import open_media, open_picture
+from qvl_pipeline.media.pictures import decode_picture
 
 
 def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
@@ -38,7 +35,7 @@ def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
         UserError: It is another one (`ChangedMediaError`), or a folder.
     """
     with open_media(path, content_hash=content_hash) as file, open_picture(file) as image:
-        picture = _decoded_jpeg(file, image)
+        picture = decode_picture(file, image)
         if picture is not None:
             return picture
         ImageOps.exif_transpose(image, in_place=True)
@@ -47,22 +44,6 @@ def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:
             image = Image.alpha_composite(ground, image.convert("RGBA"))
         # Without copies: of what is RGB a conversion would be one. The view is resized twice as fast as its copy, too.
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
-
-
-def _decoded_jpeg(file: OpenMedia, image: Image.Image) -> np.ndarray | None:
-    """Decode an upright JPEG of three colours by torchvision: Pillow's library and pixels, without Pillow's copies.
-
-    Returns:
-        Uint8 `[3, H, W]`; `None` for all else, and for what is damaged: Pillow says in which way.
-    """
-    if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return None
-    if file.size > image.width * image.height * 3 + _BESIDE_PIXELS:  # it would be read whole, with whatever follows it
-        return None
-    try:
-        return decode_jpeg(torch.from_numpy(np.fromfile(file, dtype=np.uint8)), ImageReadMode.RGB).numpy()
-    except RuntimeError:
-        return None
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from qvl_pipeline.errors import UserError
+from qvl_pipeline.media.pictures import decode_png
 
 # Higher levels take several times as long to write and save nothing: what is left of filtered frames is noise.
 _ZSTD_LEVEL = 1
@@ -52,6 +53,8 @@ def decode_frame(data: pa.Buffer, encoding: str, out: np.ndarray) -> None:
     """
     if encoding == "zstd":
         _unfilter(pa.decompress(data, decompressed_size=out.nbytes, codec="zstd"), out)
+    elif encoding == "png" and (picture := decode_png(data.to_pybytes(), *out.shape[1:])) is not None:
+        out[...] = picture
     elif encoding in ("png", "jpeg"):
         with Image.open(pa.BufferReader(data), formats=(encoding.upper(),)) as image:
             out[...] = np.asarray(image).transpose(2, 0, 1)
