@@ -36,10 +36,10 @@ def test_an_automatic_number_of_processes_is_taken_to_be_that_of_a_stream() -> N
     assert loaders_bytes(16_000, "auto") == loaders_bytes(16_000, 4)
 
 
-def test_of_heavy_ones_pieces_are_ready_as_many_as_one_of_them_has_and_two_a_process() -> None:
+def test_of_heavy_ones_each_process_has_its_share_of_the_pieces_ready_and_one_more() -> None:
     tokens = 256 * 1024
     batch = tokens * (TOKEN + 4 * PATCH)
     pieces = -(-batch // PIECE)
     assert pieces == 13
-    assert loaders_bytes(tokens, 4) == 4 * LOADER + (pieces + 2 * 4) * PIECE + batch
+    assert loaders_bytes(tokens, 4) == 4 * (LOADER + (4 + 1) * PIECE) + batch
     assert loaders_bytes(tokens, 0) == batch

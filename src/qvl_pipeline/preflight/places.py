@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_pipeline.engine.feed.batch import PIECE_BYTES
+from qvl_pipeline.engine.feed.batch_loader import items_ahead
 from qvl_pipeline.engine.feed.loader_processes import OF_A_STREAM
 from qvl_pipeline.engine.spec import TrainSpec
 from qvl_pipeline.preflight.estimate import Estimate
@@ -44,12 +45,12 @@ def disk(spec: TrainSpec, needed: Estimate, steps: int | None, frames: Path) -> 
 def host(spec: TrainSpec, needed: Estimate, hardware: Hardware, packs: int) -> dict[str, Any]:
     """Return the memory that the processes of one machine need beside GPUs, and what this machine has."""
     batch = needed.heavy.tokens * _TOKEN + needed.heavy.patches * _patch_values(needed)
-    # Heavy micro-batches are prepared in pieces: at least one of them ahead, and with each process a piece more.
-    workers, pieces = spec.data.dataloader_num_workers, math.ceil(batch / PIECE_BYTES)
+    workers = spec.data.dataloader_num_workers
     workers = OF_A_STREAM if workers == "auto" else workers  # how many it will be is measured when training starts
-    items = workers * spec.data.dataloader_prefetch_factor
-    items = items if pieces == 1 else max(items, pieces + 2 * workers)
-    loaders = workers * _LOADER + (items * min(batch, PIECE_BYTES) if workers else 0) + batch
+    loaders = batch
+    if workers:
+        ahead = items_ahead(math.ceil(batch / PIECE_BYTES), workers, spec.data.dataloader_prefetch_factor)
+        loaders += workers * (_LOADER + ahead * min(batch, PIECE_BYTES))
     copied = needed.checkpoint // hardware.ranks if spec.run.save_async and hardware.device == "cuda" else 0
     rank = _PROCESS + loaders + packs * _PLAN_ROW + needed.offloaded + copied
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -86,16 +86,23 @@ class LoaderOptions:
         return max(1, math.ceil(mine / self.piece_bytes)) if self.num_workers else 1
 
     def items_ahead(self, builder: BatchBuilder) -> int | None:
-        """Say how many micro-batches or pieces each process prepares ahead; all together, the heaviest one at least.
-
-        Training would wait for what is behind it otherwise, whenever it comes to such a micro-batch.
-        """
+        """Say how many micro-batches or pieces each process prepares ahead; `None` without processes."""
         if not self.num_workers:
             return None
-        pieces = self.pieces_of(self.most_patches, builder)
-        return (
-            self.prefetch_factor if pieces == 1 else max(self.prefetch_factor, 1 + math.ceil(pieces / self.num_workers))
-        )
+        return items_ahead(self.pieces_of(self.most_patches, builder), self.num_workers, self.prefetch_factor)
+
+
+def items_ahead(pieces: int, num_workers: int, prefetch_factor: int) -> int:
+    """Say how many micro-batches or pieces each process prepares ahead; all together, the heaviest one at least.
+
+    Training would wait for what is behind it otherwise, whenever it comes to such a micro-batch.
+
+    Args:
+        pieces: Pieces of the heaviest micro-batch.
+        num_workers: Loader processes, at least 1.
+        prefetch_factor: What is asked for.
+    """
+    return prefetch_factor if pieces == 1 else max(prefetch_factor, 1 + math.ceil(pieces / num_workers))
 
 
 def load_batches(
