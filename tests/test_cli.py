@@ -163,6 +163,11 @@ def test_a_full_disk_is_one_sentence(project: Path, monkeypatch: pytest.MonkeyPa
     assert "Traceback" not in result.output
 
 
+def test_help_names_the_default_that_there_is() -> None:
+    help_text = " ".join(kedro_run("--help").output.split())
+    assert "--env TEXT Profile to run, a folder of conf/. Defaults to that of the embedded example." in help_text
+
+
 def test_a_bug_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Node(lambda: 1 / 0, None, "raw_manifest"))
     result = kedro_run("--pipelines", "ingest")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import multiprocessing.util
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -103,4 +105,13 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-run = click.Command("run", params=kedro_run.params, callback=_run, help=kedro_run.help)
+def _options() -> Iterator[click.Parameter]:
+    """Kedro's options; of the profile it says another default than this project has."""
+    for option in kedro_run.params:
+        if option.name == "env":
+            option = copy.copy(option)
+            option.help = "Profile to run, a folder of conf/. Defaults to that of the embedded example."
+        yield option
+
+
+run = click.Command("run", params=list(_options()), callback=_run, help=kedro_run.help)
