@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from benchmarks.preflight.cpu import expected
@@ -25,7 +29,7 @@ from qvl_pipeline.preflight.hardware import GIB, Hardware, named_hardware
 from qvl_pipeline.preflight.memory.ledger import Ledger
 from qvl_pipeline.preflight.memory.model import Kernels, config_of, prepare
 from qvl_pipeline.preflight.memory.units import units_of
-from qvl_pipeline.preflight.packs import Work, heaviest_allowed, make_batch, work_of
+from qvl_pipeline.preflight.packs import Work, _media_of, heaviest_allowed, make_batch, work_of
 from qvl_pipeline.preflight.versions import known_bad
 from tests.engine.training import make_training
 
@@ -173,6 +177,28 @@ def test_the_work_of_a_plan_is_what_training_counts(tmp_path: Path) -> None:
 def test_the_work_of_a_plan_with_sounds_is_what_training_counts(tmp_path: Path) -> None:
     work = counted_work(tmp_path, "qwen2_5_omni", ("audio", "text", "image", "audio", "video", "audio"))
     assert sum(work.sounds.values()) == 3
+
+
+def test_media_are_counted_as_often_as_their_sample_is_trained_on_in_whichever_batch_it_is() -> None:
+    def medium(kind: str, side: int) -> dict[str, Any]:
+        return {"type": kind, "key": f"{side}", "grid_t": 1, "grid_h": side, "grid_w": 4, "spectra": 0}
+
+    small, large, clip = medium("image", 2), medium("image", 6), medium("video", 2)
+    batches = [[[small], [], [small, large]], [[clip, small]], [], [[large, large], [small]]]
+    kind = pa.list_(pa.Table.from_pylist([small]).to_struct_array().type)
+    media = pa.chunked_array([pa.array(batch, kind) for batch in batches])
+    times = np.array([0, 1, 2, 3, 1, 0])
+    expected = Counter()
+    for number, count in enumerate(times):
+        for item in media[number].as_py():
+            expected[item["type"], item["grid_h"]] += count
+    found = Counter()
+    # Also of a part of a table, whose arrays begin within others.
+    for part, counts in ((media, times), (media.slice(2), times[2:])):
+        found.clear()
+        for item, count in _media_of(part, counts):
+            found[item["type"], item["grid_h"]] += count
+        assert found == expected, "the first two have none"
 
 
 def test_a_training_that_cannot_fit_is_refused_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:

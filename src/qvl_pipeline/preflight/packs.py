@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 
 from qvl_pipeline.config import BatchingConfig, ModelConfig
@@ -257,13 +258,12 @@ def work_of(plan: pd.DataFrame, tokenized: Path) -> Work:
     grids: Counter[tuple[int, int, int]] = Counter()
     sounds: Counter[int] = Counter()
     kinds: Counter[str] = Counter()
-    for number in np.flatnonzero(times):
-        for item in table["media"][int(number)].as_py():
-            if item["grid_t"]:
-                grids[item["grid_t"], item["grid_h"], item["grid_w"]] += int(times[number])
-            if item["spectra"]:
-                sounds[item["spectra"]] += int(times[number])
-            kinds[item["type"]] += int(times[number]) * (1 if item["type"] == "image" else 2 * item["grid_t"])
+    for item, count in _media_of(table["media"], times):
+        if item["grid_t"]:
+            grids[item["grid_t"], item["grid_h"], item["grid_w"]] += count
+        if item["spectra"]:
+            sounds[item["spectra"]] += count
+        kinds[item["type"]] += count * (1 if item["type"] == "image" else 2 * item["grid_t"])
     return Work(
         steps=int(plan["step"].iloc[-1]) + 1,
         tokens=int(times @ lengths),
@@ -275,6 +275,19 @@ def work_of(plan: pd.DataFrame, tokenized: Path) -> Work:
         frames=kinds["video"],
         sounds=dict(sounds),
     )
+
+
+def _media_of(media: pa.ChunkedArray, times: np.ndarray) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield kinds and sizes of media, and how often samples have one: in columns, for there may be ten million."""
+    start = 0
+    for lists in media.chunks:
+        items = pa.Table.from_struct_array(lists.flatten()).select(["type", "grid_t", "grid_h", "grid_w", "spectra"])
+        of_sample = np.repeat(times[start : start + len(lists)], lists.value_lengths())
+        start += len(lists)
+        alike = items.append_column("times", pa.array(of_sample)).group_by(items.column_names)
+        for item in alike.aggregate([("times", "sum")]).to_pylist():
+            if count := item.pop("times_sum"):
+                yield item, count
 
 
 def work_of_steps(heavy: Heavy, steps: int, micro_batches: int) -> Work:
