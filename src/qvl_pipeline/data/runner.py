@@ -62,6 +62,13 @@ def join_cluster(engine: DataEngineConfig) -> None:
         ray.init(address, log_to_driver=False, runtime_env={"worker_process_setup_hook": enter_project})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"data_engine.ray_address: no cluster at '{address}' ({error})") from error
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        # It came while Ray joined, whose handler was in force by then: it is for the one that was set before.
+        signal.signal(signal.SIGTERM, ended)
+        signal.raise_signal(signal.SIGTERM)
+        raise  # that one goes on, but without a cluster
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread, where Ray leaves it as it is
             signal.signal(signal.SIGTERM, ended)  # Ray ends this process with status 15 at it
