@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from kedro.pipeline import Node, Pipeline
 
 import tests.kedro_project
 from qvl_pipeline import cli
+from qvl_pipeline.cli.waking import woken_by_signals
 from qvl_pipeline.errors import UserError
 from tests.kedro_project import REPOSITORY, make_project, register_pipelines
 
@@ -161,6 +164,36 @@ def test_a_full_disk_is_one_sentence(project: Path, monkeypatch: pytest.MonkeyPa
     assert f"{place} cannot be written, the disk is full: 0 bytes of it were written, " in result.output
     assert "are free there. Make room, and run the same command again" in result.output
     assert "Traceback" not in result.output
+
+
+def test_waking_ends_with_its_block_also_while_a_child_is_there() -> None:
+    def descriptors() -> list[str]:
+        return [path.name for path in Path("/proc/self/fd").iterdir()]
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="main thread"), woken_by_signals():
+            pass
+
+    def threads_end() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "signals":
+                thread.join(10)
+                assert not thread.is_alive()
+
+    threads_end()  # those of other tests
+    before = len(descriptors())
+    with woken_by_signals():
+        child = multiprocessing.get_context("fork").Process(target=signal.pause)
+        child.start()
+    threads_end()
+    child.kill()
+    child.join()
+    child.close()
+    other = threading.Thread(target=refused)
+    other.start()
+    other.join()
+    assert len(descriptors()) == before
+    assert (signal.getsignal(signal.SIGURG), signal.set_wakeup_fd(-1)) == (signal.SIG_DFL, -1)
 
 
 def test_help_names_the_default_that_there_is() -> None:

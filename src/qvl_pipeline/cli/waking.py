@@ -1,17 +1,17 @@
-"""A signal that ends a command ends it at once, whatever the main thread waits for."""
+"""A signal that ends a command is heard at once, also when it comes just before the main thread begins to wait."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Nobody sends this one, and it does nothing where no handler is set.
+# Nothing here sends it otherwise, and it does nothing where no handler is set.
 _NUDGE = signal.SIGURG
-# Seconds between the nudges. The first finds the main thread waiting, but where the machine is very busy.
+# Seconds between nudges. The first is usually enough; on a busy machine the main thread may not wait yet.
 _PAUSES = (0.1, 0.4, 1.5)
 
 
@@ -20,29 +20,39 @@ def woken_by_signals() -> Iterator[None]:
     """Have every signal that Python handles interrupt what the main thread waits for; to be entered in that thread.
 
     Python's handlers run in the main thread, between two of its instructions. A signal that arrives after the last of
-    them and before a wait begins is noted, but handled when the wait is over: for a lock, a future or a table that
-    others make in their threads, that can be hours. So a thread that learns of each signal by `signal.set_wakeup_fd`
-    sends another one a moment later, when the wait has begun.
+    them and before a wait begins is noted, but handled when the wait is over: for a lock or a future, as that of a
+    table which Daft's threads make, that can be hours. So a thread that learns of each signal by `signal.set_wakeup_fd`
+    nudges the main thread a moment later, when the wait has begun, by another signal.
+
+    A wait that the system goes on with after a signal (as for a mutex) is not interrupted; and an asyncio loop inside
+    that adds signal handlers takes the wakeup file descriptor for itself.
     """
-    heard, noted = os.pipe()
-    os.set_blocking(noted, False)
-    handler = signal.signal(_NUDGE, lambda *_: None)
-    before = signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
-    threading.Thread(target=_nudge, args=(heard, threading.get_ident()), name="signals", daemon=True).start()
+    nudged_before = signal.signal(_NUDGE, lambda *_: None)  # first: it is refused in all other threads
+    over = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    arguments = (reading, threading.get_ident(), over)
+    threading.Thread(target=_nudge, args=arguments, name="signals", daemon=True).start()
+    woken_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        os.close(noted)
-        signal.signal(_NUDGE, signal.SIG_IGN if handler is None else handler)
+        signal.set_wakeup_fd(woken_before)
+        with contextlib.suppress(BlockingIOError):  # full: it has something to read
+            os.write(writing, bytes(1))  # closing is not enough where a forked child has this end, too
+        over.set()  # and not before: nobody would read then
+        os.close(writing)
+        signal.signal(_NUDGE, nudged_before)
 
 
-def _nudge(heard: int, thread: int) -> None:
-    """Read the signals until the writing end is closed."""
-    with open(heard, "rb", buffering=0) as signals:
-        while number := signals.read(1):
-            if number[0] == _NUDGE:
+def _nudge(reading: int, main_thread: int, over: threading.Event) -> None:
+    """After each signal, send others to the main thread."""
+    with open(reading, "rb", buffering=0) as signals:
+        while not over.is_set():
+            numbers = signals.read(4096)
+            if set(numbers) <= {_NUDGE}:
                 continue
             for pause in _PAUSES:
-                time.sleep(pause)
-                signal.pthread_kill(thread, _NUDGE)
+                if over.wait(pause):
+                    return
+                signal.pthread_kill(main_thread, _NUDGE)

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from qvl_pipeline.media.fast_decoding import decode_picture
 from qvl_pipeline.media.opening import open_media, open_picture
-from qvl_pipeline.media.pictures import decode_picture
 
 
 def open_image(path: Path, content_hash: str | None = None) -> np.ndarray:

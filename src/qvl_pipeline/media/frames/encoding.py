@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from qvl_pipeline.errors import UserError
-from qvl_pipeline.media.pictures import decode_png
+from qvl_pipeline.media.fast_decoding import decode_png
 
 # Higher levels take several times as long to write and save nothing: what is left of filtered frames is noise.
 _ZSTD_LEVEL = 1
