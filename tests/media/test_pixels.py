@@ -176,9 +176,10 @@ def xmp_says_that_it_is_turned(image: Image.Image, path: Path) -> None:
     [
         behind_the_pixels(chunk(b"eXIf", turned().removeprefix(b"Exif\0\0"))),
         behind_the_pixels(chunk(b"tEXt", b"exif\0" + turned())),
+        behind_the_pixels(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n42\n" + turned().hex().encode())),
         xmp_says_that_it_is_turned,
     ],
-    ids=["eXIf", "a text that Pillow takes for it", "XMP"],
+    ids=["eXIf", "a text that Pillow takes for it", "ImageMagick's", "XMP"],
 )
 def test_a_png_is_upright_wherever_it_says_that_it_is_turned(
     tmp_path: Path, pixels: np.random.Generator, save: Callable[[Image.Image, Path], None]
