@@ -79,11 +79,12 @@ def main() -> None:
         samples = options.samples * length // PACKING_LENGTH
         of_length, found = compare(samples, options.rounds, tuple(options.contenders), length)
         rows += [{"packing_length": length, **row} for row in of_length]
-        suffix = f"_at_{length}" if len(options.packing_length) > 1 else ""
+        several = len(options.packing_length) > 1
+        suffix = f"_at_{length}" if several else ""
         ratios |= {f"{key}{suffix}": value for key, value in found.items()}
         # After each length: a run that is cut off leaves those before.
         targets = {f"{key}{end}": target for key, target in TARGETS.items() for end in ("", suffix)}
-        report("train_step", rows, ratios=ratios, targets=targets)
+        report("train_step_lengths" if several else "train_step", rows, ratios=ratios, targets=targets)
 
 
 @dataclass(frozen=True)
