@@ -110,9 +110,7 @@ def _compare(case: str, items: int, contenders: dict[str, Load], rounds: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders) if number % 2 == 0 else reversed(contenders):
-            contenders[
-                name
-            ]()  # what comes next finds caches as a loader process does, not as another contender left them
+            contenders[name]()  # so that caches are those of a loader process, not those of another contender
             started = time.process_time()
             for _ in range(_LOADS):
                 contenders[name]()

@@ -75,15 +75,16 @@ def main() -> None:
         options.samples, options.rounds = 120, 1
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
+    targets: dict[str, str] = {}
+    several = len(options.packing_length) > 1
     for length in options.packing_length:
         samples = options.samples * length // PACKING_LENGTH
         of_length, found = compare(samples, options.rounds, tuple(options.contenders), length)
         rows += [{"packing_length": length, **row} for row in of_length]
-        several = len(options.packing_length) > 1
         suffix = f"_at_{length}" if several else ""
         ratios |= {f"{key}{suffix}": value for key, value in found.items()}
+        targets |= {f"{key}{suffix}": target for key, target in TARGETS.items()}
         # After each length: a run that is cut off leaves those before.
-        targets = {f"{key}{end}": target for key, target in TARGETS.items() for end in ("", suffix)}
         report("train_step_lengths" if several else "train_step", rows, ratios=ratios, targets=targets)
 
 

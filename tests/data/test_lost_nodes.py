@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from qvl_pipeline.config import BatchingConfig, DataEngineConfig, ModelConfig, SampleConfig
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from qvl_pipeline.pipelines.tokenize.nodes import tokenize
+from tests.data.clusters import cluster_environment
 from tests.data.lost_nodes import read_notes
 from tests.data.samples import samples_table
 from tests.media.clips import index_clips, write_clip
@@ -35,6 +35,7 @@ from qvl_pipeline.data.plan import tokenization
 from qvl_pipeline.data.runner import join_cluster
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from qvl_pipeline.pipelines.tokenize.nodes import tokenize
+from tests.data.clusters import cluster_environment
 from tests.data.lost_nodes import clip_path, noted, noted_start, read_notes
 
 project = Path(sys.argv[1])
@@ -100,11 +101,8 @@ def test_a_lost_node_repeats_only_its_own_work(
         write(native / name)
 
     (tmp_path / "arguments").write_bytes(pickle.dumps((sample, tokens)))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(place).absolute()) for place in sys.path)}
-    # On a machine that does other things too, all of it takes longer.
-    environment |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "200"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=cluster_environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in native.iterdir())
     assert {"failures.parquet", "frames-00000.arrow", "index.arrow", "tokenized"} < set(files)

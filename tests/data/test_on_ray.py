@@ -24,6 +24,7 @@ from qvl_pipeline.config import BatchingConfig, DataEngineConfig, ModelConfig, S
 from qvl_pipeline.data.frames.clips import read_clip
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from qvl_pipeline.pipelines.tokenize.nodes import prepare_base_model, tokenize
+from tests.data.clusters import cluster_environment
 from tests.data.on_ray import hang, hanging_on, hanging_tokenizer, noted_processes
 from tests.data.samples import CORPUS, samples_table
 from tests.media.clips import index_clips, write_clip
@@ -84,10 +85,7 @@ class RayCluster:
 
     def __init__(self) -> None:
         """Begin to start it."""
-        # On a machine that does other things too, all of it takes longer.
-        slow = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "200"}
-        places = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
-        self.environment = os.environ | slow | {"PYTHONPATH": places}
+        self.environment = cluster_environment()
         self._process = subprocess.Popen(
             [sys.executable, "-c", CLUSTER],
             cwd="/",
@@ -280,7 +278,7 @@ def test_ctrl_c_ends_the_tasks_also_of_a_process_that_lives_on(
     run = start(
         (
             READ_CLIP,
-            partial(hanging_on, media.clips[1:], logs[0], read_clip),
+            partial(hanging_on, media.clips, logs[0], read_clip),
             sample_clips,
             arguments(media, cluster.engine),
             str(tmp_path / "store"),

@@ -93,6 +93,11 @@ def test_a_picture_is_resized_alike_however_its_pixels_lie(pixels: np.random.Gen
     assert torch.equal(to_patches(resize(view, *size)[None], 14), to_patches(expected[None], 14))
 
 
+def by_pillow(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_a_jpeg_is_decoded_to_the_pixels_of_pillow(
@@ -102,8 +107,7 @@ def test_a_jpeg_is_decoded_to_the_pixels_of_pillow(
     for number, (height, width) in enumerate([(48, 64), (53, 37), (1, 1)]):
         path = tmp_path / f"{number}.jpg"
         Image.fromarray(pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, quality=85, **options)
-        with Image.open(path) as image:
-            np.testing.assert_array_equal(open_image(path), np.asarray(image).transpose(2, 0, 1))
+        np.testing.assert_array_equal(open_image(path), by_pillow(path))
 
 
 def test_a_jpeg_that_is_cut_off_is_an_error_and_one_of_a_camera_is_upright(
@@ -129,11 +133,6 @@ def test_a_jpeg_that_is_cut_off_is_an_error_and_one_of_a_camera_is_upright(
     (tmp_path / "e.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + bytes(2 << 20))  # a film behind the photo
     assert open_image(tmp_path / "e.jpg").shape == (3, 48, 64)
     assert len(asked) == 2, "neither is the rest of a long file read into memory"
-
-
-def by_pillow(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (53, 37), (1, 1)])

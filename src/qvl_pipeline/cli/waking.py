@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 # Nothing here sends it otherwise, and it does nothing where no handler is set.
 _NUDGE = signal.SIGURG
@@ -15,7 +14,7 @@ _NUDGE = signal.SIGURG
 _PAUSES = (0.1, 0.4, 1.5)
 
 
-@contextmanager
+@contextlib.contextmanager
 def woken_by_signals() -> Iterator[None]:
     """Have every signal that Python handles interrupt what the main thread waits for; to be entered in that thread.
 

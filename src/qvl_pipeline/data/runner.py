@@ -59,16 +59,14 @@ def join_cluster(engine: DataEngineConfig) -> None:
 
     ended = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, log_to_driver=False, runtime_env={"worker_process_setup_hook": enter_project})
+        try:
+            ray.init(address, log_to_driver=False, runtime_env={"worker_process_setup_hook": enter_project})
+        finally:
+            with contextlib.suppress(ValueError):  # not in the main thread, where Ray leaves it as it is
+                signal.signal(signal.SIGTERM, ended)  # Ray ends this process with status 15 at it
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"data_engine.ray_address: no cluster at '{address}' ({error})") from error
     except SystemExit as error:
-        if error.code != signal.SIGTERM:
-            raise
-        # It came while Ray joined, whose handler was in force by then: it is for the one that was set before.
-        signal.signal(signal.SIGTERM, ended)
-        signal.raise_signal(signal.SIGTERM)
-        raise  # that one goes on, but without a cluster
-    finally:
-        with contextlib.suppress(ValueError):  # not in the main thread, where Ray leaves it as it is
-            signal.signal(signal.SIGTERM, ended)  # Ray ends this process with status 15 at it
+        if error.code == signal.SIGTERM:  # it came while Ray joined: it is for the handler that was set before
+            signal.raise_signal(signal.SIGTERM)
+        raise  # where that one goes on, there is no cluster
