@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.report import report
 from qvl_pipeline.engine.run.checkpoints import Checkpoints, ModelState, OptimizerState, RandomState
+from qvl_pipeline.ports import free_port
 
 RANKS = 2
 SAVES = 3
@@ -56,8 +56,7 @@ def main() -> None:
 def _run_ranks(folder: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     ranks = [context.Process(target=_measure, args=(rank, port, folder, results)) for rank in range(RANKS)]
     for process in ranks:
         process.start()

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import hashlib
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from benchmarks.report import report
+from qvl_pipeline.ports import free_port
 
 TARGETS = {"training": "<= 0.01", **dict.fromkeys(("ingest", "validate", "sample", "tokenize"), "<= 0.05")}
 STAGES = ("ingest", "validate", "sample", "tokenize")
@@ -158,8 +158,7 @@ def _train_here(clock: _Clock) -> list[float]:
         measured[:] = [*clock.take(), time.perf_counter() - started]
 
     def launch(spec_path: Path, *_: Any, **__: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", GROUP_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if engine(spec_path):

@@ -21,7 +21,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +54,7 @@ from qvl_pipeline.engine.trainer import Trainer
 from qvl_pipeline.media.arrow_rows import TokenizedSamples
 from qvl_pipeline.media.frames.store import FrameStoreWriter
 from qvl_pipeline.media.loading import PatchLoader
+from qvl_pipeline.ports import free_port
 
 RANKS = 2
 PACKING_LENGTH = 2048
@@ -373,8 +373,7 @@ def on_ranks(run: Callable[[Path], Any], spec_path: Path) -> Any:
     """Fork the ranks, with everything imported, and return what the first one measured."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     ranks = [context.Process(target=_rank, args=(run, spec_path, rank, port, results)) for rank in range(RANKS)]
     for process in ranks:
         process.start()

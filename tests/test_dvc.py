@@ -31,6 +31,7 @@ GLUE = {
     "errors",
     "locks",
     "orphans",
+    "ports",
     "secrets",
     "tracking.flattening",
     "tracking.lineage.code",

@@ -6,7 +6,6 @@ import copy
 import gc
 import json
 import os
-import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from qvl_pipeline.engine.optim.optimization import make_optimizers
 from qvl_pipeline.engine.parallel.sequence_parallel import SequenceShare
 from qvl_pipeline.engine.parallel.sharding import compute_dtype, sequence_group, start_process_group
 from qvl_pipeline.families import FAMILIES
+from qvl_pipeline.ports import free_port
 from qvl_pipeline.preflight.estimate import estimate
 from qvl_pipeline.preflight.hardware import Hardware
 from qvl_pipeline.preflight.packs import Heavy
@@ -56,10 +56,8 @@ def samples_of(setting: Setting) -> list[dict[str, Any]]:
 
 def measured(settings: Sequence[Setting]) -> list[int]:
     """Most bytes that any rank had allocated in its second step; all settings have the same number of ranks."""
-    with TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        server.close()
-        ranks = settings[0].ranks
+    with TemporaryDirectory() as folder:
+        ranks, port = settings[0].ranks, free_port()
         mp.start_processes(_rank, (ranks, port, list(settings), folder), nprocs=ranks, start_method="spawn")
         found = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
         return [max(values) for values in zip(*found, strict=True)]

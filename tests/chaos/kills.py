@@ -66,18 +66,17 @@ def kill_any(run: Run, rng: random.Random) -> str:
     return _signal(run, chosen.pid, number, f"'{_command(chosen)[:80]}', after {moment:.1f} s")
 
 
-def kill(kind: str) -> Disturbance:
-    """Signal a process of a kind soon after there is one."""
+def kill(kind: str, within_s: float = SOON_S) -> Disturbance:
+    """Signal a process of a kind within seconds after there is one; of those that ended before, another."""
 
     def disturb(run: Run, rng: random.Random) -> str:
-        delay, number = SOON_S * rng.random() ** 6, rng.choice(SIGNALS)  # mostly at once: some live for a second
-        if not _wait(run, lambda: bool(_of_kind(run, kind)), 4 * run.seconds):
-            return ""
-        _wait(run, lambda: False, delay)
-        found = _of_kind(run, kind)
-        if not found:
-            return ""
-        return _signal(run, rng.choice(found).pid, number, f"a {kind}, {delay:.1f} s after its start")
+        deadline = time.monotonic() + 4 * run.seconds
+        while _wait(run, lambda: bool(_of_kind(run, kind)), deadline - time.monotonic()):
+            delay, number = within_s * rng.random() ** 6, rng.choice(SIGNALS)  # mostly at once: some live for a second
+            _wait(run, lambda: False, delay)
+            if found := _of_kind(run, kind):
+                return _signal(run, rng.choice(found).pid, number, f"a {kind}, {delay:.1f} s after its start")
+        return ""
 
     return disturb
 
@@ -117,6 +116,8 @@ def _wait(run: Run, condition: Callable[[], bool], timeout_s: float) -> bool:
 def _signal(run: Run, pid: int, number: int, what: str) -> str:
     if run.process.poll() is not None:
         return ""
-    with contextlib.suppress(psutil.Error):
+    try:
         psutil.Process(pid).send_signal(number)
+    except psutil.Error:
+        return ""
     return f"{signal.Signals(number).name} to {what}"

@@ -115,6 +115,7 @@ def sentence(action: Callable[[], object]) -> str:
     return text
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # what a person would see besides
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_hand_over_that_does_not_fit_is_named_and_the_old_one_stays(name: str, tmp_path: Path) -> None:
     make, data = DATASETS[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from qvl_pipeline.ports import free_port
 
 # Whether there is a GPU is asked of NVML: of CUDA itself, the answer would spoil it for the ranks, which are forked.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -55,8 +56,7 @@ def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, log_dir: Pat
         JobFailedError: A rank failed (the others are then ended, as torchrun does), or time was up.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     ranks = [
         _FORKSERVER.Process(target=_rank, args=(function, args, rank, nproc, port, str(log_dir)))
         for rank in range(nproc)
@@ -69,7 +69,7 @@ def run_ranks(function: Callable[..., Any], nproc: int, *args: Any, log_dir: Pat
         process.join()
     if reason:
         # A trainer says in `errors/` why it fails, and nothing in its output.
-        files = sorted([*log_dir.glob("rank*.log"), *log_dir.parent.glob("errors/*.json")])
+        files = sorted([*log_dir.glob("rank*.log"), *log_dir.parent.rglob("errors/rank*.json")])
         logs = "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in files)
         raise JobFailedError(f"{reason}\n{logs}")
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from qvl_pipeline.ports import free_port
+
 # What happens to a request that writes: whether the server gets it, and what the client hears.
 FAULTS = ("dropped", "refused", "carried_out_and_dropped", "carried_out_and_refused", "delayed")
 # Longer than a client waits.
@@ -35,9 +37,7 @@ make_server("127.0.0.1", int(sys.argv[1]), app, threaded=True).serve_forever()
 @contextlib.contextmanager
 def mlflow_server(database: str, folder: Path) -> Iterator[int]:
     """Serve a database, with artifacts and log in `folder`; yields the port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = [str(port), database, str(folder / "artifacts")]
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen([sys.executable, "-c", SERVER, *arguments], stderr=log, env=_no_proxy())

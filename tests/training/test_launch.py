@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from qvl_pipeline.demo.tiny_model import build_tiny_model
 from qvl_pipeline.engine.__main__ import main
 from qvl_pipeline.engine.spec import TrainSpec
+from qvl_pipeline.ports import free_port
 from qvl_pipeline.training.launcher import Processes, StoppedOnRequest, environment, launch
 from tests.engine.ranks import run_ranks
 from tests.engine.training import changed, make_training, trained
@@ -49,8 +49,7 @@ def losses(spec: TrainSpec) -> dict[int, float]:
 
 
 def test_two_nodes_train_as_one_job(undisturbed: TrainSpec, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     spec = changed(undisturbed, tmp_path / "run")
     command = [sys.executable, "-c", NODE, str(start(spec)), str(port)]
     nodes = [subprocess.Popen(command, env=os.environ | {"NODE_RANK": rank}) for rank in ("1", "0")]

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ import pandas as pd
 import pytest
 
 from qvl_pipeline.pipeline_registry import STAGES
+from qvl_pipeline.ports import free_port
 from qvl_pipeline.reports.compare.page import render_comparison
 from qvl_pipeline.reports.compare.tables import compare_runs
 from qvl_pipeline.reports.evaluation.report import render_report
@@ -69,9 +69,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
 @pytest.fixture(scope="module")
 def mlflow_ui(recorder: Recorder) -> Iterator[str]:
     """The address that `make ui` prints, once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     variables = environment(MLFLOW_TRACKING_URI=recorder.uri)
     process = subprocess.Popen(
         [*MAKE, "ui", f"PORT={port}"],

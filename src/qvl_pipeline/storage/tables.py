@@ -49,8 +49,11 @@ class _SealingWriter(pq.ParquetWriter):
     def close(self) -> None:
         if not self.is_open:
             return
-        self.add_key_value_metadata({_SEAL: b" " * _SEAL_BYTES})
-        super().close()
+        try:
+            self.add_key_value_metadata({_SEAL: b" " * _SEAL_BYTES})
+            super().close()
+        finally:
+            self.is_open = False  # else the destructor would try it again, and print what comes of it
         place = _seal_in(self._path)
         assert place is not None, "the entry that was just written"
         with self._path.open("r+b") as file:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from qvl_pipeline.config import ServerConfig
 from qvl_pipeline.engine.model.export.processor_files import PROCESSOR_FILES
 from qvl_pipeline.errors import UserError
 from qvl_pipeline.orphans import end_with_parent
+from qvl_pipeline.ports import free_port
 
 _POLL_S = 0.2
 # Time that a server has to end by itself before it is killed.
@@ -67,7 +67,7 @@ def vllm(
     Raises:
         UserError: It is not installed, ends by itself, or does not answer in time.
     """
-    port = _free_port()
+    port = free_port()
     command = [find_vllm(name), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     # Not what the model's own configuration says of sampling and penalties.
     command += ["--served-model-name", name, "--generation-config", "vllm"]
@@ -136,9 +136,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
