@@ -38,7 +38,8 @@ def test_the_notebook_shows_what_the_page_shows(
     assert len([page for page in pages if "plotly.js v" in page]) == 1, "Plotly itself, once"
     assert not re.search(r'<(?:script|link)[^>]*(?:src|href)="?https?:|import "https?:', " ".join(pages))
     (tmp_path / "plots.html").write_text("\n".join(pages))
-    drawn = open_page((tmp_path / "plots.html").as_uri(), "notebook", height=2600, wait_ms=3000)
+    plots = (tmp_path / "plots.html").as_uri()
+    drawn = open_page(plots, "notebook", height=2600, wait_ms=3000, shows='class="trace bars')
     assert len(re.findall(r'class="trace scatter', drawn)) == 4, "two curves of two runs"
     assert len(re.findall(r'class="trace bars', drawn)) == 2
     streams = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "stream"]

@@ -100,7 +100,7 @@ def _wait_for(url: str, process: subprocess.Popen) -> None:
 
 
 def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
-    text = shown(open_page(mlflow_ui, "mlflow-runs"))
+    text = shown(open_page(mlflow_ui, "mlflow-runs", shows="tiny_qwen2_5_vl"))
     assert "2 matching runs" in text
     assert "Playground" not in text, "the menu of another kind of work"
     assert " tiny_qwen3_vl " in text
@@ -108,7 +108,7 @@ def test_mlflow_shows_the_runs_of_both_profiles(mlflow_ui: str) -> None:
 
 
 def test_mlflow_opens_a_table_of_what_matters_and_charts_that_begin_with_the_loss(mlflow_ui: str) -> None:
-    table = shown(open_page(mlflow_ui, "mlflow-view"))
+    table = shown(open_page(mlflow_ui, "mlflow-view", shows="0.875"))
     for column in ("train/loss", "train/eval_loss", "eval/overall/exact_match", "train.learning_rate"):
         assert column in table
     assert "0.875" in table
@@ -125,7 +125,8 @@ def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorde
     runs = quote(json.dumps(recorder.runs()))
     experiments = quote('["1"]')
     site = mlflow_ui.partition("#")[0]
-    page = open_page(f"{site}#/compare-runs?runs={runs}&experiments={experiments}", "mlflow-compare", height=1900)
+    compared = f"{site}#/compare-runs?runs={runs}&experiments={experiments}"
+    page = open_page(compared, "mlflow-compare", height=1900, shows="js-plotly-plot")
     text = shown(page)
     assert "Comparing 2 Runs from 1 Experiment" in text
     assert re.search(r"train\.learning_rate (0\.001 0\.002|0\.002 0\.001)", text)
@@ -133,7 +134,7 @@ def test_mlflow_compares_parameters_and_curves(mlflow_ui: str, recorder: Recorde
     # Where a click on `train/loss` leads.
     metric, metrics = quote('"train/loss"'), quote('["train/loss"]')
     chosen = f"runs={runs}&metric={metric}&experiments={experiments}&plot_metric_keys={metrics}"
-    page = open_page(f"{site}#/metric?{chosen}", "mlflow-curves")
+    page = open_page(f"{site}#/metric?{chosen}", "mlflow-curves", shows='class="trace scatter')
     assert len(re.findall(r'class="trace scatter', page)) >= 2
     assert "tiny_qwen3_vl (train/loss)" in shown(page)
     assert "tiny_qwen2_5_vl (train/loss)" in shown(page)
@@ -192,7 +193,7 @@ def test_no_page_is_wider_than_the_screen_of_a_phone(comparison: str, tmp_path: 
     }"""
     (tmp_path / "phones.html").write_text(f"<style>iframe {{ border: 0 }}</style>{frames}<script>{script}</script>")
     with served(tmp_path) as address:
-        text = shown(open_page(f"{address}/phones.html", "phones", wait_ms=1000))
+        text = shown(open_page(f"{address}/phones.html", "phones", wait_ms=1000, shows=": 0 too wide; "))
     assert text.strip() == " ".join(f"{name}: 0 too wide;" for name in pages)
 
 
@@ -201,16 +202,18 @@ def test_the_page_of_samples_filters_and_loads_what_is_seen(tmp_path: Path) -> N
     rows = [prediction(number, f"kind {number % 2}", number % 4 < 2) for number in range(20 * PART)]
     write_samples_page(tmp_path / "s", title="tiny", predictions=pd.DataFrame(rows), media=facts["media"], most=1000)
     asked: list[str] = []
+    card = '<article class="card"'
     with served(tmp_path, asked) as address:
-        page = open_page(f"{address}/s/index.html", "samples", wait_ms=3000)
+        page = open_page(f"{address}/s/index.html", "samples", wait_ms=3000, shows=card)
         assert "400 of 400 evaluated samples" in shown(page)
-        parts = [path for path in asked if "part" in path]
-        assert parts == ["/s/part-00000.js"], "of twenty"
+        parts = {path for path in asked if "part" in path}
+        assert parts == {"/s/part-00000.js"}, "of twenty"
         asked.clear()
-        page = open_page(f"{address}/s/index.html#kind=kind+1&answer=right", "samples-filtered", wait_ms=3000)
+        filtered = f"{address}/s/index.html#kind=kind+1&answer=right"
+        page = open_page(filtered, "samples-filtered", wait_ms=3000, shows=card)
     assert "100 of 400 evaluated samples" in shown(page)
-    parts = [path for path in asked if "part" in path]
-    assert parts == ["/s/part-00015.js"], "kinds in order, wrong ones first"
+    parts = {path for path in asked if "part" in path}
+    assert parts == {"/s/part-00015.js"}, "kinds in order, wrong ones first"
     cards = re.findall(r'<article class="card" title="made/(\d+)"', page)
     assert len(cards) >= 4
     assert {int(number) % 4 for number in cards} == {1}
@@ -249,13 +252,15 @@ def viz(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 def test_kedro_viz_shows_the_stages_the_layers_and_a_preview(viz: tuple[str, Path]) -> None:
     address, folder = viz
-    whole = open_page(f"{address}/?pid=__default__", "kedro-viz-stages", height=1100)
+    whole = open_page(
+        f"{address}/?pid=__default__", "kedro-viz-stages", height=1100, shows="pipeline-node--modularPipeline"
+    )
     boxes = re.findall(r'class="[^"]*pipeline-node--modularPipeline[^"]*"[^>]*data-id="(\w+)"', whole)
     assert sorted(boxes) == sorted(STAGES)
     nodes = json.loads((folder / "api" / "main").read_text())["nodes"]
     curves = next(node["id"] for node in nodes if node["name"] == "training_metrics")
     opened = f"{address}/?pid=__default__&expandAllPipelines=true&sid={curves}"
-    page = open_page(opened, "kedro-viz", height=1100)
+    page = open_page(opened, "kedro-viz", height=1100, shows='class="trace scatter')
     options = re.findall(r'class="menu-option__content[^"]*" title="(\w+)"', page)
     assert set(STAGES) <= set(options)
     layers = re.findall(r'class="pipeline-layer-name[^"]*"[^>]*>(\w+)<', page)

@@ -56,9 +56,9 @@ class TableWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         """Write what is left, unless an error ended the work."""
-        if kind is None and self._held.num_rows:
-            self._write_group(self._held)
-        self._file.close()
+        with self._file:
+            if kind is None and self._held.num_rows:
+                self._write_group(self._held)
 
     def _write_group(self, rows: pa.Table) -> None:
         # In one chunk, because Parquet ends a page where a chunk ends.
