@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qvl_pipeline.engine.feed.handing_over import mapped, packed, unpacked
 from qvl_pipeline.engine.parallel.sequence_parallel import (
     SequenceShare,
     feature_routes,
@@ -97,15 +98,17 @@ class Batch:
     sample_ids: list[str]
     skipped: tuple[BadSample, ...] = ()
 
-    def map_tensors(self, function: Any) -> Batch:
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return a batch with `function` applied to each tensor."""
+        return Batch(**mapped(self._values, function))
 
-        def mapped(values: dict[str, Any]) -> dict[str, Any]:
-            return {name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-        values = mapped({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-        inputs = {name: mapped(getattr(self, name)) for name in ("vision_inputs", "sound_inputs")}
-        return Batch(**values | inputs)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the tensors as two: the pixels, which are most of all bytes, and what the others make together."""
+        return _received, (self.patches, *packed(self._values | {"patches": None}))
 
     def attention_inputs(self) -> dict[str, Any]:
         """Arguments of the language model that say which tokens attend to which."""
@@ -290,6 +293,10 @@ class BatchBuilder:
         for share in self._sounds(media):
             for item in share:
                 self.sounds.log_mel(item)
+
+
+def _received(patches: torch.Tensor | None, others: torch.Tensor, placed: dict[str, Any]) -> Batch:
+    return Batch(**unpacked(others, placed) | {"patches": patches})
 
 
 _NOTHING: dict[str, Any] = {
