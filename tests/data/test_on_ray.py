@@ -298,7 +298,7 @@ def test_ctrl_c_ends_the_tasks_also_of_a_process_that_lives_on(
         wait_until_gone(log)
         if log == logs[0]:
             assert run.poll() is None, "the cluster has ended them on its own"
-    assert run.wait(30) == 130
+    assert run.wait(120) == 130
     assert "Traceback" not in run.stderr.read()
     assert [len(noted_processes(log)) for log in logs] == hanging_here, "others began when these had ended"
     assert not [path.name for path in tmp_path.iterdir() if "store" in path.name or "tokenized" in path.name]
@@ -320,7 +320,7 @@ def test_sigterm_ends_run_and_tasks(
         assert list((tmp_path / ".store.partial").iterdir())
         assert cluster.at_work()
     os.killpg(run.pid, signal.SIGTERM)  # as a batch system does
-    assert run.wait(30) == 143
+    assert run.wait(120) == 143
     assert "Traceback" not in run.stderr.read()
     assert not [path.name for path in tmp_path.iterdir() if "store" in path.name]
     wait_until_gone(log)

@@ -112,11 +112,11 @@ def test_an_interrupted_run_ends_at_once_and_keeps_its_clips(
             assert line
         os.killpg(run.pid, number)  # as a terminal does, and a batch system
         sent = time.monotonic()
-        assert run.wait(60) == 128 + number
-        assert time.monotonic() - sent < 30, "it took seconds at most, on a machine with other work too"
+        assert run.wait(120) == 128 + number
+        assert time.monotonic() - sent < 60, "it took seconds at most, on a machine with other work too"
         assert "Traceback" not in run.stderr.read()
         while left := processes_of(run.pid):  # the server of decoding processes is importing, and ends then
-            assert time.monotonic() - sent < 60, left
+            assert time.monotonic() - sent < 120, left
             time.sleep(0.1)
     assert [path.name for path in tmp_path.iterdir() if "store" in path.name] == []
     kept = [

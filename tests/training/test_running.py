@@ -409,7 +409,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(training: TrainSpec, tm
     _, errors = parent.communicate(timeout=60)
     assert processes_of(spec_path) == []
     assert "RankFailedError" in errors
-    wait_until(lambda: is_free(tmp_path / "run"), 30)  # a killed process holds its locks until it is taken down
+    wait_until(lambda: is_free(tmp_path / "run"), 60)  # a killed process holds its locks until it is taken down
 
 
 def is_free(run: Path) -> bool:
@@ -438,7 +438,7 @@ def test_a_second_interrupt_ends_ranks_that_do_not_get_to_the_end_of_their_step(
     assert parent.poll() is None
     os.kill(parent.pid, signal.SIGINT)
     assert parent.wait(60) == -signal.SIGINT
-    wait_until(lambda: not processes_of(spec_path), 10)
+    wait_until(lambda: not processes_of(spec_path), 60)
     assert not (tmp_path / "run" / "stopped.json").exists()
 
 

@@ -162,7 +162,7 @@ def test_text_only_rank_recomputes_the_tower_as_often_as_the_others(
 ) -> None:
     base = make_training(tmp_path, tiny_folders("qwen3_vl"), "qwen3_vl", kinds=("text", "image", "text", "text"))
     spec = changed(base, tmp_path / "run", recompute={"llm": "full", "vit": "full"})
-    run_ranks(same_calls_on_all_ranks, 2, spec, log_dir=tmp_path / "logs", timeout_s=60)
+    run_ranks(same_calls_on_all_ranks, 2, spec, log_dir=tmp_path / "logs")
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")  # a cache that it would trace through

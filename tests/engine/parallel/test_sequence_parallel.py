@@ -114,7 +114,7 @@ def assert_shared_as_alone(
         alone.append({"micro_batch": (kinds, vision), "losses": losses, "gradients": grads, "calls": calls})
     torch.save(alone, tmp_path / "alone.pt")
     arguments = (str(folder), packed.family.name, str(tmp_path / "alone.pt"))
-    run_ranks(compare, degree, *arguments, log_dir=tmp_path, timeout_s=60)
+    run_ranks(compare, degree, *arguments, log_dir=tmp_path)
 
 
 def compare_attention(heads: tuple[tuple[int, int], ...]) -> None:
@@ -147,7 +147,7 @@ def compare_attention(heads: tuple[tuple[int, int], ...]) -> None:
     [(4, ((8, 8), (8, 4), (8, 2), (8, 1), (12, 6), (12, 3))), (8, ((16, 16), (16, 8), (32, 4), (8, 2), (24, 12)))],
 )
 def test_any_number_of_key_heads_is_shared(degree: int, heads: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
-    run_ranks(compare_attention, degree, heads, log_dir=tmp_path, timeout_s=60)
+    run_ranks(compare_attention, degree, heads, log_dir=tmp_path)
 
 
 def medium(t: int, h: int, w: int) -> dict:
