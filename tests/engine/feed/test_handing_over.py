@@ -16,6 +16,7 @@ from qvl_pipeline.engine.feed.handing_over import packed, unpacked
 from qvl_pipeline.engine.feed.steps import MicroBatch
 from qvl_pipeline.engine.spec import TrainSpec
 from tests.engine.feed.test_batch_loader import builder, options, training
+from tests.engine.ranks import run_ranks
 
 __all__ = ["training"]  # the fixture
 WITH_AND_WITHOUT_PIXELS = [MicroBatch((0, 1, 3), True, patches=16), MicroBatch((0,), False)]
@@ -57,6 +58,16 @@ def test_the_tensors_of_a_batch_are_one_file_beside_the_pixels(
     [batch] = load_batches([micro_batch], Path(training.data.tokenized), builder(training), options(num_workers=0))
     ForkingPickler(BytesIO()).dump(batch)
     assert len(shared) == most
+
+
+def check_received(given: list[Batch], expected: dict[str, Any]) -> int:
+    return int([values(batch) for batch in given] != [expected] * len(given))
+
+
+def test_a_batch_is_an_argument_of_processes_that_start(training: TrainSpec, tmp_path: Path) -> None:
+    micro_batches = WITH_AND_WITHOUT_PIXELS[:1]
+    [batch] = load_batches(micro_batches, Path(training.data.tokenized), builder(training), options(num_workers=0))
+    run_ranks(check_received, 2, [batch] * 2, values(batch), log_dir=tmp_path)
 
 
 def test_tensors_of_any_kind_are_packed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,6 +109,8 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the tensors as two: the pixels, which are most of all bytes, and what the others make together."""
+        if get_spawning_popen():  # for a process that starts: what is packed must be there until it has
+            return Batch, tuple(self._values.values())
         return _received, (self.patches, *packed(self._values | {"patches": None}))
 
     def attention_inputs(self) -> dict[str, Any]:
