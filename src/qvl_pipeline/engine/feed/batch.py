@@ -108,7 +108,7 @@ class Batch:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the tensors as two: the pixels, which are most of all bytes, and what the others make together."""
+        """Pickle tensors in host memory as two: the pixels, most of all bytes, and what the others make together."""
         if get_spawning_popen():  # for a process that starts: what is packed must be there until it has
             return Batch, tuple(self._values.values())
         return _received, (self.patches, *packed(self._values | {"patches": None}))
