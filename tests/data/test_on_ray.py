@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ import pytest
 
 from qvl_pipeline.config import BatchingConfig, DataEngineConfig, ModelConfig, SampleConfig
 from qvl_pipeline.data.frames.clips import read_clip
+from qvl_pipeline.data.spread import RayTasks, _Task
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from qvl_pipeline.pipelines.tokenize.nodes import prepare_base_model, tokenize
 from tests.data.clusters import cluster_environment
@@ -62,6 +64,7 @@ def run(place, stand_in, node, arguments, folder):
     written = node(*arguments)
     FolderDataset(filepath=folder).save(written[0] if isinstance(written, tuple) else written)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored
 with woken_by_signals():
     signal.signal(signal.SIGTERM, _leave)
     try:
@@ -303,6 +306,17 @@ def test_ctrl_c_ends_the_tasks_also_of_a_process_that_lives_on(
     assert [len(noted_processes(log)) for log in logs] == hanging_here, "others began when these had ended"
     assert not [path.name for path in tmp_path.iterdir() if "store" in path.name or "tokenized" in path.name]
     wait_until(lambda: not cluster.at_work(), within_s=60)
+
+
+def test_tasks_that_wait_are_ended_before_those_in_whose_place_they_would_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks, ended = RayTasks.__new__(RayTasks), []
+    tasks._tasks = deque(_Task(number, "clips") for number in range(4))
+    tasks._tasks[0].taken = True
+    monkeypatch.setattr("ray.cancel", lambda number, force: ended.append((number, force)))
+    tasks.close()
+    assert ended == [(3, True), (2, True), (1, True)]
 
 
 @pytest.mark.parametrize("moment", ["joining", "working"])

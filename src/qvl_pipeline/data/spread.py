@@ -137,7 +137,7 @@ class RayTasks:
         """End the tasks that nobody waits for any more, with their processes: they may hang."""
         import ray
 
-        for task in self._tasks:
+        for task in reversed(self._tasks):  # those that wait first: they would begin where another has ended
             if not task.taken:
                 with contextlib.suppress(Exception):  # a cluster that is lost has no tasks, and why it is has been said
                     ray.cancel(task.reference, force=True)
