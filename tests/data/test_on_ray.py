@@ -64,7 +64,6 @@ def run(place, stand_in, node, arguments, folder):
     written = node(*arguments)
     FolderDataset(filepath=folder).save(written[0] if isinstance(written, tuple) else written)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored
 with woken_by_signals():
     signal.signal(signal.SIGTERM, _leave)
     try:
