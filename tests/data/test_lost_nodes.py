@@ -35,7 +35,6 @@ from qvl_pipeline.data.plan import tokenization
 from qvl_pipeline.data.runner import join_cluster
 from qvl_pipeline.pipelines.sample.nodes import sample_clips
 from qvl_pipeline.pipelines.tokenize.nodes import tokenize
-from tests.data.clusters import cluster_environment
 from tests.data.lost_nodes import clip_path, noted, noted_start, read_notes
 
 project = Path(sys.argv[1])
